@@ -40,13 +40,12 @@ from alignment.core import child_processes, hardware
 from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
-from alignment.costs.op_times import NEAR_BYTES, alike, seconds_of
+from alignment.costs.op_times import NEAR_BYTES, alike, bytes_of, flop_of, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
 from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.storing import seconds_a_byte
-from alignment.costs.work import bytes_of, flop_of
 from alignment.data.row_count import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.models.kernels.row_attention import forget_plans

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from alignment.data.tokens.common_beginning import in_common
+from alignment.data.tokens.rendering import in_common
 from benchmarks.grid import Setting, micro_rows_of
 
 ANSWER, MISMATCHED = "completion", "KL_completion"

@@ -25,8 +25,8 @@ from alignment.data.tokens.tokenize import answer_ids, encode, prompt_ids, token
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.job import StageInput
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import lineage, load_scalar
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages.kto.trainer import in_order
 from alignment.stages.ppo.experience import prompt_order
 from alignment.stages.registry import read_spec

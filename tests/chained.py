@@ -18,7 +18,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage, lineage, load_policy
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.kto.kind import KtoConfig

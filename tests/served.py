@@ -29,7 +29,7 @@ from alignment.config.model import AdapterConfig, Dtype
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage, load_policy
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.models.forward.generate import generate
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.sft.kind import SftConfig

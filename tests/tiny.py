@@ -42,7 +42,7 @@ from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.registry import kind_of
 from alignment.stages.reward.kind import RewardConfig

@@ -24,8 +24,13 @@ from alignment.records.stages import Forgetting
 from alignment.records.sweep_record import SweepRecord, Trial
 from alignment.records.training import written_rows
 from alignment.records.worker import Progress, Status
-from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file, work_folder
-from alignment.report.run_page.run_records import Difference
+from alignment.report.run_page.run_records import (
+    Difference,
+    artifact_folder,
+    evaluation_stages,
+    steps_file,
+    work_folder,
+)
 from alignment.stages.registry import produced_by
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from alignment.records.run import FILE, RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.table_sections import side_by_side
+from alignment.report.run_page.sections import side_by_side
 from alignment.stages.base import ResultTable
 
 

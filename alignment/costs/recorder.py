@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment.costs.live_memory import LiveMemory
+from alignment.costs.op_times import is_compiled
 from alignment.costs.shadows import Key, Operation, Shadow, ShadowMode
-from alignment.costs.work import is_compiled
 
 WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
     "weights",

@@ -19,7 +19,7 @@ from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
 from alignment.data.hub_rows import source_rows
-from alignment.data.near_duplicates import NearDuplicates
+from alignment.data.near_duplicates import NearDuplicates, RepeatedRecords, RowRelations
 from alignment.data.objections import Objections, bare
 from alignment.data.reading import LOOKED_AT, NAMED, prepared, start
 from alignment.data.records import (
@@ -32,7 +32,6 @@ from alignment.data.records import (
     Question,
     Record,
 )
-from alignment.data.repeated_records import RepeatedRecords, RowRelations
 from alignment.data.row_files import NotUtf8, RawRow
 
 _NOUNS: dict[type[Record], tuple[str, str]] = {

@@ -2,7 +2,7 @@
 were shown.
 
 A line has the prompt and both answers, so it can be read without the evaluation, also as training data
-(``alignment/data/formats/pairs.py``). A vote counts once its line is complete: a killed writer may leave an
+(``alignment/data/formats/conversations.py``). A vote counts once its line is complete: a killed writer may leave an
 incomplete one.
 """
 

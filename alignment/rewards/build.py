@@ -16,8 +16,8 @@ from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, Scor
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import refuse_other_tokenizer
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.rules.all_rules import rule_of

@@ -27,14 +27,14 @@ from alignment.data.tokens.rendering import prompt_and_answers, render
 from alignment.data.tokens.tokenize import encode_parts
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
+from alignment.models.assembly.heads import AT_TURN_END
 from alignment.models.assembly.load import DTYPES, products_in
+from alignment.models.assembly.modules import free_unused
 from alignment.models.assembly.prefix import positions_of
-from alignment.models.assembly.reward_head import AT_TURN_END
-from alignment.models.assembly.unused import free_unused
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import by_tokens, stream
-from alignment.models.kernels.dora_norms import reused_norms
+from alignment.models.kernels.nf4 import reused_norms
 from alignment.rewards.scorers import Answers
 
 _ANY_ANSWER = "Yes."

@@ -1,8 +1,8 @@
 """Cuts weights into the shares of the processes, one module at a time, so that no process holds a whole model.
 
-A weight that is memory-mapped (alignment/models/assembly/mapped.py) is copied right before it is cut. DeepSpeed and
-accelerate would do the rest, but DeepSpeed writes into every weight before it cuts the first one, which would copy the
-whole file (docs/design/0043).
+A weight that is memory-mapped (alignment/models/assembly/weight_file.py) is copied right before it is cut. DeepSpeed
+and accelerate would do the rest, but DeepSpeed writes into every weight before it cuts the first one, which would copy
+the whole file (docs/design/0043).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed import fsdp
 from transformers import PreTrainedModel
 
 from alignment.config.launch import Offload, Sharding
-from alignment.models.assembly.mapped import copy_weights, is_mapped
+from alignment.models.assembly.weight_file import copy_weights, is_mapped
 from alignment.training.context import StageContext
 from alignment.training.sharding import moves_shares_to_host
 

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
-from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
-from alignment.models.forward.transfer import on_device, on_host, sent
-from alignment.models.kernels.dora_norms import reused_norms
+from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens, on_device, on_host, sent
+from alignment.models.kernels.nf4 import reused_norms
 from alignment.training.shard_together import ShardedTrainer
 
 _COEFFICIENT = "router_aux_loss_coef"
@@ -133,7 +132,7 @@ class MicroBatches(ShardedTrainer):
     """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
 
     They stay on the host, where tokens are counted and streams are built. Their micro-batches are sent to the device,
-    and remember what they were (transfer.py).
+    and remember what they were (shown_rows.py).
 
     ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
     share of pairs, or of learned tokens, on which the model is right. ``row_origin`` says where a row is from, by its

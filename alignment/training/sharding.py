@@ -22,7 +22,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from alignment.config.launch import Offload, Sharding
 from alignment.core.errors import AlignmentError
 from alignment.core.files import shipped
-from alignment.models.assembly.actor_critic import ActorCritic
+from alignment.models.assembly.heads import ActorCritic
 from alignment.models.assembly.load import compute_in
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.head import read_in_calls_only

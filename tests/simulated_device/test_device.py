@@ -9,7 +9,7 @@ from tests.simulated_device.events import COPY, WAIT
 
 pytestmark = pytest.mark.xdist_group("simulated device")
 TRANSFER = """
-from alignment.models.forward.transfer import on_device, on_host, sent
+from alignment.models.forward.rows import on_device, on_host, sent
 from tests.simulated_device.events import events
 device = torch.device("cuda", 0)
 ids, mask, real = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, dtype=torch.bool)

@@ -44,8 +44,8 @@ from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.server_process import VllmOptions
 from alignment.models.assembly.adapters import put_back
+from alignment.models.assembly.heads import AT_TURN_END, HEAD
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy, load_scalar, load_scalar_head
-from alignment.models.assembly.reward_head import AT_TURN_END, HEAD
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import scales_logits

@@ -24,9 +24,9 @@ from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.terminal import Terminal, complain, make_unfailing
 from alignment.core.wording import counted
+from alignment.data.near_duplicates import record_key
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults_of, start
-from alignment.data.repeated_records import record_key
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES

@@ -15,7 +15,7 @@ from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN, RunReader, Run
 from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Status
 from alignment.report import doubts
-from alignment.report.run_page.run_layout import artifact_folder
+from alignment.report.run_page.run_records import artifact_folder
 
 
 def run_names(output: Path) -> list[str]:

@@ -21,7 +21,7 @@ from alignment.pipeline.execute.stored_results import artifact_of, base_of, reco
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.sources import model_sources
 from alignment.records.run import FILE, RunRecord
-from alignment.report.run_page.run_layout import artifact_folder
+from alignment.report.run_page.run_records import artifact_folder
 
 
 class PolicyFinder:

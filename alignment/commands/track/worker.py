@@ -19,7 +19,7 @@ from alignment.core.terminal import complain, make_unfailing
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
 from alignment.records.training import METRICS, readable_rows
-from alignment.report.run_page.run_layout import artifact_folder, work_folder
+from alignment.report.run_page.run_records import artifact_folder, work_folder
 from alignment.stages.registry import kinds, read_spec
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracker import stored_tables

@@ -8,9 +8,18 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignment.core.errors import DataError
-from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
+from alignment.data.formats.conversations import (
+    KTO,
+    MESSAGES,
+    PAIRED,
+    PREFERENCE,
+    SHAREGPT,
+    TRANSCRIPTS,
+    VOTES,
+    WHOLE,
+    WHOLE_MESSAGES,
+)
 from alignment.data.formats.form import PROMPTS, Format
-from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, VOTES, WHOLE, WHOLE_MESSAGES
 from alignment.data.formats.plain import (
     ALPACA,
     CHOICES,

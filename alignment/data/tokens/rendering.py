@@ -17,17 +17,54 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from alignment.core.deadline import SECONDS, Bounded
 from alignment.core.errors import AlignmentError, DataError, ModelError
-from alignment.data.templates import Templates
-from alignment.data.tokens.common_beginning import in_common
-from alignment.data.tokens.opening_faults import other_opening
+from alignment.data.templates import Templates, each, options_of, trained_as, with_options
 from alignment.data.tokens.thoughts import opened_once, with_readable_thought, without_thought
 from alignment.data.turns import Message
+
+
+def in_common(first: Sequence[object], second: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+_SHOWN = 40
+_KEEPS_TURNS = (
+    "set model.chat_template=chatml, which renders every turn unchanged (but does not support tools), or "
+    "path:FILE of a template that does"
+)
+
+
+def other_opening(templates: Templates, before: str, after: str, helps: Callable[[Templates], bool]) -> DataError:
+    """The fault of a prompt ``before`` that is not the beginning of ``after``, the same turns with an answer.
+
+    ``helps`` says whether the answer could follow its prompt if these templates rendered both.
+    """
+    start = max(0, in_common(before, after) - _SHOWN // 2)
+    working = [setting for setting, candidate in _candidates(templates) if helps(candidate)]
+    remedies = [f"set {setting}" for setting in working] or [_KEEPS_TURNS]
+    return DataError(
+        "the chat template renders a prompt differently when an answer follows it: without the answer, the prompt "
+        "ends with "
+        f"{before[-_SHOWN:]!r}, and with the answer there is {after[start : start + _SHOWN]!r}",
+        remedy=", or ".join(remedies),
+    )
+
+
+def _candidates(templates: Templates) -> Iterator[tuple[str, Templates]]:
+    """Settings that may help, with the templates that they give."""
+    for name in sorted(name for name in options_of(templates) if "thinking" in name):
+        for value in (False, True):
+            yield f"model.template_options.{name}={str(value).lower()}", with_options(templates, {name: value})
+    for source, text in filter(None, map(trained_as, each(templates))):
+        yield f"model.chat_template={source}", text
+
 
 Tools = Sequence[Mapping[str, Any]]
 """The tools that the assistant may call, in the form for chat templates."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.limits import Parts
-from alignment.data.tokens.rendering import control_tokens
+from alignment.data.tokens.rendering import control_tokens, in_common
 from alignment.data.tokens.row_kinds import Tokenized
 from alignment.data.tokens.tokenize import Tokens
 

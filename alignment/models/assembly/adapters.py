@@ -33,9 +33,9 @@ from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from alignment.models.assembly.beside_text import pattern_beside_text
+from alignment.models.assembly.modules import pattern_beside_text
 from alignment.models.assembly.prefix import prefix_of, put_prefix
-from alignment.models.kernels.dora_norms import start_at_norms
+from alignment.models.kernels.nf4 import start_at_norms
 from alignment.models.kernels.products import fuse_adapters
 
 OWN = "default"

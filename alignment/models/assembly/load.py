@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +32,8 @@ from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
-from alignment.models.assembly.beside_text import freeze_beside_text
-from alignment.models.assembly.mapped import convert, keep_mapped, same_file
-from alignment.models.assembly.scalar_architectures import refuse_without_scores
-from alignment.models.assembly.unused import free_unused
+from alignment.models.assembly.modules import free_unused, freeze_beside_text, refuse_without_scores
+from alignment.models.assembly.weight_file import convert, keep_mapped, same_file
 from alignment.models.kernels.nf4 import round_trunk
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
@@ -195,8 +195,8 @@ def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
     for images or sounds.
 
     An adapter that was trained on weights in four bits is merged into the dequantised weights. With ``mapped``, weights
-    stay in their file until they are copied (mapped.py), unless adapters are merged into them. Models that nothing uses
-    any more are freed first.
+    stay in their file until they are copied (weight_file.py), unless adapters are merged into them. Models that nothing
+    uses any more are freed first.
     """
     if not lineage.adapters:
         free_unused()
@@ -407,3 +407,15 @@ def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedMode
             if type(module) is torch.nn.Linear and module.weight is not tied:
                 convert(module, products)
     return copied
+
+
+def weights_sha256(lineage: Lineage) -> str:
+    """SHA-256 of the files of a policy's base and adapters, and of how each adapter is applied."""
+    stood = [(saved.merged, saved.nf4) for saved in lineage.adapters]
+    sha = hashlib.sha256(json.dumps(stood).encode())
+    for folder in (lineage.base, *(saved.path for saved in lineage.adapters)):
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+            sha.update(file.name.encode())
+            with file.open("rb") as handle:
+                sha.update(hashlib.file_digest(handle, "sha256").digest())
+    return sha.hexdigest()

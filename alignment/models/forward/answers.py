@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at
-from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
-from alignment.models.forward.transfer import on_host, sent
+from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, on_host, sent, stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

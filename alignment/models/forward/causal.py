@@ -21,8 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import label_statistics, scalar_at, scales_logits
-from alignment.models.forward.rows import FlatRows, flatten, stream
-from alignment.models.forward.transfer import on_host, sent
+from alignment.models.forward.rows import FlatRows, flatten, on_host, sent, stream
 
 log = logging.getLogger(__name__)
 

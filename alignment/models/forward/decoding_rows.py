@@ -7,8 +7,9 @@ holds more than the longest prompt with its answer, and about ``DROPPED + ROOM``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,14 +17,144 @@ from transformers import PreTrainedModel
 
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.decoding import may_see_room, next_logits
-from alignment.models.forward.entering_prompts import write_prompts
-from alignment.models.forward.shared_prompts import Beginning
-from alignment.models.forward.token_choice import sampled_tokens
-from alignment.models.forward.transfer import on_device
-from alignment.models.forward.waiting_prompts import Entrants
+from alignment.models.forward.decoding import decoding, may_see_room, next_logits, sampled_tokens
+from alignment.models.forward.flat import refuse_prefix
+from alignment.models.forward.rows import on_device
+from alignment.models.forward.shared_prompts import Beginning, Reading, can_read, read
 from alignment.models.kernels import kv_cache
 from alignment.models.kernels.kv_cache import RowsCache
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens read at once if they are padded; a few rows of similar length need little padding."""
+
+
+def write_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    cache: RowsCache,
+    *,
+    at: Tensor,
+    rows: int,
+    length: int,
+    reading: Reading | None = None,
+    beginning: Beginning | None = None,
+) -> Tensor:
+    """Writes the keys and values of prompts as the rows ``at [prompts]`` of a cache, and returns ``[prompts,
+    vocabulary]`` logits of the tokens after them.
+
+    Prompts are in ``reading_order``; equal ones are read once. The cache has ``rows`` rows and ``length`` filled
+    columns, and the rows end at the last of these. ``reading`` holds what the model computed for these prompts, which
+    are given without the tokens of a common ``beginning``.
+
+    Raises:
+        ModelError: the model has a prefix, but its attention is not the flat one.
+    """
+    base = unwrapped(model)
+    if reading is None and can_read(base):
+        reading = read(base, prompts, beginning=beginning)
+    if reading is not None:
+        reading.write(cache, at=at, rows=rows, length=length)
+        return reading.logits(base)
+    refuse_prefix(base.base_model)
+    with decoding(model):
+        return _write_padded(model, prompts, cache, at=at, rows=rows, length=length)
+
+
+def _write_padded(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: RowsCache, *, at: Tensor, rows: int, length: int
+) -> Tensor:
+    """Reads left-padded prompts, some at a time, with a model whose attention is not flat."""
+    logits = []
+    first = 0
+    for batch, repeats in _prefill_batches(prompts):
+        columns = len(batch[0])
+        starts = torch.tensor([columns - len(prompt) for prompt in batch])
+        seen = on_device((torch.arange(columns) >= starts[:, None]).long(), model.device)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        own = RowsCache(model.config, room=0)
+        batch_logits = next_logits(model, _left_padded(batch, model.device), seen, positions, own)
+        sources = torch.arange(len(batch)).repeat_interleave(torch.tensor(repeats)).to(model.device)
+        cache.write(own, sources, at=at[first : first + len(sources)], rows=rows, length=length)
+        logits.append(batch_logits[sources])
+        first += len(sources)
+    return torch.cat(logits)
+
+
+def _prefill_batches(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
+    """Yields distinct prompts of at most ``PREFILL_TOKENS`` padded tokens, or a single longer one, and their counts."""
+    batch: list[Sequence[int]] = []
+    repeats: list[int] = []
+    for _, group in groupby(prompts, key=tuple):
+        equal = list(group)
+        if batch and (len(batch) + 1) * len(batch[0]) > PREFILL_TOKENS:
+            yield batch, repeats
+            batch, repeats = [], []
+        batch.append(equal[0])
+        repeats.append(len(equal))
+    yield batch, repeats
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    length = len(prompts[0])
+    return torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entrants:
+    """Prompts in ``reading_order`` with their numbers, and ``uniforms [prompts, steps]`` unless the likeliest token is
+    taken.
+
+    ``reading`` holds what the model computed for them, if it has.
+    """
+
+    numbers: Sequence[int]
+    prompts: Sequence[Sequence[int]]
+    uniforms: Tensor | None
+    reading: Reading | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class WaitingPrompts:
+    """Prompts in ``reading_order``, of which the first ``begun`` have been read.
+
+    ``uniforms`` gives the random numbers of some prompts, ``[prompts, steps]``. ``reading`` is of all prompts.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    uniforms: Callable[[slice], Tensor] | None
+    reading: Reading | None = None
+    begun: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many prompts have not been read."""
+        return len(self.prompts) - self.begun
+
+    def cut(self, tokens: int) -> None:
+        """Removes so many tokens from the beginning of every prompt."""
+        self.prompts = [prompt[tokens:] for prompt in self.prompts]
+
+    def next(self, count: int) -> Entrants:
+        """Takes the first that wait, at most so many."""
+        count = min(count, self.waiting)
+        numbers = range(self.begun, self.begun + count)
+        taken = slice(numbers.start, numbers.stop)
+        self.begun += count
+        return Entrants(
+            numbers=numbers,
+            prompts=self.prompts[taken],
+            uniforms=None if self.uniforms is None else self.uniforms(taken),
+            reading=self.reading,
+        )
+
+    def next_group(self, most: int) -> Entrants:
+        """Takes at most so many, without parting equal prompts unless these are more: they are read once."""
+        count = min(most, self.waiting)
+        whole = count
+        while 0 < whole < self.waiting and self.prompts[self.begun + whole] == self.prompts[self.begun + whole - 1]:
+            whole -= 1
+        return self.next(whole or count)
+
 
 DROPPED = 32
 """Columns that are dropped at once, because what follows them is moved."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import is_on_cpu
-from alignment.models.assembly.precision import products_dtype
+from alignment.models.assembly.modules import products_dtype
 from alignment.models.assembly.prefix import prefix_of, refuse_too_long
 from alignment.models.forward.attention import ATTENTION, SLIDING, KeysValues
 from alignment.models.forward.rows import FlatRows

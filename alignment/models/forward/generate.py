@@ -20,10 +20,8 @@ from alignment.costs.recorder import counted_times, on_shadows
 from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.decoding import decoding
-from alignment.models.forward.decoding_rows import DecodingRows
-from alignment.models.forward.shared_beginning import shared_beginning
-from alignment.models.forward.shared_prompts import Reading
-from alignment.models.forward.waiting_prompts import WaitingPrompts
+from alignment.models.forward.decoding_rows import DecodingRows, WaitingPrompts
+from alignment.models.forward.shared_prompts import Reading, shared_beginning
 from alignment.models.kernels.layout import prepacked
 
 FULL_ENOUGH = 0.75

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.costs.recorder import is_on_cpu
+from alignment.data.tokens.rendering import in_common
 from alignment.models.forward.attention import ATTENTION, KeysValues
-from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.flat import has_window, trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
-from alignment.models.forward.rows import FlatRows, behind, behind_one, by_tokens, evenly, next_multiple, stream
+from alignment.models.forward.rows import (
+    FlatRows,
+    behind,
+    behind_one,
+    by_tokens,
+    evenly,
+    next_multiple,
+    on_device,
+    on_host,
+    stream,
+)
 from alignment.models.forward.side_by_side import can_divide
-from alignment.models.forward.transfer import on_device, on_host
 from alignment.models.forward.two_threads import THREADS, can_share, each_of
 from alignment.models.kernels.kv_cache import RowsCache
 
@@ -174,3 +185,32 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
         return torch.stack([own.sum() for own in logprobs.split([len(text) for text in span_texts])]).tolist()
 
     return list(chain.from_iterable(_by_span([len(text) for text in texts], model, sums_of)))
+
+
+FEWEST_TOKENS = 64
+"""Tokens below which a common beginning is read and held with each prompt, because attending elsewhere costs more than
+it saves (docs/LOG.md, 2026-11-28)."""
+
+FEWEST_ROWS = 8
+"""Rows of a batch below which it is."""
+
+
+def shared_beginning(model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: int) -> Beginning | None:
+    """What all of the prompts begin with, or None if it is short, if there are few ``rows``, or if the model's decoding
+    attention cannot attend to it; ``model`` has no wrapper.
+
+    Every prompt has at least one more token.
+    """
+    if rows < FEWEST_ROWS or not _can_share(model):
+        return None
+    # What the first and the last in lexical order begin with, all do.
+    tokens = min(in_common(min(prompts, key=tuple), max(prompts, key=tuple)), min(map(len, prompts)) - 1)
+    return read_beginning(model, prompts[0][:tokens]) if tokens >= FEWEST_TOKENS else None
+
+
+def _can_share(model: PreTrainedModel) -> bool:
+    """Whether attention sees all earlier columns, without a cap, in products on a CPU."""
+    config = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    on_cpu = is_on_cpu(model.get_input_embeddings().weight)
+    return on_cpu and can_read(model) and not capped and not has_window(model)

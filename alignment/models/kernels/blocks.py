@@ -1,7 +1,7 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
 
 The differences: layers of one input are multiplied together (products.py). A gated product is computed again in the
-backward pass instead of stored (origins.py). Rotary positions (Su et al. 2021) take one pass over all numbers and two
+backward pass instead of stored (products.py). Rotary positions (Su et al. 2021) take one pass over all numbers and two
 over half of them, forward and backward, instead of a dozen over all. A block is replaced only after a test on fixed
 numbers shows that it computes the expected function.
 """
@@ -19,8 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignment.costs.shadows import Shadow
 from alignment.models.kernels.nf4 import float32_copy
-from alignment.models.kernels.origins import with_origin
-from alignment.models.kernels.products import products
+from alignment.models.kernels.products import products, with_origin
 
 _ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "GemmaAttention"}
 _FEED_FORWARD = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "GemmaMLP", "Qwen3MLP"}

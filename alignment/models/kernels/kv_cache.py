@@ -19,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import CACHE, memory_for
-from alignment.models.assembly.precision import products_dtype
+from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.attention import KeysValues
-from alignment.models.kernels.capped_attention import capped_attention
+from alignment.models.kernels.sdpa import capped_attention
 
 ATTENTION = "decoding"
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from alignment.costs.recorder import is_on_cpu
 from alignment.costs.shadows import Shadow
-from alignment.models.assembly.precision import products_dtype
+from alignment.models.assembly.modules import products_dtype
 from alignment.models.kernels.blocks import read_together
-from alignment.models.kernels.dora_norms import reused_norms
-from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
+from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight, reused_norms
 from alignment.models.kernels.products import JOINT, LowRank, Products, has_plain_adapters, is_hooked, low_rank
 
 Forward = Callable[[Tensor], Tensor]

@@ -1,7 +1,7 @@
 """Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
 
 The models' code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step.
-Here autograd stores the input and one number per token, and the result carries its origin (origins.py). A layer is
+Here autograd stores the input and one number per token, and the result carries its origin (products.py). A layer is
 replaced only after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or
 (1 + weight) · x/rms.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.costs.shadows import real_tensors
-from alignment.models.kernels.origins import with_origin
+from alignment.models.kernels.products import with_origin
 
 _MANY = 1 << 16
 """Count of numbers from which a pass over them takes longer than the call itself."""

@@ -1,21 +1,22 @@
 """A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
 
 PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
-small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin
-(origins.py), only what that reads is stored in its place. Several adapters on one layer become one adapter with the sum
+small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin,
+only what that reads is stored in its place. Several adapters on one layer become one adapter with the sum
 of their ranks. Layers that read the same input (queries, keys and values; gate and up) share the products with small
 factors, whose few columns would leave a processor idle.
 
-DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (dora_norms.py). The product is stored once more then.
+DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (nf4.py). The product is stored once more then.
 It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too far apart for a factor that is
 learned.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,112 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.models.kernels.dora_norms import change_of_magnitude
-from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_product, frozen_weight
-from alignment.models.kernels.origins import Origin, input_again, origin_of, to_store
-from alignment.models.kernels.whole_products import are_whole, whole_products
+from alignment.models.assembly.modules import products_dtype
+from alignment.models.kernels.nf4 import Nf4Linear, change_of_magnitude, computes_in, frozen_product, frozen_weight
+
+_NAME = "alignment_origin"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """``compute(*inputs)`` is the tensor that carries it, as long as nobody changes that in place, which would raise
+    PyTorch's count of its versions."""
+
+    compute: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    version: int
+
+
+def with_origin(tensor: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The same tensor, which carries its origin from now on if gradients flow through it.
+
+    Autograd then stores ``inputs`` anyway, for the function that computed the tensor, and refuses changes to them.
+    """
+    if tensor.requires_grad:
+        setattr(tensor, _NAME, Origin(compute, tuple(states.detach() for states in inputs), tensor._version))
+    return tensor
+
+
+def origin_of(tensor: Tensor) -> Origin | None:
+    """What it can be computed from; None if it must be stored, or nothing will be."""
+    origin: Origin | None = getattr(tensor, _NAME, None)
+    is_valid = origin is not None and origin.version == tensor._version
+    return origin if is_valid and torch.is_grad_enabled() else None
+
+
+def to_store(ctx: Any, x: Tensor, origin: Origin | None) -> tuple[Tensor, ...]:
+    """What a function stores of its input ``x [..., width]``, for ``input_again`` in its backward pass."""
+    ctx.compute, ctx.dtype = None if origin is None else origin.compute, x.dtype
+    return (x,) if origin is None else origin.inputs
+
+
+def input_again(ctx: Any, stored: Sequence[Tensor]) -> Tensor:
+    """``[tokens, width]``: the function's input, from what ``to_store`` returned."""
+    x: Tensor = stored[0] if ctx.compute is None else ctx.compute(*stored)
+    return x.to(ctx.dtype).reshape(-1, x.shape[-1])
+
+
+def are_whole(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
+    """Whether the layers are plain ones with weights that are trained now, and can read ``x``."""
+    if not torch.is_grad_enabled() or not all(_is_whole(layer) for layer in layers):
+        return False
+    return torch.is_autocast_enabled(x.device.type) or all(layer.weight.dtype == x.dtype for layer in layers)
+
+
+def _is_whole(layer: nn.Module) -> bool:
+    """Whether it is a plain layer that is trained; one whose forward was replaced, as by offloading, must be called."""
+    return type(layer) is nn.Linear and layer.weight.requires_grad and "forward" not in vars(layer)
+
+
+def whole_products(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The outputs of the layers for ``x [..., in]``, each ``[..., out]``."""
+    weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
+    outputs: tuple[Tensor, ...] = _WholeProducts.apply(x, products_dtype(x), origin_of(x), *weights, *biases)
+    return outputs
+
+
+class _WholeProducts(torch.autograd.Function):
+    """Products in ``dtype``; ``trained`` are the weights ``[out, in]`` of all layers, then their biases ``[out]`` or
+    None.
+
+    Gradients are summed as autograd does it: in the input's dtype, those of the last layer first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, origin: Origin | None, *trained: Any) -> tuple[Tensor, ...]:
+        count = len(trained) // 2
+        weights, biases = trained[:count], trained[count:]
+        read = x.to(dtype)
+        ctx.save_for_backward(*weights, *to_store(ctx, read, origin))
+        ctx.shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        with torch.autocast(x.device.type, enabled=False):
+            return tuple(
+                nn.functional.linear(read, weight.to(dtype), None if bias is None else bias.to(dtype))
+                for weight, bias in zip(weights, biases, strict=True)
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        stored, count = ctx.saved_tensors, len(grads)
+        weights, x = stored[:count], input_again(ctx, stored[count:])
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        of_weights = [
+            (grad.T @ x).to(weight.dtype) if need else None
+            for grad, weight, need in zip(flat, weights, needs[:count], strict=True)
+        ]
+        of_biases = [
+            grad.sum(0).to(dtype) if need else None
+            for grad, dtype, need in zip(flat, ctx.bias_dtypes, needs[count:], strict=True)
+        ]
+        of_x = (
+            (grad @ weight.to(grad.dtype)).to(ctx.input_dtype)
+            for grad, weight in zip(reversed(flat), reversed(weights), strict=True)
+        )
+        grad_x = functools.reduce(torch.add, of_x).view(ctx.shape) if needs_x else None
+        return grad_x, None, None, *of_weights, *of_biases
 
 
 def fuse_adapters(model: PeftModel) -> None:

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.models.forward.rows import Range, next_multiple
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.rows import Range, next_multiple, on_device
 
 QUERIES = 256
 """Number of queries up to which a row is short; its stored softmax grows with their square."""

@@ -10,8 +10,7 @@ from alignment.core.artifacts import EVALUATION
 from alignment.evaluation import paired_scores
 from alignment.records.evaluation import FILE, ArmResult, Evaluation, Metric
 from alignment.records.run import RunRecord
-from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages
-from alignment.report.run_page.run_records import Difference
+from alignment.report.run_page.run_records import Difference, artifact_folder, evaluation_stages
 from alignment.stages.registry import produced_by
 
 

@@ -22,7 +22,7 @@ from alignment.records.run import FILE, Attempts, RunRecord, StageEntry
 from alignment.records.training import METRICS, readable_rows
 from alignment.records.worker import HEARTBEATS, PROGRESS
 from alignment.report.kit.text import finite
-from alignment.report.run_page.run_layout import artifact_folder
+from alignment.report.run_page.run_records import artifact_folder
 
 
 @contextmanager

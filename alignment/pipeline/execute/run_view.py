@@ -21,7 +21,7 @@ from alignment.records.run import RunRecord, StageEntry
 from alignment.records.training import METRICS, TOKENS
 from alignment.records.worker import Progress
 from alignment.report.kit.text import finite
-from alignment.report.run_page import run_layout
+from alignment.report.run_page import run_records
 from alignment.stages.registry import headline_curve, tokens_of
 
 Clock = Callable[[], float]
@@ -293,8 +293,8 @@ class RunReader:
 
 def work_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path:
     """Where a stage works until its artifact is complete."""
-    artifact = run_layout.artifact_folder(run_folder, stage, entry)
-    return run_layout.work_folder(run_folder / stage if artifact is None else artifact)
+    artifact = run_records.artifact_folder(run_folder, stage, entry)
+    return run_records.work_folder(run_folder / stage if artifact is None else artifact)
 
 
 class _RunningStage:

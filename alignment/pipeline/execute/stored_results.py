@@ -24,7 +24,7 @@ from alignment.pipeline.sources import bundled_model, data_sources, model_source
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.pipeline.sources.peft_adapters import read_adapter, refuse_other_base
 from alignment.records.run import FILE, RunRecord, StageEntry
-from alignment.report.run_page.run_layout import artifact_folder
+from alignment.report.run_page.run_records import artifact_folder
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 

@@ -34,7 +34,7 @@ from alignment.records.run import RunRecord
 from alignment.records.stages import Forgetting
 from alignment.records.worker import Progress
 from alignment.report import doubts
-from alignment.report.run_page.run_layout import artifact_folder
+from alignment.report.run_page.run_records import artifact_folder
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, tables_of
 

@@ -18,10 +18,9 @@ from alignment.report.run_page import run_tables
 from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
 from alignment.report.run_page.curves import Chart, charts, num_gaps
-from alignment.report.run_page.people_rows import PeopleRow, people_rows
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
-from alignment.report.run_page.sample_rows import choose, rule
+from alignment.report.run_page.shown_rows import PeopleRow, choose, people_rows, rule
 from alignment.report.run_page.verdict import judge
 from alignment.stages.registry import trains
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from pathlib import Path
 from typing import Any
+
+from alignment.core import typed_json
+from alignment.core.errors import ArtifactError
+from alignment.core.typed_json import Cleaning, NewerVersion, Record
 
 MINUS = "\u2212"
 
@@ -125,3 +130,21 @@ def finite(value: Any) -> float | None:
     except OverflowError:
         return None
     return result if math.isfinite(result) and abs(result) < 1e30 else None
+
+
+def _drawable(number: float) -> float | None:
+    return None if finite(number) is None else number
+
+
+FOR_A_PAGE = Cleaning(prose=prose, line=name, name=path_end, number=_drawable)
+
+
+def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:
+    """The record in a file, cleaned for a page, or None with the reason in words."""
+    try:
+        record = typed_json.read_parts(path, kind, FOR_A_PAGE)
+    except NewerVersion:
+        return None, f"The file {path.name} was written by a newer version and is not shown."
+    except (ArtifactError, OSError):
+        record = None
+    return record, "" if record is not None else f"The file {path.name} cannot be read."

@@ -17,14 +17,18 @@ from alignment.records.run import FILE, RunRecord
 from alignment.records.training import readable_rows
 from alignment.records.worker import STATUS, Status
 from alignment.report.kit import text
-from alignment.report.kit.record_files import FOR_A_PAGE, shown
-from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
-from alignment.report.run_page.forgetting_section import read_forgetting
-from alignment.report.run_page.gate_section import read_gates
-from alignment.report.run_page.left_out_rows import read_left_out
-from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
-from alignment.report.run_page.run_records import Card, Run, Sample, Stage
-from alignment.report.run_page.table_sections import read_tables
+from alignment.report.kit.text import FOR_A_PAGE, shown
+from alignment.report.run_page.run_records import (
+    Card,
+    Run,
+    Sample,
+    Stage,
+    artifact_folder,
+    evaluation_stages,
+    steps_file,
+)
+from alignment.report.run_page.sections import read_evaluation, read_forgetting, read_gates, read_samples, read_tables
+from alignment.report.run_page.shown_rows import read_left_out
 from alignment.stages.registry import produced_by
 
 

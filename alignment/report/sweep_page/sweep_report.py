@@ -2,19 +2,203 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
 from alignment.records.interval import Interval
-from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Goal, Setting, SweepRecord
+from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Goal, Parameter, Setting, SweepRecord, Trial
 from alignment.report.kit import text
+from alignment.report.kit.axes import apart, nice_ticks, padded, tick_labels
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter
-from alignment.report.sweep_page.parallel import parallel
-from alignment.report.sweep_page.sweep_axes import of_parameter, short
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """``position`` maps a value to a position from 0 (the lower end) to 1; ``ticks`` are positions with their
+    labels."""
+
+    title: str
+    ticks: list[tuple[float, str]]
+    position: Callable[[Setting], float]
+
+
+def of_parameter(parameter: Parameter) -> Axis:
+    """Listed values at equal distances in their order; a range on a linear scale, or on a logarithmic one if
+    ``log``."""
+    title = short(parameter.key)
+    if parameter.values:
+        last = len(parameter.values) - 1
+        positions = {value: position / last if last else 0.5 for position, value in enumerate(parameter.values)}
+        ticks = [(position, text.name(value, limit=12)) for value, position in positions.items()]
+        return Axis(title=title, ticks=ticks, position=lambda value: positions[str(value)])
+    assert parameter.low is not None
+    assert parameter.high is not None
+    if parameter.log:
+        return _logarithmic(title, parameter.low, parameter.high)
+    return _linear(title, parameter.low, parameter.high)
+
+
+def of_goal(label: str, trials: list[Trial], index: int) -> Axis:
+    """The metrics of trials that are done, with a margin."""
+    low, high = padded([trial.figures[index].mean for trial in trials])
+    return _linear(text.name(label, limit=30), low, high)
+
+
+def short(key: str) -> str:
+    """``stages.dpo.beta`` → ``dpo.beta``."""
+    return text.name(key.removeprefix("stages."), limit=30)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in [low, high]; if there are fewer than two, also 2 and 5 times powers; else the ends."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for factors in ((1,), (1, 2, 5)):
+        candidates = [factor * power for power in powers for factor in factors]
+        inside = [tick for tick in candidates if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(inside) > 1:
+            return inside
+    return [low, high]
+
+
+def _linear(title: str, low: float, high: float) -> Axis:
+    def position(value: Setting) -> float:
+        return (float(value) - low) / (high - low)
+
+    ticks = nice_ticks(low, high, 5)
+    return Axis(
+        title=title,
+        ticks=[(position(tick), label) for tick, label in zip(ticks, tick_labels(ticks), strict=True)],
+        position=position,
+    )
+
+
+def _logarithmic(title: str, low: float, high: float) -> Axis:
+    def position(value: Setting) -> float:
+        return math.log(float(value) / low) / math.log(high / low)
+
+    ticks = log_ticks(low, high)
+    return Axis(
+        title=title,
+        ticks=[(position(tick), label) for tick, label in zip(ticks, apart(ticks), strict=True)],
+        position=position,
+    )
+
+
+WIDTH, HEIGHT = 940, 330
+LEFT, RIGHT, TOP, BOTTOM = 60, 70, 52, 14
+SHADES = 5
+MOST_IN_A_ROW = 4
+NARROW, ROW, MARGIN = 360, 66, 8
+"""The drawing with horizontal axes: its width, the height for each axis, and the margin on the left and right."""
+DIGIT = 6.5
+"""Approximate width of a character of a tick, in pixels."""
+
+
+def parallel(record: SweepRecord) -> Markup:
+    """The drawing twice, with vertical axes and with horizontal axes for a narrow screen; the style sheet shows the one
+    that fits. It is empty until two trials are done."""
+    done = record.done
+    if len(done) < 2:
+        return Markup("")
+    axes = [of_parameter(parameter) for parameter in record.parameters]
+    axes += [of_goal(goal.label, done, index) for index, goal in enumerate(record.goals)]
+    upright = _drawing(record, axes, "upright", (WIDTH, HEIGHT), _upright_point, _upright_axis)
+    lying = _drawing(record, axes, "lying", (NARROW, ROW * len(axes)), _lying_point, _lying_axis)
+    return upright + lying
+
+
+Point = Callable[[int, float, int], tuple[float, float]]
+"""Maps the index of an axis, a position on it and the number of axes to pixels."""
+
+
+def _drawing(
+    record: SweepRecord,
+    axes: list[Axis],
+    kind: str,
+    size: tuple[int, int],
+    point: Point,
+    axis: Callable[[list[Axis], int], Markup],
+) -> Markup:
+    lines = [_line(trial, axes, record, point) for trial in reversed(record.trials)]  # the best is drawn last
+    spoken = f"{len(record.done)} trials, their settings and metrics; the table has the same numbers"
+    return Markup('<svg class="parallel {}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
+        kind, *size, spoken, Markup("").join(lines), Markup("").join(axis(axes, at) for at in range(len(axes)))
+    )
+
+
+def _upright_point(at: int, position: float, number: int) -> tuple[float, float]:
+    return LEFT + at * (WIDTH - LEFT - RIGHT) / max(1, number - 1), TOP + (1 - position) * (HEIGHT - TOP - BOTTOM)
+
+
+def _upright_axis(axes: list[Axis], at: int) -> Markup:
+    """The axis with its numbers; with many axes every other title is higher, so that titles do not overlap."""
+    x, _ = _upright_point(at, 0.0, len(axes))
+    anchor = "start" if at == 0 else "end" if at == len(axes) - 1 else "middle"
+    shift = {"start": -LEFT + 2, "end": RIGHT - 2, "middle": 0}[anchor]
+    height = TOP - 14 - (18 * (at % 2) if len(axes) > MOST_IN_A_ROW else 0)
+    parts = [
+        Markup('<path class="axis" d="M{:.1f} {}V{}"/>').format(x, TOP, HEIGHT - BOTTOM),
+        _text("head", x + shift, height, anchor, axes[at].title),
+    ]
+    for position, label in axes[at].ticks:
+        _, y = _upright_point(at, position, len(axes))
+        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}h5"/>').format(x, y))
+        parts.append(_text("tick", x + 8, y + 3.5, "start", label))
+    return Markup("").join(parts)
+
+
+def _lying_point(at: int, position: float, _: int) -> tuple[float, float]:
+    return MARGIN + position * (NARROW - 2 * MARGIN), ROW * at + ROW / 2
+
+
+def _lying_axis(axes: list[Axis], at: int) -> Markup:
+    """The axis under its title, with the numbers that do not overlap below it."""
+    _, y = _lying_point(at, 0.0, len(axes))
+    parts = [
+        Markup('<path class="axis" d="M{} {:.1f}H{}"/>').format(MARGIN, y, NARROW - MARGIN),
+        _text("head", MARGIN, y - 14, "start", axes[at].title),
+    ]
+    free = 0.0
+    for position, label in sorted(axes[at].ticks):
+        x, _ = _lying_point(at, position, len(axes))
+        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}v4"/>').format(x, y))
+        half = len(label) * DIGIT / 2
+        middle = min(max(x, half), NARROW - half)
+        if middle - half >= free:
+            parts.append(_text("tick", middle, y + 16, "middle", label))
+            free = middle + half + DIGIT
+    return Markup("").join(parts)
+
+
+def _text(kind: str, x: float, y: float, anchor: str, words: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, words)
+
+
+def _line(trial: Trial, axes: list[Axis], record: SweepRecord, point: Point) -> Markup:
+    """A line through the trial's settings and, if it has them, its metrics."""
+    values = [trial.settings[parameter.key] for parameter in record.parameters] + [item.mean for item in trial.figures]
+    pixels = (point(at, axes[at].position(value), len(axes)) for at, value in enumerate(values))
+    points = [f"{x:.1f} {y:.1f}" for x, y in pixels]
+    values_text = ", ".join(text.number(item.mean, 3) for item in trial.figures) or trial.state
+    return Markup('<path class="trial {}" d="M{}"><title>{}</title></path>').format(
+        _kind(trial, record), "L".join(points), f"trial {trial.number}: {values_text}; {' '.join(trial.words)}"
+    )
+
+
+def _kind(trial: Trial, record: SweepRecord) -> str:
+    """``best``, ``failed``, ``pruned``, or a shade from 1 to 5, stronger for better trials."""
+    if trial.state != "done":
+        return trial.state
+    if trial.number in record.best:
+        return "best"
+    better = sorted((finished.figures[0].mean for finished in record.done), reverse=not record.goals[0].minimize)
+    return f"shade{SHADES - better.index(trial.figures[0].mean) * SHADES // len(better)}"
 
 
 def build_sweep(record: SweepRecord, output: Path) -> None:

@@ -25,8 +25,7 @@ from alignment.core.errors import DataError, NonFiniteError
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import AnswerStream, answer_statistics
 from alignment.models.forward.generate import generate
-from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens, stream
-from alignment.models.forward.transfer import on_host, sent
+from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens, on_host, sent, stream
 from alignment.models.kernels.layout import prepacked
 
 _WITHOUT_EFFECT = ("do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks")

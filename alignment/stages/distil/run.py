@@ -19,7 +19,7 @@ from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
-from alignment.models.forward.distilled import install_divergence, refuse_other_heads
+from alignment.models.forward.divergence import install_divergence, refuse_other_heads
 from alignment.records.stages import Distillation, StudentFigures, Timing
 from alignment.stages.distil.kind import BEFORE, DistilConfig
 from alignment.stages.distil.student import DistilTrainer, HeldOutAnswers, saved_student, student_of, taught_rows

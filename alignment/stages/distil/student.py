@@ -18,10 +18,10 @@ from alignment.config.faults import refuse
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import tokenizer_hashes
-from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import Lineage, load_policy, saved_adapters, weights_dtype
+from alignment.models.assembly.modules import keep_first_layers
 from alignment.models.forward.causal import IGNORED
-from alignment.models.forward.distilled import learned_positions, teaching_at
+from alignment.models.forward.divergence import learned_positions, teaching_at
 from alignment.stages.distil.kind import DistilConfig, too_many_layers
 from alignment.stages.shared.answer_sampling import AskedPrompts
 from alignment.stages.shared.language_model import MicroBatchedSftTrainer

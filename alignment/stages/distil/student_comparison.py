@@ -19,8 +19,7 @@ from alignment.data.tokens.tokenize import end_ids
 from alignment.evaluation.statistics import Intervals
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.answers import answer_states, batches
-from alignment.models.forward.distilled import teaching_at
-from alignment.models.forward.divergence import divergence_from
+from alignment.models.forward.divergence import divergence_from, teaching_at
 from alignment.models.forward.flat import use_flat_attention
 from alignment.records.interval import Interval
 from alignment.records.stages import Assisted, StudentFigures, Timing

@@ -17,7 +17,7 @@ from trl import DPOConfig as TrlDpoConfig
 from alignment.config.optim import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.mapped import copied_in_calls
+from alignment.models.assembly.weight_file import copied_in_calls
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.dpo.kind import DpoConfig, DpoLoss
 from alignment.stages.dpo.trainer import (

@@ -14,8 +14,7 @@ from typing import Any
 from alignment.config.evaluating import AnswersConfig
 from alignment.config.launch import Engine
 from alignment.evaluation.arms import TokenSum
-from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.models.assembly.load import Lineage, weights_sha256
 from alignment.stages.evaluate import cache_file
 from alignment.stages.evaluate.prompts import TurnPrompts
 from alignment.training.context import StageContext

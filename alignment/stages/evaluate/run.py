@@ -20,8 +20,8 @@ from alignment.evaluation.exchanges import LetterRows, asked_turns, choice_score
 from alignment.evaluation.paired_scores import primary_name, recorded
 from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import refuse_not_finite, samples
+from alignment.models.assembly.heads import HEAD, load_reward_model
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
-from alignment.models.assembly.reward_head import HEAD, load_reward_model
 from alignment.models.forward.answers import micro_batches_of, unwrapped
 from alignment.models.kernels.layout import prepacked
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from alignment.core.fingerprint import file_sha256
 from alignment.costs.recorder import on_shadows
-from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.models.assembly.load import Lineage, weights_sha256
 from alignment.stages.evaluate import cache_file
 from alignment.stages.shared.policy_logprobs import from_main
 from alignment.training.context import StageContext

@@ -20,8 +20,8 @@ from alignment.config.optim import tokens_of
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.mapped import copied_in_calls
 from alignment.models.assembly.prefix import positions_of
+from alignment.models.assembly.weight_file import copied_in_calls
 from alignment.models.forward.answers import unwrapped
 from alignment.records.training import METRICS, MetricsLog
 from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, KtoConfig, one_label

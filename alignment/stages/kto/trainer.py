@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl import KTOTrainer
 
 from alignment.data.tokens.row_kinds import DESIRABLE, PROMPT, UNDESIRABLE
-from alignment.models.forward.transfer import on_host
+from alignment.models.forward.rows import on_host
 from alignment.stages.shared.preference_pairs import prompts_of
 from alignment.stages.shared.reference import AgainstStart, StartRow, answer_logprobs
 from alignment.stages.shared.stage_rows import WHERE

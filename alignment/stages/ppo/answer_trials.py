@@ -9,7 +9,7 @@ from itertools import accumulate, cycle, islice
 
 import torch
 
-from alignment.models.assembly.recomputing import recompute
+from alignment.models.assembly.modules import recompute
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.rows import SHORTEST_SHARED
 from alignment.stages.ppo.experience import Experience, partition_of, response_mask

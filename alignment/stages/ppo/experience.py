@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignment.models.forward.answers import micro_batches_of
-from alignment.models.forward.transfer import sent
+from alignment.models.forward.rows import sent
 from alignment.records.training import MetricsLog
 from alignment.rewards.scores import Scores, gathered_scores
 from alignment.training.context import StageContext

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignment.algos.ppo import clipped_value_loss, explained_variance, k3, value_is_clipped
-from alignment.models.assembly.actor_critic import ValueLoss
+from alignment.models.assembly.heads import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, unwrapped
-from alignment.models.forward.transfer import on_device
-from alignment.models.kernels.dora_norms import reused_norms
+from alignment.models.forward.rows import on_device
+from alignment.models.kernels.nf4 import reused_norms
 from alignment.stages.ppo.experience import Experience, Partition, ScoredBatch, spread
 from alignment.stages.ppo.kind import SCORE_STD
 from alignment.stages.ppo.objective import Advantages, PolicyLoss, PolicyObjective, Sampled

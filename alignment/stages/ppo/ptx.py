@@ -14,8 +14,7 @@ from alignment.data.tokens.tokenize import IGNORED, TokenizedConversation
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import label_statistics
-from alignment.models.forward.rows import by_tokens, stream
-from alignment.models.forward.transfer import on_host, sent
+from alignment.models.forward.rows import by_tokens, on_host, sent, stream
 from alignment.stages.ppo.experience import prompt_order
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import as_many_as_most

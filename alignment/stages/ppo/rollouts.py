@@ -14,7 +14,7 @@ from torch import Tensor
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import AnswerStream, answer_statistics, answer_stream
-from alignment.models.kernels.dora_norms import reused_norms
+from alignment.models.kernels.nf4 import reused_norms
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo.engine import RolloutEngine, SampledAnswers
 from alignment.stages.ppo.experience import (

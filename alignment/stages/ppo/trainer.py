@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from alignment.algos.ppo import AdaptiveKl, KlController, tied_groups
 from alignment.config.launch import Engine
 from alignment.core.errors import StageError
-from alignment.models.assembly.recomputing import checkpoint_activations, recompute
+from alignment.models.assembly.modules import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo import learn

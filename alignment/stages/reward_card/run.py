@@ -24,9 +24,9 @@ from alignment.evaluation.arms import grouped
 from alignment.evaluation.bag_of_words import BagOfWords, fit
 from alignment.evaluation.card_measures import Intervals, Judged, card_of, warnings
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import products_in, refuse_other_tokenizer
 from alignment.models.assembly.prefix import prefix_of
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.records.reward_card import Invariances, Learned, Rescored, RewardCard
 from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+
 from alignment.core.errors import StageError
 from alignment.data.records import Prompt
 from alignment.stages.sample.kind import SampleConfig, Select
 from alignment.training.context import StageContext
-
-
-
 
 EMPTY, NO_END, REPEATED = "empty", "no end", "repeated"
 """Why an answer is left out."""

@@ -23,7 +23,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.job import StageSpec, memory_key
-from alignment.models.assembly.unused import free_unused
+from alignment.models.assembly.modules import free_unused
 from alignment.records import training
 from alignment.records.training import OWN_FILE, ChosenSize
 from alignment.training.context import StageContext

@@ -15,7 +15,7 @@ from alignment.core.model_files import architecture_in
 from alignment.job import StageSpec
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import name_trunk
-from alignment.models.assembly.scalar_architectures import refuse_without_scores
+from alignment.models.assembly.modules import refuse_without_scores
 from alignment.models.forward.head import logit_factor
 from alignment.models.kernels.kv_cache import RowsCache
 from alignment.training.context import StageContext

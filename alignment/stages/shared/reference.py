@@ -30,14 +30,12 @@ from alignment.core.files import remove_leftovers, replacing
 from alignment.core.hardware import has_amx
 from alignment.costs.recorder import on_shadows, some_of
 from alignment.models.assembly.adapters import at_start, with_own
-from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy, products_in
-from alignment.models.assembly.mapped import copy_weights
-from alignment.models.assembly.weight_file import write_weights
-from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy, products_in, weights_sha256
+from alignment.models.assembly.weight_file import copy_weights, write_weights
 from alignment.models.forward.answers import answer_statistics, answer_stream, micro_batches_of, unwrapped
 from alignment.models.forward.causal import IGNORED, install_causal
 from alignment.models.forward.flat import use_flat_attention
-from alignment.models.forward.transfer import on_device, on_host
+from alignment.models.forward.rows import on_device, on_host
 from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
 from alignment.training.cutting import cut_frozen

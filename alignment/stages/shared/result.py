@@ -17,7 +17,7 @@ from alignment.costs.shadows import zeros
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.models.assembly.adapters import OWN, put_in_order
 from alignment.models.assembly.load import Lineage, base_record, lineage, refuse_other_tokenizer
-from alignment.models.assembly.start import adapters_below, load_start, saved_as, turn_off_dropout
+from alignment.models.assembly.roles import adapters_below, load_start, saved_as, turn_off_dropout
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.session import fresh_folder
@@ -44,7 +44,7 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 def initial_model(
     context: StageContext, start: Lineage, task: TaskType, *, may_drop: bool
 ) -> PreTrainedModel | PeftModel:
-    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/start.py).
+    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/roles.py).
 
     ``may_drop`` allows dropout. A stage that compares two passes of one model must not allow it, because each pass
     would drop different values.

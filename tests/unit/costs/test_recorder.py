@@ -16,11 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alignment.config.model import Dtype
 from alignment.costs import op_times
 from alignment.costs.devices import DEVICES, seconds_on
-from alignment.costs.heap import ALIGNMENT, Heap
-from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, alike, seconds_of
+from alignment.costs.live_memory import ALIGNMENT, Heap
+from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, alike, bytes_of, flop_of, seconds_of
 from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
 from alignment.costs.shadows import Operation, Shadow, ShadowMode, zeros
-from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.shared.reference import OwnRows

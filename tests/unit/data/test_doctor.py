@@ -18,12 +18,11 @@ from rich.console import Console
 from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.data import near_duplicates, repeated_records
+from alignment.data import near_duplicates
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.near_duplicates import NearDuplicates
+from alignment.data.near_duplicates import KeySet, NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
-from alignment.data.repeated_records import KeySet
 from alignment.data.row_count import count_rows, fewer_of, times_as_many
 from alignment.data.turns import Message
 
@@ -371,7 +370,7 @@ def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Pat
 def test_exact_duplicates_and_contradictions_are_named_by_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    monkeypatch.setattr(repeated_records, "BATCH", batch)
+    monkeypatch.setattr(near_duplicates, "BATCH", batch)
     other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
     diagnosis = _examined(tmp_path, [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
     assert _lines_of(diagnosis.repeats.exact) == [(4, 1), (5, 3), (6, 2)]
@@ -437,8 +436,8 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
 def test_what_repeats_does_not_depend_on_how_many_rows_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
 ) -> None:
-    monkeypatch.setattr(repeated_records, "BATCH", batch)
-    monkeypatch.setattr(repeated_records, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(near_duplicates, "BATCH", batch)
+    monkeypatch.setattr(near_duplicates, "BATCH_CHARACTERS", characters)
     monkeypatch.setattr(near_duplicates, "TEXTS", 12)
     long = " ".join(f"word{number}" for number in range(40))
     pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]

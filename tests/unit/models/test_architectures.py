@@ -49,10 +49,10 @@ from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.core.model_files import positions_in
 from alignment.models.assembly.adapters import add_adapter
-from alignment.models.assembly.beside_text import parts_beside_text
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage, load_policy
+from alignment.models.assembly.modules import parts_beside_text
 from alignment.models.assembly.prefix import positions_of
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal

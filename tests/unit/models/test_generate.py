@@ -18,21 +18,18 @@ from transformers import PreTrainedModel
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
 from alignment.models.forward import decoding_rows
-from alignment.models.forward import entering_prompts as padded_module
 from alignment.models.forward import generate as generate_module
-from alignment.models.forward import shared_beginning as beginning_module
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
-from alignment.models.forward.decoding_rows import DecodingRows
+from alignment.models.forward.decoding import sampled_tokens
+from alignment.models.forward.decoding_rows import DecodingRows, WaitingPrompts
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate, reading_order
-from alignment.models.forward.shared_beginning import shared_beginning
-from alignment.models.forward.token_choice import sampled_tokens
-from alignment.models.forward.waiting_prompts import WaitingPrompts
+from alignment.models.forward.shared_prompts import shared_beginning
 from alignment.models.kernels import kv_cache
 from alignment.models.kernels import kv_cache as cache_module
-from alignment.models.kernels.sdpa_order import without_cudnn
+from alignment.models.kernels.sdpa import without_cudnn
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.models.conftest import LORA, PROMPTS, adapted
@@ -258,8 +255,8 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
     """Rows enter and leave at different steps, columns are dropped, and the cache grows."""
     monkeypatch.setattr(decoding_rows, "DROPPED", 2)
     monkeypatch.setattr(kv_cache, "ROOM", 3)
-    monkeypatch.setattr(beginning_module, "FEWEST_TOKENS", 16)
-    monkeypatch.setattr(beginning_module, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(reading_module, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(reading_module, "FEWEST_ROWS", 1)
     make, is_flat = MODELS[name]
     model, reference = make(), make()
     if is_flat:
@@ -367,7 +364,7 @@ def test_answers_never_depend_on_how_prompts_are_read_together(
 ) -> None:
     model = made()
     expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
-    monkeypatch.setattr(padded_module, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(decoding_rows, "PREFILL_TOKENS", tokens)
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignment.models.forward import head_chunks
+from alignment.models.forward import head
 from alignment.models.forward.divergence import Divergence, Teaching, divergence_from
 from alignment.models.forward.head import token_statistics
 from tests.oracles import distillation
@@ -45,8 +45,8 @@ def test_statistics_equal_the_slow_loops(
     chunk: int,
     at_once: int,
 ) -> None:
-    monkeypatch.setattr(head_chunks, "CHUNK", chunk)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * VOCABULARY)
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "IN_CACHE", at_once * VOCABULARY)
     hidden, weight, labels = numbers
     logits = bounded(hidden.double() @ weight.double().T, cap).tolist()
     statistics = token_statistics(hidden, weight, labels, temperature=temperature, cap=cap)
@@ -70,16 +70,16 @@ def test_of_tied_tokens_only_the_one_that_greedy_decoding_takes_is_the_first_cho
 def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
     monkeypatch: pytest.MonkeyPatch, numbers: tuple[torch.Tensor, ...]
 ) -> None:
-    monkeypatch.setattr(head_chunks, "CHUNK", 2)
+    monkeypatch.setattr(head, "CHUNK", 2)
     hidden, weight, labels = numbers
     names: list[str] = []
-    project = head_chunks.ChunkMemory.project
+    project = head.ChunkMemory.project
 
-    def watched(self: head_chunks.ChunkMemory, *arguments: torch.Tensor) -> torch.Tensor:
+    def watched(self: head.ChunkMemory, *arguments: torch.Tensor) -> torch.Tensor:
         names.append(threading.current_thread().name.split("_")[0])
         return project(self, *arguments)
 
-    monkeypatch.setattr(head_chunks.ChunkMemory, "project", watched)
+    monkeypatch.setattr(head.ChunkMemory, "project", watched)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -106,8 +106,8 @@ def test_gradients_are_those_of_the_whole_distribution(
     of_entropy: bool,
 ) -> None:
     """Of log-probability and entropy, each with weights of its own; of the entropy only if a loss asks for it."""
-    monkeypatch.setattr(head_chunks, "CHUNK", 3)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * VOCABULARY)
+    monkeypatch.setattr(head, "CHUNK", 3)
+    monkeypatch.setattr(head, "IN_CACHE", 2 * VOCABULARY)
     hidden, weight, labels = numbers
     upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
     inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
@@ -167,8 +167,8 @@ def heads() -> Heads:
 def test_divergence_and_acceptance_equal_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch, heads: Heads, temperature: float, chunk: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(head_chunks, "CHUNK", chunk)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * VOCABULARY)
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "IN_CACHE", at_once * VOCABULARY)
     computed = heads.divergence(temperature=temperature)
     pairs = list(zip(*heads.logits(), strict=True))
     close(computed.forward_kl.detach(), [distillation.forward_kl(*pair, temperature) for pair in pairs], atol=1e-6)
@@ -183,8 +183,8 @@ def test_divergence_and_acceptance_equal_the_slow_loops(
 def test_the_student_alone_has_the_gradient_of_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch, heads: Heads, temperature: float, trained: bool
 ) -> None:
-    monkeypatch.setattr(head_chunks, "CHUNK", 3)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * VOCABULARY)
+    monkeypatch.setattr(head, "CHUNK", 3)
+    monkeypatch.setattr(head, "IN_CACHE", 2 * VOCABULARY)
     upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
     heads.weight.requires_grad_(trained)
     (heads.divergence(temperature=temperature).forward_kl * upstream).sum().backward()

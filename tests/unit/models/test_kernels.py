@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.models.assembly.recomputing import checkpoint_activations, recompute
-from alignment.models.kernels import blocks, norms, products, whole_products
+from alignment.models.assembly.modules import checkpoint_activations, recompute
+from alignment.models.kernels import blocks, norms, products
 from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.nf4 import quantize_trunk
 from alignment.models.kernels.norms import fuse_norms
@@ -137,8 +137,7 @@ def test_gradients_are_the_same_bits_as_with_all_stored(
     """Those of whole layers also if each layer is computed alone."""
     monkeypatch.setattr(norms, "_MANY", 0)  # as for many numbers
     again = _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast)
-    for module in (products, whole_products):
-        monkeypatch.setattr(module, "origin_of", lambda _: None)
+    monkeypatch.setattr(products, "origin_of", lambda _: None)
     _assert_same_bits(again, _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast))
     if adapter is None:
         monkeypatch.setattr(products, "are_whole", lambda *_: False)

@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
-from alignment.models.kernels import dora_norms, layout
+from alignment.models.kernels import layout, nf4
 from alignment.models.kernels.blocks import fuse_blocks
-from alignment.models.kernels.dora_norms import reused_norms
 from alignment.models.kernels.layout import prepacked
-from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, refuse_mostly_whole, round_trunk
+from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, refuse_mostly_whole, reused_norms, round_trunk
 from alignment.models.kernels.products import JOINT, fuse_adapters
 from tests.chained import Chained, config_of
 from tests.oracles.close import close
@@ -294,13 +293,13 @@ def _dora_layers(model: nn.Module) -> int:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers whose norms were computed, one entry each time."""
     layers: list[Any] = []
-    own: Callable[..., Tensor] = dora_norms._norms
+    own: Callable[..., Tensor] = nf4._norms
 
     def counted(layer: Any, adapter: str) -> Tensor:
         layers.append(layer)
         return own(layer, adapter)
 
-    monkeypatch.setattr(dora_norms, "_norms", counted)
+    monkeypatch.setattr(nf4, "_norms", counted)
     return layers
 
 
@@ -329,7 +328,7 @@ def test_magnitudes_that_are_learned_count_in_bfloat16() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         layer.base_layer.bias.zero_()
         for factor in (1.02, 1.025):
-            magnitude.copy_(dora_norms._norms(layer, "default") * factor)
+            magnitude.copy_(nf4._norms(layer, "default") * factor)
             lengths.append(layer(states).double().norm(dim=0))
     expected = torch.full_like(lengths[0], 1.025 / 1.02)
     torch.testing.assert_close(lengths[1] / lengths[0], expected, atol=1e-3, rtol=0.0)

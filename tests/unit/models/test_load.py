@@ -21,7 +21,7 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.engine_weights import write_adapter, write_base, write_model
-from alignment.models.assembly.first_layers import keep_first_layers
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import (
     Lineage,
     frozen_copy,
@@ -30,8 +30,8 @@ from alignment.models.assembly.load import (
     load_scalar,
     refuse_other_tokenizer,
 )
-from alignment.models.assembly.mapped import copied_in_calls, copy_weights, is_mapped
-from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.assembly.modules import keep_first_layers
+from alignment.models.assembly.weight_file import copied_in_calls, copy_weights, is_mapped
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
 from alignment.stages.dpo.kind import DpoConfig

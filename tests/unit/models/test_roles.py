@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alignment.config.model import AdapterConfig, Critic
-from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.heads import ActorCritic
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy
 from alignment.models.assembly.roles import Roles, build_roles, share_frozen
 from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped

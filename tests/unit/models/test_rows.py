@@ -11,11 +11,11 @@ import torch
 
 from alignment.models.forward import flat
 from alignment.models.forward import shared_prompts as reading_module
-from alignment.models.forward.divided_rows import DividedRows, divided
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, answer_batch, generate, reading_order
 from alignment.models.forward.rows import FlatRows, Segment, behind, flatten, stream
 from alignment.models.forward.shared_prompts import can_read, read
+from alignment.models.forward.side_by_side import DividedRows, divided
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.models.conftest import CPU, ROWS, padded

@@ -16,7 +16,7 @@ from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, 
 from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_in_order
 from alignment.models.assembly.load import Lineage, lineage, load_policy
-from alignment.models.assembly.start import load_start, turn_off_dropout
+from alignment.models.assembly.roles import load_start, turn_off_dropout
 from alignment.models.forward import decoding_rows
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION

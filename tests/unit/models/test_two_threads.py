@@ -23,7 +23,7 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.models.forward import flat, side_by_side, two_threads
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal

@@ -11,8 +11,7 @@ import pytest
 
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import Goal, Parameter, SweepRecord, Trial
-from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
-from alignment.report.sweep_page.sweep_report import build_sweep, sweep_page
+from alignment.report.sweep_page.sweep_report import build_sweep, log_ticks, of_parameter, sweep_page
 from tests.browser import browser, opened
 from tests.unit.report.conftest import HOSTILE, REQUESTS, TAGS, Page
 

@@ -18,8 +18,8 @@ from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.rewards.build import build_rewards

@@ -20,7 +20,7 @@ from alignment.core.errors import ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage, load_policy
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
 from alignment.stages.registry import kind_of

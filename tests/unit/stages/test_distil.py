@@ -25,9 +25,9 @@ from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.statistics import Intervals
 from alignment.job import StageInput, StageSpec
-from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import Lineage, lineage, load_policy
-from alignment.models.forward.distilled import refuse_other_heads
+from alignment.models.assembly.modules import keep_first_layers
+from alignment.models.forward.divergence import refuse_other_heads
 from alignment.models.forward.generate import Sampling, generate
 from alignment.records.interval import Interval
 from alignment.records.stages import Assisted, Distillation, StudentFigures, Timing

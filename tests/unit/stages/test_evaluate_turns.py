@@ -32,8 +32,8 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message, tagged
 from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.exchanges import with_system_prompt
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage, lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answer_cache, answering, metric_scores

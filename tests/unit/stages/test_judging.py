@@ -27,8 +27,8 @@ from alignment.core.wording import divided
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import arms
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import Evaluation, Judge, JudgedPair, read_samples
 from alignment.stages.evaluate import judging
 from alignment.stages.evaluate.config import EvaluateConfig

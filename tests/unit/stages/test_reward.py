@@ -23,8 +23,8 @@ from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation import invariance
 from alignment.job import StageInput, StageSpec
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.pipeline.sweeps.objectives import of_stage
 from alignment.stages.registry import kind_named

@@ -14,7 +14,7 @@ from alignment.config.model import AdapterConfig, Dtype
 from alignment.config.optim import Moments, OptimConfig
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.start import load_start
+from alignment.models.assembly.roles import load_start
 from alignment.stages.sft.kind import SftConfig
 from alignment.training import optimizer as module
 from alignment.training.context import StageContext

@@ -32,8 +32,8 @@ from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.job import StageInput
+from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage, lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.pipeline.execute.stored_results import artifact_of

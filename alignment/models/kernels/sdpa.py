@@ -1,9 +1,13 @@
-"""Attention over a padded batch with capped scores, c·tanh(s / c) (Gemma Team 2024, section 2)."""
+"""Attention with capped logits, and the order of torch's own kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def capped_attention(
@@ -31,3 +35,13 @@ def capped_attention(
     scores = scores.masked_fill(~seen[:, :, None], torch.finfo(scores.dtype).min)
     attended = torch.softmax(scores, dim=-1) @ value[:, :, None]
     return attended.flatten(1, 2).transpose(1, 2)
+
+
+ORDER = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention takes the first kernel of ``ORDER`` that can serve a call. Outside CUDA this has no effect."""
+    with sdpa_kernel(list(ORDER), set_priority=True):
+        yield

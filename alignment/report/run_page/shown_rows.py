@@ -1,0 +1,241 @@
+"""Rows of the report: those left out, those that people judged, and samples."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from alignment.core.files import parse_json
+from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair
+from alignment.records.interval import Interval
+from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, TOO_LONG
+from alignment.report.kit import text
+from alignment.report.run_page.run_records import LeftOutRows, Sample
+from alignment.report.run_page.run_tables import TONES, metric_agreement, metric_prompts
+
+MOST = 8
+"""Reasons that are shown of a stage; the rarest others are added up."""
+_WORDS = {FAULT: "faulty", TOO_LONG: "too long", CUT: "cut, because it was too long"}
+_OTHER = "other reasons"
+_UNREADABLE = f"a line of {LEFT_OUT_FILE} that cannot be read"
+
+
+def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
+    """The rows of an artifact's list by reason, the most frequent first; empty without a list.
+
+    If there is one and it cannot be read, ``notes`` gets a sentence that says so.
+    """
+    if folder is None:
+        return []
+    try:
+        state = (folder / LEFT_OUT_FILE).stat()
+        return list(_counted(folder / LEFT_OUT_FILE, state.st_mtime_ns, state.st_size))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(
+            f"Its {LEFT_OUT_FILE} cannot be read ({type(error).__name__}), so rows that it left out are not shown."
+        )
+        return []
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(file: Path, _changed: int, _size: int) -> tuple[LeftOutRows, ...]:
+    """Counted once for each state of a file, because `align watch` draws the page again and again."""
+    counts: dict[str, int] = {}
+    first: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for why, where, row in _reasons(file):
+        if where and last.get(why) == where:
+            continue  # another record of the same row, such as the other answer of a pair
+        counts[why] = counts.get(why, 0) + 1
+        first.setdefault(why, row)
+        last[why] = where
+    by_count = sorted(counts, key=lambda why: (-counts[why], why))
+    shown = by_count if len(by_count) <= MOST else by_count[: MOST - 1]
+    rows = [LeftOutRows(why=why, count=counts[why], first=first[why]) for why in shown]
+    if others := by_count[len(shown) :]:
+        rows.append(LeftOutRows(why=_OTHER, count=sum(counts[why] for why in others), first=first[others[0]]))
+    return tuple(rows)
+
+
+def _reasons(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Why each row is in the list, where the row is, and the row with what is said of it, cleaned for a page."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            try:
+                row = parse_json(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                where = str(row.get("where", ""))
+                name = where.rpartition("/")[2]
+                yield _why(row), where, text.name(f"{name}: {row.get('reason', '')}", limit=160)
+            else:
+                yield _UNREADABLE, "", "–"
+
+
+def _why(row: dict[str, Any]) -> str:
+    """The kind of the row, or its reason if the reason is the same for all rows like it."""
+    kind = str(row.get("kind", ""))
+    if kind.startswith(LOST):
+        return text.name(f"the chat template leaves out {kind.partition(': ')[2]}")
+    return _WORDS.get(kind) or text.name(row.get("reason", kind))
+
+
+PEOPLE = "people"
+"""The kind of judge that this table is for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeopleRow:
+    """Two arms that people compared; ``counts`` are wins, ties and losses, ``stale`` the votes on other answers.
+
+    ``averaged`` says over which prompts the win rate is, and ``compared`` on how many the metric was compared.
+    """
+
+    arm: str
+    against: str
+    rate: Interval | None
+    at_equal_lengths: Interval | None
+    counts: str
+    judged: str
+    averaged: str
+    votes: str
+    stale: str
+    alpha: str
+    bias: str
+    metric: str
+    compared: str
+    verdict: str
+    tone: str
+
+
+def people_rows(evaluation: Evaluation) -> list[PeopleRow]:
+    """A row for each pair, if people judged."""
+    judge = evaluation.judge
+    rows = []
+    for pair in judge.pairs if judge is not None and judge.kind == PEOPLE else []:
+        people = pair.people
+        if people is None:
+            continue
+        rows.append(
+            PeopleRow(
+                arm=evaluation.label(pair.arm),
+                against=evaluation.label(pair.against),
+                rate=pair.win_rate,
+                at_equal_lengths=pair.length_controlled,
+                counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
+                judged=f"{people.judged}" if pair.prompts is None else f"{people.judged} of {pair.prompts}",
+                averaged=_averaged(pair, people),
+                votes=f"{people.votes} by {people.annotators}",
+                stale=f"{people.stale} on other answers" if people.stale else "",
+                alpha=text.number(people.alpha),
+                bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
+                metric=metric_agreement(pair),
+                compared=metric_prompts(pair),
+                verdict=pair.verdict,
+                tone=TONES.get(pair.verdict, "open"),
+            )
+        )
+    return rows
+
+
+def _averaged(pair: JudgedPair, people: JudgedByPeople) -> str:
+    """Over how many prompts the win rate is, if these are more than the judged ones."""
+    identical = pair.counted - people.judged
+    if pair.win_rate is None or identical <= 0:
+        return ""
+    return f"win rate over {pair.counted}, {identical} of them with identical answers"
+
+
+WIDEST = "arms differ most"
+BETTER = "by hash, better half"
+WORSE = "by hash, worse half"
+
+BY_HASH = "by hash"
+
+
+def rule(primary: str | None) -> str:
+    """The rule by which prompts were chosen, in words; ``primary`` names the metric that arms are compared by."""
+    if primary is None:
+        return "They are ordered by a hash of their id and taken from each task in turn."
+    return (
+        f"About half are the prompts on which the arms’ scores by {primary} differ most, taken from each task in turn. "
+        "The rest are ordered by a hash of their id, again taken from each task in turn, alternating between the "
+        "half of "
+        "all prompts that the arms answered better and the half they answered worse."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """A sample and the part of the rule that selected it."""
+
+    sample: Sample
+    why: str
+
+
+def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
+    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
+
+    Samples without a score by the primary metric come last.
+
+    ``widest`` is the reason given for samples whose answers differ most by the primary metric.
+    """
+    ordered = sorted(samples, key=_hash)
+    num_widest = (num_samples + 1) // 2
+    by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
+    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, _task)]
+    taken = {id(item.sample) for item in chosen}
+    rest = [s for s in ordered if id(s) not in taken]
+    halves = _halves(ordered)
+    by_half = [
+        s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
+    ]
+    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest), _task)
+    following = [*_in_turn(by_half, len(rest), lambda s: halves[id(s)]), *without]
+    wanted = max(0, num_samples - len(chosen))
+    return [*chosen, *(Chosen(sample=s, why=halves[id(s)]) for s in following[:wanted])]
+
+
+def _hash(sample: Sample) -> str:
+    return hashlib.sha256(sample.id.encode("utf-8", "replace")).hexdigest()
+
+
+def _task(sample: Sample) -> str:
+    return sample.task
+
+
+def _merits(sample: Sample) -> list[float]:
+    return [answer.merit for answer in sample.answers if answer.merit is not None]
+
+
+def gap(sample: Sample) -> float:
+    """The largest difference between its answers' scores by the primary metric."""
+    merits = _merits(sample)
+    return max(merits) - min(merits) if merits else 0.0
+
+
+def _halves(samples: list[Sample]) -> dict[int, str]:
+    """Better or worse than the median prompt, by the mean merit of all arms; ``BY_HASH`` if no answer to the prompt has
+    a merit."""
+    means = {id(s): sum(_merits(s)) / len(_merits(s)) for s in samples if _merits(s)}
+    middle = median(means.values()) if means else 0.0
+    halves = {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
+    return {id(s): halves.get(id(s), BY_HASH) for s in samples}
+
+
+def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:
+    """The first ``count`` samples, taken from each group in turn, in the order in which groups first appear."""
+    queues: dict[str, list[Sample]] = {}
+    for sample in samples:
+        queues.setdefault(group(sample), []).append(sample)
+    rounds = max((len(queue) for queue in queues.values()), default=0)
+    dealt = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
+    return dealt[: max(0, count)]
