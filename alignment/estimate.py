@@ -68,8 +68,8 @@ BETWEEN_SECONDS = 1e-5
 EXPECTED_FLOPS, EXPECTED_BANDWIDTH = 3e11, 5e9
 """By which the operations are chosen that are timed: of two cores, roughly."""
 TIMED_SHARE = 0.997
-"""Of the expected time of a phase, which operations are timed that make it up. With it 3 of 5 operations of the
-quickstart are timed, and times change by half a percent (docs/LOG.md, 2026-12-02)."""
+"""Of the expected time of a phase, which operations are timed that make it up: 3 of 5 of the quickstart. Leaving out
+.2 % changed times by .3 to .6 %, .5 % by .8 to 1.4 % (docs/LOG.md, 2026-12-02)."""
 DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.none: (),
     Sharding.zero1: (OPTIMIZER,),

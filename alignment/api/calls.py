@@ -165,7 +165,7 @@ def plan(
     ``recipe`` is the name of a shipped recipe, or the path of a .yaml file. ``overrides`` are texts
     (``"stages.dpo.beta=0.3"``) or a mapping (``{"stages.dpo.beta": 0.3}``). With ``cost`` or another ``device``,
     the plan says what the stages would need on ``device``, and with ``trade``, what every way of training them would
-    need; that takes half a minute or more for each stage. Otherwise it has the cost that was estimated before, if any.
+    need; that takes ten seconds or more for each stage. Otherwise it has the cost that was estimated before, if any.
     With ``verify``, results to reuse are read and compared with their hashes; without, their sizes are compared.
 
     Raises:

@@ -116,7 +116,7 @@ def estimate(
     folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
     names = ", ".join(stage.name for stage in stages)
-    announce(f"{names}: half a minute or more for each stage and each way that is tried; nothing is trained")
+    announce(f"{names}: ten seconds or more for each stage and each way that is tried; nothing is trained")
     try:
         with ExitStack() as lock:
             with suppress(ConfigError):  # without locks nobody can tell, so nobody clears this folder
@@ -305,7 +305,7 @@ def checked_plan(
 
 
 def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str], None]) -> RunCost:
-    """The cost of a ``checked_plan``, which takes half a minute or more for each stage.
+    """The cost of a ``checked_plan``, which takes ten seconds or more for each stage.
 
     Raises:
         ModelError: a model is not on this machine, so there is no configuration for its cost.
