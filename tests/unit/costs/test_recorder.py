@@ -18,7 +18,7 @@ from alignment.costs import op_times
 from alignment.costs.devices import DEVICES, seconds_on
 from alignment.costs.live_memory import ALIGNMENT, Heap
 from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, alike, bytes_of, flop_of, seconds_of
-from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
+from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for, one_of_each
 from alignment.costs.shadows import Operation, Shadow, ShadowMode, zeros
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
@@ -364,3 +364,59 @@ def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
     assert not isinstance(chosen, Shadow)
     assert chosen.shape == (64,)
     assert x.sort(-1).indices.dtype is torch.int64
+
+
+def test_one_part_of_each_size_counts_for_all_of_that_size() -> None:
+    recorder = Recorder()
+    parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
+    with recorder.recording():
+        recorder.phase("one")
+        rows = torch.zeros(10, WIDTH * 64)
+        for part in one_of_each(parts, lambda part: part.stop - part.start):
+            rows[part].exp_()
+    by_rows = {
+        recorder.examples[key].results[0].shape[0]: count
+        for key, count in recorder.phases["one"].operations.items()
+        if "exp_" in str(key[0])
+    }
+    assert by_rows == {4: 2, 2: 1}
+    assert list(one_of_each(parts, lambda part: part.stop - part.start)) == parts, "outside of an estimate"
+
+
+@pytest.mark.usefixtures("mode")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.t(),
+        lambda x: x[3:, 1::2],
+        lambda x: x.split(16, dim=1),
+        lambda x: x.mul_(2),
+        lambda x: x.max(-1, keepdim=True),
+        lambda x: torch.exp(x, out=torch.empty_like(x)),
+        lambda x: torch.zeros(64).add_(x[0]),
+    ],
+)
+def test_an_operation_returns_the_same_again_for_arguments_of_the_same_shape(function: Any) -> None:
+    """The second and third time nothing is computed on the meta device, and a view starts elsewhere in its memory."""
+    wholes = [torch.empty(96, 64) for _ in range(3)]
+    inputs = [whole[first : first + 64] for whole, first in zip(wholes, (0, 0, 16), strict=True)]
+    forms = []
+    for x in inputs:
+        result = function(x)
+        parts = list(result) if isinstance(result, (list, tuple)) else [result]
+        forms.append(
+            [
+                (
+                    type(part),
+                    part.dtype,
+                    part.shape,
+                    part.stride(),
+                    part is x,
+                    isinstance(part, Shadow)
+                    and part.data_ptr() == x.data_ptr()
+                    and part.storage_offset() - x.storage_offset(),
+                )
+                for part in parts
+            ]
+        )
+    assert forms[0] == forms[1] == forms[2]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig
 
+from alignment import estimate as estimation
 from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
@@ -20,6 +21,7 @@ from alignment.config.optim import OptimConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.costs.devices import DEVICES, THIS
+from alignment.costs.op_times import bytes_of, flop_of
 from alignment.costs.shadows import Key, Operation
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageInput, StageSpec
@@ -82,6 +84,24 @@ def cost_when_whole(spec: StageSpec, timer: Timer) -> StageCost:
 
 def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
     return replace(spec, config=replace(spec.config, adapter=adapter))
+
+
+class AsExpected(Timer):
+    """This machine, on which every operation takes as long as it is expected to."""
+
+    def _measured(self, operation: Operation, bytes_between: float) -> float:
+        return flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
+
+
+def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tmp_path, SftConfig)
+    every = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
+    monkeypatch.setattr(estimation, "TIMED_SHARE", 0.5)
+    some = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
+    assert some.flop == every.flop
+    assert some.seconds == pytest.approx(every.seconds, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
