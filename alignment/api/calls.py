@@ -1,4 +1,4 @@
-"""The calls from Python: run, plan and sweep, with the recipe as keywords."""
+"""``alignment.plan`` and ``alignment.run``, and what every call from Python does around its work."""
 
 from __future__ import annotations
 

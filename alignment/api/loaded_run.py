@@ -16,11 +16,10 @@ from alignment.pipeline.execute.run_state import as_it_is
 from alignment.pipeline.execute.run_view import KILLED, RUNNING
 from alignment.records import evaluation as evaluations
 from alignment.records import reward_card
-from alignment.records import stages as forgetting_records
 from alignment.records.evaluation import Evaluation, Sample
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord, StageEntry
-from alignment.records.stages import Forgetting
+from alignment.records.stages import FORGETTING_FILE, Forgetting
 from alignment.records.sweep_record import SweepRecord, Trial
 from alignment.records.training import written_rows
 from alignment.records.worker import Progress, Status
@@ -255,7 +254,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         forgetting={
             name: Forgetting.read(artifact)
             for name, produces, artifact in made
-            if produces == FORGETTING and (artifact / forgetting_records.FORGETTING_FILE).is_file()
+            if produces == FORGETTING and (artifact / FORGETTING_FILE).is_file()
         },
     )
 

@@ -1,4 +1,4 @@
-"""Settings that all stages share, with the optimiser and the micro-batches of those that train."""
+"""Settings that all stages share, and the fields by which a stage is known."""
 
 from __future__ import annotations
 

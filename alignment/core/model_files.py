@@ -125,11 +125,13 @@ def architecture_in(folder: Path) -> str:
 def vocabulary_in(folder: Path) -> int | None:
     """The number of token ids of the model in a folder; None if there is no configuration, or it does not say.
 
+    Of a model beside whose text there is more, its configuration may say two numbers; then the larger one.
+
     Raises:
         ModelError: the configuration cannot be read.
     """
     groups = _configurations(folder) if (folder / "config.json").is_file() else []
-    return next((size for group in groups if isinstance(size := group.get("vocab_size"), int)), None)
+    return max((size for group in groups if isinstance(size := group.get("vocab_size"), int)), default=None)
 
 
 def _configurations(folder: Path) -> list[dict[str, Any]]:

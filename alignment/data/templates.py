@@ -138,7 +138,9 @@ _LINE = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endi
 
 
 def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
-    """The templates with ``options`` as the values of what a caller leaves out; once, if they have them already.
+    """The templates with ``options`` as the values of what a caller leaves out.
+
+    A template that begins with these options already, as a saved result's does, stays as it is.
 
     Raises:
         DataError: a template is not valid Jinja, an option is read by none, or its value cannot be written.

@@ -19,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.faults import Fault, suggestion
 from alignment.config.run import BACKEND, GROUPS, SEVERAL, conf_folder
-from alignment.pipeline.plan import overrides as profiles
+from alignment.pipeline.plan import profile as profiles
 from alignment.pipeline.plan.hydra_files import Files, hostile
-from alignment.pipeline.plan.overrides import Profile, leaves
+from alignment.pipeline.plan.overrides import leaves
+from alignment.pipeline.plan.profile import Profile
 
 
 def is_group(override: Override) -> bool:

@@ -30,7 +30,8 @@ from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.choices import ChosenFile, chosen_files, copy_groups, passes_reference
 from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
-from alignment.pipeline.plan.overrides import Profile, leaves, parse
+from alignment.pipeline.plan.overrides import leaves, parse
+from alignment.pipeline.plan.profile import Profile
 from alignment.stages import registry
 
 _CONFUSED = "Cannot merge DictConfig with ListConfig"

@@ -18,6 +18,7 @@ from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.costs.devices import DEVICES, THIS
@@ -31,6 +32,7 @@ from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
+from tests.chained import FULL, Chained, config_of
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ADAPTERS = {
@@ -102,6 +104,23 @@ def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
     some = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
     assert some.flop == every.flop
     assert some.seconds == pytest.approx(every.seconds, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
+def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, timer: Timer) -> None:
+    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
+    once, thrice = (
+        cost_of(
+            chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers, ppo_epochs=epochs)),
+            timer,
+            publishes=False,
+        )
+        for epochs in (1, 3)
+    )
+    assert once.error == thrice.error == ""
+    assert thrice.steps == 3 * once.steps
+    assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
+    assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name

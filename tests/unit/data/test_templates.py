@@ -229,6 +229,9 @@ def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: P
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer) == 1 + AutoConfig.from_pretrained(tmp_path).vocab_size, "it should have added a token"
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"vocab_size": len(tokenizer)}}))
+    assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>", "the language model has it"
 
 
 @pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
