@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Compares them; returns the exit code."""
-
     output, runs = runs_of(arguments, *arguments.runs)
     compare(console, output, runs, html=arguments.html)
     return 0

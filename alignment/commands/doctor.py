@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Explains the file; returns the exit code."""
-
     chosen = {name: getattr(arguments, name) for name in _SOURCE if getattr(arguments, name)}
     data = source_of(arguments.data, chosen, arguments.overrides)
     against = against_of(arguments.against, split=arguments.against_split, subset=arguments.against_subset)

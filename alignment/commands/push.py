@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Uploads the folder; returns the exit code."""
-
     push(console, arguments.folder, to=arguments.to, public=arguments.public, replace=arguments.replace)
     return 0
 

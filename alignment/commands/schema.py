@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Prints the schema; returns the exit code."""
-
     return show_schema(console, arguments.file, beside=arguments.beside)
 
 

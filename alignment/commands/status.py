@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows how they stand; returns the exit code."""
-
     output, runs = runs_of(arguments, *filter(None, [arguments.run]))
     run = runs[0] if runs else None
     if arguments.follow:

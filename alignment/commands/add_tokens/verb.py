@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the model; returns the exit code."""
-
     return add_tokens(console, arguments.model, arguments.tokens, to=arguments.to, in_text=arguments.in_text)
 
 

@@ -117,11 +117,7 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
     model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
     session.start(
         VllmOptions(
-            model=model,
-            dtype=dtype.value,
-            max_length=positions,
-            rank=needed.rank,
-            on_gpu=own_device().type == "cuda",
+            model=model, dtype=dtype.value, max_length=positions, rank=needed.rank, on_gpu=own_device().type == "cuda"
         )
     )
     weights = Weights() if needed.adapter is None else Weights(name="policy", folder=needed.adapter)

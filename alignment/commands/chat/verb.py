@@ -35,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)"
     )
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 always takes the most likely token (default: 0)",
+        "--temperature", type=float, default=0.0, metavar="T", help="0 always takes the most likely token (default: 0)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)"
@@ -65,7 +61,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option has no effect, or the arms cannot talk.
     """
-
     if arguments.engine != "vllm" and arguments.engine_python is not None:
         raise ConfigError(
             "only vLLM has this option", where="--engine-python", remedy="leave it out, or use --engine vllm"

@@ -62,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(
-    settings: dict[str, Any],
-    options: GenerationOptions,
-    screen: Screen,
-    engine: SamplingConfig | None,
+    settings: dict[str, Any], options: GenerationOptions, screen: Screen, engine: SamplingConfig | None
 ) -> ChatSession:
     screen.note(f"{settings['name']}: {settings['described']} …")
     artifact, base = (Path(settings[key] or "") if settings[key] else None for key in ("artifact", "base"))

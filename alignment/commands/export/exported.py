@@ -18,13 +18,7 @@ from alignment.data.tokens.rendering import turn_end_token
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.adapters import is_prefix, put_back
-from alignment.models.assembly.load import (
-    DTYPES,
-    Lineage,
-    load_policy,
-    products_in,
-    saved_adapters,
-)
+from alignment.models.assembly.load import DTYPES, Lineage, load_policy, products_in, saved_adapters
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import capped, logit_cap

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the folder; returns the exit code."""
-
     output, (result,) = runs_of(arguments, arguments.result)
     return export(console, result, to=arguments.to, options=options_of(arguments), output=output)
 

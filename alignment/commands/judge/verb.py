@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user ends it; returns the exit code."""
-
     options = Options(
         stage=arguments.stage,
         annotator=arguments.annotator,

@@ -140,9 +140,7 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
     scorer = circumstances.answer(SCORER)
     if scorer and not any(scorer in repr(stage.settings) for stage in stages.values()):
         raise ConfigError(
-            f"{scorer!r} has no effect: no stage scores answers",
-            where=f"--{SCORER.name}",
-            remedy="leave it out",
+            f"{scorer!r} has no effect: no stage scores answers", where=f"--{SCORER.name}", remedy="leave it out"
         )
     for files in _unused(circumstances, stages):
         raise ConfigError(

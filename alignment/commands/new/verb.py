@@ -52,14 +52,7 @@ from alignment.config.rules import NAME, is_name
 from alignment.config.run import conf_folder
 from alignment.config.typed import source_from_plain
 from alignment.core.errors import ConfigError, DataError
-from alignment.data.records import (
-    Conversation,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
+from alignment.data.records import Conversation, LabelledAnswer, PlainText, PreferencePair, Prompt, Record
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.compose import tree_of
 from alignment.pipeline.plan.plan import make_plan
@@ -107,7 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the recipe; returns the exit code."""
-
     answers = {question.name: getattr(arguments, question.name.replace("-", "_")) for question in _QUESTIONS}
     options = Options(
         model=arguments.model,

@@ -127,7 +127,4 @@ def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _zeros(like: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    return {
-        _A: torch.zeros(rank, like[_A].shape[1]),
-        _B: torch.zeros(like[_B].shape[0], rank),
-    }
+    return {_A: torch.zeros(rank, like[_A].shape[1]), _B: torch.zeros(like[_B].shape[0], rank)}

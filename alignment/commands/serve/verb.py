@@ -73,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves until the user ends it; returns the exit code."""
-
     options = Options(
         engine=arguments.engine,
         port=arguments.port,

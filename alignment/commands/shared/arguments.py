@@ -43,8 +43,7 @@ def recipe_of(arguments: argparse.Namespace) -> str:
     """
     if arguments.recipe is None:
         raise ConfigError(
-            f"which recipe? shipped: {', '.join(recipe_names())}",
-            remedy=f"such as: align {arguments.verb} quickstart",
+            f"which recipe? shipped: {', '.join(recipe_names())}", remedy=f"such as: align {arguments.verb} quickstart"
         )
     return str(arguments.recipe)
 

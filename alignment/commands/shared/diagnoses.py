@@ -135,14 +135,7 @@ def stop_after_row() -> Iterator[StopAfterRow]:
         signal.signal(signal.SIGINT, before)
 
 
-_FIRST: tuple[type[Record], ...] = (
-    PreferencePair,
-    LabelledAnswer,
-    Conversation,
-    HeldOutPrompt,
-    Prompt,
-    PlainText,
-)
+_FIRST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, HeldOutPrompt, Prompt, PlainText)
 """Records by how much of a row they need, the one that needs most first."""
 
 

@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Sends the run; returns the exit code."""
-
     output, (run,) = runs_of(arguments, arguments.run)
     return track(console, run, to=arguments.to, url=arguments.url, output=output)
 

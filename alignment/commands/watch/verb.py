@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user or the run ends it; returns the exit code."""
-
     output, runs = runs_of(arguments, *filter(None, [arguments.run]))
     options = Options(port=arguments.port, opens_browser=arguments.opens_browser, until_done=arguments.until_done)
     return watch(console, runs[0] if runs else None, options=options, output=output)
