@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,19 @@ def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
         ModelError: a model cannot be loaded.
         DataError: a policy has no usable chat template.
     """
-    return [_load(policy) for policy in policies]
-
-
-def _load(policy: StoredPolicy) -> LoadedArm:
-    lineage, tokenizer = lineage_and_tokenizer(policy)
-    model = merged(lineage, tokenizer, policy.dtype).to(own_device())
-    return LoadedArm(name=policy.name, model=model.requires_grad_(False), tokenizer=tokenizer)
+    arms = []
+    for policy in policies:
+        lineage, tokenizer = lineage_and_tokenizer(policy)
+        model = merged(lineage, tokenizer, policy.dtype).to(own_device())
+        arms.append(LoadedArm(name=policy.name, model=model.requires_grad_(False), tokenizer=tokenizer))
+    return arms
 
 
 def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
     """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once.
 
     Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: there is no usable tokenizer.
-        DataError: there is no usable chat template.
-    """
+        ArtifactError, ModelError, DataError: as ``load_arms``."""
     artifact, base = (Path(folder) if folder else None for folder in (policy.artifact, policy.base))
     template = TemplateChoice(source=policy.chat_template, options=policy.template_options)
     lineage, tokenizer = parts_of(artifact, base, template)
@@ -102,7 +98,11 @@ def write_sum(folders: Sequence[Path], to: Path) -> None:
     for module in modules:
         ours = [adapter.get(module) for adapter in adapters]
         shape = next(factors for factors in ours if factors is not None)
-        filled = [factors or _zeros(shape, rank) for factors, rank in zip(ours, ranks, strict=True)]
+        inputs, outputs = shape[_A].shape[1], shape[_B].shape[0]
+        filled = [
+            factors or {_A: torch.zeros(rank, inputs), _B: torch.zeros(outputs, rank)}
+            for factors, rank in zip(ours, ranks, strict=True)
+        ]
         joined[f"{module}.{_A}"] = torch.cat([factors[_A] for factors in filled])
         joined[f"{module}.{_B}"] = torch.cat(
             [scale * factors[_B] for scale, factors in zip(scales, filled, strict=True)], dim=1
@@ -124,7 +124,3 @@ def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise ModelError(f"holds {name}, which is not a factor", where=str(folder))
         factors.setdefault(match[1], {})[match[2]] = tensor.float()
     return factors
-
-
-def _zeros(like: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    return {_A: torch.zeros(rank, like[_A].shape[1]), _B: torch.zeros(like[_B].shape[0], rank)}

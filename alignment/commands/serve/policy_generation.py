@@ -49,21 +49,13 @@ def answer_reader(tokenizer: Any, model: PreTrainedModel, end_ids: Iterable[int]
     """
     reader = copy.copy(tokenizer)
     form = get_response_template(tokenizer, model)
-    if form is None and with_tools and _writes_calls(tokenizer):
-        form = get_response_template(tokenizer, _WITH_CALLS)
+    if form is None and with_tools:
+        template = tokenizer.get_chat_template(tools=[{}])
+        writes_calls = _CALL in template and "<function=" not in template
+        form = get_response_template(tokenizer, _WITH_CALLS) if writes_calls else None
     if form is not None:
         reader.response_template = _with_ends(form, tokenizer, end_ids)
     return reader
-
-
-def reads_calls(reader: Any) -> bool:
-    """Whether calls are recognised in answers that this reader divides."""
-    return "tool_calls" in (getattr(reader, "response_template", None) or {}).get("fields", {})
-
-
-def _writes_calls(tokenizer: Any) -> bool:
-    template = tokenizer.get_chat_template(tools=[{}])
-    return _CALL in template and "<function=" not in template
 
 
 def _with_ends(known: Mapping[str, Any], tokenizer: Any, end_ids: Iterable[int]) -> Mapping[str, Any]:
@@ -184,7 +176,8 @@ class PolicyGeneration:
             with_tools: answer_reader(arm.tokenizer, arm.model, ends, with_tools=with_tools)
             for with_tools in (False, True)
         }
-        self.reads_calls = reads_calls(self._readers[True])
+        form = getattr(self._readers[True], "response_template", None) or {}
+        self.reads_calls = "tool_calls" in form.get("fields", {})
         self._thread = ThreadPoolExecutor(1)
         self._is_left: Callable[[], bool] = bool
         for layers in (module for module in arm.model.modules() if isinstance(module, ModuleList)):
@@ -220,7 +213,12 @@ class PolicyGeneration:
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
-            _raise_failure(work)
+            error = None if work.cancelled() else work.exception()
+            if isinstance(error, RequestError):
+                raise error
+            if error is not None:
+                _LOG.error("an answer failed", exc_info=error)
+                raise RequestError(f"{type(error).__name__}: {error}", status=500) from error
         finally:
             is_left.set()
             work.cancel()
@@ -300,15 +298,6 @@ class PolicyGeneration:
             tokens=len(answer.ids),
             reason="tool_calls" if calls else "length" if is_cut else "stop",
         )
-
-
-def _raise_failure(work: Future[None]) -> None:
-    error = None if work.cancelled() else work.exception()
-    if isinstance(error, RequestError):
-        raise error
-    if error is not None:
-        _LOG.error("an answer failed", exc_info=error)
-        raise RequestError(f"{type(error).__name__}: {error}", status=500) from error
 
 
 class _AnswerOver(Exception):

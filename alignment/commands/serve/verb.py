@@ -8,10 +8,9 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -73,19 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves until the user ends it; returns the exit code."""
-    options = Options(
-        engine=arguments.engine,
-        port=arguments.port,
-        engine_python=arguments.engine_python,
-        api_key_env=arguments.api_key_env,
-        tool_parser=arguments.tool_parser,
-    )
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     output, (result,) = runs_of(arguments, arguments.result)
     return serve(console, result, arguments.arms, options=options, output=output)
 
 
 WHERE = "align serve"
-KEY_WHERE = "--api-key-env"
+KEY_WHERE, _WITHOUT = "--api-key-env", "leave the option out"
 START_SECONDS = 3600.0
 """Loading large weights from a slow disk takes long; Ctrl-C ends the wait."""
 _SLOW_ON_CPU = "there is no GPU here: on a CPU the default engine was faster than vLLM (docs/serving.md#engines)"
@@ -119,7 +112,12 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
     """
     python = _environment(options)
     policies = PolicyFinder(console, result, output).policies(arms)
-    _refuse_policies(policies)
+    names = [policy.name for policy in policies]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        message = f"{names.count(repeated)} arms are called {repeated}"
+        raise ConfigError(message, where="--arm", remedy="name each once")
+    for policy in policies:
+        refuse_prefix(policy)
     layout = None if python is None else vllm_layout(policies)
     if python is not None and not hardware.count_devices():
         _print(console, _SLOW_ON_CPU)
@@ -132,7 +130,10 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
             server = _start(keeper, command, log, options.port or None)
             _introduce(console, server, policies, layout, options)
             with suppress(KeyboardInterrupt):
-                _watch(server, log)
+                while not server.has_ended:
+                    shorten(log)
+                    time.sleep(_POLL_SECONDS)
+                raise server.failure()
             _print(console, "stopped")
         except StageError:
             _print_end(log)
@@ -143,29 +144,14 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
 def _environment(options: Options) -> Path | None:
     """The interpreter that has vLLM, or None for the default engine."""
     if options.engine == "vllm":
-        _key(options)  # refused before anything is written
+        api_key(options.api_key_env, where=KEY_WHERE, without=_WITHOUT)  # refused before anything is written
         return interpreter(options.engine_python, package="vllm", where="--engine-python")
     for name in ("engine_python", "api_key_env", "tool_parser"):
         if getattr(options, name) is not None:
-            raise ConfigError(
-                "only vLLM has this option",
-                where=f"--{name.replace('_', '-')}",
-                remedy="leave it out, or use --engine vllm",
-            )
+            where, remedy = f"--{name.replace('_', '-')}", "leave it out, or use --engine vllm"
+            raise ConfigError("only vLLM has this option", where=where, remedy=remedy)
     refuse_without(PAGE_LIBRARIES, where=WHERE, needs="the default engine needs")
     return None
-
-
-def _key(options: Options) -> str:
-    return api_key(options.api_key_env, where=KEY_WHERE, without="leave the option out")
-
-
-def _refuse_policies(policies: Sequence[StoredPolicy]) -> None:
-    for name, times in Counter(policy.name for policy in policies).items():
-        if times > 1:
-            raise ConfigError(f"{times} arms are called {name}", where="--arm", remedy="name each once")
-    for policy in policies:
-        refuse_prefix(policy)
 
 
 def _command(
@@ -183,7 +169,7 @@ def _command(
     if python is None or layout is None:
         _print(console, f"loading {', '.join(policy.name for policy in policies)} …")
         return worker_command("the server", settings)
-    key = _key(options)
+    key = api_key(options.api_key_env, where=KEY_WHERE, without=_WITHOUT)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)
     if error := written_error(keeper.folder):
@@ -203,14 +189,6 @@ def _start(keeper: Keeper, command: ServerCommand, log: Path, port: int | None) 
         return ServerProcess(keeper, command, log=log, where=WHERE, start_timeout=START_SECONDS, port=port, look=_LOOK)
     except StageError as error:
         raise (written_error(keeper.folder) or error) from error
-
-
-def _watch(server: ServerProcess, log: Path) -> None:
-    """Returns never; Ctrl-C ends it."""
-    while not server.has_ended:
-        shorten(log)
-        time.sleep(_POLL_SECONDS)
-    raise server.failure()
 
 
 def _introduce(

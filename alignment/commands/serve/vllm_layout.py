@@ -84,7 +84,7 @@ def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
     """
     if len(policies) == 1:
         (policy,) = policies
-        is_merged = policy.artifact is not None and bool(manifest_of(policy).adapters)
+        is_merged = policy.artifact is not None and bool(_manifest_of(policy).adapters)
         return VllmLayout(weights=None if is_merged else _weights(policy), weights_name=policy.name)
     for policy in policies:
         _refuse_other_weights(policy, policies[0])
@@ -93,11 +93,7 @@ def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
 
 
 def refuse_prefix(policy: StoredPolicy) -> None:
-    """Checks that the policy is plain weights once its adapters are merged.
-
-    Raises:
-        ModelError: it has a prefix.
-    """
+    """Raises ModelError if the policy is not plain weights once its adapters are merged: if it has a prefix."""
     if policy.artifact is not None and any("num_virtual_tokens" in config for config in _configs(policy)):
         raise ModelError(
             f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve",
@@ -106,12 +102,7 @@ def refuse_prefix(policy: StoredPolicy) -> None:
         )
 
 
-def manifest_of(policy: StoredPolicy) -> Manifest:
-    """The manifest of a policy that is an artifact.
-
-    Raises:
-        ArtifactError: the artifact is gone.
-    """
+def _manifest_of(policy: StoredPolicy) -> Manifest:
     manifest = read_manifest(Path(policy.artifact or ""))
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(policy.artifact))
@@ -140,7 +131,7 @@ def _refuse_other_weights(policy: StoredPolicy, first: StoredPolicy) -> None:
         return
     if policy.name == BASE:
         raise ConfigError(f"{BASE!r} is the name of the base model", where="--arm", remedy="rename its folder")
-    if any(applied.get("nf4") for applied in manifest_of(policy).adapters_stood.values()):
+    if any(applied.get("nf4") for applied in _manifest_of(policy).adapters_stood.values()):
         _refuse(policy, "its adapters were trained on weights in four bits")
     for config in _configs(policy):
         if config.get("use_dora"):
@@ -160,21 +151,18 @@ def _refuse(policy: StoredPolicy, reason: str) -> None:
 
 def _folders(policy: StoredPolicy) -> tuple[Path, ...]:
     artifact = Path(policy.artifact or "")
-    return tuple(inside(artifact, name) for name in manifest_of(policy).adapters)
+    return tuple(inside(artifact, name) for name in _manifest_of(policy).adapters)
 
 
 def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
     """What PEFT wrote about each adapter of a policy."""
-    return [_config(folder / "adapter_config.json") for folder in _folders(policy)]
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
-    assert isinstance(config, dict), "PEFT writes an object"
-    return config
+    configs = []
+    for file in (folder / "adapter_config.json" for folder in _folders(policy)):
+        try:
+            configs.append(dict(parse_json(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
+    return configs
 
 
 _FILE = "error.json"
