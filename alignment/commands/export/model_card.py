@@ -29,16 +29,12 @@ _CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceCla
 def usage_lines(manifest: Manifest, form: str, files: Sequence[str], turn_end: str | None) -> list[str]:
     """Markdown with commands or Python; ``turn_end`` is the token that ends a turn, None without a chat template."""
     if form == GGUF:
-        return ["```console", *_programs(manifest, files), "```"]
+        (file,) = (name for name in files if name.endswith(".gguf"))
+        ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
+        ollama = ollama if "Modelfile" in files else []
+        return ["```console", *ollama, f"$ llama-server --model {file} --jinja", "```"]
     served = ["```bash", "vllm serve .  # in this folder", "```", ""] if form == VLLM else []
     return [*served, "```python", *_python(manifest, form, turn_end), "```"]
-
-
-def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:
-    """Commands for a folder with a GGUF file."""
-    (file,) = (name for name in files if name.endswith(".gguf"))
-    ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
-    return [*(ollama if "Modelfile" in files else []), f"$ llama-server --model {file} --jinja"]
 
 
 def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
@@ -134,9 +130,6 @@ def model_card(
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-# ---- what it is -----------------------------------------------------------------------------------------------------
-
-
 def _header(manifest: Manifest, origin: Provenance, form: str) -> list[str]:
     scheme, _, rest = str(manifest.base["source"]).partition(":")
     hubs = [
@@ -159,7 +152,8 @@ def _header(manifest: Manifest, origin: Provenance, form: str) -> list[str]:
 def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     kind = "reward model" if manifest.kind == REWARD_MODEL else "policy"
     own = manifest.base["source"] == "self"
-    base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
+    source = value_without_folders(str(manifest.base["source"]))
+    base = "All weights were trained." if own else f"Its base is `{source}`."
     stage = f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline."
     made = "An adapter that PEFT saved, which alignment-pipeline did not train." if _is_outside(manifest) else stage
     scaled = f"The recipe was run under the profile `{origin.profile}`, which changes its settings."
@@ -185,10 +179,6 @@ def _published(note: str) -> str:
     return f"{without_folders(words)}{colon}{value_without_folders(value)}"
 
 
-def _source(manifest: Manifest) -> str:
-    return value_without_folders(str(manifest.base["source"]))
-
-
 def _licence(manifest: Manifest) -> str:
     """The licence is known only for a bundled base."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
@@ -196,9 +186,6 @@ def _licence(manifest: Manifest) -> str:
         base = bundled_model.MODELS[name].licence
         return f"{base} (the base). The licences of the training data apply too; they are not recorded here."
     return "the licences of the base and of the training data apply; they are not recorded here."
-
-
-# ---- what was measured ----------------------------------------------------------------------------------------------
 
 
 def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
@@ -216,7 +203,7 @@ def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
 
 def _tabled(result: Tabled) -> Iterator[str]:
     """The columns about this policy in each table that has them."""
-    for table in result.tables:
+    for table in result.record:
         columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
         if result.arm not in columns:
             continue
@@ -238,11 +225,12 @@ def _table(table: ResultTable, columns: list[str], headings: list[str], introduc
 def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
         return ["No evaluation of it is recorded."]
-    evaluation = judged.evaluation
+    evaluation = judged.record
+    compared = [pair for pair in evaluation.comparisons if judged.arm.name in (pair.arm, pair.against)]
     lines = [f"As an arm of an evaluation{_prompts(evaluation)} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| metric | mean | 95 % interval |", "|---|---|---|"]
     lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _values(judged)]
-    return [*lines, "", *(_in_words(comparison, evaluation) for comparison in judged.comparisons)]
+    return [*lines, "", *(_in_words(comparison, evaluation) for comparison in compared)]
 
 
 def _prompts(evaluation: Evaluation) -> str:
@@ -256,21 +244,21 @@ def _prompts(evaluation: Evaluation) -> str:
 
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
     """All measured values, with the direction of each metric, and win rates with judge and opponent."""
-    metrics = {metric.name: metric for metric in judged.evaluation.metrics}
+    metrics = {metric.name: metric for metric in judged.record.metrics}
     for name, value in judged.arm.all_metrics.items():
         if name in metrics:
             yield f"{name} ({'more' if metrics[name].higher_is_better else 'less'} is better)", value
         elif name != "win_rate":
             yield name, value
-    for pair in judged.verdicts:
-        if pair.win_rate is not None and judged.evaluation.judge is not None:
-            judge = value_without_folders(judged.evaluation.judge.name)
-            yield f"win rate against {_arm(pair.against)}, by {judge}", pair.win_rate
+    if (judge := judged.record.judge) is not None:
+        for pair in judge.pairs:
+            if pair.arm == judged.arm.name and pair.win_rate is not None:
+                yield f"win rate against {_arm(pair.against)}, by {value_without_folders(judge.name)}", pair.win_rate
 
 
 def _forgot(measured: Remembered) -> list[str]:
     """How much the policy forgot of the base's abilities, and whether that is within the limits."""
-    arm, limits = measured.arm, measured.limits
+    arm, limits = measured.arm, measured.record.limits
     lines = [
         f"Compared with its base, in a measurement of forgetting (`{measured.manifest.fingerprint[:8]}`):",
         "",
@@ -309,9 +297,6 @@ def _arm(name: Any) -> str:
     return str(name).removeprefix("stage:")
 
 
-# ---- limits, lineage, command ---------------------------------------------------------------------------------------
-
-
 def _limits(manifest: Manifest, origin: Provenance) -> list[str]:
     if manifest.kind == REWARD_MODEL:
         use = "Scoring answers of the kind that it was trained on, as a part of training or judging other models."
@@ -333,25 +318,20 @@ def _chain(manifest: Manifest, origin: Provenance) -> list[str]:
         lines += _step(step)
     if origin.lost:
         lines.append(f"- artifacts not found, so not described here: {'; '.join(origin.lost)}")
+    options = []
+    if chosen := manifest.identity.get("base", {}).get("template_options"):
+        given = json.dumps(chosen, ensure_ascii=False)
+        options = [
+            f"- options of the chat template, as defaults in it: `{given}`. A server that sends values of its own, as "
+            f"llama-server does for `enable_thinking`, must be given them: `--chat-template-kwargs '{given}'`"
+        ]
     lines += [
         f"- adapters, bottom first: {' → '.join(manifest.adapters) or 'none'}",
         f"- tokenizer `{manifest.tokenizer_sha256[:12]}`, chat template `{manifest.chat_template_sha256[:12]}`",
-        *_template_options(manifest),
+        *options,
         "- all settings: `lineage.json`",
     ]
     return lines
-
-
-def _template_options(manifest: Manifest) -> list[str]:
-    """What a server must be given: nothing, unless it sends values of its own for the template's options."""
-    options = manifest.identity.get("base", {}).get("template_options")
-    if not options:
-        return []
-    given = json.dumps(options, ensure_ascii=False)
-    return [
-        f"- options of the chat template, as defaults in it: `{given}`. A server that sends values of its own, as "
-        f"llama-server does for `enable_thinking`, must be given them: `--chat-template-kwargs '{given}'`"
-    ]
 
 
 def _step(step: Step) -> list[str]:
@@ -393,12 +373,8 @@ def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
 def _settings(config: Mapping[str, Any], names: Sequence[str]) -> str:
     """The settings that are set, as text."""
     pairs = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
-    texts = [f"{name} {value_without_folders(_as_text(value))}" for name, value in pairs]
-    return ", ".join(texts)
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    texts = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in pairs]
+    return ", ".join(f"{name} {value_without_folders(text)}" for name, text in texts)
 
 
 def _again(manifest: Manifest, origin: Provenance) -> list[str]:

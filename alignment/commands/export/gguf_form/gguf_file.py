@@ -139,6 +139,15 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
+_VALUE_TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+    list: gguf.GGUFValueType.ARRAY,
+}
+
+
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
@@ -168,7 +177,7 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has it already
-            _add(writer, key, value)
+            writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
     weights = dict(tensors(model))
     types = {name: _type_of(weight, dtype) for name, weight in weights.items()}
     for name, weight in weights.items():
@@ -184,20 +193,6 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
         writer.close()
     others = sum(weight.dim() > 1 and types[name] != TYPES[dtype] for name, weight in weights.items())
     return [f"{others} weights are f16, because their rows do not divide into blocks of {dtype}"] if others else []
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
 
 
 def _type_of(weight: Tensor, dtype: str) -> gguf.GGMLQuantizationType:

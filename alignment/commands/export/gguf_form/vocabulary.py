@@ -7,7 +7,7 @@ a rule that is none of these, texts would be cut into other tokens than in train
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _RULES = {
 }
 """llama.cpp's names of rules, and the steps in tokenizer.json that cut in the same way, without usual values."""
 
+_UNKNOWN_REMEDY = "export it as a model (--as model)"
 _PLAIN = {"lstrip", "rstrip", "single_word"}
 """Properties of an added token that llama.cpp does not apply."""
 
@@ -87,11 +88,6 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
     return Vocabulary(metadata=metadata, stops=[texts[token] for token in stops], adds_bos=adds_bos, notes=notes)
 
 
-# ---- how texts are cut ----------------------------------------------------------------------------------------------
-
-_UNKNOWN_REMEDY = "export it as a model (--as model)"
-
-
 def pre_tokenizer(described: Mapping[str, Any]) -> str:
     """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words.
 
@@ -137,9 +133,6 @@ def _refuse_other_forms(described: Mapping[str, Any]) -> None:
     ]
     if faults:
         raise ModelError(f"llama.cpp would tokenize texts differently: {faults[0]}", remedy=_UNKNOWN_REMEDY)
-
-
-# ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def _tokens(described: Mapping[str, Any], size: int, stops: Sequence[int]) -> tuple[list[str], list[int]]:
@@ -191,14 +184,10 @@ def _adds_bos(tokenizer: Any) -> bool:
     Chats were trained as the template writes them. If it writes BOS itself, llama.cpp's server and the Modelfile leave
     that one out, so there is always exactly one. If it writes none, there must be none.
     """
-    if front(tokenizer) not in ((), (tokenizer.bos_token_id,)):
-        raise ModelError(
-            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(front(tokenizer))} in front of texts; llama.cpp "
-            f"can put only BOS there, or nothing"
-        )
-    return bool(front(tokenizer)) and all(text.startswith(tokenizer.bos_token) for text in _prompts(tokenizer))
-
-
-def _prompts(tokenizer: Any) -> Iterator[str]:
-    if tokenizer.chat_template:
-        yield prompt_text(tokenizer, [Message(role="user", content="Hi.")])
+    ids = front(tokenizer)
+    if ids not in ((), (tokenizer.bos_token_id,)):
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        raise ModelError(f"the tokenizer puts {tokens} in front of texts; llama.cpp can put only BOS there, or nothing")
+    if not ids or not tokenizer.chat_template:
+        return bool(ids)
+    return prompt_text(tokenizer, [Message(role="user", content="Hi.")]).startswith(tokenizer.bos_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -10,13 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from alignment.commands.export.gguf_form.modelfile import (
-    Inexpressible,
-    chat_parts,
-    evaluated,
-    modelfile,
-    ollama_template,
-)
+from alignment.commands.export.gguf_form.modelfile import Inexpressible, chat_parts, modelfile, ollama_template
 from alignment.commands.export.gguf_form.vocabulary import pre_tokenizer, vocabulary
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render
@@ -74,14 +69,14 @@ def test_a_model_without_a_chat_template_gets_plain_prompts() -> None:
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize("style", ["llama3", "qwen", "chatml", "smollm2"])
+@pytest.mark.parametrize("style", ["llama3", "qwen", "smollm2"])
 def test_the_template_writes_what_the_models_own_writes(style: str) -> None:
     """Without the BOS that llama.cpp adds, where the template writes one."""
     tokenizer = styled_tokenizer(style)
-    for bos in ("", tokenizer.bos_token) if style in ("llama3", "smollm2") else ("",):
-        template, _ = ollama_template(tokenizer, bos=bos)
+    for bos in ("", tokenizer.bos_token) if style != "qwen" else ("",):
+        parts = chat_parts(tokenizer).without_start(bos)
         for turns in CONVERSATIONS:
-            assert bos + evaluated(template, turns) == render(tokenizer, turns, answering=True)
+            assert bos + parts.rendered(turns) == render(tokenizer, turns, answering=True)
 
 
 TOOLS = "tools work with llama-server, not with the Modelfile"
@@ -143,47 +138,28 @@ def test_a_later_system_turn_that_the_template_refuses_does_not_matter() -> None
     only_first = "{% if message.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
     tokenizer.chat_template = FOR + only_first + TURN + END
     assert chat_parts(tokenizer).turns["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
-    template, _ = ollama_template(tokenizer, bos="")
-    for turns in CONVERSATIONS:
-        assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
+    assert ollama_template(tokenizer, bos="")[1] == []
 
 
 STRANGE = ['"""', "{{x}}", "}}", "{", "\u00a0", "\t", "\r", "a\\b", "\U0001f642", "\U000e0001", "'"]
 """Texts that a Modelfile or Go's template language might read otherwise than as they are."""
 
 
-@pytest.mark.parametrize("strange", [*STRANGE, " ".join(STRANGE)])
-def test_strange_texts_are_quoted(strange: str) -> None:
+def test_strange_texts_are_quoted() -> None:
+    """As strings that Go and Python read alike."""
     tokenizer = styled_tokenizer("chatml")
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ STRANGE + '<|im_start|>' + message.role + message.content + '<|im_end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ STRANGE + '<|im_start|>assistant' }}{% endif %}"
-    ).replace("STRANGE", repr(strange))
-    template, _ = ollama_template(tokenizer, bos="")
-    turns = _turns("system: s", "user: u")
-    assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
-    assert evaluated(template, turns).count(strange) == 3
-    assert '"""' not in template
-    assert all(letter.isprintable() or letter == "\n" for letter in template)
-    assert not re.search('[{}"]', re.sub(r"\{\{ .*? \}\}", "", template))
-
-
-LOOP = "{{ range $index, $message := .Messages }}"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        LOOP + "{{ .Content | trim }}{{ end }}",
-        LOOP + "{{ .Content }}",
-        "{{- range .Messages }}{{ .Content }}{{ end }}",
-        LOOP + "{{ .Content }}{{ end }}{{ .System }}",
-        "{{range $index, $message := .Messages}}{{.Content}}{{end}}",
-    ],
-)
-def test_the_evaluator_refuses_what_it_does_not_know(template: str) -> None:
-    with pytest.raises(ValueError, match=r"known|no end|in front|not in list"):
-        evaluated(template, _turns("user: a"))
+    turn = "'<|im_start|>' + message.role + message.content + '<|im_end|>'"
+    for strange in (*STRANGE, " ".join(STRANGE)):
+        tokenizer.chat_template = (
+            f"{{% for message in messages %}}{{{{ {strange!r} + {turn} }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {strange!r} + '<|im_start|>assistant' }}}}{{% endif %}}"
+        )
+        template, _ = ollama_template(tokenizer, bos="")
+        read = re.sub(r"\{\{ (\".*?\") \}\}", lambda quoted: ast.literal_eval(quoted[1]), template)
+        assert read.count(f"{strange}<|im_start|>") == 4, "before each role, and before an answer"
+        assert '"""' not in template
+        assert all(letter.isprintable() or letter == "\n" for letter in template)
+        assert not re.search('[{}"]', re.sub(r"\{\{ .*? \}\}", "", template))
 
 
 # ---- how texts are cut ----------------------------------------------------------------------------------------------
