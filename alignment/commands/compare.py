@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.config.faults import suggestion
+from alignment.commands.shared.following import run_folder, run_names
 from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
 from alignment.core.terminal import print_whole
@@ -24,7 +24,7 @@ from alignment.pipeline.execute.run_differences import (
 )
 from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
-from alignment.records.run import FILE, RunRecord
+from alignment.records.run import RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_files import read_run
@@ -105,15 +105,12 @@ def _page(html: str, runs: Sequence[str]) -> Path:
 
 
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
-    known = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
     if twice := next((run for run in runs if runs.count(run) > 1), None):
         raise ConfigError(f"the run {twice!r} is named twice", where="RUN", remedy="name each once")
     if len(runs) < 2:
-        raise ConfigError("name two runs or more", where="RUN", remedy=f"there are: {', '.join(known) or 'none'}")
-    for run in runs:
-        if run not in known:
-            raise ConfigError(f"no run '{run}' under {output / 'runs'}; {suggestion(run, known)}", where="RUN")
-    return [output / "runs" / run for run in runs]
+        remedy = f"there are: {', '.join(run_names(output)) or 'none'}"
+        raise ConfigError("name two runs or more", where="RUN", remedy=remedy)
+    return [run_folder(output, run) for run in runs]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,17 +56,8 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str,
     model = model_sources.resolve(source, where="MODEL")
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
-    argv = [
-        sys.executable,
-        "-m",
-        "alignment.commands.add_tokens.worker",
-        str(model.folder),
-        "--to",
-        str(target),
-        *(["--in-text"] if in_text else []),
-        "--",
-        *tokens,
-    ]
+    argv = [sys.executable, "-m", "alignment.commands.add_tokens.worker", str(model.folder), "--to", str(target)]
+    argv += [*(["--in-text"] if in_text else []), "--", *tokens]
     code = write_folder(argv, target, verb="add-tokens")
     if code == 0:
         advice = [ADVICE.format(target), *([] if in_text else [OF_CONTROL])]

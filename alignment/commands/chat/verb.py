@@ -121,13 +121,9 @@ def chat(
 
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
-    if options["max_new_tokens"] < 1:
-        raise ConfigError(
-            f"{options['max_new_tokens']} is not a valid length", where="--max-new-tokens", remedy="give 1 or more"
-        )
-    if not 0 <= options["temperature"] < float("inf"):
-        raise ConfigError(
-            f"{options['temperature']} is not a valid temperature",
-            where="--temperature",
-            remedy="give 0 (greedy) or more",
-        )
+    length, temperature = options["max_new_tokens"], options["temperature"]
+    if length < 1:
+        raise ConfigError(f"{length} is not a valid length", where="--max-new-tokens", remedy="give 1 or more")
+    if not 0 <= temperature < float("inf"):
+        message = f"{temperature} is not a valid temperature"
+        raise ConfigError(message, where="--temperature", remedy="give 0 (greedy) or more")

@@ -92,18 +92,19 @@ def converse(sessions: Sequence[ChatSession], screen: Screen) -> None:
 
 
 def _answer_all(sessions: Sequence[ChatSession], words: str, screen: Screen) -> None:
+    """Answers side by side if there is room, else below each other as they come."""
     beside = len(sessions) > 1 and screen.is_wide
-    answers = [CollectedAnswer(session.name) for session in sessions]
-    for session, answer in zip(sessions, answers, strict=True):
+    answers: list[tuple[str, list[str]]] = [(session.name, []) for session in sessions]
+    for session, (name, pieces) in zip(sessions, answers, strict=True):
         if beside:
-            screen.note(f"{session.name} is thinking …")
-            _answer(session, words, answer.add, screen)
+            screen.note(f"{name} is thinking …")
+            _answer(session, words, pieces.append, screen)
         else:
-            screen.write(f"{session.name}: ")
+            screen.write(f"{name}: ")
             _answer(session, words, screen.write, screen)
             screen.write("\n")
     if beside:
-        screen.columns(answers)
+        screen.columns([(name, "".join(pieces)) for name, pieces in answers])
 
 
 def _answer(session: ChatSession, words: str, on_text: Callable[[str], None], screen: Screen) -> None:
@@ -114,18 +115,6 @@ def _answer(session: ChatSession, words: str, on_text: Callable[[str], None], sc
         on_text(f"[{error}]")
     except KeyboardInterrupt:
         on_text(" [stopped]")
-
-
-class CollectedAnswer:
-    """An answer that is printed once it is complete."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.text = ""
-
-    def add(self, text: str) -> None:
-        """Appends text."""
-        self.text += text
 
 
 class Screen:
@@ -174,12 +163,12 @@ class Screen:
         sys.stdout.write(visible(text))
         sys.stdout.flush()
 
-    def columns(self, answers: Sequence[CollectedAnswer]) -> None:
-        """Prints answers side by side."""
+    def columns(self, answers: Sequence[tuple[str, str]]) -> None:
+        """Prints answers side by side, each below its name."""
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
-        for answer in answers:
-            table.add_column(visible(answer.name), ratio=1, overflow="fold")
-        table.add_row(*(Text(visible(answer.text.strip())) for answer in answers))
+        for name, _ in answers:
+            table.add_column(visible(name), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(text.strip())) for _, text in answers))
         self._console.print(table)
 
 

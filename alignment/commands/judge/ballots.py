@@ -25,15 +25,11 @@ class Choice(str, Enum):
 
 
 class Refused(Exception):
-    """A vote or an undo that cannot be taken; nothing was written."""
+    """A vote or an undo that cannot be taken; nothing was written. ``status`` is the one of HTTP."""
 
-
-class UnknownPair(Refused):
-    """A vote for something that is not among the pairs of this evaluation."""
-
-
-class AlreadyJudged(Refused):
-    """A second vote of an annotator for a pair."""
+    def __init__(self, message: str, *, status: int = 409) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,29 +76,25 @@ class Ballots:
     def standing(self, annotator: str) -> Standing:
         """How far the annotator is, and the next pair."""
         judged = {vote.pair for vote in self._own(annotator)}
-        following = next((pair for key, pair in self._pairs.items() if key not in judged), None)
-        return Standing(
-            annotator=annotator,
-            judged=len(judged),
-            total=self.total,
-            ballot=None if following is None else _ballot(following, annotator),
-        )
+        ballot = None
+        if (pair := next((pair for key, pair in self._pairs.items() if key not in judged), None)) is not None:
+            first, second = _shown(pair, annotator)
+            ballot = Ballot(pair=pair, answers=(pair.answers[first], pair.answers[second]))
+        return Standing(annotator=annotator, judged=len(judged), total=self.total, ballot=ballot)
 
     def vote(self, annotator: str, key: str, choice: Choice) -> None:
         """Stores a vote; when this returns, it is on the disk.
 
         Raises:
-            UnknownPair: there is no such pair.
-            AlreadyJudged: the annotator has judged it already.
+            Refused: there is no such pair, or the annotator has judged it already.
             OSError: the file cannot be written to; no part of the vote is in it.
         """
         pair = self._pairs.get(key)
         if pair is None:
-            raise UnknownPair("There is no such pair in this evaluation.")
+            raise Refused("There is no such pair in this evaluation.", status=404)
         if any(vote.pair == key for vote in self._own(annotator)):
-            raise AlreadyJudged(f"{annotator} has judged this pair already. Undo that vote first.")
-        first = shown_first(pair, annotator)
-        second = next(arm for arm in pair.answers if arm != first)
+            raise Refused(f"{annotator} has judged this pair already. Undo that vote first.")
+        first, second = _shown(pair, annotator)
         vote = Vote(
             pair=key,
             annotator=annotator,
@@ -148,7 +140,7 @@ def annotator_name(text: str) -> str:
     return name
 
 
-def _ballot(pair: AnswerPair, annotator: str) -> Ballot:
+def _shown(pair: AnswerPair, annotator: str) -> tuple[str, str]:
+    """The arms in the order in which the annotator sees them."""
     first = shown_first(pair, annotator)
-    second = next(arm for arm in pair.answers if arm != first)
-    return Ballot(pair=pair, answers=(pair.answers[first], pair.answers[second]))
+    return first, next(arm for arm in pair.answers if arm != first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from alignment.core.model_files import formats_of_weights, positions_in, weights
 from alignment.costs.devices import DEVICES
 from alignment.data.templates import own_template
 from alignment.pipeline.sources import model_sources
-from alignment.stages.base import LearnsFrom, StageKind
+from alignment.stages.base import LearnsFrom
 from alignment.stages.registry import kinds
 
 _CHATML = "chatml"
@@ -136,32 +136,21 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
         stage = kind.proposals.stage(circumstances)
         if stage is not None:
             stages[kind.name] = stage
-            circumstances = _after(kind, circumstances)
+            made = {name: list(earlier) for name, earlier in circumstances.made.items()}
+            made.setdefault(kind.produces, []).append(kind.name)
+            begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
+            start = f"stage:{kind.name}" if begins else circumstances.start
+            circumstances = replace(circumstances, made=made, start=start)
     scorer = circumstances.answer(SCORER)
     if scorer and not any(scorer in repr(stage.settings) for stage in stages.values()):
-        raise ConfigError(
-            f"{scorer!r} has no effect: no stage scores answers", where=f"--{SCORER.name}", remedy="leave it out"
-        )
-    for files in _unused(circumstances, stages):
-        raise ConfigError(
-            f"no stage uses {files}",
-            where="FILE",
-            remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
-        )
-    return stages
-
-
-def _after(kind: StageKind, circumstances: Circumstances) -> Circumstances:
-    """The circumstances for kinds behind this one."""
-    made: Mapping[str, list[str]] = {name: list(stages) for name, stages in circumstances.made.items()}
-    made = {**made, kind.produces: [*made.get(kind.produces, []), kind.name]}
-    begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
-    return replace(circumstances, made=made, start=f"stage:{kind.name}" if begins else circumstances.start)
-
-
-def _unused(circumstances: Circumstances, stages: Mapping[str, NewStage]) -> Iterator[str]:
-    """The names of files that no stage reads."""
+        message = f"{scorer!r} has no effect: no stage scores answers"
+        raise ConfigError(message, where=f"--{SCORER.name}", remedy="leave it out")
     read = [id(stage.reads) for stage in stages.values()]
     for rows in circumstances.rows.values():
         if id(rows) not in read:
-            yield ", ".join(rows.files)
+            raise ConfigError(
+                f"no stage uses {', '.join(rows.files)}",
+                where="FILE",
+                remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
+            )
+    return stages

@@ -8,8 +8,8 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, StageError
 from alignment.core.terminal import visible
 from alignment.core.wording import counted
-from alignment.data.doctor import Diagnosis, counted_records
+from alignment.data.doctor import counted_records
 from alignment.data.fields import SetAside
 from alignment.data.formats import format_of
 from alignment.data.formats.form import Format
@@ -82,18 +82,19 @@ class DataFile:
 
     def read(self) -> Iterator[CountedRow]:
         """Each row that can be parsed."""
-        of_prompt, own = (self._reader(record) for record in (HeldOutPrompt, self.record))
+        of_prompt, own = (
+            Reader(format=self.format, record=record, data=self.data) for record in (HeldOutPrompt, self.record)
+        )
         for row in source_rows(self.path, self.data):
             if isinstance(row, RawRow):
-                prompts = _records(of_prompt, row) if self.has_prompts else []
+                prompts: list[Any] = []
+                with suppress(DataError):
+                    prompts = of_prompt.records(row) if self.has_prompts else []
                 try:
                     number, faulty = len(own.records(row)), False
                 except DataError as error:
                     number, faulty = 0, not isinstance(error, SetAside)
                 yield CountedRow(value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty)
-
-    def _reader(self, record: type[Record]) -> Reader:
-        return Reader(format=self.format, record=record, data=self.data)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, 
     faults = diagnosis.num_unreadable + diagnosis.faulty.count([stages])
     file = DataFile(
         name=visible(Path(source.partition(":")[2] or source).name or source),
-        source=_source(source, diagnosis),
+        source=snapshot_name(diagnosis.path) or (source if ":" in source else f"path:{source}"),
         path=path,
         format=diagnosis.format,
         record=Prompt if record is HeldOutPrompt else record,
@@ -178,30 +179,6 @@ def joined(files: Sequence[DataFile]) -> Rows:
     )
 
 
-def refuse_repeated(files: Sequence[str]) -> None:
-    """Accepts files that are all different.
-
-    Raises:
-        ConfigError: a file is named twice.
-    """
-    for number, file in enumerate(files):
-        if file in files[:number]:
-            raise ConfigError(f"{file} is named twice", where="FILE", remedy="name each file once")
-
-
-def _source(source: str, diagnosis: Diagnosis) -> str:
-    if snapshot := snapshot_name(diagnosis.path):
-        return snapshot
-    return source if ":" in source else f"path:{source}"
-
-
-def _records(reader: Reader, row: RawRow) -> list[Any]:
-    try:
-        return reader.records(row)
-    except DataError:
-        return []
-
-
 _LAST_LEARNED = (Prompt, PreferencePair, LabelledAnswer, Conversation)
 """Records whose prompts are held out: those of the last stage that learns."""
 FEWEST, _SHARE, _MOST = 50, 0.1, 200
@@ -221,17 +198,12 @@ class NewFiles:
 
     @contextmanager
     def create(self, path: Path) -> Iterator[IO[str]]:
-        """Opens a new file.
-
-        Raises:
-            ConfigError: it exists already.
-        """
+        """Opens a new file. Raises ConfigError if it exists already."""
         try:
             stream = path.open("x", encoding="utf-8")
         except FileExistsError:
-            raise ConfigError(
-                f"{path} exists already", where="--out", remedy="move it, or choose another name"
-            ) from None
+            remedy = "move it, or choose another name"
+            raise ConfigError(f"{path} exists already", where="--out", remedy=remedy) from None
         self.written.append(path)
         with stream:
             yield stream
@@ -335,35 +307,23 @@ def _write(stream: IO[str], row: Any) -> None:
     stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-Measure = Callable[[Mapping[str, Any]], Sequence[Lengths]]
-"""What ``alignment.commands.new.worker.measured`` is."""
 _ERRORS = {error.exit_code: error for error in (DataError, ModelError)}
 
 
-def measured_lengths(
-    files: Sequence[DataFile], folder: Path, template: str | None, *, measure: Measure | None = None
-) -> list[Lengths]:
+def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | None) -> list[Lengths]:
     """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder.
 
     Raises:
         ModelError: there is no usable tokenizer.
         DataError: no record of a file can be rendered.
-        StageError: the process failed.
+        StageError: the process that counts them failed.
     """
-    asked = {
-        "folder": str(folder),
-        "template": template,
-        "files": [
-            {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
-        ],
-    }
-    return list((_in_process if measure is None else measure)(asked))
-
-
-def _in_process(asked: Mapping[str, Any]) -> list[Lengths]:
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
-        write_json(question, asked)
+    described = [
+        {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        question, answer = Path(temporary) / "asked.json", Path(temporary) / "answer.json"
+        write_json(question, {"folder": str(folder), "template": template, "files": described})
         code = processes.call([sys.executable, "-m", "alignment.commands.new.worker", str(question), str(answer)])
         if code or not answer.is_file():
             raise StageError(

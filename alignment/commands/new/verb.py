@@ -24,13 +24,11 @@ from alignment.commands.new.base_model import (
 from alignment.commands.new.data_files import (
     FEWEST,
     DataFile,
-    Measure,
     NewFiles,
     held_out_keys,
     joined,
     look_at,
     measured_lengths,
-    refuse_repeated,
     split,
     without,
 )
@@ -44,7 +42,6 @@ from alignment.config.new_recipe import (
     Circumstances,
     Lengths,
     NewStage,
-    Question,
     Reasoned,
     Rows,
 )
@@ -89,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns of FILE that have other names, such as '{label: good}', as in a recipe's data.columns",
     )
     for question in (FROM_PAIRS, FIRST):
-        parser.add_argument(f"--{question.name}", choices=list(question.choices), help=_help(question))
+        help_text = f"the answer to: {question.text}"
+        parser.add_argument(f"--{question.name}", choices=list(question.choices), help=help_text)
     parser.add_argument(
         f"--{SCORER.name}",
         metavar="SOURCE",
@@ -114,10 +112,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
 _QUESTIONS = (FROM_PAIRS, FIRST, SCORER)
 
 
-def _help(question: Question) -> str:
-    return f"the answer to: {question.text}"
-
-
 _ORDER: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
 _SUFFIX = ".yaml"
 
@@ -134,27 +128,10 @@ class Options:
     answers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Data:
-    """The user's files, as stages will read them, and the held-out prompts."""
-
-    files: Sequence[DataFile]
-    held_out: DataFile | None = None
-
-
-def new_recipe(
-    console: Console,
-    files: Sequence[str],
-    *,
-    out: str,
-    options: Options,
-    ask: Ask | None = None,
-    measure: Measure | None = None,
-) -> int:
+def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Options, ask: Ask | None = None) -> int:
     """Writes a recipe for these files to ``out``, shows what it plans, and returns 0.
 
-    ``ask`` asks the user (default: on a terminal), and ``measure`` counts tokens (default: in a process of its own).
-    Nothing is left behind if it fails, and no file is overwritten.
+    ``ask`` asks the user (default: on a terminal). Nothing is left behind if it fails, and no file is overwritten.
 
     Raises:
         ConfigError: ``out`` cannot be written, an answer is missing, or no stage uses a file.
@@ -162,32 +139,41 @@ def new_recipe(
         ModelError: there is no such model, its folder has no weights, or it has no usable tokenizer.
         AlignmentError: the plan of the recipe is refused.
     """
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     path = _new_file(out)
-    refuse_repeated([*files, *([options.heldout] if options.heldout else [])])
+    named = [*files, *([options.heldout] if options.heldout else [])]
+    if repeated := next((file for file in named if named.count(file) > 1), None):
+        raise ConfigError(f"{repeated} is named twice", where="FILE", remedy="name each file once")
     memory = free_bytes(options.device)
     columns = _columns(options.columns)
     looked = [look_at(console, file, where="FILE", columns=columns).counted() for file in files]
-    given = None if options.heldout is None else _held_out_file(console, options.heldout)
-    model = base_model(options.model, announce=lambda line: _say(console, line))
+    given = None if options.heldout is None else look_at(console, options.heldout, where="--heldout").counted()
+    if given is not None and not given.prompts:
+        remedy = "name a file with prompts, or leave the option out"
+        raise DataError("no row has a prompt", where="--heldout", remedy=remedy)
+    model = base_model(options.model, announce=say)
     answers = _answers(console, looked, model, options, ask)
     new = NewFiles(out=path)
     try:
-        data = _split(console, looked, given, new)
-        circumstances = _circumstances(data, model, answers, measure, lambda line: _say(console, line))
+        learned, held_out = _split(looked, given, new, say)
+        circumstances = _circumstances(learned, held_out, model, answers, say)
         stages = proposed_stages(circumstances)
         adapter = adapter_for(model, memory, dtype_for(options.device))
-        text = "\n".join(_lines(files, stages, model, adapter, options, data)) + "\n"
+        summary = f"{', '.join(stages)} on {', '.join(file.name for file in learned)}"
         with new.create(path) as stream:
-            stream.write(text)
+            stream.writelines(f"{line}\n" for line in _lines(files, stages, model, adapter, options, summary))
         plan = make_plan(_as_argument(path), [])
     except BaseException:
         new.remove()
         raise
     for written in new.written:
-        _say(console, f"wrote {written}")
+        say(f"wrote {written}")
     show_plan(console, plan)
     recipe = shlex.quote(_as_argument(path))
-    _say(console, f"next: align preview {recipe}, and align plan {recipe} --cost")
+    say(f"next: align preview {recipe}, and align plan {recipe} --cost")
     return 0
 
 
@@ -199,15 +185,6 @@ def _columns(written: str | None) -> dict[str, str]:
     data, wrong = source_from_plain(plain, where="FILE")
     refuse([*faults, *wrong, *column_faults(data, "FILE")])
     return data.columns
-
-
-def _held_out_file(console: Console, source: str) -> DataFile:
-    file = look_at(console, source, where="--heldout").counted()
-    if not file.prompts:
-        raise DataError(
-            "no row has a prompt", where="--heldout", remedy="name a file with prompts, or leave the option out"
-        )
-    return file
 
 
 def _new_file(out: str) -> Path:
@@ -232,32 +209,37 @@ def _answers(
     return answered(raised, options.answers, ask=ask)
 
 
-def _split(console: Console, files: Sequence[DataFile], given: DataFile | None, new: NewFiles) -> _Data:
-    """Holds prompts out, or leaves the given ones out of what is learned."""
+def _split(
+    files: Sequence[DataFile], given: DataFile | None, new: NewFiles, say: Callable[[str], None]
+) -> tuple[Sequence[DataFile], DataFile | None]:
+    """The files as stages will read them, and held-out prompts: some of these files', or the given ones."""
     if given is not None:
-        return _Data(files=without(files, given, new), held_out=given)
-    keys = held_out_keys(files)
-    if keys:
+        return without(files, given, new), given
+    if keys := held_out_keys(files):
         held_out, learned = split(files, keys, new)
-        _say(console, f"{len(keys)} prompts are held out for an evaluation")
-        return _Data(files=learned, held_out=held_out)
-    _say(console, f"no evaluation: it needs {FEWEST} different prompts, or --heldout FILE")
-    return _Data(files=files)
+        say(f"{len(keys)} prompts are held out for an evaluation")
+        return learned, held_out
+    say(f"no evaluation: it needs {FEWEST} different prompts, or --heldout FILE")
+    return files, None
 
 
 def _circumstances(
-    data: _Data, model: BaseModel, answers: Mapping[str, str], measure: Measure | None, say: Callable[[str], None]
+    files: Sequence[DataFile],
+    held_out: DataFile | None,
+    model: BaseModel,
+    answers: Mapping[str, str],
+    say: Callable[[str], None],
 ) -> Circumstances:
-    lengths = measured_lengths(data.files, model.folder, model.template, measure=measure)
-    for file, of_file in zip(data.files, lengths, strict=True):
+    lengths = measured_lengths(files, model.folder, model.template)
+    for file, of_file in zip(files, lengths, strict=True):
         for remark in of_file.remarks:
             say(f"{file.name}: {remark} (docs/data.md says what to do)")
     return Circumstances(
-        rows=_by_record(data.files, lengths),
+        rows=_by_record(files, lengths),
         answers=answers,
         positions=model.positions,
         has_template=model.has_template,
-        held_out=None if data.held_out is None else joined([data.held_out]),
+        held_out=None if held_out is None else joined([held_out]),
     )
 
 
@@ -268,16 +250,13 @@ def _by_record(files: Sequence[DataFile], lengths: Sequence[Lengths] = ()) -> di
         numbers = [number for number, file in enumerate(files) if file.record is record]
         if numbers:
             own = [lengths[number] for number in numbers] if lengths else []
-            rows[record] = replace(joined([files[number] for number in numbers]), lengths=_together(own))
+            together = Lengths(
+                rows=[length for of_file in own for length in of_file.rows],
+                prompts=[length for of_file in own for length in of_file.prompts],
+                answers=[length for of_file in own for length in of_file.answers],
+            )
+            rows[record] = replace(joined([files[number] for number in numbers]), lengths=together)
     return rows
-
-
-def _together(lengths: Sequence[Lengths]) -> Lengths:
-    return Lengths(
-        rows=[length for of_file in lengths for length in of_file.rows],
-        prompts=[length for of_file in lengths for length in of_file.prompts],
-        answers=[length for of_file in lengths for length in of_file.answers],
-    )
 
 
 def _lines(
@@ -286,8 +265,10 @@ def _lines(
     model: BaseModel,
     adapter: Reasoned,
     options: Options,
-    data: _Data,
+    summary: str,
 ) -> Iterator[str]:
+    """``conf/stage`` has a file for some kinds, which chooses their adapter too."""
+    shipped = {file.stem for file in (conf_folder() / "stage").glob(f"*{_SUFFIX}")}
     yield from comment_lines(
         f"Written by `align new` for {', '.join(files)}. Each number is a starting value, chosen by the rule in its "
         f"comment; none was tuned. Paths are relative to the folder from which you call align."
@@ -295,7 +276,7 @@ def _lines(
     yield "defaults:"
     yield "  - base"
     for name in stages:
-        if _has_file(name):
+        if name in shipped:
             yield f"  - stage@stages.{name}: {name}"
     trained = [name for name in stages if kind_named(name).trains]
     yield from comment_lines(f"{adapter.value}: {adapter.why}", pad="  ")
@@ -303,7 +284,7 @@ def _lines(
         yield from (f"  - override /adapter@stages.{name}.adapter: {adapter.value}" for name in trained)
     yield "  - _self_"
     yield ""
-    yield f"summary: {flow(_summary(stages, data))}"
+    yield f"summary: {flow(summary)}"
     yield ""
     yield "model:"
     yield from group_lines(_model_settings(model, options), depth=1)
@@ -311,14 +292,9 @@ def _lines(
     yield "stages:"
     for name, stage in stages.items():
         yield from comment_lines(stage.why, pad="  ")
-        own = {} if _has_file(name) else {"kind": name}
-        settings = {**own, **stage.settings}
+        settings = {**({} if name in shipped else {"kind": name}), **stage.settings}
         yield f"  {name}:" if settings else f"  {name}: {{}}"
         yield from group_lines(settings, depth=2)
-
-
-def _summary(stages: Mapping[str, NewStage], data: _Data) -> str:
-    return f"{', '.join(stages)} on {', '.join(file.name for file in data.files)}"
 
 
 def _model_settings(model: BaseModel, options: Options) -> dict[str, Any]:
@@ -332,15 +308,6 @@ def _model_settings(model: BaseModel, options: Options) -> dict[str, Any]:
     return settings
 
 
-def _has_file(kind: str) -> bool:
-    """Whether conf/stage has a file for the kind, which chooses its adapter too."""
-    return (conf_folder() / "stage" / f"{kind}{_SUFFIX}").is_file()
-
-
 def _as_argument(path: Path) -> str:
     """The path as `align` takes it for that of a file."""
     return str(path) if path.is_absolute() or path.parent != Path(".") else f"./{path}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

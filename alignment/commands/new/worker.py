@@ -76,11 +76,14 @@ def _lengths(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) ->
     readable = [record for record in records if record.parts]
     if not readable:
         raise next((record.fault for record in records if record.fault), DataError("has no rows", where=str(path)))
-    has_answers = kind.record is not PlainText
     return Lengths(
         rows=[record.tokens for record in readable],
         prompts=[max(len(parts.prompt) for parts in record.parts) for record in readable],
-        answers=[_longest_answer(record) for record in readable] if has_answers else [],
+        answers=[
+            max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
+            for record in readable
+            if kind.record is not PlainText
+        ],
         remarks=_remarks(records),
     )
 
@@ -88,30 +91,19 @@ def _lengths(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) ->
 def _remarks(records: Sequence[Tokenized]) -> list[str]:
     """Sentences on records that cannot be rendered, and on what the chat template leaves out of others."""
     faults = [record.fault for record in records if record.fault is not None]
-    remarks = [lost_words(loss, count, len(records)) for loss in LOSSES if (count := _lose(loss, records))]
+    losing = {loss: sum(loss in record.lost for record in records) for loss in LOSSES}
+    remarks = [lost_words(loss, count, len(records)) for loss, count in losing.items() if count]
     if faults:
         such = f"such as {Path(faults[0].where).name}: {faults[0].message}"
         remarks.append(f"{len(faults):,} of {len(records):,} records cannot be rendered, {such}")
     return remarks
 
 
-def _lose(loss: str, records: Sequence[Tokenized]) -> int:
-    return sum(loss in record.lost for record in records)
-
-
-def _longest_answer(record: Tokenized) -> int:
-    return max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
-
-
 def _tokenized(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) -> Iterator[Tokenized]:
     lenient = SourceConfig(columns=columns, on_error=OnError.skip, max_skipped=1.0)
-    for records in _batches(islice(iterate(path, kind.record, lenient), LOOKED_AT)):
-        yield from tokenized(tokenizer, kind, records, _LIMITS)
-
-
-def _batches(records: Iterator[Any]) -> Iterator[list[Any]]:
+    records = islice(iterate(path, kind.record, lenient), LOOKED_AT)
     while batch := list(islice(records, _AT_ONCE)):
-        yield batch
+        yield from tokenized(tokenizer, kind, batch, _LIMITS)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout, written_error
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
-from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
+from alignment.commands.shared.listening import listening, refuse_without_page_libraries
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core import hardware
@@ -150,7 +150,7 @@ def _environment(options: Options) -> Path | None:
         if getattr(options, name) is not None:
             where, remedy = f"--{name.replace('_', '-')}", "leave it out, or use --engine vllm"
             raise ConfigError("only vLLM has this option", where=where, remedy=remedy)
-    refuse_without(PAGE_LIBRARIES, where=WHERE, needs="the default engine needs")
+    refuse_without_page_libraries(where=WHERE, needs="the default engine needs")
     return None
 
 

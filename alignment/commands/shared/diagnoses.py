@@ -105,32 +105,23 @@ class RowProgress:
             self._status.stop()
 
 
-class StopAfterRow:
-    """Is True once the user has pressed Ctrl-C; a second time interrupts at once."""
-
-    def __init__(self) -> None:
-        self._is_asked = False
-
-    def __bool__(self) -> bool:
-        return self._is_asked
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """Handles the signal."""
-        if self._is_asked:
-            signal.default_int_handler(number, frame)
-        self._is_asked = True
-
-
 @contextmanager
-def stop_after_row() -> Iterator[StopAfterRow]:
-    """Ctrl-C lets the row end that is being read, so that what was learned of the rows before it is whole."""
-    stop = StopAfterRow()
+def stop_after_row() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C lets the row end that is being read, so that what was learned of the rows before it is whole. Whether it
+    was pressed is yielded as a function; a second time interrupts at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            signal.default_int_handler(number, frame)
+        asked.set()
+
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield asked.is_set
         return
-    before = signal.signal(signal.SIGINT, stop.ask)
+    before = signal.signal(signal.SIGINT, ask)
     try:
-        yield stop
+        yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -181,13 +172,13 @@ def examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosi
     """
     progress = progress_of(console, path, data)
     try:
-        with stop_after_row() as stop:
+        with stop_after_row() as is_stopped:
 
             def on_row(diagnosis: Diagnosis) -> bool:
                 progress(diagnosis.rows)
-                return not stop
+                return not is_stopped()
 
             diagnosis = examine(path, data, records(), go_on=on_row)
-            return diagnosis, not stop
+            return diagnosis, not is_stopped()
     finally:
         progress.end()

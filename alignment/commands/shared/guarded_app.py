@@ -77,15 +77,13 @@ class _WithToken:
             await self._app({**scope, "path": f"/{rest}"}, receive, send)
 
 
-def style(package: str, name: str, *more: str) -> Response:
-    """The style of the reports, what only the pages of this package have, and ``more`` style sheets as text."""
-    texts = [_text("alignment.report", "style.css"), *more, _text(package, name)]
-    return Response("\n".join(texts), media_type="text/css")
-
-
-def script(package: str, name: str) -> Response:
-    """A script of this package."""
-    return Response(_text(package, name), media_type="text/javascript")
+def assets(package: str, style: str, script: str, *more: str) -> list[Route]:
+    """The style of the reports with ``more`` style sheets and that of the package's pages, and the package's script."""
+    styles = "\n".join([_text("alignment.report", "style.css"), *more, _text(package, style)])
+    return [
+        Route("/style.css", Response(styles, media_type="text/css")),
+        Route(f"/{script}", Response(_text(package, script), media_type="text/javascript")),
+    ]
 
 
 def _text(package: str, name: str) -> str:

@@ -49,14 +49,10 @@ class PolicyFinder:
     def _default(self) -> str:
         if self._record is None:
             return self._result
-        for name, manifest in self._last_manifests(self._record):
-            if manifest.kind == POLICY:
-                return name
-        raise ArtifactError(
-            "no stage of this run has produced a policy yet",
-            where=self._result,
-            remedy="run the recipe, or use --arm base",
-        )
+        if name := next((name for name, made in self._last_manifests(self._record) if made.kind == POLICY), None):
+            return name
+        message = "no stage of this run has produced a policy yet"
+        raise ArtifactError(message, where=self._result, remedy="run the recipe, or use --arm base")
 
     def _policy(self, arm: str) -> StoredPolicy:
         if arm == BASE:

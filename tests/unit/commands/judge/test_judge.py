@@ -27,7 +27,7 @@ from starlette.testclient import TestClient
 
 from alignment.commands.judge import ballots as ballots_module
 from alignment.commands.judge.ballots import Ballots, Choice, Refused, annotator_name
-from alignment.commands.judge.verb import Options, judge
+from alignment.commands.judge.verb import judge
 from alignment.commands.judge.web_app import application
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
@@ -410,7 +410,7 @@ def printed(output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(run: str = "mine", arms: Sequence[str] = BOTH, **options: Any) -> str:
         console = Console(width=300, record=True)
-        assert judge(console, run, arms, options=Options(**options), output=output) == 0
+        assert judge(console, run, arms, output=output, **options) == 0
         return re.sub(r"judge at \S+", "judge at ADDRESS", console.export_text())
 
     return call

@@ -66,7 +66,7 @@ class New:
         console = Console(file=self._screen, width=200)
         given = Options(**{"model": self._model, **options})
         asking = {} if ask is None else {"ask": ask}
-        assert new_recipe(console, files, out=out, options=given, measure=measured, **asking) == 0
+        assert new_recipe(console, files, out=out, options=given, **asking) == 0
         recipe: Recipe = yaml_file.read(Path(out))
         return recipe
 
@@ -76,7 +76,8 @@ class New:
 
 
 @pytest.fixture
-def new(model: Path) -> New:
+def new(model: Path, monkeypatch: pytest.MonkeyPatch) -> New:
+    monkeypatch.setattr(processes, "call", lambda argv: worker.main(argv[3:]))
     return New(model)
 
 

@@ -27,7 +27,7 @@ from alignment.commands.shared.page_server import PageServer
 from alignment.commands.status import follow
 from alignment.commands.watch import live_app, verb
 from alignment.commands.watch.live_app import application
-from alignment.commands.watch.verb import Options, watch
+from alignment.commands.watch.verb import watch
 from alignment.core.errors import AlignmentError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
@@ -300,7 +300,7 @@ def test_it_ends_with_the_run_if_it_was_asked_to(run: RunFolder, monkeypatch: py
     monkeypatch.setattr(verb, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(verb, "LINGER_SECONDS", 0.1)
     console = Console(width=300, record=True, quiet=False, file=io.StringIO())
-    thread = in_a_thread(lambda: watch(console, None, options=Options(until_done=True), output=run.output))
+    thread = in_a_thread(lambda: watch(console, None, until_done=True, output=run.output))
     deadline = time.monotonic() + 20
     while "http://127.0.0.1:" not in (printed := console.export_text(clear=False)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -316,7 +316,7 @@ def test_it_ends_with_the_run_if_it_was_asked_to(run: RunFolder, monkeypatch: py
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(run: str | None, words: str, **options: int) -> None:
         with pytest.raises(AlignmentError, match=words):
-            watch(Console(), run, options=Options(**options), output=tmp_path)
+            watch(Console(), run, output=tmp_path, **options)
 
     refused(None, "no readable run under")
     run = RunFolder(tmp_path)

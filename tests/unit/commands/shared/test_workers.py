@@ -207,7 +207,7 @@ def test_a_token_that_cannot_be_new_is_refused_and_nothing_written(
 @pytest.mark.parametrize(
     ("run", "to", "url", "words"),
     [
-        ("quickstrat", "tensorboard", "", r"there is no run 'quickstrat' under .*; did you mean 'quickstart'\?"),
+        ("quickstrat", "tensorboard", "", r"no run 'quickstrat' under .*; did you mean 'quickstart'\?"),
         ("quickstart", "mlflow", "http://me:s3cret@x", r"--url: not an address of a server; allowed: http"),
         ("quickstart", "mlflow", "", r"tracking.mlflow_url: no server is named"),
     ],
