@@ -27,11 +27,8 @@ Recipe = str | os.PathLike[str]
 
 
 def name_of(file: Recipe, argument: str = "recipe") -> str:
-    """The name or the path that a caller gave as ``argument``.
-
-    Raises:
-        TypeError: it is something else, such as the settings themselves.
-    """
+    """The name or the path that a caller gave as ``argument``. Raises TypeError: it is something else, such as the
+    settings themselves."""
     if isinstance(file, str):
         return file
     if isinstance(file, os.PathLike):

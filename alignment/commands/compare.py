@@ -64,11 +64,8 @@ ABSENT = "–"
 
 
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
-    """Prints differing settings, arms side by side, and paired differences from the first run.
-
-    Raises:
-        ConfigError: there are fewer than two runs, a run does not exist, or ``html`` cannot be written.
-    """
+    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError:
+    there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))

@@ -81,11 +81,8 @@ EXAMPLE = "columns={prompt: my_question}"
 
 
 def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str]) -> SourceConfig:
-    """The source that the command line describes; ``overrides`` are parsed and checked like those of a recipe.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """The source that the command line describes; ``overrides`` are parsed and checked like those of a recipe. Raises
+    ConfigError: lists every fault."""
     given, faults = tree_of(overrides, example=EXAMPLE)
     faults += _unusable(given, options)
     data, wrong = source_from_plain({**given, **options}, where="DATA")
@@ -94,11 +91,8 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
 
 
 def against_of(source: str | None, *, split: str | None, subset: str | None) -> SourceConfig | None:
-    """The source to compare with; None if there is none.
-
-    Raises:
-        ConfigError: a split or subset is chosen of no source.
-    """
+    """The source to compare with; None if there is none. Raises ConfigError: a split or subset is chosen of no
+    source."""
     if source is not None:
         return SourceConfig(source=source, split=split or SourceConfig().split, subset=subset or None)
     chosen = [name for name, value in (("split", split), ("subset", subset)) if value]
@@ -177,7 +171,6 @@ def _overlaps(path: Path, data: SourceConfig, against: SourceConfig, other: Path
 
 
 def _source_name(data: SourceConfig) -> str:
-    """The source, and of a hub's data set also which rows of it are read."""
     if not data.source.startswith("hub:"):
         return data.source
     subset = "" if data.subset is None else f", subset {data.subset}"
@@ -257,7 +250,6 @@ def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
 
 
 def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
-    """Rows that repeat an earlier one, then rows that are nearly the same."""
     exact, near = diagnosis.repeats.num_exact, diagnosis.near_duplicates.pairs
     if exact:
         yield _line(

@@ -36,20 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows how they stand; returns the exit code."""
     output, runs = runs_of(arguments, *filter(None, [arguments.run]))
-    run = runs[0] if runs else None
-    if arguments.follow:
-        follow(console, output, run)
-        return 0
-    show_status(console, output, run)
+    (follow if arguments.follow else show_status)(console, output, runs[0] if runs else None)
     return 0
 
 
 def show_status(console: Console, output: Path, run: str | None) -> None:
-    """Prints one run in full, or a line for each run under ``output/runs``.
-
-    Raises:
-        ConfigError: there is no such run; the error suggests one.
-    """
+    """Prints one run in full, or a line for each run under ``output/runs``. Raises ConfigError: there is no such run;
+    the error suggests one."""
     if run is None:
         names = run_names(output)
         if not names:
@@ -122,7 +115,11 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
     was_known = True
     while True:
         view = display.poll()
-        _note_ends(display, run.folder, view, ended)
+        for stage in view.stages:  # what stages that have ended say, once
+            if stage.state in ("done", "reused", "failed") and (stage.name, stage.state) not in ended:
+                ended.add((stage.name, stage.state))
+                for message in messages_of(run.folder, RunRecord.read(run.folder), stage):
+                    display.note(message)
         if not run.goes_on(view.state):
             return view
         if view.state == UNKNOWN and was_known:
@@ -133,12 +130,3 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
         reasons = run.reasons()
         for stage in view.stages:
             display.wait(stage.name, reasons.get(stage.name, ""))
-
-
-def _note_ends(display: Display, folder: Path, view: RunView, noted: set[tuple[str, str]]) -> None:
-    """Prints once what stages that have ended say."""
-    for stage in view.stages:
-        if stage.state in ("done", "reused", "failed") and (stage.name, stage.state) not in noted:
-            noted.add((stage.name, stage.state))
-            for message in messages_of(folder, RunRecord.read(folder), stage):
-                display.note(message)

@@ -130,11 +130,8 @@ class ChatSession:
     answers: int = 0
 
     def __post_init__(self) -> None:
-        """Renders a first prompt, so that an unusable template is refused at once.
-
-        Raises:
-            DataError: there is no chat template, or it refuses the given system message.
-        """
+        """Renders a first prompt, so that an unusable template is refused at once. Raises DataError: there is no chat
+        template, or it refuses the given system message."""
         self.ends = end_ids(self.tokenizer)
         self._rendered([Message(role="user", content="Hi.")])
 
@@ -204,7 +201,6 @@ class _Text:
         self._ids: list[int] = []
 
     def add(self, token: int) -> None:
-        """Adds a token."""
         self._ids.append(token)
         self._emit(self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip().rstrip(HALF_A_CHARACTER))
 

@@ -56,11 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
-    """Talks until the user ends it; returns the exit code.
-
-    Raises:
-        ConfigError: an option has no effect, or the arms cannot talk.
-    """
+    """Talks until the user ends it; returns the exit code. Raises ConfigError: an option has no effect, or the arms
+    cannot talk."""
     if arguments.engine != "vllm" and arguments.engine_python is not None:
         raise ConfigError(
             "only vLLM has this option", where="--engine-python", remedy="leave it out, or use --engine vllm"

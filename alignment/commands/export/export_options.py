@@ -79,11 +79,7 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(arguments: argparse.Namespace) -> ExportOptions:
-    """The options that were given.
-
-    Raises:
-        ConfigError: an option of one form stands beside another.
-    """
+    """The options that were given. Raises ConfigError: an option of one form stands beside another."""
     options = ExportOptions(**{field.name: getattr(arguments, field.name) for field in fields(ExportOptions)})
     of_gguf = {
         "--dtype": options.dtype,

@@ -93,11 +93,7 @@ def stream_logprobs(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor
 
 
 def refuse_differences(actual: Tensor, expected: Tensor, folder: Path) -> None:
-    """Outputs after a reload must be those from before.
-
-    Raises:
-        ModelError: they differ by more than ``RELOADED``.
-    """
+    """Outputs after a reload must be those from before. Raises ModelError: they differ by more than ``RELOADED``."""
     worst = float((actual - expected).abs().max())
     if worst > RELOADED:
         raise ModelError(
@@ -128,11 +124,7 @@ class ExportedResult:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens that end an answer here.
-
-        Raises:
-            DataError: the chat template never ends a turn.
-        """
+        """The tokens that end an answer here. Raises DataError: the chat template never ends a turn."""
         return sorted(end_ids(self.tokenizer)) if self.tokenizer.chat_template else self.text_ends
 
     @property
@@ -159,10 +151,7 @@ def merged_policy(
     result: ExportedResult, dtype: torch.dtype, *, max_gap: float
 ) -> tuple[PreTrainedModel, torch.Tensor, list[str]]:
     """The policy with its adapters merged into weights of ``dtype``, its log-probabilities, and a note on merging.
-
-    Raises:
-        ModelError: an adapter is a prefix, or merging changed more than ``max_gap``.
-    """
+    Raises ModelError: an adapter is a prefix, or merging changed more than ``max_gap``."""
     refuse_prefix(result.lineage)
     merged = load_policy(result.lineage, dtype)
     expected = logprobs(merged, result.rows)
@@ -194,10 +183,7 @@ def _logprobs_as_trained(result: ExportedResult) -> torch.Tensor:
 
 
 def refuse_prefix(lineage: Lineage) -> None:
-    """A prefix is keys and values in front of a text, which no weight can hold.
-
-    Raises:
-        ModelError: an adapter is a prefix.
-    """
+    """A prefix is keys and values in front of a text, which no weight can hold. Raises ModelError: an adapter is a
+    prefix."""
     if any(is_prefix(adapter.path) for adapter in lineage.adapters):
         raise ModelError("a prefix cannot be merged into weights", remedy="export it as an adapter (--as adapter)")

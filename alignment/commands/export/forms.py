@@ -111,11 +111,8 @@ def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
 
 
 def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> list[str]:
-    """Writes a causal language model with the adapters merged; returns notes about it.
-
-    Raises:
-        ModelError: see ``merged_policy``; or it gives other outputs when it is loaded.
-    """
+    """Writes a causal language model with the adapters merged; returns notes about it. Raises ModelError: see
+    ``merged_policy``; or it gives other outputs when it is loaded."""
     dtype = DTYPES[result.dtype]
     merged, expected, notes = merged_policy(result, dtype, max_gap=max_gap)
     merged.config.use_cache = True

@@ -180,7 +180,6 @@ def _published(note: str) -> str:
 
 
 def _licence(manifest: Manifest) -> str:
-    """The licence is known only for a bundled base."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
     if scheme == "bundled" and name in bundled_model.MODELS:
         base = bundled_model.MODELS[name].licence
@@ -202,7 +201,6 @@ def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
 
 
 def _tabled(result: Tabled) -> Iterator[str]:
-    """The columns about this policy in each table that has them."""
     for table in result.record:
         columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
         if result.arm not in columns:
@@ -214,7 +212,6 @@ def _tabled(result: Tabled) -> Iterator[str]:
 
 
 def _table(table: ResultTable, columns: list[str], headings: list[str], introduction: str) -> Iterator[str]:
-    """These columns of a table, below a sentence."""
     at = [list(table.columns).index(key) for key in columns]
     yield from (introduction, "", f"| {' | '.join(('', *headings))} |", f"|{'---|' * (len(columns) + 1)}")
     for label, cells in table.rows:
@@ -276,7 +273,6 @@ def _forgot(measured: Remembered) -> list[str]:
 
 
 def _change(change: Interval | None) -> str:
-    """The mean and its interval, as two cells of a table."""
     if change is None or change.bounds is None:
         return "– | –" if change is None else f"{change.mean:+.1%} | –"
     low, high = change.bounds
@@ -363,7 +359,6 @@ def _contents(identity: Mapping[str, Any]) -> str:
 
 
 def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
     settings: dict[str, Any] = {}
     for name, value in tree.items():
         settings |= _flat(value, f"{ahead}{name}.") if isinstance(value, dict) else {ahead + name: value}
@@ -371,7 +366,6 @@ def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The settings that are set, as text."""
     pairs = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
     texts = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in pairs]
     return ", ".join(f"{name} {value_without_folders(text)}" for name, text in texts)

@@ -42,7 +42,8 @@ class Step:
     data: list[str] = field(default_factory=list)
 
 
-Arm, Record = TypeVar("Arm"), TypeVar("Record")
+Arm = TypeVar("Arm")
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +123,6 @@ def _store(folder: Path) -> Store:
 
 
 def _records(folder: Path, first: str | None) -> list[RunRecord]:
-    """What runs are recorded, the named one first, then the newest ones."""
     records = []
     for path in folder.glob(f"*/{RUN_FILE}"):
         with suppress(ArtifactError):
@@ -131,7 +131,6 @@ def _records(folder: Path, first: str | None) -> list[RunRecord]:
 
 
 def _artifacts(record: RunRecord) -> dict[str, str]:
-    """The stages of a run by their artifact's name."""
     return {Path(stage.artifact).name: name for name, stage in record.stages.items()}
 
 

@@ -54,12 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(artifact: Path, base: Path | None, to: Path, options: ExportOptions, *, run: str | None = None) -> str:
-    """Writes the folder ``to`` in one rename; returns notes about it.
-
-    Raises:
-        ModelError: the result cannot have this form, merging or rounding changed more than ``options.max_gap``, or the
-            written model gives other outputs when it is loaded.
-    """
+    """Writes the folder ``to`` in one rename; returns notes about it. Raises ModelError: the result cannot have this
+    form, merging or rounding changed more than ``options.max_gap``, or the written model gives other outputs when it is
+    loaded."""
     result = exported_result(artifact, verify(artifact, content=True), base)
     partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)

@@ -129,11 +129,8 @@ class Ballots:
 
 
 def annotator_name(text: str) -> str:
-    """The name without superfluous spaces.
-
-    Raises:
-        ValueError: it is empty, too long, or holds characters that cannot be printed.
-    """
+    """The name without superfluous spaces. Raises ValueError: it is empty, too long, or holds characters that cannot be
+    printed."""
     name = unicodedata.normalize("NFC", " ".join(text.split()))
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a name must have 1 to {LONGEST_NAME} printable characters")

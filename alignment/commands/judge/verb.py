@@ -133,7 +133,6 @@ def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
 
 
 def _two_arms(arms: Sequence[str], evaluation: Evaluation) -> tuple[str, str]:
-    """The full names of the two arms to compare."""
     named = {name: arm.name for arm in evaluation.arms for name in (arm.label, arm.name)}
     labels = [arm.label for arm in evaluation.arms]
     arms = labels if not arms and len(labels) == 2 else arms

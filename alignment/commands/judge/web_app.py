@@ -51,7 +51,6 @@ class _Pages:
         return self._page("start.html.j2", judged=self._ballots.judged())
 
     async def judge(self, request: Request) -> Response:
-        """The annotator's next pair."""
         try:
             name = annotator_name(request.query_params.get("annotator", ""))
         except ValueError as error:
@@ -67,8 +66,6 @@ class _Pages:
         )
 
     async def vote(self, request: Request) -> Response:
-        """Stores a vote, and goes on to the next pair."""
-
         def store(name: str, form: Mapping[str, str]) -> None:
             try:
                 choice = Choice(form.get("choice", ""))
@@ -79,7 +76,6 @@ class _Pages:
         return await self._changed(request, store)
 
     async def undo(self, request: Request) -> Response:
-        """Takes the annotator's last vote back, and shows that pair again."""
         return await self._changed(request, lambda name, _: self._ballots.undo(name))
 
     async def _changed(self, request: Request, change: Callable[[str, Mapping[str, str]], None]) -> Response:
@@ -109,11 +105,8 @@ class _Pages:
 
 
 async def _form(request: Request) -> Mapping[str, str]:
-    """The fields of a form; of a field that is repeated, the last.
-
-    Raises:
-        ValueError: it is too long, or has too many fields.
-    """
+    """The fields of a form; of a field that is repeated, the last. Raises ValueError: it is too long, or has too many
+    fields."""
     body = b""
     async for chunk in request.stream():
         body += chunk

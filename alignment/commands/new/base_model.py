@@ -50,10 +50,7 @@ class BaseModel:
 
 def base_model(source: str | None, *, announce: Callable[[str], None]) -> BaseModel:
     """The model of a source, or the default one. Of a hub's model the configuration and the tokenizer are downloaded.
-
-    Raises:
-        ModelError: there is no such model, a folder has no weights, or it cannot be fetched.
-    """
+    Raises ModelError: there is no such model, a folder has no weights, or it cannot be fetched."""
     chosen = source or ModelConfig().source
     scheme, _, rest = chosen.partition(":")
     if scheme == "path" and rest:  # nobody downloads its weights later, so the recipe could not be planned
@@ -78,11 +75,8 @@ def _number_of_weights(folder: Path) -> int | None:
 
 
 def free_bytes(device: str | None) -> tuple[float, str]:
-    """The memory to train in, and its name.
-
-    Raises:
-        ConfigError: there is no such device, or this machine has a GPU, whose memory is not looked at.
-    """
+    """The memory to train in, and its name. Raises ConfigError: there is no such device, or this machine has a GPU,
+    whose memory is not looked at."""
     names = ", ".join(DEVICES)
     if device is None and hardware.count_devices():
         raise ConfigError("what GPU does this machine have?", where="--device", remedy=f"one of {names}")
@@ -126,11 +120,8 @@ def questions(circumstances: Circumstances) -> list[Question]:
 
 
 def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
-    """The stages of the recipe, by the names of their kinds.
-
-    Raises:
-        ConfigError: no stage uses a file, or the scorer.
-    """
+    """The stages of the recipe, by the names of their kinds. Raises ConfigError: no stage uses a file, or the
+    scorer."""
     stages: dict[str, NewStage] = {}
     for kind in kinds().values():
         stage = kind.proposals.stage(circumstances)

@@ -232,11 +232,8 @@ def held_out_keys(files: Sequence[DataFile]) -> frozenset[int]:
 
 
 def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tuple[DataFile, list[DataFile]]:
-    """A file of the prompts ``keys``, and the files without them; one that has none of them stays what it is.
-
-    Raises:
-        ConfigError: a file to write exists already.
-    """
+    """A file of the prompts ``keys``, and the files without them; one that has none of them stays what it is. Raises
+    ConfigError: a file to write exists already."""
     source = _asked_file(files)
     assert source is not None, "the prompts come from a file"
     path = new.beside("heldout")

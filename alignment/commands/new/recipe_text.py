@@ -35,11 +35,8 @@ def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: As
 
 
 def refuse_unasked(questions: Sequence[Question], given: Mapping[str, str], known: Sequence[Question]) -> None:
-    """Accepts answers with choices only to questions that these files raise.
-
-    Raises:
-        ConfigError: an answer would change nothing.
-    """
+    """Accepts answers with choices only to questions that these files raise. Raises ConfigError: an answer would change
+    nothing."""
     raised = {question.name for question in questions}
     for question in known:
         if question.choices and question.name in given and question.name not in raised:

@@ -178,7 +178,6 @@ def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Opt
 
 
 def _columns(written: str | None) -> dict[str, str]:
-    """The names of a format's columns and those of the files'."""
     if written is None:
         return {}
     plain, faults = tree_of([f"columns={written}"], example="--columns '{prompt: my_question}'")
@@ -244,7 +243,6 @@ def _circumstances(
 
 
 def _by_record(files: Sequence[DataFile], lengths: Sequence[Lengths] = ()) -> dict[type, Rows]:
-    """The rows of each type of record, in the order in which preferences come first."""
     rows: dict[type, Rows] = {}
     for record in _ORDER:
         numbers = [number for number, file in enumerate(files) if file.record is record]
@@ -309,5 +307,4 @@ def _model_settings(model: BaseModel, options: Options) -> dict[str, Any]:
 
 
 def _as_argument(path: Path) -> str:
-    """The path as `align` takes it for that of a file."""
     return str(path) if path.is_absolute() or path.parent != Path(".") else f"./{path}"

@@ -52,10 +52,8 @@ def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
 
 
 def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
-    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once.
-
-    Raises:
-        ArtifactError, ModelError, DataError: as ``load_arms``."""
+    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once. Raises
+    ArtifactError, ModelError, DataError: as ``load_arms``."""
     artifact, base = (Path(folder) if folder else None for folder in (policy.artifact, policy.base))
     template = TemplateChoice(source=policy.chat_template, options=policy.template_options)
     lineage, tokenizer = parts_of(artifact, base, template)
@@ -84,11 +82,8 @@ _FACTOR = re.compile(r"(.*)\.(lora_[AB]\.weight)")
 
 
 def write_sum(folders: Sequence[Path], to: Path) -> None:
-    """Writes the sum of saved LoRA adapters in PEFT's form.
-
-    Raises:
-        ModelError: an adapter holds something else than factors.
-    """
+    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError: an adapter holds something else than
+    factors."""
     configs = [saved_config(folder) for folder in folders]
     ranks = [config.r for config in configs]
     scales = [config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) for config in configs]

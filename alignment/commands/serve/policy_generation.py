@@ -123,7 +123,6 @@ class StopCut:
         return held
 
     def _beginning_of_a_stop(self, text: str) -> int:
-        """The length of the longest end of ``text`` with which a stop begins."""
         longest = max(map(len, self._stops), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((size for size in lengths if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
@@ -337,7 +336,6 @@ class _Answer(BaseStreamer):
         """``finish`` does what is left, also for an answer that ends at a stop."""
 
     def finish(self) -> None:
-        """Passes on what was held back."""
         if self.parser is not None:
             with suppress(ValueError, RuntimeError):  # the answer ends within a call
                 self._pass_on(response_events_to_chunks(self.parser.finalize()[1]))
@@ -345,7 +343,6 @@ class _Answer(BaseStreamer):
             self._emit(rest)
 
     def has_ended(self, end_ids: Sequence[int]) -> bool:
-        """Whether it ends by itself or at a stop."""
         return self._ends.has_ended or bool(self.ids and self.ids[-1] in end_ids)
 
     def _add(self, token: int) -> None:

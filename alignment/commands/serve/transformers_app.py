@@ -132,7 +132,6 @@ class PolicyApp:
         return JSONResponse({"object": "list", "data": models})
 
     async def _chat(self, request: Request) -> Response:
-        """Answers a conversation, which the policy's chat template renders."""
         body = await _body(request)
         policy, options = self._checked(body, CHAT)
         text = prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
@@ -140,7 +139,6 @@ class PolicyApp:
         return await _reply(request, pieces, options, Reply(body["model"], is_chat=True))
 
     async def _completion(self, request: Request) -> Response:
-        """Continues a text."""
         body = await _body(request)
         policy, options = self._checked(body, COMPLETION)
         if not isinstance(body.get("prompt"), str):
@@ -180,11 +178,7 @@ async def _reply(request: Request, pieces: Any, options: AnswerOptions, reply: R
 
 
 async def _unless_left(request: Request, work: Awaitable[T]) -> T:
-    """What ``work`` returns; it is cancelled if the client goes away.
-
-    Raises:
-        ClientDisconnect: it has gone.
-    """
+    """What ``work`` returns; it is cancelled if the client goes away. Raises ClientDisconnect: it has gone."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -221,7 +215,6 @@ def _event(value: Mapping[str, Any]) -> str:
 
 
 def _fault(error: Exception) -> dict[str, Any]:
-    """An error in the form of OpenAI."""
     known = error if isinstance(error, RequestError) else RequestError(f"{type(error).__name__}: {error}", status=500)
     kind = "server_error" if known.status >= 500 else "invalid_request_error"
     return {"error": {"message": known.message, "type": kind, "param": known.param, "code": known.status}}

@@ -163,7 +163,6 @@ def _command(
     python: Path | None,
     options: Options,
 ) -> ServerCommand:
-    """What starts the server; files that vLLM needs are written before."""
     settings = keeper.folder / "serve.json"
     write_text(settings, json.dumps({"policies": list(map(asdict, policies)), "engine": options.engine}))
     if python is None or layout is None:

@@ -77,11 +77,8 @@ class VllmFiles:
 
 
 def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
-    """How these policies are served.
-
-    Raises:
-        ConfigError: there are several, and they are not all LoRA adapters on the same weights.
-    """
+    """How these policies are served. Raises ConfigError: there are several, and they are not all LoRA adapters on the
+    same weights."""
     if len(policies) == 1:
         (policy,) = policies
         is_merged = policy.artifact is not None and bool(_manifest_of(policy).adapters)
@@ -155,7 +152,6 @@ def _folders(policy: StoredPolicy) -> tuple[Path, ...]:
 
 
 def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
-    """What PEFT wrote about each adapter of a policy."""
     configs = []
     for file in (folder / "adapter_config.json" for folder in _folders(policy)):
         try:

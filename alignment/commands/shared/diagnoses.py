@@ -61,7 +61,6 @@ class RowProgress:
         self._is_shown = False
 
     def __call__(self, rows: int) -> None:
-        """``rows`` have been read."""
         if rows % _EVERY_ROWS or self._clock() < self._next:
             return
         if not self._is_shown:
@@ -147,11 +146,8 @@ def best_use(diagnosis: Diagnosis) -> tuple[str, type[Record]] | None:
 
 
 def path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
-    """The file or folder of a source; a hub's data set that is not on this machine is downloaded.
-
-    Raises:
-        DataError: there is no such file, or it cannot be fetched.
-    """
+    """The file or folder of a source; a hub's data set that is not on this machine is downloaded. Raises DataError:
+    there is no such file, or it cannot be fetched."""
     if not source.startswith("hub:"):
         return locate(source if ":" in source else f"path:{source}", where=where)
     path = data_sources.fetch(data_sources.resolve(source, where=where), announce=announce).path
@@ -165,11 +161,8 @@ def progress_of(console: Console, path: Path, data: SourceConfig) -> RowProgress
 
 
 def examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosis, bool]:
-    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row.
-
-    Raises:
-        DataError: the file cannot be read at all, or no known format has its columns.
-    """
+    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row. Raises DataError: the
+    file cannot be read at all, or no known format has its columns."""
     progress = progress_of(console, path, data)
     try:
         with stop_after_row() as is_stopped:

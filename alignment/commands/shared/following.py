@@ -24,11 +24,7 @@ def run_names(output: Path) -> list[str]:
 
 
 def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
-    """The folder of a run.
-
-    Raises:
-        ConfigError: there is no such run; the error suggests one.
-    """
+    """The folder of a run. Raises ConfigError: there is no such run; the error suggests one."""
     names = run_names(output)
     if run not in names:
         raise ConfigError(f"no run {run!r} under {output / 'runs'}; {suggestion(run, names)}", where=where)
@@ -36,11 +32,8 @@ def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
 
 
 def current_run(output: Path) -> Path:
-    """The folder of the run that was started last, among those that go on if there are any.
-
-    Raises:
-        ConfigError: there is no run.
-    """
+    """The folder of the run that was started last, among those that go on if there are any. Raises ConfigError: there
+    is no run."""
     candidates = []
     for name in run_names(output):
         folder = output / "runs" / name

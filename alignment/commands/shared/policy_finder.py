@@ -114,7 +114,6 @@ class PolicyFinder:
         )
 
     def _last_manifests(self, record: RunRecord) -> Iterator[tuple[str, Manifest]]:
-        """Those of the run's finished stages, by name, the last one first."""
         for name, stage in reversed(record.stages.items()):
             folder = artifact_folder(self._run_folder, name, stage)
             manifest = None if folder is None else read_manifest(folder)

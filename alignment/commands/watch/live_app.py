@@ -73,12 +73,10 @@ class _LivePages:
         self._drawn = 0.0
 
     def page(self, _: Request) -> Response:
-        """The whole page."""
         with self._lock:
             return self._answer("page.html.j2", with_report=True)
 
     def status(self, _: Request) -> Response:
-        """Where the stages are, and the revision of the report."""
         with self._lock:
             return self._answer("status.html.j2", with_report=False)
 

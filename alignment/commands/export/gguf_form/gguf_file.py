@@ -58,11 +58,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """How models with this configuration are written.
-
-    Raises:
-        ModelError: the architecture, or one of its settings, is not supported.
-    """
+    """How models with this configuration are written. Raises ModelError: the architecture, or one of its settings, is
+    not supported."""
     works = f"GGUF export supports {', '.join(ARCHITECTURES)}"
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
@@ -112,11 +109,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their names in GGUF, in its arrangement; tied embeddings once.
-
-    Raises:
-        ModelError: the model has a weight that GGUF has no name for.
-    """
+    """The weights by their names in GGUF, in its arrangement; tied embeddings once. Raises ModelError: the model has a
+    weight that GGUF has no name for."""
     config = model.config
     architecture = architecture_of(config)
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
@@ -169,11 +163,8 @@ def file_metadata(dtype: str) -> Metadata:
 
 
 def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: str) -> list[str]:
-    """Writes the file; returns a note if some weights could not have the type.
-
-    Raises:
-        ModelError: a weight is too large for float16.
-    """
+    """Writes the file; returns a note if some weights could not have the type. Raises ModelError: a weight is too large
+    for float16."""
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has it already
@@ -218,16 +209,11 @@ class _Written(np.ndarray[Any, Any]):
     and a few bytes are lost without any error."""
 
     def tofile(self, file: Any, *_: Any, **__: Any) -> None:
-        """Writes the bytes."""
         file.write(self.data)
 
 
 def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
-    """The file must hold what was meant to be written.
-
-    Raises:
-        ModelError: a value is missing or another one.
-    """
+    """The file must hold what was meant to be written. Raises ModelError: a value is missing or another one."""
     fields = GGUFReader(file).fields
     for key, value in metadata.items():
         expected = float(np.float32(value)) if isinstance(value, float) else value
@@ -236,11 +222,8 @@ def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
 
 
 def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtype: str, max_gap: float) -> Gap:
-    """How far the file's model is from ``expected [tokens, vocabulary]`` log-probabilities, computed in float32.
-
-    Raises:
-        ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``.
-    """
+    """How far the file's model is from ``expected [tokens, vocabulary]`` log-probabilities, computed in float32. Raises
+    ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``."""
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws its progress whatever its settings are
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
     actual = logprobs(model, rows)

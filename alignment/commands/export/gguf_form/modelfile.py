@@ -46,11 +46,8 @@ class ChatParts:
         return "".join([self.begin, default, *turns, self.answer])
 
     def without_start(self, start: str) -> ChatParts:
-        """The parts of a template that does not write ``start`` in front of a conversation.
-
-        Raises:
-            Inexpressible: this one does not begin every conversation with it.
-        """
+        """The parts of a template that does not write ``start`` in front of a conversation. Raises Inexpressible: this
+        one does not begin every conversation with it."""
         if self.begin.startswith(start):
             return replace(self, begin=self.begin[len(start) :])
         where = "at the beginning"
@@ -65,11 +62,8 @@ def conversation(*roles: str) -> list[Message]:
 
 
 def chat_parts(tokenizer: Any) -> ChatParts:
-    """The parts of the tokenizer's chat template.
-
-    Raises:
-        Inexpressible: the texts around a content depend on more than its role.
-    """
+    """The parts of the tokenizer's chat template. Raises Inexpressible: the texts around a content depend on more than
+    its role."""
     _, user_after = _around(tokenizer, "user")
     start, user_to_answer, answer_to_user, _, answer_after = _around(tokenizer, *("user", "assistant") * 2)
     before_answer = _behind(user_to_answer, user_after, "between a user's turn and an answer")
@@ -254,7 +248,6 @@ def _conversations(*, has_system: bool) -> Iterator[list[Message]]:
 
 
 def _trims(tokenizer: Any) -> bool:
-    """Whether a content with blanks around it is rendered without them."""
     blanks = [Message(role="user", content="  two words \n")]
     try:
         return blanks[0].content not in render(tokenizer, blanks, answering=True)

@@ -55,11 +55,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
-    """The tokenizer's metadata for a model with ``size`` rows of embeddings that ends answers at ``stops``.
-
-    Raises:
-        ModelError: llama.cpp would not cut texts into the same tokens.
-    """
+    """The tokenizer's metadata for a model with ``size`` rows of embeddings that ends answers at ``stops``. Raises
+    ModelError: llama.cpp would not cut texts into the same tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError("the tokenizer does not come from the library tokenizers", remedy=_UNKNOWN_REMEDY)
@@ -89,11 +86,8 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
 
 
 def pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words.
-
-    Raises:
-        ModelError: it has no name, as far as is known here.
-    """
+    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words. Raises ModelError: it has no name,
+    as far as is known here."""
     outer = described["pre_tokenizer"] or {"type": "nothing"}
     steps = [_without_usual(step) for step in (outer["pretokenizers"] if outer["type"] == "Sequence" else [outer])]
     for name, rule in _RULES.items():
