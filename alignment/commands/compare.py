@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
-    differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
+    configs = [RunRecord.read(folder).config for folder in folders]
+    settings = [{key: value for key, value in config.items() if key not in NOT_SETTINGS} for config in configs]
+    differing = dict(_differing(settings))
     compared = compared_evaluations([judged_run(folder) for folder in folders])
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
@@ -108,10 +110,6 @@ def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
         remedy = f"there are: {', '.join(run_names(output)) or 'none'}"
         raise ConfigError("name two runs or more", where="RUN", remedy=remedy)
     return [run_folder(output, run) for run in runs]
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in NOT_SETTINGS}
 
 
 def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:

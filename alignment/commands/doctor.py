@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -249,49 +249,45 @@ def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
         yield _line("", f"to try these columns: {_command(data, columns)}")
 
 
+def _listed(name: str, headline: str, count: int, rows: Iterable[str]) -> Iterator[str]:
+    """A headline, the first of ``count`` rows, and how many others there are; nothing if there are none."""
+    if count:
+        yield _line(name, headline)
+        yield from (_line("", row) for row in islice(rows, _PAIRS))
+    if count > _PAIRS:
+        yield _line("", f"and {count - _PAIRS:,} more")
+
+
+def _related(row: RelatedRow, relation: str) -> str:
+    return f"{_short_location(row.where)} {relation.format(_short_location(row.earlier or 'an earlier row'))}"
+
+
 def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
     exact, near = diagnosis.repeats.num_exact, diagnosis.near_duplicates.pairs
-    if exact:
-        yield _line(
-            "duplicates", f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {_weight(exact)}"
-        )
-    for row in diagnosis.repeats.exact[:_PAIRS]:
-        yield _line("", f"{_short_location(row.where)} repeats {_earlier(row)}")
-    yield from _more(exact)
-    if near:
-        are = counted(len(near), "row is", "rows are")
-        yield _line("duplicates", f"{are} nearly the same as an earlier row; {_weight(len(near))}")
-    for pair in near[:_PAIRS]:
-        row_name, earlier = _short_location(pair.where), _short_location(pair.earlier)
-        yield _line("", f"{row_name} shares {pair.share:.0%} of its word sequences with {earlier}")
-    yield from _more(len(near))
+    weight = {True: "keep one of each, or it weighs more", False: "keep one of each, or they weigh more"}
+    headline = f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {weight[exact == 1]}"
+    repeats = (_related(row, "repeats {}") for row in diagnosis.repeats.exact)
+    yield from _listed("duplicates", headline, exact, repeats)
+    are = counted(len(near), "row is", "rows are")
+    headline = f"{are} nearly the same as an earlier row; {weight[len(near) == 1]}"
+    shares = (
+        f"{_short_location(pair.where)} shares {pair.share:.0%} of its word sequences with "
+        f"{_short_location(pair.earlier)}"
+        for pair in near
+    )
+    yield from _listed("duplicates", headline, len(near), shares)
     if not exact and not near:
         yield _line("duplicates", "no row")
     if diagnosis.near_duplicates.passed_over:
         yield _line("", f"only the first {diagnosis.near_duplicates.looked_at:,} distinct rows were compared")
 
 
-def _weight(count: int) -> str:
-    return f"keep one of each, or {'it weighs' if count == 1 else 'they weigh'} more"
-
-
 def _contradictions(diagnosis: Diagnosis) -> Iterator[str]:
     count = diagnosis.repeats.num_contradictions
-    if count:
-        says = counted(count, "row says", "rows say")
-        yield _line("contradict", f"{says} the opposite of an earlier row; correct it or remove one of the two")
-    for row in diagnosis.repeats.contradictions[:_PAIRS]:
-        yield _line("", f"{_short_location(row.where)} {_CONTRADICTS[row.record].format(_earlier(row))}")
-    yield from _more(count)
-
-
-def _earlier(row: RelatedRow) -> str:
-    return _short_location(row.earlier) if row.earlier else "an earlier row"
-
-
-def _more(count: int) -> Iterator[str]:
-    if count > _PAIRS:
-        yield _line("", f"and {count - _PAIRS:,} more")
+    says = counted(count, "row says", "rows say")
+    headline = f"{says} the opposite of an earlier row; correct it or remove one of the two"
+    rows = (_related(row, _CONTRADICTS[row.record]) for row in diagnosis.repeats.contradictions)
+    yield from _listed("contradict", headline, count, rows)
 
 
 def _encoding(diagnosis: Diagnosis) -> str:

@@ -144,12 +144,17 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     exact = _scores_at_ends(model, rows)
     model.score.to(dtype)
     expected = _scores_at_ends(model, rows)
+    change = float((expected - exact).abs().max())
+    rounded = (
+        f"loaded in {result.dtype.value}, its head and scores are rounded, which changed scores by at most "
+        f'{change:.2g} on the test texts; loaded with dtype="float32", they are not'
+    )
     again = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     refuse_differences(_scores(again, rows), expected, folder)
     return [
         f"its scores are the scores in training plus {float(model.score_offset):.4f}, the offset that makes chosen "
         "answers score 0",
-        *_rounding(result.dtype, float((expected - exact).abs().max())),
+        *([] if result.dtype is Dtype.float32 else [rounded]),
         padding,
         "loaded by transformers, it gives the same scores at the end of the test texts as before it was saved",
     ]
@@ -172,15 +177,6 @@ def _set_padding(model: PreTrainedModel, result: ExportedResult) -> str:
     if tokenizer.pad_token == before:
         return f"its padding token is {before}"
     return f"its padding token is {tokenizer.pad_token}, because {before} ends turns, and padding would hide their ends"
-
-
-def _rounding(dtype: Dtype, change: float) -> list[str]:
-    if dtype is Dtype.float32:
-        return []
-    return [
-        f"loaded in {dtype.value}, its head and scores are rounded, which changed scores by at most {change:.2g} on "
-        'the test texts; loaded with dtype="float32", they are not'
-    ]
 
 
 @torch.no_grad()

@@ -224,19 +224,15 @@ def _evaluated(judged: Judged | None) -> list[str]:
         return ["No evaluation of it is recorded."]
     evaluation = judged.record
     compared = [pair for pair in evaluation.comparisons if judged.arm.name in (pair.arm, pair.against)]
-    lines = [f"As an arm of an evaluation{_prompts(evaluation)} (`{judged.manifest.fingerprint[:8]}`):", ""]
+    prompts = "" if evaluation.num_prompts is None else f" on {evaluation.num_prompts} held-out prompts"
+    if prompts and evaluation.num_compared != evaluation.num_prompts:  # fewer have a grade by the primary metric
+        prompts += f", {evaluation.num_compared} of them graded in every arm"
+    lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| metric | mean | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _values(judged)]
+    for name, value in _values(judged):
+        bounds = "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
+        lines.append(f"| {name} | {value.mean:.4g} | {bounds} |")
     return [*lines, "", *(_in_words(comparison, evaluation) for comparison in compared)]
-
-
-def _prompts(evaluation: Evaluation) -> str:
-    """``on 200 held-out prompts``; fewer have a grade by a primary metric that grades. Empty where it is not known."""
-    if evaluation.num_prompts is None:
-        return ""
-    some = evaluation.num_compared != evaluation.num_prompts
-    graded = f", {evaluation.num_compared} of them graded in every arm" if some else ""
-    return f" on {evaluation.num_prompts} held-out prompts{graded}"
 
 
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
@@ -277,10 +273,6 @@ def _change(change: Interval | None) -> str:
         return "– | –" if change is None else f"{change.mean:+.1%} | –"
     low, high = change.bounds
     return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
-
-
-def _bounds(value: Interval) -> str:
-    return "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
 
 
 def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
@@ -339,23 +331,20 @@ def _step(step: Step) -> list[str]:
     )
     if _is_outside(manifest):
         return [f"- **{manifest.stage}**, fingerprint `{manifest.fingerprint}`; base content `{base.get('content')}`"]
+    identity = manifest.identity  # rows of another stage have no hash of their own: the inputs name that stage
+    contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]
+    hashes = f"; content `{', '.join(map(str, contents))}`" if contents else ""
     adapter, optim = config.get("adapter", {}), config.get("optim", {})
     others = _flat({name: value for name, value in config.items() if name not in _ELSEWHERE})
     names = _OF_ADAPTER.get(adapter.get("kind", ""), _OF_ADAPTER["low-rank"])
     return [
         f"- **{manifest.stage}** ({manifest.identity['kind']}), fingerprint `{manifest.fingerprint}`",
         f"  - takes {inputs or 'the base'}; base content `{base.get('content')}`, computed in {base.get('dtype')}",
-        f"  - data: {data}{_contents(manifest.identity)}",
+        f"  - data: {data}{hashes}",
         *([f"  - adapter: {_settings(adapter, names)}"] if adapter else []),
         *([f"  - optimiser: {_settings(optim, _OF_OPTIM)}"] if optim else []),
         f"  - settings: {_settings(others, list(others))}; seed {manifest.identity.get('seed')}",
     ]
-
-
-def _contents(identity: Mapping[str, Any]) -> str:
-    """The hashes of a step's data; rows of another stage have none, because the inputs name that stage."""
-    contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]
-    return f"; content `{', '.join(map(str, contents))}`" if contents else ""
 
 
 def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:

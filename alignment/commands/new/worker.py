@@ -24,17 +24,9 @@ from alignment.core.errors import AlignmentError, DataError
 from alignment.core.terminal import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
+from alignment.data.tokens import row_kinds
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import (
-    CONVERSATIONS,
-    LABELLED_ANSWERS,
-    PAIRS,
-    PROMPTS,
-    TEXTS,
-    Kind,
-    Tokenized,
-    tokenized,
-)
+from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES, lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 
@@ -42,7 +34,16 @@ LOOKED_AT = 5_000
 """Maximum number of records of a file whose tokens are counted."""
 _AT_ONCE = 500
 _LIMITS = Limits(row=sys.maxsize)
-_KINDS = {kind.record.__name__: kind for kind in (CONVERSATIONS, LABELLED_ANSWERS, PAIRS, PROMPTS, TEXTS)}
+_KINDS = {
+    kind.record.__name__: kind
+    for kind in (
+        row_kinds.CONVERSATIONS,
+        row_kinds.LABELLED_ANSWERS,
+        row_kinds.PAIRS,
+        row_kinds.PROMPTS,
+        row_kinds.TEXTS,
+    )
+}
 
 
 def main(arguments: Sequence[str]) -> int:

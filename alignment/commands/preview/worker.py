@@ -30,7 +30,7 @@ from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES
-from alignment.data.tokens.token_spans import RecordSpans, TokenSpan, histogram, record_spans
+from alignment.data.tokens.token_spans import RecordSpans, histogram, record_spans
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.stages.registry import as_trained, learned_data, read_spec
@@ -206,14 +206,10 @@ def _print_record(console: Console, record: RecordSpans) -> None:
         for learned, group in groupby(spans, key=lambda span: span.learned):
             text.append("⟦" if learned else "", style="green")
             for span in group:
-                text.append(span.text, style=_style(span))
+                colour = "magenta" if span.control else "green" if span.learned else "default"
+                text.append(span.text, style=f"not bold {'underline ' if span.differs else ''}{colour}")
             text.append("⟧" if learned else "", style="green")
         console.print(text)
-
-
-def _style(span: TokenSpan) -> str:
-    colour = "magenta" if span.control else "green" if span.learned else "default"
-    return f"not bold {'underline ' if span.differs else ''}{colour}"
 
 
 if __name__ == "__main__":

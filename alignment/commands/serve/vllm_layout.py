@@ -14,16 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.core import errors
 from alignment.core.artifacts import Manifest, inside, read_manifest
-from alignment.core.errors import (
-    AlignmentError,
-    ArtifactError,
-    ConfigError,
-    DataError,
-    DiskError,
-    ModelError,
-    StageError,
-)
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from alignment.core.files import parse_json
 from alignment.engines.server_process import BASE, RANKS
 
@@ -162,7 +155,10 @@ def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
 
 
 _FILE = "error.json"
-_KINDS = {kind.exit_code: kind for kind in (ConfigError, DataError, ModelError, StageError, DiskError, ArtifactError)}
+_KINDS = {
+    kind.exit_code: kind
+    for kind in (ConfigError, errors.DataError, ModelError, errors.StageError, errors.DiskError, ArtifactError)
+}
 
 
 def write_error(folder: Path, error: AlignmentError) -> None:

@@ -78,11 +78,9 @@ def runs_of(arguments: argparse.Namespace, *named: str) -> tuple[Path, list[str]
         return _absolute(arguments.output), runs
     folders = sorted({folder for _, folder in located if folder is not None})
     if len(folders) > 1:
-        raise ConfigError(
-            f"the recipes have different output folders: {', '.join(map(str, folders))}",
-            where="RUN",
-            remedy="name the folder that contains all of the runs with --output",
-        )
+        message = f"the recipes have different output folders: {', '.join(map(str, folders))}"
+        remedy = "name the folder that contains all of the runs with --output"
+        raise ConfigError(message, where="RUN", remedy=remedy)
     return (folders[0] if folders else Path.cwd()), runs
 
 
@@ -121,17 +119,12 @@ def run_worker(argv: Sequence[str], *, verb: str) -> int:
     """
     code = processes.call(argv)
     if code == -KILLED_BY:
-        raise ModelError(
-            f"the chat template ran for more than {KILLED_SECONDS:g} s in one step",
-            where=verb,
-            remedy="set model.chat_template=chatml, or path:FILE of another template",
-        )
+        message = f"the chat template ran for more than {KILLED_SECONDS:g} s in one step"
+        remedy = "set model.chat_template=chatml, or path:FILE of another template"
+        raise ModelError(message, where=verb, remedy=remedy)
     if code < 0:
-        raise StageError(
-            f"its process was ended by signal {-code}",
-            where=verb,
-            remedy="run it again; signal 9 often means that the machine ran out of memory",
-        )
+        remedy = "run it again; signal 9 often means that the machine ran out of memory"
+        raise StageError(f"its process was ended by signal {-code}", where=verb, remedy=remedy)
     return code
 
 

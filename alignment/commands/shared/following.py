@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from alignment.config.faults import suggestion
@@ -35,21 +36,18 @@ def current_run(output: Path) -> Path:
     """The folder of the run that was started last, among those that go on if there are any. Raises ConfigError: there
     is no run."""
     candidates = []
-    for name in run_names(output):
-        folder = output / "runs" / name
-        try:
+    for folder in (output / "runs" / name for name in run_names(output)):
+        with suppress(ArtifactError):  # another run may be readable
             record = RunRecord.read(folder)
-        except ArtifactError:  # another run may be readable
-            continue
-        state = state_of(folder, record)
-        candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, name))
+            state = state_of(folder, record)
+            candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, folder))
     if not candidates:
         raise ConfigError(
             f"no readable run under {output / 'runs'}",
             where="RUN",
             remedy="start one: align run RECIPE; or name the folder that contains runs/ with --output",
         )
-    return output / "runs" / max(candidates)[2]
+    return max(candidates)[2]
 
 
 def goes_on(folder: Path, state: str, live_jobs: LiveJobs = slurm_jobs.live) -> bool:
@@ -96,7 +94,9 @@ class FollowedRun:
 
 def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[str]:
     """What a stage that has ended says to the user: why it failed, its notes, and doubts about its result."""
-    status = _status(folder / stage.name)
+    status = None
+    with suppress(AlignmentError):
+        status = Status.read(folder / stage.name)
     if stage.state == "failed":
         yield f"{stage.name}: {'failed' if status is None else status.error}\n  log: {folder / stage.name / 'log.txt'}"
     if stage.state == "done" and status is not None:
@@ -109,10 +109,3 @@ def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[s
                 yield from (f"{stage.name}: {doubt}" for doubt in notes.of_result(entry.kind, artifact))
         except AlignmentError as error:  # whoever uses the result is refused; this only looks on
             yield f"{stage.name}: {error}"
-
-
-def _status(folder: Path) -> Status | None:
-    try:
-        return Status.read(folder)
-    except AlignmentError:
-        return None

@@ -62,15 +62,11 @@ class PolicyFinder:
         if name in stages:
             return self._of(result_of(self._run_folder, name, stages[name]), name)
         if self._record is not None and "/" not in arm:
-            raise ConfigError(
-                f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
-                where="--arm",
-                remedy="name a stage of another run as RUN/STAGE, and a folder by its path",
-            )
-        return self._of(
-            artifact_of(arm, self._output, self._console),
-            arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm,
-        )
+            message = f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}"
+            remedy = "name a stage of another run as RUN/STAGE, and a folder by its path"
+            raise ConfigError(message, where="--arm", remedy=remedy)
+        shown = arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
+        return self._of(artifact_of(arm, self._output, self._console), shown)
 
     def _of(self, folder: Path, name: str) -> StoredPolicy:
         manifest = _manifest_of_policy(folder)
@@ -89,9 +85,8 @@ class PolicyFinder:
             folder = artifact_of(self._result, self._output, self._console)
             manifest = _manifest_of_policy(folder)
             if manifest.base["source"] == "self":
-                raise ConfigError(
-                    f"{folder.name} contains whole weights and has no base", where="--arm", remedy="name another arm"
-                )
+                message = f"{folder.name} contains whole weights and has no base"
+                raise ConfigError(message, where="--arm", remedy="name another arm")
             template = _template_of(manifest, folder)
             return StoredPolicy(
                 name=BASE,
@@ -144,11 +139,8 @@ def _template_of(manifest: Manifest, folder: Path) -> TemplateChoice:
 def _manifest_of_policy(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None and (folder / "config.json").is_file():
-        raise ConfigError(
-            "is a folder with a model, not the result of a stage",
-            where=str(folder),
-            remedy="name a result as RUN/STAGE; exported folders are for other programs",
-        )
+        remedy = "name a result as RUN/STAGE; exported folders are for other programs"
+        raise ConfigError("is a folder with a model, not the result of a stage", where=str(folder), remedy=remedy)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind != POLICY:

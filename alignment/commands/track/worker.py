@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +78,9 @@ def send(spec: StageSpec, label: str) -> str:
     manifest = read_manifest(spec.artifact)
     content = spec.work / "content" if manifest is None else spec.artifact
     trackers = Trackers()
-    with _worker_lock(spec):
+    # A running worker holds this lock; a stage that has ended has no folder for it.
+    lock = held(spec.work / "worker.lock", wait=False) if spec.work.is_dir() else nullcontext()
+    with lock:
         rows = readable_rows(content / METRICS)[0] if (content / METRICS).is_file() else []
         trackers.start(spec)
         trackers.catch_up(rows)
@@ -90,11 +92,6 @@ def send(spec: StageSpec, label: str) -> str:
     if trackers.faults:
         raise StageError("; ".join(trackers.faults), where=f"stage {spec.stage}")
     return f"{spec.stage}: {label} has {len(rows)} steps" + ("" if manifest is None else " and the result")
-
-
-def _worker_lock(spec: StageSpec) -> AbstractContextManager[object]:
-    """The lock that a running worker holds; a stage that has ended has no folder for it."""
-    return held(spec.work / "worker.lock", wait=False) if spec.work.is_dir() else nullcontext()
 
 
 if __name__ == "__main__":

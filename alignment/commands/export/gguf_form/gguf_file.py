@@ -170,7 +170,12 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
         if key != "general.architecture":  # the writer has it already
             writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
     weights = dict(tensors(model))
-    types = {name: _type_of(weight, dtype) for name, weight in weights.items()}
+    block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]  # norms and biases stay float32; rows are whole blocks
+    matrix_types = (gguf.GGMLQuantizationType.F16, TYPES[dtype])
+    types = {
+        name: gguf.GGMLQuantizationType.F32 if weight.dim() == 1 else matrix_types[weight.shape[-1] % block == 0]
+        for name, weight in weights.items()
+    }
     for name, weight in weights.items():
         size = int(np.prod(gguf.quant_shape_to_byte_shape(tuple(weight.shape), types[name])))
         writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), size, raw_dtype=types[name])
@@ -184,14 +189,6 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
         writer.close()
     others = sum(weight.dim() > 1 and types[name] != TYPES[dtype] for name, weight in weights.items())
     return [f"{others} weights are f16, because their rows do not divide into blocks of {dtype}"] if others else []
-
-
-def _type_of(weight: Tensor, dtype: str) -> gguf.GGMLQuantizationType:
-    """Norms and biases stay float32; a type in blocks needs rows of whole blocks."""
-    if weight.dim() == 1:
-        return gguf.GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]
-    return TYPES[dtype] if weight.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
 def _quantized(name: str, weight: Tensor, wanted: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:

@@ -76,7 +76,9 @@ def check_by_llama(
     Raises:
         ConfigError, ModelError: see ``ask``; or llama.cpp cuts texts, ends answers or predicts tokens otherwise.
     """
-    texts = [*TEXTS, *_prompts(result.tokenizer)]
+    texts = [*TEXTS]
+    if result.tokenizer.chat_template:  # a text with control tokens, as a chat has them
+        texts.append(prompt_text(result.tokenizer, [Message(role="user", content=TEXTS[1])]))
     reply = ask(python, file, rows=result.rows, texts=texts)
     for text, ids in zip(texts, reply["ids"], strict=True):
         if ids != encode(result.tokenizer, text):
@@ -95,11 +97,6 @@ def check_by_llama(
         f"the same token at {share:.1%} of {len(expected)} positions",
         *_about_ends(result, reply["ends"]),
     ]
-
-
-def _prompts(tokenizer: Any) -> list[str]:
-    """Text with control tokens, as a chat has them."""
-    return [prompt_text(tokenizer, [Message(role="user", content=TEXTS[1])])] if tokenizer.chat_template else []
 
 
 def _about_ends(result: ExportedResult, ends: Sequence[int]) -> list[str]:
