@@ -62,7 +62,6 @@ def show_schema(console: Console, file: str, *, beside: str | None = None) -> in
 _STAGE = "stage"
 _STAGE_KEY = re.compile(r"stage@stages\.([^.]+)")
 
-
 _GROUP_KEY = r"^((override|optional) )?/?{}(@[^@:\s]+)?$"
 """A pattern of ``adapter``, ``adapter@stages.sft.adapter`` and ``override /adapter@stages.sft.adapter``."""
 _ANY_STAGE = {"$ref": "#/definitions/stage"}

@@ -36,12 +36,10 @@ from tests.transformers_server import missing, model_served
 
 UPDATES = 3
 
-
 METHODS: dict[str, dict[str, Any]] = {
     "PPO": {},
     "RLOO": {"advantage": Advantage.rloo, "critic": Critic.none, "completions_per_prompt": 2},
 }
-
 
 DIFFER = "may differ from those of an uninterrupted run"
 

@@ -19,7 +19,6 @@ from tests.e2e.forked import Forked
 
 PAGE = ROOT / "docs/own_stage.md"
 
-
 ROWS_PAGE = ROOT / "docs/own_rows.md"
 
 

@@ -33,7 +33,6 @@ from tests.tiny import BASE_SOURCE
 
 ABSENT = [name for name in (*PAGE_LIBRARIES, "openai") if importlib.util.find_spec(name) is None]
 
-
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"serving needs {', '.join(ABSENT)}, not installed")
 
 

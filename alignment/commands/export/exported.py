@@ -38,7 +38,6 @@ TEXTS = (
 )
 """Texts of the rows on which a written model must give the outputs of the one in memory."""
 
-
 RELOADED = 1e-4
 """Maximum difference of log-probabilities after a reload: equal weights, but computed by other code."""
 

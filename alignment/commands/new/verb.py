@@ -111,7 +111,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
 
 _QUESTIONS = (FROM_PAIRS, FIRST, SCORER)
 
-
 _ORDER: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
 _SUFFIX = ".yaml"
 

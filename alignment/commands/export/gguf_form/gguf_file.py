@@ -141,7 +141,6 @@ _VALUE_TYPES = {
     list: gguf.GGUFValueType.ARRAY,
 }
 
-
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,

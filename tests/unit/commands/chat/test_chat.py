@@ -32,8 +32,6 @@ from tests.chained import trained_policy
 from tests.hub import weights_file
 from tests.tiny import BASE_SOURCE, save_tiny_model
 
-# ---- the driver -----------------------------------------------------------------------------------------------------
-
 OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
 
@@ -189,9 +187,6 @@ def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], options: 
     assert message in str(caught.value)
 
 
-# ---- a session ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("chat") / "base")
@@ -285,9 +280,6 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(base: Path) -> None:
     session.tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         ChatSession(name="bare", answerer=session.answerer, tokenizer=session.tokenizer, options=GenerationOptions())
-
-
-# ---- the terminal ---------------------------------------------------------------------------------------------------
 
 
 class _Echo:

@@ -111,9 +111,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-# ---- policies as models ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.dora, AdapterKind.qlora])
 def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, policy: Trained, kind: AdapterKind) -> None:
     expected, saved = policy(kind)
@@ -177,9 +174,6 @@ def test_an_adapter_from_outside_is_exported_like_a_result(tmp_path: Path, monke
         artifact_of(str(folder), tmp_path, Console())
 
 
-# ---- policies as adapters -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("architecture", ["llama", "granitemoe"])
 def test_an_adapter_stays_one(tmp_path: Path, architecture: str) -> None:
     """The second model scales its logits."""
@@ -236,9 +230,6 @@ def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> N
     with pytest.warns(FutureWarning, match="past_key_values"):  # PEFT names it so
         export(saved.path, base.base, tmp_path / "out", ADAPTER)
     assert _config(tmp_path / "out")["num_virtual_tokens"] == 3
-
-
-# ---- reward models --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
@@ -301,9 +292,6 @@ def test_a_reward_model_is_only_a_model(tmp_path: Path, base: Lineage, capsys: p
     assert not list(tmp_path.glob("*out*"))
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
-
-
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
     _, saved = trained_policy(tmp_path, base, identity=IN_BFLOAT16)  # merged weights are rounded
     with pytest.raises(ModelError, match=r"--max-gap allows 1e-07\n.*--max-gap"):
@@ -353,9 +341,6 @@ def test_what_was_written_wrong_is_not_exported(
     assert not list(tmp_path.glob("*out*"))
 
 
-# ---- measures -------------------------------------------------------------------------------------------------------
-
-
 def test_the_gap_is_a_mean_kl() -> None:
     before = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     gap = gap_between(before, torch.tensor([[0.5, 0.5], [0.6, 0.4]]).log())
@@ -387,9 +372,6 @@ def test_vllm_gets_most_of_the_memory_that_is_free_and_time_to_start(monkeypatch
     with pytest.raises(KeyboardInterrupt):
         forms._vllm_answers(None, Path(), None, ExportOptions(form="vllm"))  # type: ignore[arg-type]
     assert [(config.gpu_share, config.start_timeout) for config in configs] == [(0.45, 1800.0)]
-
-
-# ---- the driver -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

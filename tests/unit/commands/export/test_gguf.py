@@ -61,9 +61,6 @@ def _read(folder: Path, dtype: str = "f32") -> torch.Tensor:
     return _logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32))
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("adapter", "changes"),
     [
@@ -178,9 +175,6 @@ def test_a_narrow_type_costs_what_the_note_and_the_card_say(tmp_path: Path, poli
     assert (np.abs(rounded - exact) <= 0.51 * steps + 1e-3 * np.abs(exact)).all()
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -271,9 +265,6 @@ def test_a_full_disk_is_named(
     assert not list(tmp_path.glob("*out*"))
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         np.ones((4, 8), np.float32).view(gguf_file._Written).tofile(full)
-
-
-# ---- llama.cpp's own reading ----------------------------------------------------------------------------------------
 
 
 def _interpreter(folder: Path, program: str) -> Path:

@@ -20,8 +20,6 @@ from alignment.data.turns import Message
 from tests.templates import CHATML, styled_tokenizer
 from tests.tiny import pythia_tokenizer, tiny_tokenizer
 
-# ---- the Modelfile --------------------------------------------------------------------------------------------------
-
 TINY = """\
 # ollama create NAME -f Modelfile
 FROM ./model-f16.gguf
@@ -162,8 +160,6 @@ def test_strange_texts_are_quoted() -> None:
         assert not re.search('[{}"]', re.sub(r"\{\{ .*? \}\}", "", template))
 
 
-# ---- how texts are cut ----------------------------------------------------------------------------------------------
-
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
@@ -273,9 +269,6 @@ def test_rules_that_llama_cpp_has_are_written() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     (note,) = vocabulary(tokenizer, 400, [2]).notes
     assert "NFC" in note
-
-
-# ---- tokens, templates, beginnings and ends -------------------------------------------------------------------------
 
 
 def test_named_templates_are_written_as_llama_cpp_reads_them() -> None:

@@ -52,9 +52,6 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "votes.jsonl"
 
 
-# ---- ballots --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def ballots(file: Path) -> Ballots:
     return Ballots(file, PAIRS, ARMS)
@@ -130,9 +127,6 @@ def test_a_name_is_readable_text_without_superfluous_spaces(text: str, name: str
     else:
         with pytest.raises(ValueError, match="1 to 40 printable characters"):
             annotator_name(text)
-
-
-# ---- the page, as requests see it -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,8 +293,6 @@ def test_a_name_from_the_command_line_is_not_asked_for(new_client: NewClient) ->
     assert client.get("vote").status_code == 405
 
 
-# ---- the page, as annotators see it ---------------------------------------------------------------------------------
-
 LONG = [pair(number, dpo=f"It is {number}. " * (1 + 40 * (number % 5 == 0))) for number in range(1, 21)]
 KEYS = "1202101220"
 READY = "document.readyState === 'complete'"
@@ -379,9 +371,6 @@ def test_people_judge_by_keyboard_stop_and_go_on(file: Path, tmp_path: Path) -> 
     votes = [(entry.annotator, (entry.pair, entry.preferred)) for entry in read_votes(file)]
     for name, keys in (("ada", KEYS + "1" + KEYS[1:]), ("bo", KEYS[::-1])):
         assert [meaning for annotator, meaning in votes if annotator == name] == expected_votes(name, keys)
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

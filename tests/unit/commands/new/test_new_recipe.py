@@ -128,8 +128,6 @@ def stages_of(recipe: Recipe) -> list[str]:
     return list(recipe["stages"])
 
 
-# ---- which stages ---------------------------------------------------------------------------------------------------
-
 PREFERENCES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 EXPECTED = {
     **dict.fromkeys(("hh", "chosen_rejected", "preference", "stack_exchange", "chosen_messages"), PREFERENCES),
@@ -216,9 +214,6 @@ def test_a_scorer_is_used_beside_a_reward_model_and_only_a_metric_where_nothing_
     recipe = new(file, prompts, out="both.yaml", answers={**DIRECTLY, **scored})
     assert stages_of(recipe) == ["dpo", "ppo", "evaluate", "report"], "the prompts without answers ask for it"
     assert "also what is trained on" in Path("both.yaml").read_text()
-
-
-# ---- which values ---------------------------------------------------------------------------------------------------
 
 
 def test_values_follow_from_the_data(new: New) -> None:
@@ -322,9 +317,6 @@ def test_weights_in_float32_take_twice_as_much(
     assert f"take about {size} with {adapter}" in chosen.why
 
 
-# ---- what is held out -----------------------------------------------------------------------------------------------
-
-
 def test_held_out_prompts_are_learned_from_nowhere(new: New) -> None:
     """Nor is a faulty row."""
     asked = [f"What is {n} + 1?" for n in range(60)]
@@ -375,9 +367,6 @@ def test_prompts_of_the_user_are_held_out_with_rows_that_resemble_them_unless_mo
     assert len(lines_of("few-few-train.jsonl")) == 18
     new(write("most.jsonl", [*alike, *others[:4]]), heldout=own, out="most.yaml")
     assert not Path("most-most-train.jsonl").exists()
-
-
-# ---- what is asked and refused --------------------------------------------------------------------------------------
 
 
 def test_nothing_is_guessed_without_a_terminal(new: New, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,9 +455,6 @@ def test_a_recipe_whose_plan_is_refused_leaves_no_file(new: New, here: Path, mon
     assert "wrote" not in new.printed
 
 
-# ---- the command and its process ------------------------------------------------------------------------------------
-
-
 def test_the_command_counts_tokens_in_a_process_of_its_own(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,9 +482,6 @@ def test_an_error_of_that_process_is_the_commands(
     assert f"--model: {here / 'shapes'} has no *.safetensors file" in shown.err
     assert "wrote" not in shown.out
     assert files_in(here) == ["broken", "shapes", "talk.jsonl"]
-
-
-# ---- the text of a recipe -------------------------------------------------------------------------------------------
 
 
 def test_values_and_comments_are_written_as_people_write_them() -> None:

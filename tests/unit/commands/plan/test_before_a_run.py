@@ -164,8 +164,6 @@ def test_a_cost_that_cannot_be_estimated_is_refused(
     assert not (tmp_path / "artifacts").exists()
 
 
-# ---- previews -------------------------------------------------------------------------------------------------------
-
 SFT = ", sft: {kind: sft, data: {source: 'bundled:quickstart/conversations'}}"
 
 

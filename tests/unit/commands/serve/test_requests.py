@@ -208,9 +208,6 @@ def test_control_tokens_in_a_message_are_text_as_in_training(ask: Ask) -> None:
     assert reply["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, [Message(role="user", content=words)]))
 
 
-# ---- the chat template -----------------------------------------------------------------------------------------------
-
-
 def with_template(arm: LoadedArm, template: str) -> Ask:
     arm.tokenizer.chat_template = template
     return asking([arm])
@@ -360,9 +357,6 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(
     assert (status, reply["error"]["param"]) == (400, "messages")
 
 
-# ---- models for which transformers knows the form of an answer -------------------------------------------------------
-
-
 def answering(text: str, *, eos: str = "<|endoftext|>") -> Ask:
     """An arm of Qwen's kind that always gives this answer."""
     tokenizer = tokenizer_with_tools()
@@ -417,9 +411,6 @@ def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
     assert choice["finish_reason"] == "tool_calls"
 
 
-# ---- pieces of a stream ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "stops", "expected"),
     [
@@ -440,9 +431,6 @@ def test_pieces_of_any_size_end_where_the_whole_text_ends(
     cut = StopCut(stops)
     returned = [cut.after(text[start : start + size]) for start in range(0, len(text), size)]
     assert "".join([*returned, cut.rest()]) == expected
-
-
-# ---- clients that go away --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -71,9 +71,6 @@ def folder(run: ServedRun, stage: str, adapter: str) -> Path:
     return Path(run.artifacts[stage].path or "") / "adapters" / adapter
 
 
-# ---- the driver -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> None:
@@ -168,9 +165,6 @@ def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, kind
     assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
 
 
-# ---- what is loaded -------------------------------------------------------------------------------------------------
-
-
 def test_an_arm_has_the_weights_and_ends_of_training_and_the_whole_distribution(run: ServedRun) -> None:
     (arm,) = load_arms(policies(run, "dpo"))
     config = arm.model.generation_config
@@ -241,8 +235,6 @@ def test_several_policies_share_one_tokenizer_and_one_set_of_ends(run: ServedRun
         write_files([replace(base, chat_template=f"path:{template}"), sft], VllmFiles(folder=tmp_path))
 
 
-# ---- sums of adapters -----------------------------------------------------------------------------------------------
-
 Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.self_attn.v_proj"
 INPUTS, OUTPUTS = 6, 5
 
@@ -286,9 +278,6 @@ def test_the_sum_adds_to_each_weight_what_all_adapters_add(tmp_path: Path) -> No
     save_file({f"{Q}.weight": torch.zeros(2, 2)}, first / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"q_proj\.weight, which is not a factor"):
         write_sum([first, second], tmp_path / "sum")
-
-
-# ---- the policies of one vLLM server --------------------------------------------------------------------------------
 
 
 def test_several_policies_are_sums_of_adapters_on_their_base(run: ServedRun) -> None:

@@ -45,8 +45,6 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
         yield made
 
 
-# ---- lines ----------------------------------------------------------------------------------------------------------
-
 Follow = Callable[..., list[str]]
 
 
@@ -138,9 +136,6 @@ def test_a_run_is_found_by_name_or_as_the_newest(tmp_path: Path, capsys: pytest.
     assert "sft: killed" in printed
     assert "mine: killed\nmine ended without recording how; the last sign of life was " in printed
     assert "\nrun the same command to continue\n" in printed
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,9 +274,6 @@ def test_an_open_page_takes_over_a_new_report_and_stays_where_it_is(
         assert page.console == []
         server.stop()
         thread.join(20)
-
-
-# ---- the command of the page ----------------------------------------------------------------------------------------
 
 
 def in_a_thread(call: Callable[[], object]) -> threading.Thread:

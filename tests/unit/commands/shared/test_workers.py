@@ -41,8 +41,6 @@ from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_spec, tiny_tokenizer
 from tests.unit.training.read_back import curves_of
 
-# ---- processes that are killed --------------------------------------------------------------------------------------
-
 KILLED = """\
 #!/bin/sh
 mkdir .out.partial
@@ -102,8 +100,6 @@ def test_a_template_that_never_ends_is_named_and_other_exit_codes_are_the_worker
     with pytest.raises(StageError, match=f"chat: its process was ended by signal {int(signal.SIGTERM)}"):
         run_worker(ends_by(signal.SIGTERM), verb="chat")
 
-
-# ---- new tokens -----------------------------------------------------------------------------------------------------
 
 TOKENS = ["<|think|>", "<|/think|>"]
 TEXT = "The shop <|think|>is closed<|/think|> on Monday."
@@ -199,9 +195,6 @@ def test_a_token_that_cannot_be_new_is_refused_and_nothing_written(
     assert main([str(base), "--to", str(tmp_path / "more"), "--", *tokens]) == 2
     assert why in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
-
-
-# ---- trackers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
