@@ -75,11 +75,8 @@ def _exported(folder: str) -> Path:
     path = Path(folder).expanduser().absolute()
     missing = [name for name in EXPORTED_FILES if not (path / name).is_file()]
     if missing:
-        raise ConfigError(
-            f"{folder!r} was not written by align export, because {missing[0]} is missing",
-            where="FOLDER",
-            remedy="first: align export RUN/STAGE --to FOLDER",
-        )
+        message = f"{folder!r} was not written by align export, because {missing[0]} is missing"
+        raise ConfigError(message, where="FOLDER", remedy="first: align export RUN/STAGE --to FOLDER")
     return path
 
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import parts_of
+from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.launch import SamplingConfig
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.config.model import Dtype
 from alignment.core.errors import DataError
 from alignment.core.model_files import positions_in
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -176,10 +177,8 @@ class ChatSession:
             left, dropped = left[2:], dropped + 1
             prompt = self._rendered([*left, asked])
         if len(prompt) >= positions:
-            raise DataError(
-                f"that makes {len(prompt)} tokens, but {self.name} has room for {positions}, including its answer",
-                remedy="write less",
-            )
+            message = f"that makes {len(prompt)} tokens, but {self.name} has room for {positions}, including its answer"
+            raise DataError(message, remedy="write less")
         if dropped:
             self.history = left
             turns = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
@@ -216,18 +215,9 @@ class _Text:
 
 
 def load_session(
-    name: str,
-    artifact: Path | None,
-    base: Path | None,
-    dtype: Dtype,
-    *,
-    options: GenerationOptions,
-    template: TemplateChoice,
-    engine: SamplingConfig | None,
+    policy: StoredPolicy, *, options: GenerationOptions, engine: SamplingConfig | None = None
 ) -> ChatSession:
-    """A session with a stage's result on its base (None if it contains its own), or with the bare ``base``.
-
-    With ``engine`` a vLLM server answers.
+    """A session with a policy; with ``engine`` a vLLM server answers.
 
     Raises:
         ArtifactError: the artifact is missing or damaged.
@@ -236,11 +226,12 @@ def load_session(
         ConfigError: there is no environment with vLLM.
         StageError: the server cannot be started.
     """
-    lineage, tokenizer = parts_of(artifact, base, template)
+    lineage, tokenizer = parts_of(*policy.sources)
+    dtype = Dtype(policy.dtype)
     if engine is None:
         model = load_policy(lineage, DTYPES[dtype]).to(own_device())
         use_flat_attention(model)
         answerer: OwnAnswerer | ServedAnswerer = OwnAnswerer(model=model)
     else:
         answerer = _served_answerer(lineage, dtype, engine)
-    return ChatSession(name=name, answerer=answerer, tokenizer=tokenizer, options=options)
+    return ChatSession(name=policy.name, answerer=answerer, tokenizer=tokenizer, options=options)

@@ -59,9 +59,8 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Talks until the user ends it; returns the exit code. Raises ConfigError: an option has no effect, or the arms
     cannot talk."""
     if arguments.engine != "vllm" and arguments.engine_python is not None:
-        raise ConfigError(
-            "only vLLM has this option", where="--engine-python", remedy="leave it out, or use --engine vllm"
-        )
+        remedy = "leave it out, or use --engine vllm"
+        raise ConfigError("only vLLM has this option", where="--engine-python", remedy=remedy)
     output, (result,) = runs_of(arguments, arguments.result)
     return chat(
         console,
@@ -100,9 +99,8 @@ def chat(
     """
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
-        raise ConfigError(
-            f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy="name one or two"
-        )
+        remedy = "name one or two"
+        raise ConfigError(f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy=remedy)
     policies = PolicyFinder(console, result, output).policies(arms)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chat.json"

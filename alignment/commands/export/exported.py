@@ -95,10 +95,8 @@ def refuse_differences(actual: Tensor, expected: Tensor, folder: Path) -> None:
     """Outputs after a reload must be those from before. Raises ModelError: they differ by more than ``RELOADED``."""
     worst = float((actual - expected).abs().max())
     if worst > RELOADED:
-        raise ModelError(
-            f"the outputs of the written model differ by {worst:.3g} from the expected ones; nothing was exported",
-            where=str(folder),
-        )
+        message = f"the outputs of the written model differ by {worst:.3g} from the expected ones; nothing was exported"
+        raise ModelError(message, where=str(folder))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,11 +161,9 @@ def merged_policy(
         "token"
     )
     if gap.mean_kl > max_gap:
-        raise ModelError(
-            f"{note}; --max-gap allows {max_gap:g}",
-            where=str(result.lineage.adapters[-1].path),
-            remedy="export it as an adapter, or allow more with --max-gap",
-        )
+        message = f"{note}; --max-gap allows {max_gap:g}"
+        remedy = "export it as an adapter, or allow more with --max-gap"
+        raise ModelError(message, where=str(result.lineage.adapters[-1].path), remedy=remedy)
     return merged, expected, [f"{note} (--max-gap allows {max_gap:g})"]
 
 

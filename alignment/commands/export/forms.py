@@ -61,15 +61,12 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     """
     lineage = result.lineage
     if result.manifest.kind == REWARD_MODEL:
-        raise ModelError(
-            "an adapter cannot hold the head of a reward model and its offset", remedy="export it as a model"
-        )
+        remedy = "export it as a model"
+        raise ModelError("an adapter cannot hold the head of a reward model and its offset", remedy=remedy)
     if len(lineage.adapters) != 1 or lineage.source == "self":
         stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
-        raise ModelError(
-            f"it is not a single adapter on a public base, but {stack} on {lineage.source}",
-            remedy="export it as a model",
-        )
+        remedy = "export it as a model"
+        raise ModelError(f"it is not a single adapter on a public base, but {stack} on {lineage.source}", remedy=remedy)
     shutil.copytree(lineage.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = _base_for_peft(result)
@@ -223,11 +220,9 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     ]
     gap = sum(differences) / len(differences)
     if gap > OTHER_WEIGHTS:
-        raise ModelError(
-            f"vLLM's log-probabilities differ from ours by {gap:.2f} nats per token; nothing was exported",
-            where=str(folder),
-            remedy="this version of vLLM computes the model differently; use --as model or --as gguf",
-        )
+        message = f"vLLM's log-probabilities differ from ours by {gap:.2f} nats per token; nothing was exported"
+        remedy = "this version of vLLM computes the model differently; use --as model or --as gguf"
+        raise ModelError(message, where=str(folder), remedy=remedy)
     equal = sum(answer.ids == own for answer, own in zip(of_vllm, ours, strict=True))
     return [
         *notes,
@@ -273,9 +268,8 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
             file is read otherwise by transformers or llama.cpp.
     """
     if result.manifest.kind == REWARD_MODEL:
-        raise ModelError(
-            "a GGUF file has no field for the head of a reward model and its offset", remedy="export it as a model"
-        )
+        remedy = "export it as a model"
+        raise ModelError("a GGUF file has no field for the head of a reward model and its offset", remedy=remedy)
     dtype = options.dtype or GGUF_TYPES[0]
     file = folder / f"model-{dtype}.gguf"
     architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged

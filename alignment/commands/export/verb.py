@@ -59,9 +59,8 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind not in EXPORTED:
-        raise ConfigError(
-            f"{folder.name} is of kind {manifest.kind}; only a policy or a reward model can be exported", where=result
-        )
+        message = f"{folder.name} is of kind {manifest.kind}; only a policy or a reward model can be exported"
+        raise ConfigError(message, where=result)
     target = new_folder(to)
     argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target)]
     argv += _with_llama_python(options).as_arguments

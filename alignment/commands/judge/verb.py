@@ -118,11 +118,8 @@ def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
     """The evaluation of a run: its stage and its artifact, whose content is what was made."""
     artifacts = evaluations(run_folder(output, run))
     if not artifacts:
-        raise ConfigError(
-            f"the run {run!r} has no finished evaluation, so there are no answers to judge",
-            where="RUN",
-            remedy="add a stage of kind evaluate to its recipe, and run it",
-        )
+        message = f"the run {run!r} has no finished evaluation, so there are no answers to judge"
+        raise ConfigError(message, where="RUN", remedy="add a stage of kind evaluate to its recipe, and run it")
     if stage is None and len(artifacts) > 1:
         raise ConfigError(f"the run has several evaluations: {', '.join(artifacts)}", where="--stage")
     name = next(iter(artifacts)) if stage is None else stage.removeprefix("stage:")
@@ -156,25 +153,21 @@ def _votes_file(votes: str | None, folder: Path) -> Path:
         return folder / FILE
     file = Path(votes).expanduser().resolve()  # the lock is beside the file itself, whatever links lead there
     if file.suffix != ".jsonl" or (file.exists() and not file.is_file()) or not file.parent.is_dir():
-        raise ConfigError(
-            f"{votes!r} cannot store votes", where="--votes", remedy="name a .jsonl file in a folder that exists"
-        )
+        remedy = "name a .jsonl file in a folder that exists"
+        raise ConfigError(f"{votes!r} cannot store votes", where="--votes", remedy=remedy)
     return file
 
 
 def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
     samples = list(read_samples(artifact))
     if any(sample.later_turns for sample in samples):
-        raise DataError(
-            "has prompts with several turns, but people judge single answers",
-            where=str(artifact / SAMPLES),
-            remedy="judge an evaluation whose prompts have one turn",
-        )
+        message = "has prompts with several turns, but people judge single answers"
+        remedy = "judge an evaluation whose prompts have one turn"
+        raise DataError(message, where=str(artifact / SAMPLES), remedy=remedy)
     pairs = pairs_of_samples(samples, arms)
     if not pairs:
-        raise ArtifactError(
-            "has no prompt with answers of both arms", where=str(artifact / SAMPLES), remedy="run it again"
-        )
+        remedy = "run it again"
+        raise ArtifactError("has no prompt with answers of both arms", where=str(artifact / SAMPLES), remedy=remedy)
     return pairs
 
 

@@ -139,9 +139,6 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
     read = [id(stage.reads) for stage in stages.values()]
     for rows in circumstances.rows.values():
         if id(rows) not in read:
-            raise ConfigError(
-                f"no stage uses {', '.join(rows.files)}",
-                where="FILE",
-                remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
-            )
+            remedy = "leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout"
+            raise ConfigError(f"no stage uses {', '.join(rows.files)}", where="FILE", remedy=remedy)
     return stages

@@ -323,11 +323,8 @@ def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | No
         write_json(question, {"folder": str(folder), "template": template, "files": described})
         code = processes.call([sys.executable, "-m", "alignment.commands.new.worker", str(question), str(answer)])
         if code or not answer.is_file():
-            raise StageError(
-                f"the process that counts tokens ended with {code}",
-                where="new",
-                remedy="its output is above; a chat template that runs forever is stopped",
-            )
+            remedy = "its output is above; a chat template that runs forever is stopped"
+            raise StageError(f"the process that counts tokens ended with {code}", where="new", remedy=remedy)
         content = json.loads(answer.read_text(encoding="utf-8"))
     if fault := content.get("error"):
         kind = _ERRORS.get(fault["code"], AlignmentError)

@@ -28,9 +28,8 @@ def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: As
     missing = [question for question in questions if question.name not in given]
     if missing and ask is None:
         lines = "".join(f"\n  --{question.name}: {_described(question, indent=4)}" for question in missing)
-        raise ConfigError(
-            f"these files leave a choice open:{lines}", remedy="add the options, or run the command on a terminal"
-        )
+        remedy = "add the options, or run the command on a terminal"
+        raise ConfigError(f"these files leave a choice open:{lines}", remedy=remedy)
     return {**given, **{question.name: _asked(question, ask) for question in missing if ask is not None}}
 
 
@@ -40,11 +39,8 @@ def refuse_unasked(questions: Sequence[Question], given: Mapping[str, str], know
     raised = {question.name for question in questions}
     for question in known:
         if question.choices and question.name in given and question.name not in raised:
-            raise ConfigError(
-                f"{given[question.name]!r} has no effect: the question does not arise for these files",
-                where=f"--{question.name}",
-                remedy="leave it out",
-            )
+            message = f"{given[question.name]!r} has no effect: the question does not arise for these files"
+            raise ConfigError(message, where=f"--{question.name}", remedy="leave it out")
 
 
 def _described(question: Question, *, indent: int) -> str:

@@ -13,15 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
+from alignment.commands.shared.worker_process import run_as_program, silence_libraries
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.model import TemplateChoice
 from alignment.config.new_recipe import Lengths
 from alignment.core.artifacts import write_json
-from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.terminal import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
 from alignment.data.tokens import row_kinds
@@ -49,7 +46,7 @@ _KINDS = {
 def main(arguments: Sequence[str]) -> int:
     """Answers one request; an error is a part of the answer. Returns exit code 0."""
     asked, answer = map(Path, arguments)
-    transformers_logging.set_verbosity_error()
+    silence_libraries()
     try:
         lengths = measured(json.loads(asked.read_text(encoding="utf-8")))
     except AlignmentError as error:
@@ -108,5 +105,4 @@ def _tokenized(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) 
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main(sys.argv[1:]))
+    run_as_program(lambda: main(sys.argv[1:]))

@@ -16,13 +16,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core import files
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, DataError
-from alignment.core.terminal import Terminal, complain, make_unfailing
+from alignment.core.errors import DataError
+from alignment.core.terminal import Terminal
 from alignment.core.wording import counted
 from alignment.data.near_duplicates import record_key
 from alignment.data.overlap import HeldOut, asked, asked_in
@@ -44,6 +43,7 @@ LOOKED_AT = 5_000
 """Maximum number of records whose tokens are counted."""
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the first error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.preview.worker", description=__doc__)
@@ -52,24 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=Path)
     parser.add_argument("--against", type=Path, help="an evaluation's stage file, whose prompts must not be learned")
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
+    silence_libraries()
     console = Terminal(soft_wrap=True, highlight=False, record=options.html is not None)
-    try:
-        held_out = None
-        if options.against is not None:
-            evaluation = read_spec(options.against)
-            data = getattr(evaluation.config, "data", None)
-            assert isinstance(data, DataConfig), "the driver names an evaluation"
-            held_out = HeldOut(asked_in(evaluation.data_path, data))
-        for file in options.stage_files:
-            show_stage(console, read_spec(file), rows=options.rows, held_out=held_out)
-        if options.html is not None:
-            with files.explained(options.html.parent):
-                head = '<meta charset="UTF-8">'
-                files.write_text(options.html, console.export_html().replace(head, f"{head}\n{CONTENT_POLICY}", 1))
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    held_out = None
+    if options.against is not None:
+        evaluation = read_spec(options.against)
+        data = getattr(evaluation.config, "data", None)
+        assert isinstance(data, DataConfig), "the driver names an evaluation"
+        held_out = HeldOut(asked_in(evaluation.data_path, data))
+    for file in options.stage_files:
+        show_stage(console, read_spec(file), rows=options.rows, held_out=held_out)
+    if options.html is not None:
+        with files.explained(options.html.parent):
+            head = '<meta charset="UTF-8">'
+            files.write_text(options.html, console.export_html().replace(head, f"{head}\n{CONTENT_POLICY}", 1))
     return 0
 
 
@@ -213,5 +209,4 @@ def _print_record(console: Console, record: RecordSpans) -> None:
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import generation_settings, parts_of
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -54,9 +54,7 @@ def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
 def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
     """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once. Raises
     ArtifactError, ModelError, DataError: as ``load_arms``."""
-    artifact, base = (Path(folder) if folder else None for folder in (policy.artifact, policy.base))
-    template = TemplateChoice(source=policy.chat_template, options=policy.template_options)
-    lineage, tokenizer = parts_of(artifact, base, template)
+    lineage, tokenizer = parts_of(*policy.sources)
     try:
         prompt_ids(tokenizer, [Message(role="user", content="Hi.")])
     except DataError as error:

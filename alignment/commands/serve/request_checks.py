@@ -217,10 +217,8 @@ def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_
     if tools and not reads_tools(template):
         raise RequestError("the chat template of this policy has no place for tools; leave them out", param="tools")
     if tools and not reads_calls:
-        raise RequestError(
-            "the form in which this policy calls tools is not known; serve with --engine vllm and --tool-parser",
-            param="tools",
-        )
+        message = "the form in which this policy calls tools is not known; serve with --engine vllm and --tool-parser"
+        raise RequestError(message, param="tools")
     options = _template_options(body.get("chat_template_kwargs"), template)
     try:
         templates = with_options(template, options)

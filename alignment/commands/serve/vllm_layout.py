@@ -85,11 +85,8 @@ def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
 def refuse_prefix(policy: StoredPolicy) -> None:
     """Raises ModelError if the policy is not plain weights once its adapters are merged: if it has a prefix."""
     if policy.artifact is not None and any("num_virtual_tokens" in config for config in _configs(policy)):
-        raise ModelError(
-            f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve",
-            where="--arm",
-            remedy="use `align chat` instead",
-        )
+        message = f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve"
+        raise ModelError(message, where="--arm", remedy="use `align chat` instead")
 
 
 def _manifest_of(policy: StoredPolicy) -> Manifest:

@@ -38,9 +38,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def recipe_of(arguments: argparse.Namespace) -> str:
     """The given recipe. Raises ConfigError: no recipe was given; the error lists the shipped ones."""
     if arguments.recipe is None:
-        raise ConfigError(
-            f"which recipe? shipped: {', '.join(recipe_names())}", remedy=f"such as: align {arguments.verb} quickstart"
-        )
+        remedy = f"such as: align {arguments.verb} quickstart"
+        raise ConfigError(f"which recipe? shipped: {', '.join(recipe_names())}", remedy=remedy)
     return str(arguments.recipe)
 
 

@@ -42,11 +42,8 @@ def current_run(output: Path) -> Path:
             state = state_of(folder, record)
             candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, folder))
     if not candidates:
-        raise ConfigError(
-            f"no readable run under {output / 'runs'}",
-            where="RUN",
-            remedy="start one: align run RECIPE; or name the folder that contains runs/ with --output",
-        )
+        remedy = "start one: align run RECIPE; or name the folder that contains runs/ with --output"
+        raise ConfigError(f"no readable run under {output / 'runs'}", where="RUN", remedy=remedy)
     return max(candidates)[2]
 
 

@@ -49,8 +49,7 @@ def listening(port: int) -> Iterator[socket.socket]:
                 remedy = "give another port, or 0 for any free port"
                 raise Busy(f"another program already listens on port {port}", where=where, remedy=remedy) from None
             if error.errno == errno.EACCES:
-                raise ConfigError(
-                    f"you may not listen on port {port}", where=where, remedy="give a port above 1023"
-                ) from None
+                message = f"you may not listen on port {port}"
+                raise ConfigError(message, where=where, remedy="give a port above 1023") from None
             raise
         yield listener

@@ -9,13 +9,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from alignment.commands.shared.worker_process import reported, run_as_program
 from alignment.config.run import LABELS, with_only
 from alignment.core.artifacts import read_manifest
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, StageError
+from alignment.core.errors import StageError
 from alignment.core.files import explained
 from alignment.core.locks import held
-from alignment.core.terminal import complain, make_unfailing
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
 from alignment.records.training import METRICS, readable_rows
@@ -25,6 +24,7 @@ from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracker import stored_tables
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.track.worker", description=__doc__)
@@ -33,12 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)  # what a tracker warns of is in the error
-    try:
-        with explained(options.folder):
-            send_run(options.folder, options.to, options.url)
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    with explained(options.folder):
+        send_run(options.folder, options.to, options.url)
     return 0
 
 
@@ -95,5 +91,4 @@ def send(spec: StageSpec, label: str) -> str:
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

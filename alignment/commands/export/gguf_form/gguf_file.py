@@ -194,9 +194,8 @@ def _quantized(name: str, weight: Tensor, wanted: gguf.GGMLQuantizationType) -> 
     values = weight.detach().float().contiguous().numpy()
     largest = float(np.abs(values).max())
     if wanted == gguf.GGMLQuantizationType.F16 and largest > _LARGEST_F16:
-        raise ModelError(
-            f"{name} has a weight of {largest:.3g}, which is too large for float16", remedy="add --dtype bf16"
-        )
+        remedy = "add --dtype bf16"
+        raise ModelError(f"{name} has a weight of {largest:.3g}, which is too large for float16", remedy=remedy)
     return np.ascontiguousarray(gguf.quantize(values, wanted)).view(_Written)
 
 
@@ -227,9 +226,6 @@ def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtyp
         refuse_differences(actual, expected, file)
     gap = gap_between(expected, actual)
     if not gap.mean_kl <= max_gap:  # NaN too
-        raise ModelError(
-            f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported",
-            where=str(file),
-            remedy="choose a wider --dtype, or allow more with --max-gap",
-        )
+        message = f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported"
+        raise ModelError(message, where=str(file), remedy="choose a wider --dtype, or allow more with --max-gap")
     return gap

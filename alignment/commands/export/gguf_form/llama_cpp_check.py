@@ -56,11 +56,8 @@ def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
             return reply
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if "No module named 'llama_cpp'" in last:
-        raise ConfigError(
-            "this interpreter has no llama-cpp-python",
-            where=str(python),
-            remedy=f"name bin/python of an environment that has it; `{build_command('llama-cpp')}` builds one",
-        )
+        remedy = f"name bin/python of an environment that has it; `{build_command('llama-cpp')}` builds one"
+        raise ConfigError("this interpreter has no llama-cpp-python", where=str(python), remedy=remedy)
     raise ModelError(f"llama.cpp cannot read the written file: {last}; nothing was exported", where=str(model))
 
 

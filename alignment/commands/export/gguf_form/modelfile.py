@@ -200,10 +200,8 @@ def modelfile(
         try:
             template, notes = ollama_template(tokenizer, bos=tokenizer.bos_token if adds_bos else "")
         except Inexpressible as error:
-            raise ModelError(
-                f"the chat template cannot be written for Ollama: {error}",
-                remedy="add --no-modelfile; llama-server takes the chat template from the GGUF file as it is",
-            ) from error
+            remedy = "add --no-modelfile; llama-server takes the chat template from the GGUF file as it is"
+            raise ModelError(f"the chat template cannot be written for Ollama: {error}", remedy=remedy) from error
     lines = [
         "# ollama create NAME -f Modelfile",
         f"FROM ./{gguf_name}",

@@ -18,7 +18,7 @@ from alignment.commands.chat import worker
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.commands.chat.verb import chat
 from alignment.commands.chat.worker import Screen, converse
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.fingerprint import digest
@@ -193,9 +193,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _load(base: Path, artifact: Path | None = None, **changes: object) -> ChatSession:
-    options = GenerationOptions(**{"max_new_tokens": 12, **changes})
-    template = TemplateChoice()
-    return load_session("base", artifact, base, Dtype.float32, options=options, template=template, engine=None)
+    made = None if artifact is None else str(artifact)
+    policy = StoredPolicy(name="base", described="", artifact=made, base=str(base), dtype="float32")
+    return load_session(policy, options=GenerationOptions(**{"max_new_tokens": 12, **changes}))
 
 
 def _greedy(session: ChatSession, turns: list[Message]) -> list[int]:
