@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -114,38 +114,32 @@ def show_cost(console: Console, cost: RunCost, *, free: float | None = None, is_
         table.add_row(*_cells(stage))
     print_whole(console, table)
     remarks = [line for stage in cost.stages for line in _remarks(stage, cost, is_earlier=is_earlier)]
-    for line in (*remarks, _fit_line(cost), _time_line(cost), _disk_line(cost, free)):
-        if line:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in (*remarks, *_totals(cost, free)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _time_line(cost: RunCost) -> str:
-    """The time of all stages; empty if it is not known of each."""
-    if any(stage.error or stage.first_rows for stage in cost.stages):
-        return ""
-    line = f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages"
-    if cost.device != THIS:
-        return f"{line}, without importing libraries and without downloading, reading and storing files"
-    return f"{line}, and {duration(cost.startup)} to import the libraries once" if cost.startup else line
-
-
-def _fit_line(cost: RunCost) -> str:
-    """That each stage fits into the memory; empty if one does not, or if that is not known."""
-    if not cost.memory or any(stage.error or stage.peak > cost.memory for stage in cost.stages):
-        return ""
-    largest = max((stage.peak for stage in cost.stages), default=0)
-    return f"memory: each stage fits into {_gb(cost.memory)} GB, with at least {_gb(cost.memory - largest)} GB to spare"
-
-
-def _disk_line(cost: RunCost, free: float | None) -> str:
-    """What the run needs on the disk, and whether so much is ``free``, if that is known; empty if it is not known of
-    each stage."""
-    if any(stage.error for stage in cost.stages):
-        return ""
-    line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
-    if free is None or cost.disk <= free:
-        return line
-    return f"{line}; only {_gb(free)} GB are free; set output to a folder on a larger disk"
+def _totals(cost: RunCost, free: float | None) -> Iterator[str]:
+    """Whether each stage fits into the memory, the time of all, and what the run needs on the disk, of which so much is
+    ``free``; what is not known of each stage is left out."""
+    failed = any(stage.error for stage in cost.stages)
+    if cost.memory and not failed and all(stage.peak <= cost.memory for stage in cost.stages):
+        spare = cost.memory - max((stage.peak for stage in cost.stages), default=0)
+        yield f"memory: each stage fits into {_gb(cost.memory)} GB, with at least {_gb(spare)} GB to spare"
+    if not failed and not any(stage.first_rows for stage in cost.stages):
+        line = f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages"
+        if cost.device != THIS:
+            line += ", without importing libraries and without downloading, reading and storing files"
+        elif cost.startup:
+            line += f", and {duration(cost.startup)} to import the libraries once"
+        yield line
+    if not failed:
+        line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
+        too_little = free is not None and cost.disk > free
+        yield (
+            f"{line}; only {_gb(free or 0)} GB are free; set output to a folder on a larger disk"
+            if too_little
+            else line
+        )
 
 
 def show_trades(console: Console, recipe: str, cost: RunCost) -> None:

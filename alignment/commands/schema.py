@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def recipe_schema(folders: Sequence[Path] = ()) -> Schema:
     classes = config_classes()
     fields = schemas.fields(RunConfig)
     known = _known_stages(folders)
-    fields["stages"] = _stages(fields["stages"], known)
+    # None is required, because ``defaults`` may have them from another recipe; ``allOf`` has those of known names.
+    needed = {key: value for key, value in fields["stages"].items() if key != "minProperties"}
+    fields["stages"] = {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
     schemas.definitions["stage"] = schemas.by_kind(classes)
     of_kinds = {kind: schemas.of(cls) for kind, cls in classes.items()}
     return {
@@ -117,13 +119,6 @@ def _files(group: str, folders: Sequence[Path]) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def _stages(stages: Schema, known: Iterable[str]) -> Schema:
-    """Stages by name; those of ``known`` names are described elsewhere. None is required, because ``defaults`` may
-    have them from another recipe."""
-    needed = {key: value for key, value in stages.items() if key != "minProperties"}
-    return {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
-
-
 def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
     """For each known name of a stage: the kinds that it may have, and the files that make it of each kind."""
 
@@ -134,19 +129,14 @@ def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
     kind_of_file = {name: str(content(path).get("kind", "")) for name, path in _files(_STAGE, folders).items()}
     used = {(name, kind_of_file[name]) for name in kind_of_file}
     for recipe in recipe_names():
-        choices = _stage_choices(content(recipes_folder() / f"{recipe}.yaml"))
-        used |= {(name, kind_of_file[file]) for name, file in choices if file in kind_of_file}
+        entries = content(recipes_folder() / f"{recipe}.yaml").get("defaults", [])
+        choices = [choice for entry in entries if isinstance(entry, dict) for choice in entry.items()]
+        named = [(match[1], str(file)) for key, file in choices if (match := _STAGE_KEY.fullmatch(key))]
+        used |= {(name, kind_of_file[file]) for name, file in named if file in kind_of_file}
     known: dict[str, dict[str, list[str]]] = {}
     for name, kind in sorted(used):
         known.setdefault(name, {})[kind] = [file for file, own in kind_of_file.items() if own == kind]
     return known
-
-
-def _stage_choices(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for entry in recipe.get("defaults", []):
-        for key, file in entry.items() if isinstance(entry, dict) else ():
-            if match := _STAGE_KEY.fullmatch(key):
-                yield match[1], str(file)
 
 
 def _stage_named(name: str, kinds: Mapping[str, list[str]], of_kinds: Mapping[str, Schema]) -> Schema:

@@ -141,14 +141,9 @@ class ChatSession:
         self.history.clear()
 
     def answer(self, words: str, *, on_text: Callable[[str], None], note: Callable[[str], None]) -> None:
-        """Answers the user's ``words``: ``on_text`` receives the text as it is generated.
-
-        A KeyboardInterrupt ends the answer early. ``note`` receives a message if turns were dropped because the
-        conversation became too long for the model.
-
-        Raises:
-            DataError: the template refuses these words, or they alone are too long; the history does not change then.
-        """
+        """Answers the user's ``words``: ``on_text`` receives the text as it is generated; a KeyboardInterrupt ends it.
+        ``note`` receives a message if turns were dropped because the conversation became too long for the model. Raises
+        DataError: the template refuses these words, or they alone are too long; the history does not change then."""
         asked = Message(role="user", content=words)
         prompt = self._fitting(asked, note)
         room = self.answerer.positions - len(prompt)
@@ -220,12 +215,8 @@ def load_session(
     """A session with a policy; with ``engine`` a vLLM server answers.
 
     Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: a model cannot be loaded.
-        DataError: see ``ChatSession``.
-        ConfigError: there is no environment with vLLM.
-        StageError: the server cannot be started.
-    """
+        ArtifactError, ModelError, DataError: as ``parts_of`` and ``ChatSession``, or a model cannot be loaded.
+        ConfigError, StageError: there is no environment with vLLM, or the server cannot be started."""
     lineage, tokenizer = parts_of(*policy.sources)
     dtype = Dtype(policy.dtype)
     if engine is None:

@@ -91,12 +91,8 @@ def chat(
     ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
 
     Raises:
-        ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
-            an option is invalid.
-        ArtifactError: a stage has no result yet.
-        ModelError: a base is missing on this machine, or a chat template did not end.
-        StageError: the process was killed.
-    """
+        ConfigError: an option is invalid, there are more than two arms, or as ``PolicyFinder.policies``.
+        ModelError, StageError: the process was killed, as in ``run_worker``."""
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
         remedy = "name one or two"

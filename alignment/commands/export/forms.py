@@ -50,23 +50,20 @@ from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import scales_logits
 
+_AS_MODEL = "export it as a model"
+
 
 def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     """Copies the adapter's folder as PEFT wrote it; it must be the only difference between the base and the policy.
-
-    ``generation_config.json`` is that of the policy, as in the other forms.
-
-    Raises:
-        ModelError: the result is not one adapter on a public base, or it gives other outputs when PEFT loads it.
-    """
+    ``generation_config.json`` is that of the policy, as in the other forms. Raises ModelError: the result is not one
+    adapter on a public base, or it gives other outputs when PEFT loads it."""
     lineage = result.lineage
     if result.manifest.kind == REWARD_MODEL:
-        remedy = "export it as a model"
-        raise ModelError("an adapter cannot hold the head of a reward model and its offset", remedy=remedy)
+        raise ModelError("an adapter cannot hold the head of a reward model and its offset", remedy=_AS_MODEL)
     if len(lineage.adapters) != 1 or lineage.source == "self":
         stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
-        remedy = "export it as a model"
-        raise ModelError(f"it is not a single adapter on a public base, but {stack} on {lineage.source}", remedy=remedy)
+        message = f"it is not a single adapter on a public base, but {stack} on {lineage.source}"
+        raise ModelError(message, remedy=_AS_MODEL)
     shutil.copytree(lineage.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = _base_for_peft(result)
@@ -199,10 +196,8 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     """Writes a causal language model as ``--as model`` does, and has a vLLM server answer with it.
 
     Raises:
-        ConfigError: there is no environment with vLLM.
-        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities.
-        StageError: vLLM does not load it.
-    """
+        ConfigError, StageError: there is no environment with vLLM, or vLLM does not load it.
+        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities."""
     if result.manifest.kind == REWARD_MODEL:
         raise ModelError("vLLM generates answers, and a reward model gives none", remedy="export it as a model")
     interpreter(options.engine_python, package="vllm", where="--engine-python")
@@ -259,14 +254,12 @@ def _vllm_answers(
 
 
 def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
-    """Writes the file, and the Modelfile unless it is not wanted; returns notes about them.
-
-    Adapters are merged in float32, so that a weight is rounded once, to the file's type.
+    """Writes the file, and the Modelfile unless it is not wanted; returns notes about them. Adapters are merged in
+    float32, so that a weight is rounded once, to the file's type.
 
     Raises:
         ModelError: the result cannot be a GGUF file, merging or the type changed more than ``options.max_gap``, or the
-            file is read otherwise by transformers or llama.cpp.
-    """
+            file is read otherwise by transformers or llama.cpp."""
     if result.manifest.kind == REWARD_MODEL:
         remedy = "export it as a model"
         raise ModelError("a GGUF file has no field for the head of a reward model and its offset", remedy=remedy)

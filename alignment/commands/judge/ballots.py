@@ -83,12 +83,8 @@ class Ballots:
         return Standing(annotator=annotator, judged=len(judged), total=self.total, ballot=ballot)
 
     def vote(self, annotator: str, key: str, choice: Choice) -> None:
-        """Stores a vote; when this returns, it is on the disk.
-
-        Raises:
-            Refused: there is no such pair, or the annotator has judged it already.
-            OSError: the file cannot be written to; no part of the vote is in it.
-        """
+        """Stores a vote; when this returns, it is on the disk. Raises Refused: there is no such pair, or the annotator
+        has judged it already; OSError: the file cannot be written to, and no part of the vote is in it."""
         pair = self._pairs.get(key)
         if pair is None:
             raise Refused("There is no such pair in this evaluation.", status=404)
@@ -110,13 +106,8 @@ class Ballots:
         self._votes.append(vote)
 
     def undo(self, annotator: str) -> None:
-        """Takes the annotator's last vote back.
-
-        Raises:
-            Refused: there is none.
-            OSError: the file cannot be written to; the vote is still there.
-            DataError: somebody else has written to the file, and not votes.
-        """
+        """Takes the annotator's last vote back. Raises Refused: there is none; OSError: the file cannot be written to,
+        and the vote is still there; DataError: somebody else has written to the file, and not votes."""
         own = self._own(annotator)
         if not own:
             raise Refused(f"{annotator} has no vote to undo.")

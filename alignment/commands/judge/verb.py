@@ -183,7 +183,7 @@ def _introduce(say: Callable[[str], None], ballots: Ballots, file: Path, arms: t
     if ballots.num_prompts < FEWEST_PROMPTS:
         say(
             f"note: at most {counted(ballots.num_prompts, 'prompt')} can be judged, but a win rate needs "
-            f"{FEWEST_PROMPTS}; evaluate on more held-out prompts (stages.{stage}.data), and judge those",
+            f"{FEWEST_PROMPTS}; evaluate on more held-out prompts (stages.{stage}.data), and judge those"
         )
     say(f"votes: {file}")
 
@@ -197,5 +197,5 @@ def _summarise(say: Callable[[str], None], ballots: Ballots, file: Path, setting
     if judged:
         say(
             f"to count them: put `judge: {settings}` into stages.{stage} of the recipe, and run it again; "
-            "if you only give it as an override, a later run without it leaves the votes out of its report",
+            "if you only give it as an override, a later run without it leaves the votes out of its report"
         )

@@ -129,12 +129,8 @@ class CountedRow:
 
 
 def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, str] | None = None) -> DataFile:
-    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own.
-
-    Raises:
-        DataError: it cannot be read, or no stage can use it.
-        ConfigError: the user interrupted the reading.
-    """
+    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError: it
+    cannot be read, or no stage can use it."""
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -242,7 +238,7 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         for row in source.read():
             if row.key is not None and row.key in left:
                 left.remove(row.key)
-                _write(stream, _held_out_row(source, row))
+                stream.write(_line(_held_out_row(source, row)))
     first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
     columns = {} if source.record is LabelledAnswer else source.columns  # of labelled answers only the turns are left
     form = format_of(prepared(first, SourceConfig(columns=dict(columns))))
@@ -255,8 +251,9 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         record=Prompt,
         faulty=0.0,
         columns=columns,
+        number=len(keys),
+        prompts=keys,
     )
-    held_out = replace(held_out, number=len(keys), prompts=keys)
     return held_out, without(files, held_out, new)
 
 
@@ -278,7 +275,7 @@ def _without(file: DataFile, keys: frozenset[int], texts: HeldOut, new: NewFiles
     with new.create(path) as stream:
         for row in file.read():
             if row.key not in left_out and not row.faulty:
-                _write(stream, row.value)
+                stream.write(_line(row.value))
                 number += row.number
     prompts = frozenset(key for key in file.prompts if key not in left_out)
     return replace(
@@ -300,21 +297,16 @@ def _held_out_row(file: DataFile, row: CountedRow) -> Any:
     return {"messages": [turn.as_dict() for turn in row.prompt.messages], **tools}
 
 
-def _write(stream: IO[str], row: Any) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+def _line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 _ERRORS = {error.exit_code: error for error in (DataError, ModelError)}
 
 
 def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | None) -> list[Lengths]:
-    """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder.
-
-    Raises:
-        ModelError: there is no usable tokenizer.
-        DataError: no record of a file can be rendered.
-        StageError: the process that counts them failed.
-    """
+    """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder. It raises as
+    ``measured`` of the worker does; StageError: its process failed."""
     described = [
         {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
     ]

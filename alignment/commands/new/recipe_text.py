@@ -18,13 +18,8 @@ Ask = Callable[[str], str]
 
 
 def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: Ask | None) -> dict[str, str]:
-    """The answer to each question, and those that were given although nobody asked.
-
-    ``given`` are answers by the names of questions. ``ask`` is None without a terminal.
-
-    Raises:
-        ConfigError: an answer is missing and nobody can be asked, or one would change nothing.
-    """
+    """The answer to each question, and those that were ``given``, by the names of questions, although nobody asked.
+    ``ask`` is None without a terminal. Raises ConfigError: an answer is missing and nobody can be asked."""
     missing = [question for question in questions if question.name not in given]
     if missing and ask is None:
         lines = "".join(f"\n  --{question.name}: {_described(question, indent=4)}" for question in missing)

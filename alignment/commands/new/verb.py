@@ -12,39 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.commands.new.base_model import (
-    BaseModel,
-    adapter_for,
-    base_model,
-    dtype_for,
-    free_bytes,
-    proposed_stages,
-    questions,
-)
-from alignment.commands.new.data_files import (
-    FEWEST,
-    DataFile,
-    NewFiles,
-    held_out_keys,
-    joined,
-    look_at,
-    measured_lengths,
-    split,
-    without,
-)
+from alignment.commands.new import base_model, data_files
+from alignment.commands.new.base_model import BaseModel, dtype_for
+from alignment.commands.new.data_files import DataFile, NewFiles, joined, look_at
 from alignment.commands.new.recipe_text import Ask, answered, comment_lines, flow, group_lines, refuse_unasked
 from alignment.config.faults import refuse
 from alignment.config.model import AdapterKind
-from alignment.config.new_recipe import (
-    FIRST,
-    FROM_PAIRS,
-    SCORER,
-    Circumstances,
-    Lengths,
-    NewStage,
-    Reasoned,
-    Rows,
-)
+from alignment.config.new_recipe import FIRST, FROM_PAIRS, SCORER, Circumstances, Lengths, NewStage, Reasoned, Rows
 from alignment.config.rules import NAME, is_name
 from alignment.config.run import conf_folder
 from alignment.config.typed import source_from_plain
@@ -146,21 +120,21 @@ def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Opt
     named = [*files, *([options.heldout] if options.heldout else [])]
     if repeated := next((file for file in named if named.count(file) > 1), None):
         raise ConfigError(f"{repeated} is named twice", where="FILE", remedy="name each file once")
-    memory = free_bytes(options.device)
+    memory = base_model.free_bytes(options.device)
     columns = _columns(options.columns)
     looked = [look_at(console, file, where="FILE", columns=columns).counted() for file in files]
     given = None if options.heldout is None else look_at(console, options.heldout, where="--heldout").counted()
     if given is not None and not given.prompts:
         remedy = "name a file with prompts, or leave the option out"
         raise DataError("no row has a prompt", where="--heldout", remedy=remedy)
-    model = base_model(options.model, announce=say)
+    model = base_model.base_model(options.model, announce=say)
     answers = _answers(console, looked, model, options, ask)
     new = NewFiles(out=path)
     try:
         learned, held_out = _split(looked, given, new, say)
         circumstances = _circumstances(learned, held_out, model, answers, say)
-        stages = proposed_stages(circumstances)
-        adapter = adapter_for(model, memory, dtype_for(options.device))
+        stages = base_model.proposed_stages(circumstances)
+        adapter = base_model.adapter_for(model, memory, dtype_for(options.device))
         summary = f"{', '.join(stages)} on {', '.join(file.name for file in learned)}"
         with new.create(path) as stream:
             stream.writelines(f"{line}\n" for line in _lines(files, stages, model, adapter, options, summary))
@@ -199,8 +173,8 @@ def _new_file(out: str) -> Path:
 def _answers(
     console: Console, files: Sequence[DataFile], model: BaseModel, options: Options, ask: Ask | None
 ) -> dict[str, str]:
-    by_record = _by_record(files)
-    raised = questions(Circumstances(rows=by_record, positions=model.positions, has_template=model.has_template))
+    known = Circumstances(rows=_by_record(files), positions=model.positions, has_template=model.has_template)
+    raised = base_model.questions(known)
     refuse_unasked(raised, options.answers, _QUESTIONS)
     if ask is None and sys.stdin is not None and sys.stdin.isatty() and console.is_terminal:
         ask = input
@@ -212,12 +186,12 @@ def _split(
 ) -> tuple[Sequence[DataFile], DataFile | None]:
     """The files as stages will read them, and held-out prompts: some of these files', or the given ones."""
     if given is not None:
-        return without(files, given, new), given
-    if keys := held_out_keys(files):
-        held_out, learned = split(files, keys, new)
+        return data_files.without(files, given, new), given
+    if keys := data_files.held_out_keys(files):
+        held_out, learned = data_files.split(files, keys, new)
         say(f"{len(keys)} prompts are held out for an evaluation")
         return learned, held_out
-    say(f"no evaluation: it needs {FEWEST} different prompts, or --heldout FILE")
+    say(f"no evaluation: it needs {data_files.FEWEST} different prompts, or --heldout FILE")
     return files, None
 
 
@@ -228,7 +202,7 @@ def _circumstances(
     answers: Mapping[str, str],
     say: Callable[[str], None],
 ) -> Circumstances:
-    lengths = measured_lengths(files, model.folder, model.template)
+    lengths = data_files.measured_lengths(files, model.folder, model.template)
     for file, of_file in zip(files, lengths, strict=True):
         for remark in of_file.remarks:
             say(f"{file.name}: {remark} (docs/data.md says what to do)")

@@ -36,13 +36,8 @@ class LoadedArm:
 
 
 def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
-    """Loads the policies on this process's device.
-
-    Raises:
-        ArtifactError: an artifact is missing or damaged.
-        ModelError: a model cannot be loaded.
-        DataError: a policy has no usable chat template.
-    """
+    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError: an artifact is
+    damaged, a model cannot be loaded, or a policy has no usable chat template."""
     arms = []
     for policy in policies:
         lineage, tokenizer = lineage_and_tokenizer(policy)
@@ -52,8 +47,8 @@ def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
 
 
 def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
-    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once. Raises
-    ArtifactError, ModelError, DataError: as ``load_arms``."""
+    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once. It
+    raises as ``load_arms`` does."""
     lineage, tokenizer = parts_of(*policy.sources)
     try:
         prompt_ids(tokenizer, [Message(role="user", content="Hi.")])

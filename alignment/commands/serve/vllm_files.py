@@ -24,10 +24,8 @@ def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
 
     Raises:
         ConfigError: several policies cannot be served together.
-        ArtifactError: an artifact is missing or damaged.
-        ModelError: a model cannot be loaded, or policies have different tokenizers, templates or ends of answers.
-        DataError: a policy has no usable chat template.
-    """
+        ModelError: they have different tokenizers, templates or ends of answers.
+        ArtifactError, ModelError, DataError: as ``load_arms``."""
     layout = vllm_layout(policies)
     loaded = [lineage_and_tokenizer(policy) for policy in policies]
     lineage, tokenizer = loaded[0]

@@ -65,12 +65,7 @@ def send_run(folder: Path, tracker: str, url: str) -> None:
 
 
 def send(spec: StageSpec, label: str) -> str:
-    """Sends all that the stage's files have to its trackers; returns a message about it.
-
-    Raises:
-        Busy: the stage is running, and sends its steps itself.
-        StageError: a tracker did not take everything.
-    """
+    """Sends all that the stage's files have to its trackers; returns a message about it. It raises as ``send_run``."""
     manifest = read_manifest(spec.artifact)
     content = spec.work / "content" if manifest is None else spec.artifact
     trackers = Trackers()

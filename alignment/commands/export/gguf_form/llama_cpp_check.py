@@ -68,11 +68,7 @@ def check_by_llama(
 
     ``expected`` is ``[tokens, vocabulary]``, the log-probabilities of the result's rows. A token that is at most
     ``max_gap`` nats less likely than the likeliest is no other prediction: a model in training may be nearly
-    indifferent.
-
-    Raises:
-        ConfigError, ModelError: see ``ask``; or llama.cpp cuts texts, ends answers or predicts tokens otherwise.
-    """
+    indifferent. It raises as ``ask``, and ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
     texts = [*TEXTS]
     if result.tokenizer.chat_template:  # a text with control tokens, as a chat has them
         texts.append(prompt_text(result.tokenizer, [Message(role="user", content=TEXTS[1])]))

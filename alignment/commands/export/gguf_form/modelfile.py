@@ -187,14 +187,9 @@ CONTENTS = (
 def modelfile(
     gguf_name: str, tokenizer: Any, *, stops: Sequence[str], context: int, adds_bos: bool
 ) -> tuple[str, list[str]]:
-    """The file's text, and notes about what it cannot say.
-
-    ``stops`` are the texts of the tokens that end an answer, ``context`` is the model's longest text in tokens, and
-    ``adds_bos`` says that llama.cpp puts BOS in front of a prompt.
-
-    Raises:
-        ModelError: the chat template cannot be written in Ollama's language.
-    """
+    """The file's text, and notes about what it cannot say. ``stops`` are the texts of the tokens that end an answer,
+    ``context`` is the model's longest text in tokens, and ``adds_bos`` says that llama.cpp puts BOS in front of a
+    prompt. Raises ModelError: the chat template cannot be written in Ollama's language."""
     template, notes = "{{ .Prompt }}", ["the model has no chat template, so Ollama sends it plain prompts"]
     if tokenizer.chat_template:
         try:
@@ -214,13 +209,8 @@ def modelfile(
 
 
 def ollama_template(tokenizer: Any, *, bos: str) -> tuple[str, list[str]]:
-    """The chat template in Ollama's language, and notes about what it leaves out.
-
-    ``bos`` is what llama.cpp puts in front of a prompt; the template leaves it out, so that it stands there once.
-
-    Raises:
-        Inexpressible: it would write other prompts than the chat template.
-    """
+    """The chat template in Ollama's language, and notes about what it leaves out, as it does ``bos``, which llama.cpp
+    puts in front of a prompt. Raises Inexpressible: it would write other prompts than the chat template."""
     parts = chat_parts(tokenizer).without_start(bos)
     has_system = "system" in parts.turns
     for turns in _conversations(has_system=has_system):
