@@ -180,10 +180,8 @@ def test_a_narrow_type_costs_what_the_note_and_the_card_say(tmp_path: Path, poli
     [
         ({"architecture": "gemma"}, "the architecture gemma .* llama, qwen2, qwen3\n"),
         ({"attention_bias": True}, "llama with attention_bias: True"),
-        ({"mlp_bias": True}, "llama with mlp_bias: True"),
         ({"hidden_act": "gelu"}, "llama with hidden_act: gelu"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "rope_type: linear"),
-        ({"architecture": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: True"),
         ({"architecture": "qwen3", "head_dim": 16}, "qwen3 with head_dim: 16"),
     ],
 )

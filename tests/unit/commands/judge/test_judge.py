@@ -31,7 +31,7 @@ from alignment.commands.judge.verb import judge
 from alignment.commands.judge.web_app import application
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
-from alignment.core.errors import AlignmentError, Busy
+from alignment.core.errors import AlignmentError, Busy, ConfigError
 from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, queue, shown_first
 from alignment.records.evaluation import SAMPLES
@@ -171,34 +171,24 @@ def test_votes_lead_to_the_next_pair_and_to_the_end_and_undo_back(client: TestCl
     assert "ada</bdi></a> (3 of 3)" in client.get("").text, "the first page names who has judged"
 
 
-@pytest.mark.parametrize("path", ["/", "/the-toke/", "/wrong/judge?annotator=ada"])
-def test_without_the_token_nothing_is_answered_or_stored(client: TestClient, file: Path, path: str) -> None:
-    answer = client.get(f"{ADDRESS}{path}")
-    assert answer.status_code == 403
-    assert "judge?" not in answer.text
+def test_only_the_address_with_its_token_is_answered_and_only_on_this_machine(client: TestClient, file: Path) -> None:
     form = {"annotator": "ada", "pair": shown_pair(client), "choice": "1"}
+    for path in ("/", "/the-toke/", "/wrong/judge?annotator=ada"):
+        answer = client.get(f"{ADDRESS}{path}")
+        assert (answer.status_code, "judge?" in answer.text) == (403, False)
     assert client.post(f"{ADDRESS}/wrong/vote", data=form).status_code == 403
     assert not file.exists()
     answer = client.get(f"{ADDRESS}/{TOKEN}")
     assert (answer.status_code, answer.headers["location"]) == (307, f"/{TOKEN}/")
-
-
-@pytest.mark.parametrize("host", ["evil.example:8000", "127.0.0.1.evil.example"])
-def test_another_host_name_is_refused_whatever_the_token(client: TestClient, host: str) -> None:
-    answer = client.get("judge?annotator=ada", headers={"host": host})
-    assert answer.status_code == 400
-    assert "Which" not in answer.text
-    assert client.get("judge?annotator=ada", headers={"host": "localhost:8000"}).status_code == 200
-
-
-@pytest.mark.parametrize("path", ["judge?annotator=ada", "style.css", "nothing"])
-def test_every_answer_forbids_what_is_not_its_own(client: TestClient, path: str) -> None:
-    headers = client.get(path).headers
-    policy = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == policy["form-action"] == "'self'"
-    assert (headers["referrer-policy"], headers["cache-control"]) == ("no-referrer", "no-store")
-    assert headers["x-content-type-options"] == "nosniff"
+    for host, status in (("evil.example:8000", 400), ("127.0.0.1.evil.example", 400), ("localhost:8000", 200)):
+        assert client.get("judge?annotator=ada", headers={"host": host}).status_code == status
+    for path in ("judge?annotator=ada", "style.css", "nothing"):
+        headers = client.get(path).headers
+        policy = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["form-action"] == "'self'"
+        assert (headers["referrer-policy"], headers["cache-control"]) == ("no-referrer", "no-store")
+        assert headers["x-content-type-options"] == "nosniff"
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_hides_whose_answers_they_are(client: TestClient) -> None:
@@ -227,11 +217,8 @@ def test_texts_are_escaped_and_their_control_characters_shown(new_client: NewCli
 
 
 def test_empty_answers_and_calls_of_tools_are_shown(new_client: NewClient) -> None:
-    turns = [
-        {"role": "user", "content": "2 + 2?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]},
-        {"role": "tool", "content": "4"},
-    ]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    turns = [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]
     client = new_client(AnswerPair(key="0" * 32, messages=turns, answers={SFT: " ", DPO: "Four."}))
     page = html.unescape(client.get("judge?annotator=ada").text)
     assert "The answer is empty." in page
@@ -336,12 +323,12 @@ def press(page: Page, keys: str, *, judged: int) -> None:
 
 def expected_votes(name: str, keys: str) -> list[tuple[str, str]]:
     """The votes that these keys mean: the pair, and whom it prefers."""
-    votes = []
-    for about, key in zip(queue(LONG), keys, strict=False):
-        first = shown_first(about, name)
-        second = next(arm for arm in ARMS if arm != first)
-        votes.append((about.key, {"1": first, "2": second, "0": TIE}[key]))
-    return votes
+    shown = [(about, shown_first(about, name)) for about in queue(LONG)]
+    arms = [(about.key, first, next(arm for arm in ARMS if arm != first)) for about, first in shown]
+    return [
+        (about, {"1": first, "2": second, "0": TIE}[key])
+        for (about, first, second), key in zip(arms, keys, strict=False)
+    ]
 
 
 @pytest.mark.skipif(browser() is None, reason="Chromium is not installed: the page cannot be opened")
@@ -486,15 +473,13 @@ def test_damaged_answers_and_votes_are_refused(printed: Any, output: Path, votes
     assert caught.value.exit_code == 7
 
 
-@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
 def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    printed: Any, monkeypatch: pytest.MonkeyPatch, missing: str
+    printed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    with pytest.raises(AlignmentError, match=f"pip install '{missing}>=") as caught:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    with pytest.raises(ConfigError, match="pip install 'uvicorn>="):
         printed()
-    assert caught.value.exit_code == 2
 
 
 def test_a_second_server_on_the_same_votes_or_port_is_refused(printed: Any, output: Path) -> None:
@@ -513,40 +498,22 @@ def test_a_second_server_on_the_same_votes_or_port_is_refused(printed: Any, outp
     assert not file.exists()
 
 
-@contextmanager
-def served(output: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command as a user starts it, and the address that it prints."""
+def test_a_served_page_stores_votes_and_ends_well_at_ctrl_c(output: Path) -> None:
+    """The command as a user starts it."""
     argv = [sys.executable, "-m", "alignment.cli", "judge", "mine", "--arm=sft", "--arm=dpo", "--annotator=ada"]
-    with subprocess.Popen(
-        [*argv, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*argv, "--output", str(output)], **pipes) as process:
         try:
-            assert process.stdout is not None
-            line = next((line for line in process.stdout if line.startswith("judge at ")), "")
-            assert line, "it ended without serving"
-            yield process, line.split()[2]
+            line = next(line for line in process.stdout if line.startswith("judge at "))
+            address = line.split()[2]
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(address.rsplit("/", 2)[0] + "/wrong/", timeout=20)
+            form = urlencode({"annotator": "ada", "pair": pair(2).key, "choice": "1"}).encode()
+            with urllib.request.urlopen(urllib.request.Request(f"{address}vote", data=form), timeout=20) as answer:
+                assert answer.status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert "judged: ada 1 of 3" in process.stdout.read()
         finally:
             process.kill()
-
-
-def vote_for(address: str, key: str) -> int:
-    """Sends a vote as the page does; returns the status of the page that it leads to."""
-    form = urlencode({"annotator": "ada", "pair": key, "choice": "1"}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{address}vote", data=form), timeout=20) as answer:
-        return int(answer.status)
-
-
-def test_a_served_page_stores_votes_and_ends_well_at_ctrl_c(output: Path) -> None:
-    """Killed, it has stored what it confirmed."""
-    with served(output) as (process, address):
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(address.rsplit("/", 2)[0] + "/wrong/", timeout=20)
-        assert vote_for(address, pair(1).key) == 200
-        process.kill()
-        process.wait(20)
-    with served(output) as (process, address):
-        assert vote_for(address, pair(2).key) == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        assert "judged: ada 2 of 3" in process.stdout.read()
-    assert [entry.id for entry in read_votes(output / "runs/mine/evaluate/votes.jsonl")] == ["p1", "p2"]
+    assert [entry.id for entry in read_votes(output / "runs/mine/evaluate/votes.jsonl")] == ["p2"]

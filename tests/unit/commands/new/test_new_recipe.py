@@ -32,7 +32,7 @@ from alignment.pipeline.backends import processes
 from alignment.stages import registry
 from alignment.stages.base import Proposals
 from tests.e2e.test_outside_kind import OUTSIDE
-from tests.hub import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import WRITTEN
 from tests.tiny import save_tiny_model
 
 BOTH = {"from-pairs": "both", "first": "learn"}
@@ -159,13 +159,6 @@ def test_a_recipe_for_each_written_file_passes_a_plan(file: Path, new: New) -> N
     assert stages_of(recipe)[-1] == "report"
     if file.stem == "toolcalls":
         assert "3 records cannot be rendered, such as toolcalls.json: row " in new.printed
-
-
-@needs_public_data
-def test_a_recipe_for_pairs_of_people_passes_a_plan(new: New) -> None:
-    """Conversations of them are the beginnings of others, so some rows resemble what is held out."""
-    assert stages_of(new(str(PUBLIC / "oasst/pairs.jsonl"), answers=BOTH)) == PREFERENCES
-    assert "resemble prompts of evaluate" not in new.printed
 
 
 @pytest.mark.parametrize(("name", "heldout"), [("kto", False), ("preference", True)])

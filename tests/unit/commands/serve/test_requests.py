@@ -75,17 +75,11 @@ def called(**function: Any) -> list[dict[str, Any]]:
 WRONG: list[Any] = [
     ("model", None, "model"),
     ("n", 2, "n"),
-    ("logprobs", True, "logprobs"),
     ("response_format", {"type": "json_object"}, "response_format"),
-    ("presence_penalty", 0.5, "presence_penalty"),
     ("generation_config", '{"num_beams": 500}', "generation_config"),
-    ("chat_template", "{{ 7 * 7 }}", "chat_template"),
     ("chat_template_kwargs", {"chat_template": "{{ 7 * 7 }}"}, "chat_template_kwargs.chat_template"),
-    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
-    ("chat_template_kwargs", {"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
     ("chat_template_kwargs", "x", "chat_template_kwargs"),
     ("max_tokens", 0, "max_tokens"),
-    ("max_tokens", 1.5, "max_tokens"),
     ("max_tokens", True, "max_tokens"),
     ("max_completion_tokens", "ten", "max_completion_tokens"),
     ("temperature", -1, "temperature"),
@@ -100,11 +94,9 @@ WRONG: list[Any] = [
     ("stream_options", {"include_usage": 1}, "include_usage"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"99999999": 1}, "logit_bias"),
-    ("logit_bias", {"5": "1"}, "logit_bias"),
     ("logit_bias", {"5": 1000}, "logit_bias"),
     ("tools", [5], "tools[0]"),
     ("messages", None, "messages"),
-    ("messages", "Hi.", "messages"),
     ("messages", [], "messages"),
     ("messages", ["Hi."], "messages[0]"),
     ("messages", [*HI, {"role": "king", "content": "Hi."}], "messages[1].role"),
@@ -127,18 +119,10 @@ def test_what_a_request_cannot_have_is_refused_by_name(ask: Ask, field: str, val
     assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", param)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("best_of", 2),
-        ("suffix", "."),
-        ("logprobs", 0),
-        ("messages", HI),
-        ("prompt", ""),
-        ("prompt", ["Hi."]),
-        ("prompt", "half \udfff"),
-    ],
-)
+OF_TEXTS = [("best_of", 2), ("suffix", "."), ("logprobs", 0), ("messages", HI), ("prompt", ""), ("prompt", ["Hi."])]
+
+
+@pytest.mark.parametrize(("field", "value"), [*OF_TEXTS, ("prompt", "half \udfff")])
 def test_completions_refuse_what_is_theirs(ask: Ask, field: str, value: Any) -> None:
     status, reply = ask("POST", TEXT, {"model": "dpo", "prompt": "Hi.", field: value})
     assert (status, reply["error"]["param"]) == (400, field)
@@ -259,21 +243,12 @@ def test_a_template_that_refuses_or_never_ends_is_a_refusal(arm: LoadedArm, monk
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     refuses = "{{ raise_exception('there is no third message') }}"
-    ask = with_template(
-        arm,
-        PLAIN
-        + "{% if messages | length == 2 %}"
-        + endless
-        + "{% endif %}"
-        + "{% if messages | length == 3 %}"
-        + refuses
-        + "{% endif %}",
-    )
-    status, reply = ask("POST", CHAT, chat(messages=HI * 2))
-    assert (status, reply["error"]["param"]) == (400, "messages")
-    status, reply = ask("POST", CHAT, chat(messages=HI * 3))
-    assert (status, reply["error"]["type"]) == (400, "invalid_request_error")
-    assert "there is no third message" in reply["error"]["message"]
+    of_length = "{{% if messages | length == {} %}}{}{{% endif %}}"
+    ask = with_template(arm, PLAIN + of_length.format(2, endless) + of_length.format(3, refuses))
+    for number, words in ((2, ""), (3, "there is no third message")):
+        status, reply = ask("POST", CHAT, chat(messages=HI * number))
+        assert (status, reply["error"]["param"]) == (400, "messages")
+        assert words in reply["error"]["message"]
     assert ask("POST", CHAT, chat())[0] == 200
 
 

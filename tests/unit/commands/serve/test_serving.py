@@ -144,25 +144,21 @@ def test_the_printed_command_is_quoted_for_a_shell() -> None:
     )
 
 
-def test_a_disk_without_room_for_what_vllm_loads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
 
+    assert written_error(tmp_path) is None
+    for kind in (ConfigError, DataError, ModelError, ArtifactError):
+        write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
+        error = written_error(tmp_path)
+        assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
     monkeypatch.setattr("alignment.commands.serve.vllm_files.write_files", full)
     settings = tmp_path / "serve.json"
     settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
     assert worker.main([str(settings), "0"]) == DiskError.exit_code
     error = written_error(tmp_path)
-    assert isinstance(error, DiskError)
-    assert error.where == str(tmp_path / "merged")
-
-
-@pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, ArtifactError])
-def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, kind: type[AlignmentError]) -> None:
-    assert written_error(tmp_path) is None
-    write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
-    error = written_error(tmp_path)
-    assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
+    assert (type(error), error.where) == (DiskError, str(tmp_path / "merged"))
 
 
 def test_an_arm_has_the_weights_and_ends_of_training_and_the_whole_distribution(run: ServedRun) -> None:

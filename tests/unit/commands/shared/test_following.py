@@ -215,17 +215,11 @@ def test_a_report_is_not_drawn_at_every_look(run: RunFolder, page: TestClient, m
     assert revision(page.get("status").text) != first, "the last one is drawn at once"
 
 
-def test_only_the_address_that_was_printed_is_answered_and_only_on_this_machine(page: TestClient) -> None:
-    for path in ("/", "/wrong/", "/wrong/status"):
-        assert page.get(f"http://127.0.0.1:8000{path}").status_code == 403
-    assert page.get("", headers={"host": "evil.example"}).status_code == 400
-    assert "mine" in page.get("", headers={"host": "localhost"}).text
-    assert page.post("", content=b"x=1").status_code == 405
-
-
 def test_the_page_loads_nothing_from_elsewhere_and_texts_are_escaped(run: RunFolder, page: TestClient) -> None:
     run.stage("sft", "running")
     run.progress("sft", "<script>alert(1)</script>", 1, 2)
+    assert page.get("http://127.0.0.1:8000/wrong/status").status_code == 403
+    assert page.get("", headers={"host": "evil.example"}).status_code == 400
     answer = page.get("")
     assert set(re.findall(r'(?:src|href|action)="([^"#]*)"', answer.text)) == {"data:,", "style.css", "watch.js"}
     assert not re.search(r"<style|style=| on\w+=|<script>", answer.text)
