@@ -66,7 +66,11 @@ ABSENT = "–"
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
     """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError:
     there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
-    page = None if html is None else _page(html, runs)
+    page = None if html is None else Path(html).expanduser().absolute()
+    if page is not None and len(runs) > MOST_RUNS:
+        raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
+    if page is not None and not can_be_a_file(page):
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     folders = _folders(output, runs)
     configs = [RunRecord.read(folder).config for folder in folders]
     settings = [{key: value for key, value in config.items() if key not in NOT_SETTINGS} for config in configs]
@@ -92,15 +96,6 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
         primary = next((evaluation.primary for evaluation in by_report if evaluation.primary is not None), None)
         build_comparison(folders, page, settings=differing, differences=of_reports, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _page(html: str, runs: Sequence[str]) -> Path:
-    if len(runs) > MOST_RUNS:
-        raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
-    path = Path(html).expanduser().absolute()
-    if not can_be_a_file(path):
-        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
-    return path
 
 
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
@@ -156,8 +151,8 @@ def _show_arms(console: Console, runs: Sequence[str], evaluation: ComparedEvalua
     stage = f"{evaluation.name}: " if evaluation.name else ""
     table = _table(f"{escape(stage + primary.name)}, 95 %", *runs)
     for name in dict.fromkeys(name for arms in evaluation.arms for name in arms):
-        means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
-        table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
+        values = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
+        table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, values))
     console.print()
     print_whole(console, table)
 

@@ -40,29 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Shows the format of a data file, which kinds of stage can use it, and which rows are faulty and why."
     )
-    parser.add_argument(
-        "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION")
+    add(
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
         help="a setting of the data, as in a recipe: columns='{prompt: my_question}' or placeholders='{name: Ada}'",
     )
-    parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
-    )
-    parser.add_argument("--split", help="the split of DATA, if that is on a hub (default: train)")
-    parser.add_argument("--subset", help="the subset of DATA, if that is on a hub and has several")
-    parser.add_argument(
+    add("--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)")
+    add("--split", help="the split of DATA, if that is on a hub (default: train)")
+    add("--subset", help="the subset of DATA, if that is on a hub and has several")
+    add(
         "--against",
         metavar="DATA",
         help="also list the rows whose prompts or texts overlap with this file, such as the data of an evaluation",
     )
-    parser.add_argument(
-        "--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)"
-    )
-    parser.add_argument("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
+    add("--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)")
+    add("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

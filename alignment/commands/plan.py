@@ -30,18 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides."""
     add_recipe(parser)
     add_verify(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--cost",
         action="store_true",
         help="also estimate memory, FLOP and time of each stage, without loading any weights",
     )
-    parser.add_argument("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
-    parser.add_argument(
-        "--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)"
-    )
-    parser.add_argument(
-        "--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder"
-    )
+    add("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
+    add("--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)")
+    add("--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

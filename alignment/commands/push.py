@@ -20,12 +20,11 @@ if TYPE_CHECKING:  # it takes a tenth of a second
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An exported folder, and the repository that gets it."""
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that align export wrote")
-    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="a model repository of a Hugging Face hub")
-    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    parser.add_argument(
-        "--replace", action="store_true", help="if the repository has files, replace them all in one commit"
-    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="a folder that align export wrote")
+    add("--to", required=True, metavar="OWNER/NAME", help="a model repository of a Hugging Face hub")
+    add("--public", action="store_true", help="make the repository public (default: private)")
+    add("--replace", action="store_true", help="if the repository has files, replace them all in one commit")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
@@ -117,17 +116,15 @@ def _explained(endpoint: str, token: str) -> Iterator[None]:
     except HFValidationError as error:
         raise ConfigError(str(error), where="--to", remedy="OWNER/NAME, as the hub allows it") from None
     except (HfHubHTTPError, PermissionError, RuntimeError, ValueError, HTTPError, OSError) as error:
-        what, remedy = "the hub cannot be reached", "check the network and try again"
+        fault, remedy = "the hub cannot be reached", "check the network and try again"
         if isinstance(error, HfHubHTTPError):
-            what, remedy = "the hub refused", "check that the token may write to this repository"
+            fault, remedy = "the hub refused", "check that the token may write to this repository"
         elif isinstance(error, PermissionError):  # also the upload's own, where a token expires
-            what = "the upload was refused"
+            fault = "the upload was refused"
             remedy = "check that the token may write to this repository, and that the folder can be read"
         elif isinstance(error, (RuntimeError, ValueError)):  # the client's form for a file that could not be uploaded
-            what, remedy = (
-                "the upload failed",
-                "try again; if it fails again, check the storage that the account has left",
-            )
-        cause = error.__cause__ if what == "the upload failed" else None
+            fault = "the upload failed"
+            remedy = "try again; if it fails again, check the storage that the account has left"
+        cause = error.__cause__ if fault == "the upload failed" else None
         reason = f": {words(cause)}" if isinstance(cause, Exception) else ""
-        raise StoreError(f"{what}: {words(error)}{reason}", where=endpoint, remedy=remedy) from None
+        raise StoreError(f"{fault}: {words(error)}{reason}", where=endpoint, remedy=remedy) from None

@@ -21,14 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all others. They are control tokens, which only a chat template can write: in the text of a row they are "
         "ordinary text, as are all control tokens. With --in-text they are tokens in the text of rows and answers too."
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a model, written as in model.source: bundled:NAME, path:FOLDER or hub:ORG/NAME"
-    )
-    parser.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
-    parser.add_argument(
-        "--in-text", action="store_true", help="add tokens that the text of rows contains (default: control tokens)"
-    )
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model, written as in model.source: bundled:NAME, path:FOLDER or hub:ORG/NAME")
+    add("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
+    add("--in-text", action="store_true", help="add tokens that the text of rows contains (default: control tokens)")
+    add("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

@@ -30,23 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "/exit or Ctrl-D ends the program."
     )
     add_policies(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="the text of the system message")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 always takes the most likely token (default: 0)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--system", default="", metavar="TEXT", help="the text of the system message")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the most likely token (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)")
+    add(
         "--engine",
         choices=("own", "vllm"),
         default="own",
         help="what generates the answers: this program (default) or vLLM",
     )
-    parser.add_argument(
+    add(
         "--engine-python",
         metavar="PATH",
         help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "

@@ -19,7 +19,6 @@ from alignment.commands.export.provenance import (
 )
 from alignment.core.artifacts import FROM_OUTSIDE, POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
-from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 from alignment.stages.base import ResultTable
 
@@ -155,7 +154,8 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     source = value_without_folders(str(manifest.base["source"]))
     base = "All weights were trained." if own else f"Its base is `{source}`."
     stage = f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline."
-    made = "An adapter that PEFT saved, which alignment-pipeline did not train." if _is_outside(manifest) else stage
+    is_outside = manifest.identity["kind"] == FROM_OUTSIDE
+    made = "An adapter that PEFT saved, which alignment-pipeline did not train." if is_outside else stage
     scaled = f"The recipe was run under the profile `{origin.profile}`, which changes its settings."
     if origin.profile == "smoke":
         scaled = "It comes from a smoke run (`profile=smoke`), which shows only that the recipe runs; do not use it."
@@ -167,10 +167,6 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
         "",
         f"Licence: {_licence(manifest)}",
     ]
-
-
-def _is_outside(manifest: Manifest) -> bool:
-    return str(manifest.identity["kind"]) == FROM_OUTSIDE
 
 
 def _published(note: str) -> str:
@@ -232,7 +228,12 @@ def _evaluated(judged: Judged | None) -> list[str]:
     for name, value in _values(judged):
         bounds = "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
         lines.append(f"| {name} | {value.mean:.4g} | {bounds} |")
-    return [*lines, "", *(_in_words(comparison, evaluation) for comparison in compared)]
+    lines.append("")
+    for pair in compared:
+        interval = f"{pair.difference:+.3f} ({pair.low:+.3f} to {pair.high:+.3f}) in {evaluation.primary}"
+        verdict = f"{interval}{pair.p_in_words}, {evaluation.verdict(pair)}"
+        lines.append(f"- {_arm(pair.arm)} against {_arm(pair.against)}: {verdict}")
+    return lines
 
 
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
@@ -263,22 +264,12 @@ def _forgot(measured: Remembered) -> list[str]:
         ("drop of the share of right answers", arm.drop, limits.ability_drop),
     ):
         most = "none" if limit is None else f"{limit:+.1%}"
-        lines.append(f"| {name} | {_change(change)} | {most} |")
+        mean = "–" if change is None else f"{change.mean:+.1%}"
+        bounds = change.bounds if change is not None else None
+        low_to_high = "–" if bounds is None else f"{bounds[0]:+.1%} to {bounds[1]:+.1%}"
+        lines.append(f"| {name} | {mean} | {low_to_high} | {most} |")
     verdict = "It passed." if arm.passed else f"It forgot too much: {'; '.join(arm.reasons)}."
     return [*lines, "", verdict if limits.judge else "It was not judged: no limits were set."]
-
-
-def _change(change: Interval | None) -> str:
-    if change is None or change.bounds is None:
-        return "– | –" if change is None else f"{change.mean:+.1%} | –"
-    low, high = change.bounds
-    return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
-
-
-def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
-    interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f}) in {evaluation.primary}"
-    verdict = f"{interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
-    return f"- {_arm(comparison.arm)} against {_arm(comparison.against)}: {verdict}"
 
 
 def _arm(name: Any) -> str:
@@ -329,7 +320,7 @@ def _step(step: Step) -> list[str]:
     inputs = ", ".join(
         f"{name} `{value[:12] if ':' not in value else value}`" for name, value in manifest.inputs.items()
     )
-    if _is_outside(manifest):
+    if manifest.identity["kind"] == FROM_OUTSIDE:
         return [f"- **{manifest.stage}**, fingerprint `{manifest.fingerprint}`; base content `{base.get('content')}`"]
     identity = manifest.identity  # rows of another stage have no hash of their own: the inputs name that stage
     contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]

@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serves a page on this machine where people compare the answers of two arms without knowing which arm gave "
         "which. Every vote is stored at once. Ctrl-C ends the page, and the same command continues."
     )
-    parser.add_argument("run", metavar="RUN", help="the name or the recipe's path of a run with a finished evaluation")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the name or the recipe's path of a run with a finished evaluation")
+    add(
         "--arm",
         dest="arms",
         action="append",
@@ -42,15 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an arm of the evaluation, such as sft; give the option twice (default: the evaluation's arms, if it "
         "has just two)",
     )
-    parser.add_argument("--stage", metavar="NAME", help="the evaluation, if the run has several")
-    parser.add_argument(
-        "--annotator", metavar="NAME", help="the name of the person who judges (default: the page asks)"
-    )
-    parser.add_argument(
-        "--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl in this folder)"
-    )
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
-    parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
+    add("--stage", metavar="NAME", help="the evaluation, if the run has several")
+    add("--annotator", metavar="NAME", help="the name of the person who judges (default: the page asks)")
+    add("--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl in this folder)")
+    add("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
+    add("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
     add_output(parser)
 
 
@@ -174,8 +171,8 @@ def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
 def _introduce(say: Callable[[str], None], ballots: Ballots, file: Path, arms: tuple[str, str], *, stage: str) -> None:
     say(f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
     if ballots.num_same:
-        one, several = "has two identical answers and counts as a tie", "have two identical answers and count as ties"
-        more = one if ballots.num_same == 1 else several
+        same = ("has two identical answers and counts as a tie", "have two identical answers and count as ties")
+        more = same[ballots.num_same > 1]
         say(f"{ballots.num_same} more {more} without a vote")
     if ballots.num_stale:
         are, do = ("vote in the file is", "does") if ballots.num_stale == 1 else ("votes in the file are", "do")

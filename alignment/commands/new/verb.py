@@ -39,35 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Looks at data files and writes a commented recipe for them. On a terminal it asks for what it cannot know; "
         "elsewhere, options must answer these questions."
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "files",
         metavar="FILE",
         nargs="+",
         help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION",
     )
-    parser.add_argument(
-        "--model", metavar="SOURCE", help="the model, written as in model.source (default: the bundled small model)"
-    )
-    parser.add_argument(
-        "--out", default=_DEFAULT_OUT, metavar="FILE", help=f"a file that does not exist yet (default: {_DEFAULT_OUT})"
-    )
-    parser.add_argument(
-        "--heldout", metavar="FILE", help="prompts to evaluate on (default: a part of the data, copied to a file)"
-    )
-    parser.add_argument(
+    add("--model", metavar="SOURCE", help="the model, written as in model.source (default: the bundled small model)")
+    add("--out", default=_DEFAULT_OUT, metavar="FILE", help=f"a file that does not exist yet (default: {_DEFAULT_OUT})")
+    add("--heldout", metavar="FILE", help="prompts to evaluate on (default: a part of the data, copied to a file)")
+    add(
         "--columns",
         metavar="{NAME: YOURS}",
         help="columns of FILE that have other names, such as '{label: good}', as in a recipe's data.columns",
     )
     for question in (FROM_PAIRS, FIRST):
         help_text = f"the answer to: {question.text}"
-        parser.add_argument(f"--{question.name}", choices=list(question.choices), help=help_text)
-    parser.add_argument(
+        add(f"--{question.name}", choices=list(question.choices), help=help_text)
+    add(
         f"--{SCORER.name}",
         metavar="SOURCE",
         help="a scorer of answers: the evaluation's metric, and also PPO's reward if the recipe has PPO",
     )
-    parser.add_argument("--device", metavar="GPU", help="the GPU to train on, such as h100 (default: this machine)")
+    add("--device", metavar="GPU", help="the GPU to train on, such as h100 (default: this machine)")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

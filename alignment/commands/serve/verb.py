@@ -49,24 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model name, until Ctrl-C."
     )
     add_policies(parser)
-    parser.add_argument(
-        "--engine", choices=ENGINES, default=ENGINES[0], help="the engine that serves (default: transformers)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port; 0 takes any free port (default: 8000)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="the engine that serves (default: transformers)")
+    add("--port", type=int, default=8000, metavar="N", help="port; 0 takes any free port (default: 8000)")
+    add(
         "--engine-python",
         metavar="PATH",
         help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
         "~/.cache/alignment/engines/vllm)",
     )
-    parser.add_argument(
-        "--api-key-env", metavar="VARIABLE", help="the environment variable with the key that clients must send (vLLM)"
-    )
-    parser.add_argument(
-        "--tool-parser", metavar="NAME", help="vLLM's parser for tool calls in answers (default: hermes)"
-    )
+    add("--api-key-env", metavar="VARIABLE", help="the environment variable with the key that clients must send (vLLM)")
+    add("--tool-parser", metavar="NAME", help="vLLM's parser for tool calls in answers (default: hermes)")
     add_output(parser)
 
 

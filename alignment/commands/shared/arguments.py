@@ -18,12 +18,9 @@ _RECIPE = ".yaml"
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds a recipe, which ``recipe_of`` requires, and overrides."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml"
-    )
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER"
-    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER")
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +42,14 @@ def recipe_of(arguments: argparse.Namespace) -> str:
 
 def add_policies(parser: argparse.ArgumentParser) -> None:
     """Adds ``result`` and ``arms``, which ``PolicyFinder`` takes."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "result",
         metavar="RUN",
         help="a run's name or its recipe's path, RUN/STAGE, an artifact's folder, or an adapter that PEFT saved "
         "(path:FOLDER, hub:ORG/NAME)",
     )
-    parser.add_argument(
+    add(
         "--arm",
         dest="arms",
         action="append",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -45,28 +46,33 @@ Clock = Callable[[], float]
 
 
 class RowProgress:
-    """Shows the number of rows read, the pace, and how long the rest takes if ``total`` knows the number of all rows.
+    """Shows the number of rows read, the pace, and how long the rest takes if ``total`` knows the number of all rows:
+    ``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``.
 
     ``total`` is called once, when there is something to show.
     """
 
     def __init__(self, console: Console, total: Callable[[], int | None], clock: Clock = time.monotonic) -> None:
-        self._console = console
-        self._count_all = total
-        self._total: int | None = None
-        self._clock = clock
+        self._console, self._clock = console, clock
+        self._count_all = functools.cache(total)
         self._began = clock()
         self._next = self._began + QUIET_SECONDS
         self._status: Status | None = None
-        self._is_shown = False
 
     def __call__(self, rows: int) -> None:
         if rows % _EVERY_ROWS or self._clock() < self._next:
             return
-        if not self._is_shown:
-            self._is_shown = True
-            self._total = self._count_all()
-        self._show(self._line(rows))
+        total, pace = self._count_all(), rows / max(self._clock() - self._began, 1e-9)
+        of_all = "" if total is None else f" of {total:,}"
+        left = "" if total is None else f", {duration(max(0, total - rows) / pace)} left"
+        line = f"{rows:,}{of_all} rows, {pace:,.0f} rows/s{left}"
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif self._status is None:
+            self._status = self._console.status(line)
+            self._status.start()
+        else:
+            self._status.update(line)
         self._next = self._clock() + _EVERY_SECONDS[self._console.is_terminal]
 
     def watched(self, rows: Iterable[T]) -> Iterator[T]:
@@ -77,26 +83,6 @@ class RowProgress:
                 self(number)
         finally:
             self.end()
-
-    def _line(self, rows: int) -> str:
-        """``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``."""
-        pace = rows / max(self._clock() - self._began, 1e-9)
-        parts = [
-            f"{rows:,} rows" if self._total is None else f"{rows:,} of {self._total:,} rows",
-            f"{pace:,.0f} rows/s",
-        ]
-        if self._total is not None:
-            parts.append(f"{duration(max(0, self._total - rows) / pace)} left")
-        return ", ".join(parts)
-
-    def _show(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-            return
-        if self._status is None:
-            self._status = self._console.status(line)
-            self._status.start()
-        self._status.update(line)
 
     def end(self) -> None:
         """Removes the line from a terminal."""

@@ -87,12 +87,12 @@ class PolicyFinder:
             if manifest.base["source"] == "self":
                 message = f"{folder.name} contains whole weights and has no base"
                 raise ConfigError(message, where="--arm", remedy="name another arm")
-            template = _template_of(manifest, folder)
+            base, template = str(base_of(manifest, folder, self._console)), _template_of(manifest, folder)
             return StoredPolicy(
                 name=BASE,
                 described=manifest.base["source"],
                 artifact=None,
-                base=str(base_of(manifest, folder, self._console)),
+                base=base,
                 dtype=manifest.identity["base"]["dtype"],
                 chat_template=template.source,
                 template_options=template.options,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +119,10 @@ class _LivePages:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    try:
+    with suppress(OSError):
         status = file.stat()
-    except OSError:
-        return (0, 0)
-    return status.st_mtime_ns, status.st_size
+        return status.st_mtime_ns, status.st_size
+    return 0, 0
 
 
 def _row(stage: StageView) -> StageRow:

@@ -15,7 +15,6 @@ import gguf
 
 from alignment.commands.export.gguf_form.gguf_file import Metadata
 from alignment.core.errors import ModelError
-from alignment.data.templates import Templates
 from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.tokenize import front, turn_end_id
 from alignment.data.turns import Message
@@ -79,7 +78,11 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
         "tokenizer.ggml.add_eos_token": False,
     }
     if tokenizer.chat_template:
-        metadata |= _templates(tokenizer.chat_template)
+        own = tokenizer.chat_template  # of several, the one called ``default``, and the others by their names
+        by_name = {"default": own} if isinstance(own, str) else dict(own)
+        metadata |= {"tokenizer.chat_template": by_name.pop("default")} if "default" in by_name else {}
+        metadata |= {"tokenizer.chat_templates": list(by_name)} if by_name else {}
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in by_name.items()}
     if described["normalizer"]:
         notes.append("this tokenizer normalises texts (NFC) and llama.cpp does not, so send texts in NFC")
     return Vocabulary(metadata=metadata, stops=[texts[token] for token in stops], adds_bos=adds_bos, notes=notes)
@@ -161,15 +164,6 @@ def _ends(tokenizer: Any, stops: Sequence[int]) -> tuple[Metadata, list[str]]:
 
 def _named(**ids: int | None) -> Metadata:
     return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
-
-
-def _templates(templates: Templates) -> Metadata:
-    """The chat template; of several, the one called ``default``, and the others by their names."""
-    by_name = {"default": templates} if isinstance(templates, str) else dict(templates)
-    metadata: Metadata = {"tokenizer.chat_template": by_name.pop("default")} if "default" in by_name else {}
-    if by_name:
-        metadata["tokenizer.chat_templates"] = list(by_name)
-    return metadata | {f"tokenizer.chat_template.{name}": text for name, text in by_name.items()}
 
 
 def _adds_bos(tokenizer: Any) -> bool:
