@@ -12,24 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from alignment.commands.export import exported
 from alignment.commands.export.export_options import GGUF_TYPES, ExportOptions
-from alignment.commands.export.exported import (
-    ExportedResult,
-    logprobs,
-    logprobs_of_answers,
-    merged_policy,
-    refuse_differences,
-    refuse_prefix,
-    stream_logprobs,
-)
-from alignment.commands.export.gguf_form.gguf_file import (
-    architecture_of,
-    file_metadata,
-    gap_of_file,
-    model_metadata,
-    refuse_other_metadata,
-    write_file,
-)
+from alignment.commands.export.exported import ExportedResult, logprobs, refuse_differences
+from alignment.commands.export.gguf_form import gguf_file
+from alignment.commands.export.gguf_form.gguf_file import write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import check_by_llama
 from alignment.commands.export.gguf_form.modelfile import modelfile
 from alignment.commands.export.gguf_form.vocabulary import vocabulary
@@ -73,7 +60,9 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     policy = original.get_base_model()
     # The flat forward, which supports a prefix, leaves out what a model does to its logits.
-    expected = logprobs(original, result.rows) if scales_logits(policy) else stream_logprobs(policy, result.rows)
+    expected = (
+        logprobs(original, result.rows) if scales_logits(policy) else exported.stream_logprobs(policy, result.rows)
+    )
     again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
     notes = [
@@ -106,9 +95,9 @@ def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
 
 def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> list[str]:
     """Writes a causal language model with the adapters merged; returns notes about it. Raises ModelError: see
-    ``merged_policy``; or it gives other outputs when it is loaded."""
+    ``exported.merged_policy``; or it gives other outputs when it is loaded."""
     dtype = DTYPES[result.dtype]
-    merged, expected, notes = merged_policy(result, dtype, max_gap=max_gap)
+    merged, expected, notes = exported.merged_policy(result, dtype, max_gap=max_gap)
     merged.config.use_cache = True
     # So that `generate` stops where it stopped here, and the base's own settings change no answer.
     merged.generation_config = generation_settings(result.stops, result.tokenizer.pad_token_id)
@@ -126,7 +115,7 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     Raises:
         ModelError: an adapter is a prefix, or the classifier gives other scores when it is loaded.
     """
-    refuse_prefix(result.lineage)
+    exported.refuse_prefix(result.lineage)
     dtype = DTYPES[result.dtype]
     model = load_scalar(result.lineage, dtype)
     load_scalar_head(model, result.artifact / HEAD)
@@ -205,7 +194,7 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
     of_vllm = _vllm_answers(result, folder, generation, options)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
-    under = logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
+    under = exported.logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
     differences = [
@@ -265,8 +254,8 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
         raise ModelError("a GGUF file has no field for the head of a reward model and its offset", remedy=remedy)
     dtype = options.dtype or GGUF_TYPES[0]
     file = folder / f"model-{dtype}.gguf"
-    architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged
-    merged, expected, notes = merged_policy(result, torch.float32, max_gap=options.max_gap)
+    gguf_file.architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged
+    merged, expected, notes = exported.merged_policy(result, torch.float32, max_gap=options.max_gap)
     words = vocabulary(result.tokenizer, merged.config.vocab_size, result.stops)
     notes += words.notes
     folder.mkdir()
@@ -281,11 +270,16 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         notes += about
     name = f"{result.manifest.stage}-{result.manifest.fingerprint[:8]}"
-    metadata = {**model_metadata(merged.config), "general.name": name, **file_metadata(dtype), **words.metadata}
+    metadata = {
+        **gguf_file.model_metadata(merged.config),
+        "general.name": name,
+        **gguf_file.file_metadata(dtype),
+        **words.metadata,
+    }
     notes += write_file(file, merged, metadata, dtype)
     del merged  # reading back needs the memory
-    refuse_other_metadata(file, metadata)
-    gap = gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
+    gguf_file.refuse_other_metadata(file, metadata)
+    gap = gguf_file.gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
     notes.append(
         f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token on the test texts, read by transformers in float32; the "
         f"largest change of a log-probability is {gap.largest:.3g}"

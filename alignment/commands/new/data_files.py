@@ -23,6 +23,7 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, StageError
 from alignment.core.terminal import visible
 from alignment.core.wording import counted
+from alignment.data import records as record_types
 from alignment.data.doctor import counted_records
 from alignment.data.fields import SetAside
 from alignment.data.formats import format_of
@@ -30,15 +31,7 @@ from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.reading import Reader, prepared
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
+from alignment.data.records import HeldOutPrompt, LabelledAnswer, Prompt, Record
 from alignment.data.row_files import RawRow
 from alignment.pipeline.backends import processes
 
@@ -69,7 +62,7 @@ class DataFile:
     @property
     def has_prompts(self) -> bool:
         """Whether its rows ask something."""
-        return self.record is not PlainText
+        return self.record is not record_types.PlainText
 
     def counted(self) -> DataFile:
         """The same file, its records and prompts counted."""
@@ -175,7 +168,7 @@ def joined(files: Sequence[DataFile]) -> Rows:
     )
 
 
-_LAST_LEARNED = (Prompt, PreferencePair, LabelledAnswer, Conversation)
+_LAST_LEARNED = (Prompt, record_types.PreferencePair, LabelledAnswer, record_types.Conversation)
 """Records whose prompts are held out: those of the last stage that learns."""
 FEWEST, _SHARE, _MOST = 50, 0.1, 200
 """At least so many different prompts are needed to hold out a tenth of them, but at most so many (chosen, not

@@ -19,14 +19,8 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn import ModuleList
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cli.serving.utils import (
-    ReasoningText,
-    ToolCall,
-    build_response_parser,
-    get_response_template,
-    parse_assistant_message,
-    response_events_to_chunks,
-)
+from transformers.cli.serving import utils as serving
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 from transformers.generation.streamers import BaseStreamer
 
 from alignment.commands.serve.loaded_arms import LoadedArm
@@ -48,11 +42,11 @@ def answer_reader(tokenizer: Any, model: PreTrainedModel, end_ids: Iterable[int]
     those before and after a call, it keeps the last. Without a form, an answer is all text.
     """
     reader = copy.copy(tokenizer)
-    form = get_response_template(tokenizer, model)
+    form = serving.get_response_template(tokenizer, model)
     if form is None and with_tools:
         template = tokenizer.get_chat_template(tools=[{}])
         writes_calls = _CALL in template and "<function=" not in template
-        form = get_response_template(tokenizer, _WITH_CALLS) if writes_calls else None
+        form = serving.get_response_template(tokenizer, _WITH_CALLS) if writes_calls else None
     if form is not None:
         reader.response_template = _with_ends(form, tokenizer, end_ids)
     return reader
@@ -82,7 +76,7 @@ def divided(
     if reader is None:
         return text, None, []
     try:
-        content, thoughts, calls = parse_assistant_message(
+        content, thoughts, calls = serving.parse_assistant_message(
             reader, model, ids, input_ids=prompt_ids, cleaned_content=text, tools=tools
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -132,23 +126,6 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """The text before an answer: a conversation that the chat template rendered, or any other, ``is_chat`` False."""
-
-    text: str
-    is_chat: bool
-
-    def ids(self, tokenizer: Any) -> list[int]:
-        """Its token ids. In front of a text the tokenizer may put BOS; a chat template writes its own."""
-        return encode(tokenizer, self.text) if self.is_chat else list(tokenizer(self.text)["input_ids"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Begun:
-    """The prompt was taken; the answer follows."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
     """A whole answer, the numbers of its tokens and of the prompt's, and why it ended."""
 
@@ -160,8 +137,9 @@ class Ended:
     reason: str
 
 
-Piece: TypeAlias = Begun | Ended | ToolCall | str
-"""Of an answer: ``Begun``, texts and calls as they are generated if they are streamed, and ``Ended``."""
+Piece: TypeAlias = Ended | ToolCall | str
+"""Of an answer: an empty text once the prompt is taken, texts and calls as they are generated if they are streamed, and
+``Ended``."""
 
 
 class PolicyGeneration:
@@ -189,10 +167,10 @@ class PolicyGeneration:
         return positions_of(self._model.base_model)
 
     async def pieces(
-        self, prompt: Prompt, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = ()
+        self, prompt: str, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = (), *, is_chat: bool
     ) -> AsyncGenerator[Piece, None]:
-        """The pieces of an answer, which ``Ended`` divides into content, thoughts and calls in a chat. Closing the
-        iterator ends the work.
+        """The pieces of an answer to a conversation that the chat template rendered, which ``Ended`` divides into
+        content, thoughts and calls, or to any other text. Closing the iterator ends the work.
 
         Raises:
             RequestError: the prompt is empty, or leaves no room for an answer (400), or the model failed (500).
@@ -204,7 +182,7 @@ class PolicyGeneration:
             with suppress(RuntimeError):  # the server ends, and its loop is closed
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        reader = self._readers[bool(tools)] if prompt.is_chat else None
+        reader = self._readers[bool(tools)] if is_chat else None
         work: Future[None] = self._thread.submit(
             self._answer, prompt, options, tools, reader, emit=emit, is_left=is_left.is_set
         )
@@ -224,7 +202,7 @@ class PolicyGeneration:
 
     def _answer(
         self,
-        prompt: Prompt,
+        prompt: str,
         options: AnswerOptions,
         tools: Sequence[Mapping[str, Any]],
         reader: Any,
@@ -232,14 +210,15 @@ class PolicyGeneration:
         emit: Callable[[Piece], None],
         is_left: Callable[[], bool],
     ) -> None:
-        ids = prompt.ids(self.tokenizer)
-        self._refuse_length(len(ids), "messages" if prompt.is_chat else "prompt")
+        # In front of a text the tokenizer may put BOS; a chat template writes its own.
+        ids = list(self.tokenizer(prompt)["input_ids"]) if reader is None else encode(self.tokenizer, prompt)
+        self._refuse_length(len(ids), "prompt" if reader is None else "messages")
         config = self._config(options, len(ids))
-        emit(Begun())
+        emit("")
         input_ids = torch.tensor([ids], device=self._model.device)
         answer = _Answer(self.tokenizer, options, emit, self._end_if_left)
         if reader is not None and options.is_streamed:
-            answer.parser = build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
+            answer.parser = serving.build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
         if options.seed is not None:
             torch.manual_seed(options.seed)
         self._is_left = is_left
@@ -327,7 +306,7 @@ class _Answer(BaseStreamer):
         if self._prompt_follows:
             self._prompt_follows = False
             if self.parser is not None:
-                self._pass_on(response_events_to_chunks(self.parser.initial_events))
+                self._pass_on(serving.response_events_to_chunks(self.parser.initial_events))
             return
         for token in value.tolist():
             self._add(token)
@@ -338,7 +317,7 @@ class _Answer(BaseStreamer):
     def finish(self) -> None:
         if self.parser is not None:
             with suppress(ValueError, RuntimeError):  # the answer ends within a call
-                self._pass_on(response_events_to_chunks(self.parser.finalize()[1]))
+                self._pass_on(serving.response_events_to_chunks(self.parser.finalize()[1]))
         if rest := self._content.rest():
             self._emit(rest)
 
@@ -352,7 +331,7 @@ class _Answer(BaseStreamer):
         if self.parser is None:
             self._pass_on([plain])
         elif text := self._with_control.step(self._backend, token):
-            self._pass_on(response_events_to_chunks(self.parser.feed(text)))
+            self._pass_on(serving.response_events_to_chunks(self.parser.feed(text)))
         if self._ends.has_ended:
             raise _AnswerOver
 

@@ -23,20 +23,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
+from alignment.commands.serve import request_checks as checks
 from alignment.commands.serve.loaded_arms import LoadedArm
-from alignment.commands.serve.policy_generation import Begun, Ended, Piece, PolicyGeneration, Prompt
-from alignment.commands.serve.request_checks import (
-    CHAT,
-    COMPLETION,
-    AnswerOptions,
-    Fields,
-    RequestError,
-    body_of,
-    options_of,
-    prompt_of,
-    refuse_unsupported,
-    tools_of,
-)
+from alignment.commands.serve.policy_generation import Ended, Piece, PolicyGeneration
+from alignment.commands.serve.request_checks import AnswerOptions, Fields, RequestError
 from alignment.commands.shared.guarded_app import HOSTS
 from alignment.engines.server_process import HOST
 
@@ -79,7 +69,7 @@ class Reply:
             yield self._reply(self._chunk_object, {"delta": {}} if self._is_chat else {"text": ""}, piece.reason)
             if with_usage:
                 yield self._reply(self._chunk_object, None, usage=piece)
-        elif not isinstance(piece, Begun):
+        elif piece:
             yield self._reply(self._chunk_object, {"delta": self._delta(piece)} if self._is_chat else {"text": piece})
 
     def _delta(self, piece: ToolCall | str) -> dict[str, Any]:
@@ -133,17 +123,17 @@ class PolicyApp:
 
     async def _chat(self, request: Request) -> Response:
         body = await _body(request)
-        policy, options = self._checked(body, CHAT)
-        text = prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
-        pieces = policy.pieces(Prompt(text=text, is_chat=True), options, tools_of(body.get("tools")))
+        policy, options = self._checked(body, checks.CHAT)
+        text = checks.prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
+        pieces = policy.pieces(text, options, checks.tools_of(body.get("tools")), is_chat=True)
         return await _reply(request, pieces, options, Reply(body["model"], is_chat=True))
 
     async def _completion(self, request: Request) -> Response:
         body = await _body(request)
-        policy, options = self._checked(body, COMPLETION)
+        policy, options = self._checked(body, checks.COMPLETION)
         if not isinstance(body.get("prompt"), str):
             raise RequestError("the prompt is not a text", param="prompt")
-        pieces = policy.pieces(Prompt(text=body["prompt"], is_chat=False), options)
+        pieces = policy.pieces(body["prompt"], options, is_chat=False)
         return await _reply(request, pieces, options, Reply(body["model"], is_chat=False))
 
     def _checked(self, body: Mapping[str, Any], fields: Fields) -> tuple[PolicyGeneration, AnswerOptions]:
@@ -153,8 +143,8 @@ class PolicyApp:
         if name not in self._policies:
             names = ", ".join(self._policies)
             raise RequestError(f"there is no model {name!r} here, only: {names}", param="model", status=404)
-        refuse_unsupported(body, fields)
-        return self._policies[name], options_of(body, len(self._policies[name].tokenizer))
+        checks.refuse_unsupported(body, fields)
+        return self._policies[name], checks.options_of(body, len(self._policies[name].tokenizer))
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -166,7 +156,7 @@ async def _body(request: Request) -> dict[str, Any]:
         raw += part
         if len(raw) > MOST_BYTES:
             raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", status=413)
-    return body_of(bytes(raw))
+    return checks.body_of(bytes(raw))
 
 
 async def _reply(request: Request, pieces: Any, options: AnswerOptions, reply: Reply) -> Response:

@@ -24,18 +24,9 @@ from alignment.core import hardware
 from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import write_text
 from alignment.core.terminal import Terminal, shorten
+from alignment.engines import server_process
 from alignment.engines.engine_environment import interpreter
-from alignment.engines.server_process import (
-    HOST,
-    NO_BINDING,
-    ON_CPU,
-    PORT,
-    Keeper,
-    ServerCommand,
-    ServerProcess,
-    adapter_arguments,
-    quiet_environment,
-)
+from alignment.engines.server_process import HOST, PORT, Keeper, ServerCommand, ServerProcess
 from alignment.evaluation.endpoint_client import api_key
 from alignment.pipeline.backends import command
 
@@ -240,9 +231,9 @@ def vllm_command(
 ) -> ServerCommand:
     """A vLLM server of the layout's policies. An empty ``api_key`` asks for none."""
     on_gpu = hardware.count_devices() > 0
-    variables = quiet_environment() | {"VLLM_API_KEY": api_key}
+    variables = server_process.quiet_environment() | {"VLLM_API_KEY": api_key}
     if not on_gpu:
-        variables |= {CACHE: os.environ.get(CACHE, CACHE_GB)} | NO_BINDING
+        variables |= {CACHE: os.environ.get(CACHE, CACHE_GB)} | server_process.NO_BINDING
     adapters = [json.dumps({"name": arm.name, "path": str(files.adapter(arm))}) for arm in layout.arms]
     rank = max((arm.rank for arm in layout.arms), default=0)
     return ServerCommand(
@@ -254,9 +245,9 @@ def vllm_command(
             *("--dtype", dtype, "--max-model-len", "-1"),  # the longest that fits
             *("--enable-auto-tool-choice", "--tool-call-parser", tool_parser or TOOL_PARSER),
             *("--host", HOST, "--port", PORT, "--disable-uvicorn-access-log"),
-            *adapter_arguments(rank, len(adapters)),
+            *server_process.adapter_arguments(rank, len(adapters)),
             *(("--lora-modules", *adapters) if adapters else ()),
-            *(() if on_gpu else ON_CPU),
+            *(() if on_gpu else server_process.ON_CPU),
         ],
         environment=variables,
         smaller="use a smaller model" if on_gpu else f"lower {CACHE} (GiB)",

@@ -17,16 +17,9 @@ from rich.status import Status
 
 from alignment.config.data import SourceConfig
 from alignment.core.terminal import Terminal
+from alignment.data import records as record_types
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
+from alignment.data.records import HeldOutPrompt, Prompt, Record
 from alignment.data.row_count import count_rows
 from alignment.data.source_files import locate
 from alignment.pipeline.execute.durations import duration
@@ -111,7 +104,14 @@ def stop_after_row() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-_FIRST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, HeldOutPrompt, Prompt, PlainText)
+_FIRST: tuple[type[Record], ...] = (
+    record_types.PreferencePair,
+    record_types.LabelledAnswer,
+    record_types.Conversation,
+    HeldOutPrompt,
+    Prompt,
+    record_types.PlainText,
+)
 """Records by how much of a row they need, the one that needs most first."""
 
 

@@ -84,28 +84,24 @@ class PolicyFinder:
         if self._record is None:
             folder = artifact_of(self._result, self._output, self._console)
             manifest = _manifest_of_policy(folder)
-            if manifest.base["source"] == "self":
+            source, dtype = manifest.base["source"], manifest.identity["base"]["dtype"]
+            if source == "self":
                 message = f"{folder.name} contains whole weights and has no base"
                 raise ConfigError(message, where="--arm", remedy="name another arm")
-            base, template = str(base_of(manifest, folder, self._console)), _template_of(manifest, folder)
-            return StoredPolicy(
-                name=BASE,
-                described=manifest.base["source"],
-                artifact=None,
-                base=base,
-                dtype=manifest.identity["base"]["dtype"],
-                chat_template=template.source,
-                template_options=template.options,
-            )
-        model = self._record.config["model"]
+            base: Path | None = base_of(manifest, folder, self._console)
+            template = _template_of(manifest, folder)
+        else:
+            model = self._record.config["model"]
+            source, dtype, base = model["source"], model["dtype"], self._base_of_run(self._record, model["source"])
+            template = TemplateChoice(source=model.get("chat_template"), options=model.get("template_options", {}))
         return StoredPolicy(
             name=BASE,
-            described=model["source"],
+            described=source,
             artifact=None,
-            base=str(self._base_of_run(self._record, model["source"])),
-            dtype=model["dtype"],
-            chat_template=model.get("chat_template"),
-            template_options=model.get("template_options", {}),
+            base=str(base),
+            dtype=dtype,
+            chat_template=template.source,
+            template_options=template.options,
         )
 
     def _last_manifests(self, record: RunRecord) -> Iterator[tuple[str, Manifest]]:

@@ -16,6 +16,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from alignment.commands.export.export_options import GGUF_TYPES
 from alignment.commands.export.exported import Gap, gap_between, logprobs, refuse_differences
 from alignment.core.errors import ModelError
 
@@ -133,32 +134,16 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-_VALUE_TYPES = {
-    bool: gguf.GGUFValueType.BOOL,
-    int: gguf.GGUFValueType.UINT32,
-    float: gguf.GGUFValueType.FLOAT32,
-    str: gguf.GGUFValueType.STRING,
-    list: gguf.GGUFValueType.ARRAY,
-}
+_VALUE_TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
-TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-_FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
+TYPES = {dtype: gguf.GGMLQuantizationType[dtype.upper()] for dtype in GGUF_TYPES}
 _LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
 def file_metadata(dtype: str) -> Metadata:
     """What the file says of its weights' type."""
-    return {"general.file_type": int(_FILE_TYPES[dtype]), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    file_type = gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"]
+    return {"general.file_type": int(file_type), "general.quantization_version": gguf.GGML_QUANT_VERSION}
 
 
 def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: str) -> list[str]:
@@ -167,7 +152,7 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has it already
-            writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
+            writer.add_key_value(key, value, gguf.GGUFValueType[_VALUE_TYPES[type(value)]])
     weights = dict(tensors(model))
     block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]  # norms and biases stay float32; rows are whole blocks
     matrix_types = (gguf.GGMLQuantizationType.F16, TYPES[dtype])
