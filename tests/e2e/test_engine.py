@@ -65,7 +65,6 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def kill(spec: StageSpec) -> None:
-    """SIGKILL to the stage's process."""
     for heartbeat in Heartbeat.read_all(spec.work).values():
         with suppress(ProcessLookupError):
             os.kill(heartbeat.pid, signal.SIGKILL)

@@ -53,7 +53,6 @@ class Outside:
         return printed
 
     def artifact(self) -> Path:
-        """The result of the stage."""
         record = json.loads((self.folder / "runs/mine/run.json").read_text())
         return Path(record["stages"]["backwards"]["artifact"])
 

@@ -76,7 +76,6 @@ class Runs:
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
 
     def talk(self, result: str, *arms: str, engine: Any = None, **options: Any) -> list[str]:
-        """The names of those who would speak."""
         chat(Console(), result, arms, options={**OPTIONS, **options}, engine=engine, output=self.output)
         return [speaker["name"] for speaker in self.speakers]
 
@@ -199,7 +198,6 @@ def _load(base: Path, artifact: Path | None = None, **changes: object) -> ChatSe
 
 
 def _greedy(session: ChatSession, turns: list[Message]) -> list[int]:
-    """The answer to a conversation by our own generation."""
     prompt, ends = prompt_ids(session.tokenizer, turns), sorted(session.ends)
     (ids,) = generate(session.answerer.model, [prompt], max_new_tokens=12, end_ids=ends, batch_size=1)
     return ids
@@ -283,8 +281,6 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(base: Path) -> None:
 
 
 class _Echo:
-    """Says what it is told, or raises it."""
-
     def __init__(self, name: str) -> None:
         self.name = name
         self.heard: list[str] = []

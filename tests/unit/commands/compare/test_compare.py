@@ -18,8 +18,6 @@ Scores = dict[str, list[float | None]]
 
 
 class Runs:
-    """Folders of runs as the driver leaves them."""
-
     def __init__(self, output: Path) -> None:
         self.output = output
         self.page = output / "page.html"
@@ -39,7 +37,6 @@ class Runs:
         (run / "run.json").write_text(json.dumps({"config": config, "stages": entries}))
 
     def change(self, name: str, part: str, **entries: Any) -> None:
-        """Adds to the stages of a run's ``config``, or to its ``stages``."""
         file = self.output / "runs" / name / "run.json"
         record = json.loads(file.read_text())
         (record["config"]["stages"] if part == "config" else record["stages"]).update(entries)
@@ -64,7 +61,6 @@ class Runs:
         metric: str = "brevity",
         each: int = 10,
     ) -> None:
-        """So many prompts have each score."""
         scores = {arm: [score for score in of_arm for _ in range(each)] for arm, of_arm in scores.items()}
         arms = [
             {"name": arm, "metrics": {metric: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}}}

@@ -64,7 +64,6 @@ def _base(folder: Path, **changes: Any) -> Lineage:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
-    """A model folder as a run's base."""
     return _base(tmp_path_factory.mktemp("base"))
 
 
@@ -307,7 +306,6 @@ def test_a_damaged_artifact_is_not_exported(tmp_path: Path, base: Lineage, polic
 
 
 def _damage(file: Path, part: str) -> None:
-    """Doubles the weights of a written file whose names hold ``part``."""
     weights = load_file(file)
     assert any(part in name for name in weights)
     save_file({name: 2 * held if part in name else held for name, held in weights.items()}, file, {"format": "pt"})
@@ -374,8 +372,6 @@ def test_vllm_gets_most_of_the_memory_that_is_free_and_time_to_start(monkeypatch
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Callable[..., Path]:
-    """Publishes a result with nothing in it but a file."""
-
     def make(**changes: Any) -> Path:
         (tmp_path / "content").mkdir()
         (tmp_path / "content/metrics.jsonl").touch()
@@ -421,7 +417,6 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
 
 
 def _argv(options: ExportOptions, artifact: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The worker's command line."""
     commands: list[list[str]] = []
     monkeypatch.setattr("alignment.pipeline.backends.processes.call", lambda argv: commands.append(argv) or 1)
     assert _drive(artifact, to, options) == 1

@@ -43,7 +43,6 @@ Trained = tuple[Any, StageInput, Lineage]
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A trained policy on the usual base, its artifact and the base."""
     folder = tmp_path_factory.mktemp("policy")
     base = tiny_base(folder)
     return *trained_policy(folder, base, FULL), base
@@ -266,7 +265,6 @@ def test_a_full_disk_is_named(
 
 
 def _interpreter(folder: Path, program: str) -> Path:
-    """A program in place of the interpreter with llama.cpp."""
     path = folder / "python"
     path.write_text(f"#!{sys.executable}\n{program}")
     path.chmod(0o755)

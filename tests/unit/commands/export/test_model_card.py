@@ -90,7 +90,6 @@ class Store:
         return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
 
     def forget(self, **changes: Any) -> None:
-        """A measurement of the PPO policy."""
         content = self.root / "content"
         content.mkdir()
         row = {"name": "stage:ppo", "rise": {"mean": 16.39, "low": 14.0, "high": 19.0}}

@@ -58,7 +58,6 @@ def ballots(file: Path) -> Ballots:
 
 
 def cast(ballots: Ballots, annotator: str, choice: Choice = Choice.first) -> str:
-    """Votes on the next pair; returns its key."""
     ballot = ballots.standing(annotator).ballot
     ballots.vote(annotator, ballot.pair.key, choice)
     return ballot.pair.key
@@ -131,8 +130,6 @@ def test_a_name_is_readable_text_without_superfluous_spaces(text: str, name: str
 
 @pytest.fixture
 def new_client(file: Path) -> NewClient:
-    """A client of the page, by default on three pairs and at the right address."""
-
     def client(*pairs: AnswerPair, annotator: str | None = None) -> TestClient:
         app = application(Ballots(file, pairs or PAIRS[:3], ARMS), TOKEN, run="mine", annotator=annotator)
         return TestClient(app, base_url=f"{ADDRESS}/{TOKEN}/", follow_redirects=False)
@@ -146,7 +143,6 @@ def client(new_client: NewClient) -> TestClient:
 
 
 def shown_pair(client: TestClient, annotator: str = "ada") -> str:
-    """The pair that the page asks the annotator about."""
     return re.findall(r'name="pair" value="([0-9a-f]{32})"', client.get(f"judge?annotator={annotator}").text)[0]
 
 
@@ -315,7 +311,6 @@ def wait_for_count(page: Page, number: int) -> None:
 
 
 def press(page: Page, keys: str, *, judged: int) -> None:
-    """Presses a key for each pair, and waits for the next one."""
     for number, key in enumerate(keys, start=judged + 1):
         page.press(key)
         wait_for_count(page, number)

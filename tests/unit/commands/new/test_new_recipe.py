@@ -87,7 +87,6 @@ def write(name: str, rows: Sequence[Any]) -> str:
 
 
 def rows_like(name: str, number: int = 60) -> list[Any]:
-    """Different rows of a format; labels take turns."""
     marks = {"2": "{} and 2", "Hi": "Hi {}", "Summarise": "Sum up {}", "haiku": "haiku {}"}
     rows = []
     for each in range(number):
@@ -123,7 +122,6 @@ def validator() -> Any:
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """Its stages; the recipe validates."""
     assert [fault.message for fault in validator().iter_errors(recipe)] == []
     return list(recipe["stages"])
 

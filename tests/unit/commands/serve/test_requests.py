@@ -58,13 +58,11 @@ def ask(run: ServedRun) -> Ask:
 
 @pytest.fixture
 def arm(run: ServedRun) -> LoadedArm:
-    """An arm that a test may change."""
     (arm,) = arms_of(run, "dpo")
     return arm
 
 
 def chat(**changes: Any) -> dict[str, Any]:
-    """A request for one token."""
     return {"model": "dpo", "messages": HI, "max_tokens": 1, "temperature": 0, **changes}
 
 
@@ -264,7 +262,6 @@ def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(ask: Ask
 
 
 def pieces(stream: str) -> list[dict[str, Any]]:
-    """The events of a stream, which ends as OpenAI's do."""
     *events, end, empty = stream.split("\n\n")
     assert (end, empty) == ("data: [DONE]", "")
     return [json.loads(event.removeprefix("data: ")) for event in events]
@@ -351,7 +348,6 @@ def answering(text: str, *, eos: str = "<|endoftext|>") -> Ask:
 
 
 def content(ask: Ask) -> tuple[str | None, str]:
-    """The answer at once, and in pieces."""
     (choice,) = ask("POST", CHAT, chat(max_tokens=100))[1]["choices"]
     streamed = pieces(ask("POST", CHAT, chat(max_tokens=100, stream=True))[1])
     parts = [piece["choices"][0]["delta"].get("content", "") for piece in streamed if "choices" in piece]

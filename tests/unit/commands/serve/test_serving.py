@@ -62,7 +62,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 
 def policies(run: ServedRun, *arms: str, of: str = "mine") -> list[StoredPolicy]:
-    """These policies of the run."""
     return PolicyFinder(Console(), of, run.output).policies(arms)
 
 
@@ -236,7 +235,6 @@ INPUTS, OUTPUTS = 6, 5
 
 
 def saved(folder: Path, rank: int, modules: list[str], *, alpha: int, rslora: bool = False, seed: int) -> Path:
-    """An adapter as PEFT writes it."""
     rng = torch.Generator().manual_seed(seed)
     factors = {}
     for module in modules:

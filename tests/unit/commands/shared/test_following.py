@@ -39,7 +39,6 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """A run that goes on: its lock is held."""
     made = RunFolder(tmp_path)
     with held(made.folder / "lock", wait=False):
         yield made
@@ -277,7 +276,6 @@ def in_a_thread(call: Callable[[], object]) -> threading.Thread:
 
 
 def get(text: str) -> str:
-    """The page at the address in a text."""
     with urllib.request.urlopen(re.findall(r"http://\S+", text)[0], timeout=20) as answer:
         return answer.read().decode()
 

@@ -57,7 +57,6 @@ WRITERS = ("export", "add-tokens")
 
 
 def ends_by(number: int) -> list[str]:
-    """The command line of a process that ends by a signal."""
     return [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
 
 
