@@ -87,7 +87,8 @@ class Store:
         (content / "evaluation.json").write_text(json.dumps(evaluation))
         identity = {"arms": {arm: _fingerprint(of)}}
         inputs = {arm: _fingerprint(of)}
-        return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
+        changes = {"identity": identity, "inputs": inputs, "created": name}
+        return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, **changes)
 
     def forget(self, **changes: Any) -> None:
         content = self.root / "content"

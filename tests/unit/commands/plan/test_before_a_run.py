@@ -83,6 +83,7 @@ NO_LIBRARIES = "without importing libraries and without downloading, reading and
         (costs(LEARNS, device="h100"), {}, [NO_LIBRARIES], []),
         (costs(LEARNS, startup=0.0), {}, ["time: 1 min 01 s for all stages\n"], []),
         (costs(LEARNS, memory=0), {}, [], SMALL),
+        (costs(LEARNS, replace(LATER, fixed=9 * GB), memory=8), {}, ["kto: 15.00 GB do not fit into 8.00 GB"], SMALL),
         (costs(LEARNS, LATER), {"free": 10.0 * GB}, [WHOLE_DISK], []),
         (costs(LEARNS, FAILED), {}, ["kto: not estimated: it calls the server at"], ["time:", "memory:", "disk:"]),
     ],
