@@ -216,19 +216,25 @@ class Timer:
         other._counts_time = False
         return other
 
-    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next.
+    def seconds(self, operations: Mapping[Key, tuple[Operation, float]]) -> dict[Key, float]:
+        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next.
 
         On a CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes.
         """
         if not self._counts_time:
-            return 0.0
-        moved = bytes_of(operation)
-        known = (key if self.is_gpu else alike(operation), bytes_between < NEAR_BYTES)
-        if known not in self._seconds:
-            self._seconds[known] = self._measured(operation, bytes_between), moved
+            return dict.fromkeys(operations, 0.0)
+        alikes = {
+            key: (key if self.is_gpu else alike(operation), bytes_between < NEAR_BYTES)
+            for key, (operation, bytes_between) in operations.items()
+        }
+        new = {known: operations[key] for key, known in alikes.items() if known not in self._seconds}
+        for known, (operation, _), seconds in zip(new, new.values(), self._measured([*new.values()]), strict=True):
+            self._seconds[known] = seconds, bytes_of(operation)
+        return {key: self._by_bytes(known, operations[key][0]) for key, known in alikes.items()}
+
+    def _by_bytes(self, known: tuple[Hashable, bool], operation: Operation) -> float:
         seconds, of_bytes = self._seconds[known]
-        return seconds if not of_bytes else seconds * moved / of_bytes
+        return seconds if not of_bytes else seconds * bytes_of(operation) / of_bytes
 
     def seconds_to_store(self, size: float, folder: Path) -> float:
         """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
@@ -238,10 +244,11 @@ class Timer:
             self._seconds_a_byte = seconds_a_byte(folder.parent)
         return size * self._seconds_a_byte
 
-    def _measured(self, operation: Operation, bytes_between: float) -> float:
-        if self._device is not None:
-            return seconds_on(self._device, flop=flop_of(operation), moved=bytes_of(operation))
-        return seconds_of(operation, bytes_between=bytes_between) or 0.0
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        if self._device is None:
+            return seconds_of(operations)
+        device = self._device
+        return [seconds_on(device, flop=flop_of(operation), moved=bytes_of(operation)) for operation, _ in operations]
 
 
 def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
@@ -464,11 +471,9 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
         runs[example.func] += count
         expected[forms[key]] += of_flop / EXPECTED_FLOPS + of_bytes / EXPECTED_BANDWIDTH + count * BETWEEN_SECONDS
     timed = set(expected) if timer.is_gpu else _largest(expected, TIMED_SHARE)
-    seconds = 0.0
-    for key, count in operations.items():
-        example = recorder.examples[key]
-        if forms[key] in timed:
-            seconds += count * (timer.seconds(key, example, bytes_between=moved / runs[example.func]) + timer.between)
+    examples = {key: recorder.examples[key] for key in operations if forms[key] in timed}
+    each = timer.seconds({key: (example, moved / runs[example.func]) for key, example in examples.items()})
+    seconds = math.fsum(operations[key] * (of_one + timer.between) for key, of_one in each.items())
     covered = math.fsum(expected[form] for form in timed)
     return flop, seconds * math.fsum(expected.values()) / covered if covered else 0.0
 

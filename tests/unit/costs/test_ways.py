@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.op_times import bytes_of, flop_of
-from alignment.costs.shadows import Key, Operation
+from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageInput, StageSpec
 from alignment.records.cost import StageCost
@@ -91,8 +91,11 @@ def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
 class AsExpected(Timer):
     """This machine, on which every operation takes as long as it is expected to."""
 
-    def _measured(self, operation: Operation, bytes_between: float) -> float:
-        return flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        return [
+            flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
+            for operation, _ in operations
+        ]
 
 
 def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
@@ -347,8 +350,8 @@ def estimate(tmp_path: Path) -> Estimate:
 class FreeOperations(Timer):
     """A device on which operations take no time."""
 
-    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        return 0.0
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        return [0.0] * len(operations)
 
 
 def _row(words: int) -> dict[str, Any]:
