@@ -215,8 +215,8 @@ def test_votes_give_a_win_rate_and_train_a_reward_model(new_forked: Callable[[],
     assert ballots.total == 12
     for annotator in ("ada", "bo"):
         for number in range(12):
-            ballot = ballots.standing(annotator).ballot
-            assert ballot is not None
+            ballot = ballots.standing(annotator)
+            assert ballot.pair is not None
             ballots.vote(annotator, ballot.pair.key, Choice.tie if number % 4 == 0 else Choice.first)
     printed = align("run", *EVALUATION, f"stages.reward.data.source=path:{votes}")
     assert "6 rows are left out" in printed, "ties"

@@ -56,7 +56,11 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     config["base_model_name_or_path"], config["revision"] = _base_for_peft(result)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     # PEFT does not read it; the card's lines do, because the base ends answers and samples in its own way.
-    generation_settings(_stops(result), result.tokenizer.pad_token_id).save_pretrained(str(folder))
+    try:
+        stops = result.stops
+    except DataError:  # the template ends no turn where none was learned, as in continued pretraining
+        stops = result.text_ends
+    generation_settings(stops, result.tokenizer.pad_token_id).save_pretrained(str(folder))
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     policy = original.get_base_model()
     # The flat forward, which supports a prefix, leaves out what a model does to its logits.
@@ -74,14 +78,6 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
             "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"
         )
     return notes
-
-
-def _stops(result: ExportedResult) -> list[int]:
-    """The tokens that end an answer; the template ends no turn where none was learned, as in continued pretraining."""
-    try:
-        return result.stops
-    except DataError:
-        return result.text_ends
 
 
 def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:

@@ -33,21 +33,15 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ballot:
-    """A pair as an annotator sees it: ``answers`` in the order shown."""
-
-    pair: AnswerPair
-    answers: tuple[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """How far an annotator is: ``ballot`` is the next pair, None once all ``total`` are judged."""
+    """How far an annotator is: ``pair`` is the next one, with its ``answers`` in the order shown; None once all
+    ``total`` are judged."""
 
     annotator: str
     judged: int
     total: int
-    ballot: Ballot | None
+    pair: AnswerPair | None
+    answers: tuple[str, ...]
 
 
 class Ballots:
@@ -76,11 +70,9 @@ class Ballots:
     def standing(self, annotator: str) -> Standing:
         """How far the annotator is, and the next pair."""
         judged = {vote.pair for vote in self._own(annotator)}
-        ballot = None
-        if (pair := next((pair for key, pair in self._pairs.items() if key not in judged), None)) is not None:
-            first, second = _shown(pair, annotator)
-            ballot = Ballot(pair=pair, answers=(pair.answers[first], pair.answers[second]))
-        return Standing(annotator=annotator, judged=len(judged), total=self.total, ballot=ballot)
+        pair = next((pair for key, pair in self._pairs.items() if key not in judged), None)
+        answers = () if pair is None else tuple(pair.answers[arm] for arm in _shown(pair, annotator))
+        return Standing(annotator=annotator, judged=len(judged), total=self.total, pair=pair, answers=answers)
 
     def vote(self, annotator: str, key: str, choice: Choice) -> None:
         """Stores a vote; when this returns, it is on the disk. Raises Refused: there is no such pair, or the annotator

@@ -56,13 +56,13 @@ class _Pages:
         except ValueError as error:
             return self._page("start.html.j2", status=400, problem=f"{error}.", judged=self._ballots.judged())
         standing = self._ballots.standing(name)
-        if standing.ballot is None:
+        if standing.pair is None:
             return self._page("done.html.j2", standing=standing)
         return self._page(
             "ballot.html.j2",
             standing=standing,
-            turns=_turns(standing.ballot.pair.messages),
-            answers=[prose(answer) for answer in standing.ballot.answers],
+            turns=_turns(standing.pair.messages),
+            answers=[prose(answer) for answer in standing.answers],
         )
 
     async def vote(self, request: Request) -> Response:

@@ -91,9 +91,8 @@ def adapter_for(model: BaseModel, memory: tuple[float, str], dtype: Reasoned | N
     """LoRA, or QLoRA where the weights leave too little memory: in 16 bits, or in the ``dtype`` of ``dtype_for``."""
     free, whose = memory
     if model.weights is None:
-        return Reasoned(
-            value=AdapterKind.lora.value, why="the weights are not downloaded yet; align plan --cost shows what fits"
-        )
+        why = "the weights are not downloaded yet; align plan --cost shows what fits"
+        return Reasoned(value=AdapterKind.lora.value, why=why)
     sizes = {AdapterKind.lora: _HALF_WIDE if dtype is None else _WIDE, AdapterKind.qlora: _IN_FOUR_BITS}
     needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in sizes.items()}
     kind = AdapterKind.lora if needs[AdapterKind.lora] <= free else AdapterKind.qlora

@@ -120,7 +120,9 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
                 raise server.failure()
             _print(console, "stopped")
         except StageError:
-            _print_end(log)
+            if log.is_file():
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
+                _print(Terminal(stderr=True), "\n".join(lines))
             raise
     return 0
 
@@ -198,12 +200,6 @@ def _curl(url: str, model: str, key_variable: str | None) -> str:
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
-
-
-def _print_end(log: Path) -> None:
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
-        Terminal(stderr=True).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(console: Console, text: str) -> None:

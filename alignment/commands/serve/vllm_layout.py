@@ -43,26 +43,13 @@ class VllmLayout:
     arms: tuple[VllmArm, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VllmFiles:
-    """What is written for the server, below ``folder``."""
+    """What is written for the server, below ``folder``: the tokenizer with the chat template, the folder of the
+    generation config, which has the tokens that end an answer, and the merged weights of a single policy."""
 
-    folder: Path
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer with the chat template."""
-        return self.folder / "tokenizer"
-
-    @property
-    def generation(self) -> Path:
-        """The folder of the generation config, which has the tokens that end an answer."""
-        return self.folder / "generation"
-
-    @property
-    def merged(self) -> Path:
-        """The merged weights of a single policy."""
-        return self.folder / "weights"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer, self.generation, self.merged = folder / "tokenizer", folder / "generation", folder / "weights"
 
     def adapter(self, arm: VllmArm) -> Path:
         """The adapter of a policy: as training wrote it, or a sum of several, written here."""

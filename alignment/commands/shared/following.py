@@ -100,9 +100,8 @@ def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[s
         yield from (f"{stage.name}: {note}" for note in status.notes)
     if stage.state in ("done", "reused") and not doubts.is_smoke(record.profile):
         entry = record.stages[stage.name]
-        artifact = artifact_folder(folder, stage.name, entry)
         try:
-            if artifact is not None:
+            if (artifact := artifact_folder(folder, stage.name, entry)) is not None:
                 yield from (f"{stage.name}: {doubt}" for doubt in notes.of_result(entry.kind, artifact))
         except AlignmentError as error:  # whoever uses the result is refused; this only looks on
             yield f"{stage.name}: {error}"

@@ -58,7 +58,7 @@ def ballots(file: Path) -> Ballots:
 
 
 def cast(ballots: Ballots, annotator: str, choice: Choice = Choice.first) -> str:
-    ballot = ballots.standing(annotator).ballot
+    ballot = ballots.standing(annotator)
     ballots.vote(annotator, ballot.pair.key, choice)
     return ballot.pair.key
 
@@ -66,7 +66,7 @@ def cast(ballots: Ballots, annotator: str, choice: Choice = Choice.first) -> str
 def test_every_annotator_sees_every_pair_once_and_all_in_one_order(ballots: Ballots, file: Path) -> None:
     ada = [cast(ballots, "ada") for _ in PAIRS]
     assert sorted(ada) == sorted(about.key for about in PAIRS)
-    assert ballots.standing("ada").ballot is None
+    assert ballots.standing("ada").pair is None
     bo = [cast(ballots, "bo") for _ in range(2)]
     again = Ballots(file, PAIRS, ARMS)
     assert (again.standing("bo").judged, again.standing("ada").judged, again.standing("cy").judged) == (2, 6, 0)
@@ -78,7 +78,7 @@ def test_every_annotator_sees_every_pair_once_and_all_in_one_order(ballots: Ball
 def test_a_key_stands_for_the_answer_that_was_shown_there(ballots: Ballots, file: Path) -> None:
     expected = {}
     for choice in (*Choice, *Choice):
-        ballot = ballots.standing("ada").ballot
+        ballot = ballots.standing("ada")
         first = shown_first(ballot.pair, "ada")
         second = next(arm for arm in ARMS if arm != first)
         assert ballot.answers == (ballot.pair.answers[first], ballot.pair.answers[second])
@@ -95,7 +95,7 @@ def test_undo_takes_ones_own_last_vote_back_and_shows_that_pair_again(ballots: B
     cast(ballots, "bo")
     ballots.undo("ada")
     standing = ballots.standing("ada")
-    assert (standing.judged, standing.ballot.pair.key) == (1, last)
+    assert (standing.judged, standing.pair.key) == (1, last)
     assert [entry.annotator for entry in read_votes(file)] == ["ada", "bo"]
     ballots.vote("ada", last, Choice.tie)
     ballots.undo("bo")
