@@ -20,11 +20,9 @@ from rich.console import Console
 
 from alignment import __version__, cli
 from alignment.commands.export.export_options import ExportOptions
-from alignment.commands.judge.verb import Options
 from alignment.commands.new.verb import Options as NewOptions
 from alignment.commands.serve.verb import Options as ServeOptions
 from alignment.commands.shared.arguments import runs_of
-from alignment.commands.watch.verb import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.run import recipe_names
 from alignment.stages.registry import config_classes
@@ -115,7 +113,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "watch --port 8001 --until-done",
         "alignment.commands.watch.verb.watch",
         (None,),
-        {"options": WatchOptions(port=8001, until_done=True), "output": HERE},
+        {"port": 8001, "until_done": True, "opens_browser": False, "output": HERE},
     ),
     (
         "compare a b --output out",
@@ -188,7 +186,11 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "alignment.commands.judge.verb.judge",
         ("mine", ["sft", "dpo"]),
         {
-            "options": Options(stage="evaluate", annotator="ada", votes="v.jsonl", port=8000, opens_browser=True),
+            "stage": "evaluate",
+            "annotator": "ada",
+            "votes": "v.jsonl",
+            "port": 8000,
+            "opens_browser": True,
             "output": HERE,
         },
     ),
@@ -250,7 +252,7 @@ OF_A_RUN: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "watch mine",
         "alignment.commands.watch.verb.watch",
         ("mine",),
-        {"options": WatchOptions(), "output": HERE},
+        {"port": 0, "opens_browser": False, "until_done": False, "output": HERE},
     ),
     ("compare mine b", "alignment.commands.compare.compare", (HERE, ["mine", "b"]), {"html": None}),
 ]
