@@ -126,6 +126,26 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
+def test_only_learning_from_sampled_answers_leaves_holes_in_the_heap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
+    ppo = chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers))
+    specs = [ppo, spec_of(tmp_path, SftConfig)]
+    usual = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
+    monkeypatch.setattr(estimation, "HOLES", 0.0)
+    without = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
+    held = [{name: phase.held for name, phase in cost.phases.items()} for cost in (*usual, *without)]
+    changing = max(
+        sum(phase.parts.get(part, 0) for part in ("activations", "cache", "logits"))
+        for phase in usual[0].phases.values()
+    )
+    assert held[0]["loading"] == held[2]["loading"]
+    assert held[0]["saving"] - held[2]["saving"] == pytest.approx(changing / 4, abs=1)
+    assert held[1].items() >= held[3].items()  # rows are tokenised once
+
+
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
 def test_every_way_has_phases_and_a_peak(tmp_path: Path, timer: Timer) -> None:
     spec = spec_of(tmp_path, DpoConfig)
