@@ -66,18 +66,14 @@ class ChangeLines:
 
 
 class _PrintedProgress:
-    """The parts of its phases of which a stage's lines have told."""
-
     def __init__(self) -> None:
         self._phases: set[str] = set()
         self._parts: set[tuple[str, int | None, int]] = set()
         self._last: tuple[int | None, int] | None = None
 
     def is_new(self, progress: Progress) -> bool:
-        """Whether the phase is new, or it has done another tenth.
-
-        Phases that take turns count the same steps (sampling and training); only the first of them counts then.
-        """
+        """Whether the phase is new, or it has done another tenth. Phases that take turns count the same steps (sampling
+        and training); only the first of them counts then."""
         part = (progress.total, _part(progress))
         is_new_part = (progress.phase, *part) not in self._parts and part != self._last
         is_new_phase = progress.phase not in self._phases
@@ -148,11 +144,7 @@ class Display:
         self._blocked[stage] = reason
 
     def poll(self) -> RunView:
-        """Shows the run as it is now; returns what is shown.
-
-        Raises:
-            ArtifactError: there is no record of the run.
-        """
+        """Shows the run as it is now; returns what is shown. Raises ArtifactError: there is no record of the run."""
         view = self._reader.look(self._blocked)
         self._screen.show(view)
         return view
@@ -221,10 +213,7 @@ def with_its_words(folder: Path, announce: Announce) -> Iterator[None]:
 @contextmanager
 def refused_in_vain(work: Path, stage: str) -> Iterator[None]:
     """Fails where a stop would let Slurm queue a job again and again that stores nothing before its time is over.
-
-    Raises:
-        StageError: the last attempts were all stopped before the stage had stored anything.
-    """
+    Raises StageError: the last attempts were all stopped before the stage had stored anything."""
     try:
         yield
     except (Terminated, Preempted) as stop:

@@ -104,13 +104,9 @@ def estimate(
     as_run: bool = False,
     announce: Callable[[str], None],
 ) -> RunCost:
-    """The cost of each stage on ``device`` with ``memory`` bytes, remembered for ``known``.
-
-    With ``as_run`` the longest micro-batch counts only where the stage would try it before its first step.
-
-    Raises:
-        StageError: the process failed.
-    """
+    """The cost of each stage on ``device`` with ``memory`` bytes, remembered for ``known``. With ``as_run`` the longest
+    micro-batch counts only where the stage would try it before its first step. Raises StageError: the process
+    failed."""
     stages = estimated_stages(plan)
     _clear(_folder(plan))
     folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -148,7 +144,6 @@ def _clear(folder: Path) -> None:
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:
-    """What the process is asked for a stage: its file, and those of the variants that a plan does not refuse."""
     asked: dict[str, Any] = {"file": _stage_file(plan, stage, folder), "cheaper": [], "ways": []}
     asked["processes"] = _launch_of(plan, stage).world_size
     trained = as_trained(stage.config)
@@ -173,7 +168,6 @@ def _way_of(stage: PlannedStage) -> str:
 
 
 def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Path) -> Way | None:
-    """A way of training a stage with the choices that a plan allows; None if the plan refuses the way."""
     variant = _variant(plan, stage, overrides) if overrides else (plan, stage)
     if variant is None:
         return None
@@ -191,7 +185,6 @@ def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Pa
 
 
 def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple[Plan, PlannedStage] | None:
-    """The plan with further overrides, and the stage in it; None if it is refused, or one of them has no effect."""
     try:
         other = make_plan(plan.recipe, [*plan.overrides, *overrides], find=resolve_shapes)
     except AlignmentError:
@@ -268,7 +261,6 @@ def _folder(plan: Plan) -> Path:
 
 
 def _file(plan: Plan, stage: PlannedStage, device: str) -> Path:
-    """Where the cost of a stage is remembered: for its settings, its launch, this version and this machine."""
     machine = [platform.node(), hardware.count_cores(), __version__]
     key = [stage.fingerprint, to_plain(stage.config), to_plain(plan.config.launch), device, machine]
     return _folder(plan) / f"{digest(key)}.json"
@@ -286,11 +278,8 @@ def checked_plan(
     recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str, verified: bool = False
 ) -> Plan:
     """A plan whose sizes fit together, and whose ``cost`` or ``trade`` on ``device`` can be estimated if it is wanted.
-
-    Raises:
-        AlignmentError: a fault in the plan, or sizes that no machine can combine.
-        ConfigError: ``device`` is not known, or is this machine and has a GPU.
-    """
+    Raises AlignmentError: a fault in the plan, or sizes that no machine can combine; ConfigError: ``device`` is not
+    known, or is this machine and has a GPU."""
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
     if (cost or trade) and device == THIS and hardware.count_devices():
@@ -305,12 +294,8 @@ def checked_plan(
 
 
 def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str], None]) -> RunCost:
-    """The cost of a ``checked_plan``, which takes ten seconds or more for each stage.
-
-    Raises:
-        ModelError: a model is not on this machine, so there is no configuration for its cost.
-        StageError: the process that estimates failed.
-    """
+    """The cost of a ``checked_plan``, which takes ten seconds or more for each stage. Raises ModelError: a model is not
+    on this machine, so there is no configuration for its cost; StageError: the process that estimates failed."""
     for model in (plan.base, *plan.sources.values()):
         if not model.ready:
             raise ModelError(
@@ -323,11 +308,8 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
 
 
 def known_costs(plan: Plan) -> RunCost | None:
-    """What was estimated before on this machine for stages with these settings; None if nothing was.
-
-    A stage that was not estimated has an error. Of the remedies, only those are left that fit into the memory that is
-    free now.
-    """
+    """What was estimated before on this machine for stages with these settings; None if nothing was. A stage that was
+    not estimated has an error. Of the remedies, only those are left that fit into the memory that is free now."""
     memory = hardware.free_memory()
     costs = [(stage, known(plan, stage, device=THIS)) for stage in estimated_stages(plan)]
     if all(cost is None for _, cost in costs):

@@ -49,7 +49,6 @@ def _remedy(stage: PlannedStage) -> str:
 
 
 def _outcomes(stage: PlannedStage) -> list[GateOutcome] | None:
-    """Those of a stage that has a result; None if the result lacks its main file."""
     gates = kind_of(stage.config).outcome.gates(stage.config)
     if not gates or read_manifest(stage.artifact) is None:
         return []

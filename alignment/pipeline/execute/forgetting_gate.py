@@ -38,11 +38,8 @@ def remedies(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig])
 
 
 def read_outcome(artifact: Path) -> Forgetting | None:
-    """The record of an artifact, or None if it has none yet.
-
-    Raises:
-        ArtifactError: it is damaged, or was written by a newer version.
-    """
+    """The record of an artifact, or None if it has none yet. Raises ArtifactError: it is damaged, or was written by a
+    newer version."""
     try:
         return Forgetting.read(artifact)
     except FileNotFoundError:
@@ -60,7 +57,6 @@ def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetti
 
 
 def _within(arm: ArmForgetting, limits: Limits) -> Iterator[str]:
-    """What the arm lost, and each limit."""
     if arm.rise is not None and limits.perplexity_rise is not None:
         rise = _percent(arm.rise)
         yield f"perplexity of general text {rise}, required: a rise of at most {limits.perplexity_rise:.1%}"

@@ -24,11 +24,8 @@ def met(stages: Sequence[PlannedStage]) -> list[str]:
 
 
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
-    """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run.
-
-    Raises:
-        GateNotMet: names each gate, what was measured, and the remedies.
-    """
+    """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run. Raises
+    GateNotMet: names each gate, what was measured, and the remedies."""
     if sentences := not_met(stages):
         remedies = [*forgetting_gate.remedies(stages, configs), *evaluation_gate.remedies(stages)]
         raise GateNotMet("\n  ".join(sentences), remedy="\n  → ".join(remedies))

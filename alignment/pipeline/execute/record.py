@@ -22,11 +22,9 @@ from alignment.records.worker import STATUS
 
 
 class RunRecorder:
-    """Writes a run's progress, for ``align status`` and for the report.
-
-    If the call runs ``only`` one stage, the entries of earlier results stay. If such a result was made with other
-    settings than the current ones, its settings stay too, and the run is not done.
-    """
+    """Writes a run's progress, for ``align status`` and for the report. If the call runs ``only`` one stage, the
+    entries of earlier results stay. If such a result was made with other settings than the current ones, its settings
+    stay too, and the run is not done."""
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._folder = plan.run_folder
@@ -52,7 +50,6 @@ class RunRecorder:
         self._save()
 
     def _remove_outdated(self, before: RunRecord) -> None:
-        """Removes the error and the planned cost of stages whose settings have changed since, or those before them."""
         for name, entry in self.record.stages.items():
             former = before.stages.get(name)
             if former is None or Path(former.artifact).name != Path(entry.artifact).name:
@@ -99,7 +96,6 @@ class RunRecorder:
 
 
 def _recorded(plan: Plan) -> RunRecord:
-    """The existing record of the run, or an empty one if that cannot be read; it is then written again."""
     try:
         return RunRecord.read(plan.run_folder)
     except ArtifactError:
@@ -138,7 +134,6 @@ def recorded_seconds(stage: PlannedStage) -> float | None:
 
 
 def _inputs(stage: PlannedStage) -> dict[str, Any]:
-    """Field → reference, or a list of references if the field holds several."""
     inputs: dict[str, Any] = {}
     for slot in references.slots(stage.config):
         if references.is_arm(slot):

@@ -122,13 +122,9 @@ def rehearse(
     *,
     announce: Callable[[str], None],
 ) -> None:
-    """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one.
-
-    Raises:
-        AlignmentError: the error that a stage would raise: rows that cannot be learned from, a scorer that fails, or a
-            base model that does not fit.
-        StageError: no answer within ``launch.hang_seconds``.
-    """
+    """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one. Raises
+    AlignmentError: the error that a stage would raise: rows that cannot be learned from, a scorer that fails, or a base
+    model that does not fit; StageError: no answer within ``launch.hang_seconds``."""
     waiting = [stage for stage in stages if stage.has_to_run][1:]
     waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
     has_part: dict[str, Callable[[StageConfig], object]] = {
@@ -158,7 +154,6 @@ def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
 
 
 def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
-    """What was noted; an error is raised."""
     folder = _new_folder(plan)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     for part, stages in parts.items():
@@ -219,7 +214,6 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
 
 
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
-    """Whether the stage tokenises with the run's base model, and does not start from a policy from outside the run."""
     trained = as_trained(config)
     return trained is not None and kind_of(config).learning.rehearsed and _is_of_base(trained.init, stages)
 
@@ -237,7 +231,6 @@ def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> boo
 
 
 def _is_of_base(ref: str, stages: dict[str, StageConfig]) -> bool:
-    """Whether a policy is the run's base model, or began as that."""
     while (name := ref.removeprefix("stage:")) in stages:
         trained = as_trained(stages[name])
         if trained is None:

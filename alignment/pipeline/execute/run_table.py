@@ -24,11 +24,9 @@ _MIDDLE = 3
 
 
 def sparkline(values: Sequence[float], width: int, *, ramp: str = BLOCKS) -> str:
-    """The whole course of ``values`` in at most ``width`` characters, from the lowest to the highest of ``ramp``.
-
-    More values than characters become means of neighbours. A value that is not finite leaves a gap, and a curve that
-    does not move lies in the middle.
-    """
+    """The whole course of ``values`` in at most ``width`` characters, from the lowest to the highest of ``ramp``. More
+    values than characters become means of neighbours. A value that is not finite leaves a gap, and a curve that does
+    not move lies in the middle."""
     means = _means(values, width)
     finite = [mean for mean in means if math.isfinite(mean)]
     if not finite:
@@ -47,7 +45,6 @@ def _level(value: float, low: float, span: float, ramp: str) -> str:
 
 
 def _means(values: Sequence[float], width: int) -> list[float]:
-    """Means of at most ``width`` stretches of the values, without those that are not finite; NaN for an empty one."""
     if width <= 0:
         return []
     num_stretches = min(width, len(values))
@@ -111,8 +108,6 @@ class RunTable:
 
 
 class _Drawing:
-    """Draws lines of at most ``width`` cells, with names in a column of ``name_cells``."""
-
     def __init__(self, width: int, name_cells: int, *, is_ascii: bool) -> None:
         self._width = width
         self._name_cells = name_cells
@@ -165,7 +160,6 @@ class _Drawing:
         return full * filled + empty * (_BAR_CELLS - filled)
 
     def _curve(self, stage: StageView) -> Text | None:
-        """The second line of a running stage: its metric's name, last value and course, and its speed."""
         if stage.progress is None:
             return None
         line = Text(" " * (self._name_cells + 2))
@@ -183,7 +177,6 @@ class _Drawing:
         return line
 
     def _append(self, line: Text, parts: Sequence[_Part]) -> None:
-        """Appends the parts that fit; the most important one is cut where even that does not."""
         chosen = [part for part in parts if part.text]
         while len(chosen) > 1 and line.cell_len + sum(len(part.text) + len(_GAP) for part in chosen) > self._width:
             chosen.remove(min(chosen, key=lambda part: part.rank))
@@ -228,10 +221,8 @@ def speed(stage: StageView) -> str:
 
 
 def _near_the_running(stages: Sequence[StageView], rows: int) -> list[StageView]:
-    """The stages that fit into so many lines, around the first that is running or else is not complete.
-
-    A stage in progress takes two lines, and so do the two that say how many stages are left out.
-    """
+    """The stages that fit into so many lines, around the first that is running or else is not complete. A stage in
+    progress takes two lines, and so do the two that say how many stages are left out."""
     heights = [1 + (stage.progress is not None) for stage in stages]
     if sum(heights) <= rows or not stages:
         return list(stages)

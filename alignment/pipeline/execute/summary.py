@@ -104,17 +104,13 @@ def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
 
 
 def _made(run_folder: Path, record: RunRecord) -> dict[str, Path]:
-    """The folders of the results that are complete, by stage."""
     folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
     return {name: folder for name, folder in folders.items() if folder is not None and record.stages[name].complete}
 
 
 def _lines(kind: str, artifact: Path) -> list[str]:
-    """What the stage's kind prints of its result.
-
-    If a function of a kind from another package fails, the error is printed in its place. So is that of its tables,
-    which the report lacks.
-    """
+    """What the stage's kind prints of its result. If a function of a kind from another package fails, the error is
+    printed in its place. So is that of its tables, which the report lacks."""
     try:
         lines = lines_of(kind, artifact)
     except KindError as error:
@@ -137,7 +133,6 @@ def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path)
 
 
 def _doubts(record: RunRecord, made: Mapping[str, Path]) -> list[str]:
-    """Doubts about the results of a run, which are in the folders ``made``; for a smoke run only that it is one."""
     if doubts.is_smoke(record.profile):
         return [f"this is {doubts.SMOKE}"]
     return [
@@ -162,10 +157,8 @@ _UNITS = {
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any = None) -> None:
-    """The arms side by side, then a line for each comparison that says whether the difference is real.
-
-    ``reference`` is the arm of the log-ratios, as a run's settings name it.
-    """
+    """The arms side by side, then a line for each comparison that says whether the difference is real. ``reference`` is
+    the arm of the log-ratios, as a run's settings name it."""
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
     columns = {title: cell for title, cell in _COLUMNS.items() if any(cell(arm) != _NONE for arm in evaluation.arms)}
@@ -216,7 +209,6 @@ def _share(share: Interval) -> str:
 
 
 def _difference(difference: Interval | None) -> str:
-    """By how much the model is right more often than a simpler judge."""
     if difference is None:
         return ""
     within = f" ({difference.low:+.3f} to {difference.high:+.3f})" if difference.bounds else ""
@@ -268,7 +260,6 @@ def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> st
 
 
 def _mean(figure: Interval | None, digits: int = 2) -> str:
-    """A mean, or a dash for what was not measured."""
     return _NONE if figure is None else f"{figure.mean:.{digits}f}"
 
 

@@ -69,11 +69,9 @@ class ProcessFailure:
 
 
 def first_failure(printed: str) -> ProcessFailure | None:
-    """The failure that caused the others; None if ``printed`` has no report.
-
-    torchrun calls the first in time the root cause, by the second. A process that lost its connection to a killed one
-    fails within the same second, so among those of the first seconds a killed process goes before the others.
-    """
+    """The failure that caused the others; None if ``printed`` has no report. torchrun calls the first in time the root
+    cause, by the second. A process that lost its connection to a killed one fails within the same second, so among
+    those of the first seconds a killed process goes before the others."""
     failures = [
         (datetime.strptime(match["time"], _TIME), ProcessFailure(int(match["rank"]), int(match["code"])))
         for match in _FAILURE.finditer(printed)
@@ -145,7 +143,6 @@ def write_stage_file(
 
 
 def _model(config: ModelConfig) -> dict[str, Any]:
-    """The model's settings with absolute paths."""
     plain: dict[str, Any] = to_plain(config)
     file = None if config.chat_template is None else template_file(config.chat_template)
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
@@ -153,13 +150,9 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
-    what it was doing. ``kinds`` are the kinds of stage whose code ran. Of its log, only the last attempt counts.
-
-    Raises:
-        Preempted: it saved and stopped on request.
-        AlignmentError: it failed; the kind of error is the worker's own if it reported one.
-        ArtifactError: its status is damaged.
-    """
+    what it was doing. ``kinds`` are the kinds of stage whose code ran. Of its log, only the last attempt counts. Raises
+    Preempted: it saved and stopped on request; AlignmentError: it failed; the kind of error is the worker's own if it
+    reported one; ArtifactError: its status is damaged."""
     log = folder / "log.txt"
     status = Status.read(folder)
     printed = "\n".join(_last_lines(of_last_attempt(log), _REPORT_LINES)) if log.exists() else ""

@@ -31,10 +31,8 @@ class Workers:
 
 @contextmanager
 def workers_of(plan: Plan, stages: Sequence[PlannedStage], command_for: CommandFor | None) -> Iterator[Workers]:
-    """The workers of the stages that have to run; commands other than this machine's own are not forked.
-
-    The server begins at once to import what the stages need, in their order.
-    """
+    """The workers of the stages that have to run; commands other than this machine's own are not forked. The server
+    begins at once to import what the stages need, in their order."""
     if command_for is not None:
         yield Workers(command_for)
         return
@@ -92,11 +90,8 @@ class Watch:
 
 
 def refuse_stuck(states: Sequence[ProcessState], *, processes: int, limit: float, stage: str) -> None:
-    """Returns while any process is at work or has not started yet.
-
-    Raises:
-        StageError: no process did anything for ``limit`` seconds; it names the process that the others wait for.
-    """
+    """Returns while any process is at work or has not started yet. Raises StageError: no process did anything for
+    ``limit`` seconds; it names the process that the others wait for."""
     if len(states) < processes or any(state.idle < limit for state in states):
         return
     silent = [state for state in states if state.silent >= SILENT]

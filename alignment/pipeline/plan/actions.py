@@ -28,11 +28,8 @@ class Made:
 
 
 def made(artifacts: Path) -> list[Made]:
-    """Every complete artifact of a store.
-
-    One whose manifest cannot be read is left out: it may belong to another user or to a newer version, and only a plan
-    that needs it has to refuse it.
-    """
+    """Every complete artifact of a store. One whose manifest cannot be read is left out: it may belong to another user
+    or to a newer version, and only a plan that needs it has to refuse it."""
     complete = []
     for folder in sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}")):
         with suppress(ArtifactError):
@@ -44,11 +41,9 @@ def made(artifacts: Path) -> list[Made]:
 def reason_to_run(
     stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made], *, own: Set[str]
 ) -> str:
-    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet.
-
-    ``refs`` maps each slot to its reference, so that a changed input is named by its stage. ``own`` names the results
-    of this run, which are preferred; a result of another run is named only if it differs in few settings.
-    """
+    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet. ``refs`` maps each slot to its
+    reference, so that a changed input is named by its stage. ``own`` names the results of this run, which are
+    preferred; a result of another run is named only if it differs in few settings."""
     candidates = [
         candidate
         for candidate in store
@@ -135,7 +130,6 @@ def _own_settings_first(path: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _value(value: Any) -> str:
-    """A setting's value as a recipe has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -170,13 +164,8 @@ class Actions:
         described: dict[str, Any],
         refs: dict[str, str],
     ) -> tuple[Action, str]:
-        """The action, and its reason in words.
-
-        Raises:
-            ArtifactError: the manifest of a result cannot be read, or is that of another one whose fingerprint starts
-                the same.
-            StoreError: the store cannot be reached or refuses.
-        """
+        """The action, and its reason in words. Raises ArtifactError: the manifest of a result cannot be read, or is
+        that of another one whose fingerprint starts the same; StoreError: the store cannot be reached or refuses."""
         stored = self._store is not None and manifest_in(self._store, artifact.name, fingerprint=fingerprint)
         manifest, damage = read_manifest(artifact), ""
         if manifest is not None:
@@ -204,7 +193,6 @@ class Actions:
         return ", here and in the store" if stored else ", here; a run will upload it"
 
     def _continued(self, fingerprint: str, work: Path) -> tuple[Action, str] | None:
-        """From where an unfinished stage goes on, here or in the store."""
         local = local_work(work)
         if self._store is not None:
             remote = next(iter(RemoteCheckpoints(self._store, fingerprint).complete()), None)
@@ -217,9 +205,7 @@ class Actions:
 
 def damage_of(artifact: Path, *, content: bool) -> str:
     """Why a result cannot be reused, and what a run does about it; empty if its files are as its manifest lists them.
-
-    Files are compared by their sizes, and by their hashes too if ``content``.
-    """
+    Files are compared by their sizes, and by their hashes too if ``content``."""
     try:
         verify(artifact, content=content)
     except ArtifactError as error:
@@ -234,7 +220,6 @@ def aside(artifact: Path) -> Path:
 
 
 def _results_of(run_folder: Path) -> frozenset[str]:
-    """Names of the artifacts in the run's record; empty if the record cannot be read."""
     try:
         stages = RunRecord.read(run_folder).stages
     except ArtifactError:

@@ -27,10 +27,7 @@ class Depths:
 
     def add(self, name: str, config: StageConfig, ref: str, folder: Path | None) -> None:
         """Adds a stage that trains; ``ref`` is its ``init``, which leads to ``folder``, or to the base if that is None.
-
-        Raises:
-            ConfigError: the stage needs another number of layers.
-        """
+        Raises ConfigError: the stage needs another number of layers."""
         layers = self._behind(ref, folder)
         if layers is None:
             return
@@ -49,7 +46,6 @@ class Depths:
 
 
 def _number_in(folder: Path) -> int | None:
-    """The number of layers in a model's configuration; None if there is none to read, as in a model of another kind."""
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         layers = config.get("text_config", config).get("num_hidden_layers")
@@ -109,7 +105,6 @@ def _faults(stage: TrainedConfig, before: AdapterConfig | None, dora: str, where
 
 
 def _stage_before(stage: TrainedConfig, config: RunConfig) -> TrainedConfig | None:
-    """The stage of the run from which this one starts, if that trains a policy."""
     named = config.stages.get(stage.init.removeprefix("stage:"))
     return None if named is None else as_trained(named)
 

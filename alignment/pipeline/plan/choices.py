@@ -37,11 +37,8 @@ def is_profile(override: Override) -> bool:
 
 
 def profile(files: Files, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
-    """The profile that the command line asks for, and the faults in how it asks.
-
-    Raises:
-        ConfigError: the profile's file is malformed.
-    """
+    """The profile that the command line asks for, and the faults in how it asks. Raises ConfigError: the profile's file
+    is malformed."""
     if not overrides:
         return None, []
     where = " ".join(str(override.input_line) for override in overrides)
@@ -78,10 +75,8 @@ def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Over
 
 
 def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
-    """The valid group overrides in Hydra's form, and the faults in the others.
-
-    A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
-    """
+    """The valid group overrides in Hydra's form, and the faults in the others. A bare ``adapter=full`` becomes one
+    override for every stage that picks an adapter."""
     if not overrides:
         return [], []
     loader = GlobalHydra.instance().config_loader()
@@ -157,7 +152,6 @@ def chosen_files(search: str, groups: Sequence[str], overrides: Sequence[Overrid
 
 
 def _settings(tree: DictConfig, key: str) -> dict[str, Any]:
-    """What the file of a group sets; ``key`` names the group and, behind an @, where its settings go."""
     group, _, package = key.partition("@")
     node = OmegaConf.select(tree, package or group)
     plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
@@ -165,10 +159,8 @@ def _settings(tree: DictConfig, key: str) -> dict[str, Any]:
 
 
 def faults(files: Sequence[ChosenFile], tree: Mapping[str, Any], *, changed: Collection[str]) -> Iterator[Fault]:
-    """A fault for each setting of a chosen file that has another value in the composed ``tree``.
-
-    The dotted keys in ``changed`` may have one: other overrides or a profile set them.
-    """
+    """A fault for each setting of a chosen file that has another value in the composed ``tree``. The dotted keys in
+    ``changed`` may have one: other overrides or a profile set them."""
     values = dict(leaves(tree))
     for file in files:
         for key, value in file.settings.items():
@@ -199,10 +191,8 @@ def passes_reference(tree: DictConfig, key: str) -> bool:
 
 
 def copy_groups(tree: DictConfig, key: str) -> None:
-    """Puts copies of groups in place of the references to them on the way to a dotted key, which is set next.
-
-    OmegaConf would put an empty group there, and the rest of the settings would be lost.
-    """
+    """Puts copies of groups in place of the references to them on the way to a dotted key, which is set next. OmegaConf
+    would put an empty group there, and the rest of the settings would be lost."""
     node: Any = tree
     for name in key.split("."):
         if not isinstance(node, DictConfig) or _reads_outside(node, name):

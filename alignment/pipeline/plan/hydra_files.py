@@ -72,10 +72,8 @@ def _has_resolver(text: str) -> bool:
 
 
 def wrong_shapes(content: Mapping[str, Any], classes: StageClasses) -> list[Fault]:
-    """The faults in values that are a list or a group, in the ``content`` of one recipe file.
-
-    The kind of a stage that the file does not name is taken from its defaults, or from the stage's name.
-    """
+    """The faults in values that are a list or a group, in the ``content`` of one recipe file. The kind of a stage that
+    the file does not name is taken from its defaults, or from the stage's name."""
     tree = {key: value for key, value in content.items() if key != "defaults"}
     if isinstance(stages := tree.get("stages"), Mapping):
         kinds = _kinds_in_defaults(content.get("defaults"))
@@ -113,11 +111,9 @@ _READ: dict[tuple[object, ...], ConfigResult] = {}
 
 
 class Files:
-    """The files of one composition. A name means the shipped file; those beside the recipe add names.
-
-    ``name`` is what Hydra calls the ``recipe``, which no file can be called. ``unread`` are files beside the recipe
-    that have the name of a shipped one.
-    """
+    """The files of one composition. A name means the shipped file; those beside the recipe add names. ``name`` is what
+    Hydra calls the ``recipe``, which no file can be called. ``unread`` are files beside the recipe that have the name
+    of a shipped one."""
 
     def __init__(self, recipe: Path) -> None:
         self.recipe = recipe
@@ -189,18 +185,14 @@ def composing(recipe: Path) -> Iterator[Files]:
 
 
 def refuse_hostile_defaults(path: Path, content: Any) -> None:
-    """Refuses a defaults list that would read anything from outside the configuration.
-
-    Raises:
-        ConfigError: it would; the error names the entries.
-    """
+    """Refuses a defaults list that would read anything from outside the configuration. Raises ConfigError: it would;
+    the error names the entries."""
     defaults = content.get("defaults") if isinstance(content, dict) else None
     faults = hostile(defaults, where="defaults")
     refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
 
 
 def _included(path: Path) -> set[str]:
-    """The names of the files in a defaults list, without their groups."""
     content = yaml_file.read(path)
     defaults = content.get("defaults") if isinstance(content, dict) else None
     names: set[str] = set()

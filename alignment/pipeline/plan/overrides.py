@@ -84,7 +84,6 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
 
 
 def _depth(text: str) -> int:
-    """The largest number of brackets that are open at once."""
     opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
     return max(opened, default=0)
 
@@ -102,11 +101,7 @@ def _malformed(text: str, example: str) -> Fault:
 
 
 def parse_override(text: str) -> Override:
-    """Parses one override.
-
-    Raises:
-        HydraException: the text is not an override.
-    """
+    """Parses one override. Raises HydraException: the text is not an override."""
     parser = OverridesParser.create()
     ascii_text = "".join(character if character.isascii() else f"_x{ord(character):06x}x_" for character in text)
     try:
@@ -134,7 +129,6 @@ def _quoted(text: str) -> str:
 
 
 def _restored(parsed: Override, text: str) -> Override:
-    """The override with its own characters in place of their stand-ins."""
     parsed.key_or_group = _decoded(parsed.key_or_group)
     parsed.package = _decoded(parsed.package)
     parsed._value = _decoded(parsed._value)

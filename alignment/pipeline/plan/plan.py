@@ -61,14 +61,11 @@ class Find(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStage:
-    """A stage with its inputs resolved and its result named.
-
-    ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
-    the others and further files, by field; hub data sets that are not on this machine are missing in both, but
-    ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist yet. ``code`` names the functions that the stage
-    runs, the user's and those that ship with the project. ``artifact`` is the folder of the result, ``work`` the folder
-    in which it is made.
-    """
+    """A stage with its inputs resolved and its result named. ``inputs`` has an entry for each reference except arms.
+    ``data`` is the main data file, and ``extra_data`` holds the others and further files, by field; hub data sets that
+    are not on this machine are missing in both, but ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist
+    yet. ``code`` names the functions that the stage runs, the user's and those that ship with the project. ``artifact``
+    is the folder of the result, ``work`` the folder in which it is made."""
 
     name: str
     config: StageConfig
@@ -129,15 +126,10 @@ class Plan:
 
 def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
     """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results that would be
-    reused are read and compared with their hashes.
-
-    Raises:
-        ConfigError: faults in the recipe, overrides or references; the error lists all of them.
-        DataError: a data file is missing, or a row does not fit its stage.
-        ModelError: a model folder is missing or is not a model.
-        ArtifactError: a manifest cannot be read, or an artifact of a folder that the recipe names is damaged.
-        StoreError: the store of artifacts cannot be reached or refuses.
-    """
+    reused are read and compared with their hashes. Raises ConfigError: faults in the recipe, overrides or references;
+    the error lists all of them; DataError: a data file is missing, or a row does not fit its stage; ModelError: a model
+    folder is missing or is not a model; ArtifactError: a manifest cannot be read, or an artifact of a folder that the
+    recipe names is damaged; StoreError: the store of artifacts cannot be reached or refuses."""
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
@@ -218,7 +210,6 @@ def made_again(plan: Plan) -> Plan:
 def _checked_data(
     config: RunConfig, recipe_folder: Path
 ) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
-    """Each stage's data sources by field, and a summary of the first rows of those that are on this machine."""
     located: dict[str, dict[str, DataSource]] = {}
     seen: dict[str, dict[str, Seen]] = {}
     read: dict[Any, Seen] = {}
@@ -248,7 +239,6 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
 
 
 def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
-    """Reads and checks the file's first rows; ``where`` is the setting that names the file."""
     how = _first_rows(file.data)
     try:
         reading = start(path, how, setting=where)
@@ -274,11 +264,6 @@ def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
 
 
 def _usable(records: Sequence[Record], file: DataSlot, reading: Reading) -> list[Record]:
-    """The records that the stage will not leave out for what they lack; the others count as faults of the reading.
-
-    Raises:
-        DataError: a record lacks something and the stage will refuse it, or would leave out too many.
-    """
     usable = []
     for record in records:
         try:

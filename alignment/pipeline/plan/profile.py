@@ -48,9 +48,7 @@ class Profile:
     multiplied by the number of processes. ``where_named`` holds settings of the group that has some data, by the dotted
     name of the data, which apply only where a recipe names these. ``instead_of_hub`` gives the sources to read where a
     recipe names a hub: for ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
-
-    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
-    """
+    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``"""
 
     name: str
     choices: Mapping[str, str] = field(default_factory=dict)
@@ -111,11 +109,7 @@ class Profile:
 
 
 def read(path: Path) -> Profile:
-    """The profile that a file describes.
-
-    Raises:
-        ConfigError: its file is malformed.
-    """
+    """The profile that a file describes. Raises ConfigError: its file is malformed."""
     name = path.stem
     content = yaml_file.read(path) or {}
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
@@ -179,11 +173,6 @@ def _names_hub(group: Any) -> bool:
 
 
 def _group(content: Any, allowed: Sequence[str] | None = None, *, where: str) -> Mapping[str, Any]:
-    """The content, if it is a group with allowed keys only.
-
-    Raises:
-        ConfigError: it has other keys, or is not a group.
-    """
     if not isinstance(content, Mapping):
         raise ConfigError(f"{content!r} is not a group of settings", where=where, remedy="write {key: value}")
     for key in content:

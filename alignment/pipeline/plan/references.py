@@ -138,9 +138,7 @@ def _stage_faults(
 
 def _absent_default(slot: Slot, config: StageConfig, stages: Mapping[str, StageConfig], where: str) -> str | None:
     """What to write if the run lacks the stage that a setting names by default, and the base model may take its place.
-
-    The recipe may not contain this setting, so a message must say more than that the stage is missing.
-    """
+    The recipe may not contain this setting, so a message must say more than that the stage is missing."""
     absent = stage_of(slot)
     if absent is None or absent in stages or POLICY not in slot.takes or slot.optional:
         return None
@@ -207,7 +205,6 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
 
 
 def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The first cycle, with its first name repeated at the end; empty if there is none. ``stages`` may lack some."""
     finished: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str]:
@@ -237,11 +234,9 @@ def of_stage(
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """The identity of a stage. ``data`` maps each data field to the identity of its content; ``inputs`` and ``arms``
-    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field.
-
-    The stage's name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often
-    a stage logs or saves are not.
-    """
+    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field. The stage's
+    name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often a stage logs
+    or saves are not."""
     stage = run.stages[name]
     kind = kind_of(stage)
     others = {field: content for field, content in data.items() if field != "data"}
@@ -269,7 +264,6 @@ def of_stage(
 
 
 def _as_read(stage: StageConfig) -> StageConfig:
-    """The stage without paths, and without the settings of an arm or a loss that it does not use."""
     return scorer_checks.without_paths(kind_of(stage).as_read(stage))
 
 

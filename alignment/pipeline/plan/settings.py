@@ -78,7 +78,6 @@ def option_faults(model: ModelConfig, folder: Path | None) -> Iterator[Fault]:
 
 
 def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
-    """Settings that would end a job after it has waited in a queue."""
     submitted = slurm.submission(launch)
     if submitted is None:
         return

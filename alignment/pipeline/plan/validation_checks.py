@@ -89,10 +89,7 @@ def overlap_faults(
     data: DataConfig, validation: ValidationConfig, prompts: tuple[frozenset[int], frozenset[int]], where: str
 ) -> Iterator[Fault]:
     """Held-out prompts that are learned from; ``prompts`` are hashes of those that a plan has read, learned and held
-    out.
-
-    If only a part of a source is used, only the stage knows which rows are in it.
-    """
+    out. If only a part of a source is used, only the stage knows which rows are in it."""
     learned, held_out = prompts
     if data.fraction < 1.0 or validation.data.fraction < 1.0:
         return

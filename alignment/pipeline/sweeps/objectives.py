@@ -68,10 +68,8 @@ _ARM_METRICS = [metric.value for metric in ArmMetric]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest.
-
     ``shared`` names the other arms of that evaluation that are the same policy in every trial. ``chance`` is the
-    metric's value by chance, if that is known.
-    """
+    metric's value by chance, if that is known."""
 
     stage: str
     arm: str
@@ -88,13 +86,9 @@ class Objective:
         return Path(RunRecord.read(run_folder).stages[self.stage].artifact)
 
     def read(self, artifact: Path) -> Interval:
-        """The metric in a result, with its interval if it is a mean over prompts.
-
-        Raises:
-            ConfigError: there is no such metric; the error lists those that exist.
-            StageError: a grader or a judge gave too little to measure it by.
-            NonFiniteError: it is not a finite number.
-        """
+        """The metric in a result, with its interval if it is a mean over prompts. Raises ConfigError: there is no such
+        metric; the error lists those that exist; StageError: a grader or a judge gave too little to measure it by;
+        NonFiniteError: it is not a finite number."""
         values = self._metrics(artifact)
         if self.metric not in values:
             if why := self._why_unknown(artifact):
@@ -123,7 +117,6 @@ class Objective:
         return f" or set stages.{self.stage}.{setting}" if setting else ""
 
     def _why_unknown(self, artifact: Path) -> str:
-        """Why a result could not give the metric, although its stage measures it; empty if it does not."""
         if not self.arm:
             return ""
         evaluation = Evaluation.read(artifact)
@@ -133,7 +126,6 @@ class Objective:
         return next((pair.why_nothing for pair in pairs if pair.arm == self.arm and pair.win_rate is None), "")
 
     def _metrics(self, artifact: Path) -> Mapping[str, Interval]:
-        """The metrics of the arm, or of the stage, that the result reports, by name."""
         if not self.arm:
             manifest = read_manifest(artifact)
             metrics = manifest.metrics if manifest else {}
@@ -145,10 +137,8 @@ class Objective:
 
 
 def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[Objective, ...]:
-    """The objectives with the stages that report them; those with faults are left out.
-
-    ``plans`` are of one recipe, with each value of the sweep's settings in at least one of them.
-    """
+    """The objectives with the stages that report them; those with faults are left out. ``plans`` are of one recipe,
+    with each value of the sweep's settings in at least one of them."""
     resolved = []
     stages = plans[0].config.stages
     for objective in configs:
@@ -170,7 +160,6 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
 
 
 def _chance(metric: str, stage: StageConfig, *, of_arm: bool) -> float | None:
-    """The metric's value by chance, if it is known: that of a stage's shares of pairs, or of an arm's win rate."""
     is_half = metric == ArmMetric.win_rate if of_arm else metric.startswith(of_stage(stage).half_by_chance)
     return 0.5 if is_half else None
 
@@ -247,7 +236,6 @@ def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig])
 
 
 def _less_is_better(evaluation: Any) -> list[str]:
-    """The names of the recipe's own metrics of which less is better."""
     return [metric.name for metric in recorded(evaluation.metrics) if not metric.higher_is_better]
 
 
@@ -255,12 +243,10 @@ _WRONG_WAY = "the less {} the better; set minimize: true"
 
 
 def _by_name(metric: str, stage: Any) -> str:
-    """The metric's own name, also if it is given as ``primary``."""
     return primary_name(stage.metrics, stage.primary) or metric if metric == PRIMARY else metric
 
 
 def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
-    """Why the evaluation will not report this for an arm that it has, judged by its settings; else an empty text."""
     lacking = f"no stage reports the {metric} of {arm!r}; "
     if metric == ArmMetric.reward and stage.reward is None:
         return f"{lacking}set {where}.reward to a reward model"
@@ -280,10 +266,8 @@ def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
 
 
 def _evaluations_of(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """The evaluations with the arm."""
     return {name: stage for name, stage in _evaluations(stages).items() if objective.arm in stage.arms}
 
 
 def _evaluations(stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """Settings of the stages that evaluate arms; they have the fields of ``EvaluateConfig``."""
     return {name: stage for name, stage in stages.items() if kind_of(stage).produces == EVALUATION}

@@ -77,12 +77,10 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
 
 
 def _in_a_line(trial: Trial) -> str:
-    """The gates that it does not meet, or the first line of its error; lines of its log may follow that."""
     return _unmet(trial.error) if trial.state == "done" else trial.error.splitlines()[0]
 
 
 def _unmet(error: str) -> str:
-    """The gates that an error names, in one line and without the remedies."""
     lines = [line.strip() for line in error.splitlines()]
     return "; ".join(line for line in lines if not line.startswith("→"))
 
@@ -152,9 +150,7 @@ def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> str:
 
 def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:
     """The metric of the arms that all trials share, by label; an arm is left out if trials measured different values.
-
-    ``number`` is the objective's place among the sweep's.
-    """
+    ``number`` is the objective's place among the sweep's."""
     if not objective.shared:
         return {}
     artifacts = [trial.user_attrs["artifacts"] for trial in study.completed() if trial.user_attrs.get("artifacts")]
@@ -201,7 +197,6 @@ def _trial(ended: Any, wanted: Sweep) -> Trial:
 
 
 def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
-    """Sort key: the best first, then by the first goal; trials without values come last."""
     sign = 1 if wanted.objectives[0].minimize else -1
     return (
         not trial.figures,
@@ -212,7 +207,6 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
 
 
 def _by_prompt(study: Study, wanted: Sweep) -> dict[int, dict[str, float]]:
-    """The first objective by trial and prompt; empty for a trial without recorded artifacts."""
     first = wanted.objectives[0]
     artifacts_of = {number_of(trial): trial.user_attrs.get("artifacts") for trial in study.completed()}
     return {
@@ -268,7 +262,6 @@ def _on_others(
 
 
 def _differences(best_scores: dict[str, float], other_scores: dict[str, float]) -> list[float]:
-    """On the prompts of both; empty if these are too few."""
     best_on_both, other_on_both, _ = paired_scores.in_both(best_scores, other_scores)
     return (paired_scores.differences(best_on_both, other_on_both) or []) if len(best_on_both) >= FEWEST_PROMPTS else []
 

@@ -30,10 +30,8 @@ _ROUNDING = 1e-3
 
 class LatestMedian(BasePruner):  # type: ignore[misc]  # optuna has no types here
     """Prunes a trial whose smoothed curve is worse at its last step than the median of finished trials at that step.
-
     Optuna's MedianPruner uses a trial's best value so far. DPO starts at a loss of ln 2 for all settings, and reward
-    models start near it, so a trial that becomes worse than its start would never be pruned.
-    """
+    models start near it, so a trial that becomes worse than its start would never be pruned."""
 
     def __init__(self, *, startup_trials: int, warmup_steps: int) -> None:
         self._startup_trials = startup_trials
@@ -71,17 +69,12 @@ _MOST_RANDOM = 10
 
 
 class Study:
-    """The study with this identity in the sweep's folder, or a new one.
-
-    A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
-    pruned (``pruned_at``), or its ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet
-    (``unmet``, in words). An interrupted trial is recorded as failed without an ``error``. It does not count, and is
-    tried again under the same run name, so that its stages continue from their checkpoints. The caller holds the
-    sweep's lock.
-
-    Raises:
-        ConfigError: the names of its runs would be too long, or optuna is not installed.
-    """
+    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's. Its ``user_attrs`` hold
+    its ``run`` and, after its end, its ``error``, the step at which it was pruned (``pruned_at``), or its
+    ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet (``unmet``, in words). An
+    interrupted trial is recorded as failed without an ``error``. It does not count, and is tried again under the same
+    run name, so that its stages continue from their checkpoints. The caller holds the sweep's lock. Raises ConfigError:
+    the names of its runs would be too long, or optuna is not installed."""
 
     def __init__(self, wanted: Sweep) -> None:
         optuna = _optuna()
@@ -218,11 +211,8 @@ def number_of(trial: Any) -> int:
 
 
 def refuse_what_cannot_begin(wanted: Sweep) -> None:
-    """Refuses what ``Study`` would, as far as it is known before models and data are downloaded.
-
-    Raises:
-        ConfigError: as ``Study``.
-    """
+    """Refuses what ``Study`` would, as far as it is known before models and data are downloaded. Raises ConfigError: as
+    ``Study``."""
     _optuna()
     _refuse_long_names(wanted, _first_runs(wanted))
 
@@ -237,7 +227,6 @@ def _optuna() -> Any:
 
 
 def _first_runs(wanted: Sweep) -> str:
-    """The name of the runs of a folder's first study, without their numbers."""
     return f"{wanted.run_name}.{wanted.name}"
 
 

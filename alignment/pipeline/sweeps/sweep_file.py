@@ -32,12 +32,9 @@ from alignment.stages.registry import kind_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A sweep over a recipe, checked.
-
-    ``plans`` has each value of the sweep's settings at least once. ``identity`` covers everything that the trials'
-    results depend on; ``profile`` is the name of the profile that was applied, if any; ``cautions`` are warnings for
-    readers of the results.
-    """
+    """A sweep over a recipe, checked. ``plans`` has each value of the sweep's settings at least once. ``identity``
+    covers everything that the trials' results depend on; ``profile`` is the name of the profile that was applied, if
+    any; ``cautions`` are warnings for readers of the results."""
 
     name: str
     file: Path
@@ -67,12 +64,8 @@ class Sweep:
 
 
 def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
-    """A shipped sweep by its name, or a file by its path, applied to the recipe.
-
-    Raises:
-        ConfigError: there is no such sweep, it has faults, the recipe lacks its keys, or no stage reports its
-            objective.
-    """
+    """A shipped sweep by its name, or a file by its path, applied to the recipe. Raises ConfigError: there is no such
+    sweep, it has faults, the recipe lacks its keys, or no stage reports its objective."""
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
         if "/" in name or name.endswith(".yaml"):
@@ -144,7 +137,6 @@ def _checked_plans(
 
 
 def _checked(parameter: ParameterConfig) -> list[str]:
-    """The values that are planned before anything starts: all listed values, or the ends of a range."""
     ends = [end for end in (parameter.low, parameter.high) if end is not None]
     return parameter.values or [str(int(end) if parameter.whole else end) for end in ends]
 
@@ -173,7 +165,6 @@ def _with_path(path: Path, faults: Iterator[Fault]) -> list[Fault]:
 
 
 def _faults(config: SweepConfig) -> Iterator[Fault]:
-    """Faults in the file that do not depend on the recipe."""
     if not config.parameters:
         yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
@@ -205,7 +196,6 @@ def _wrong_with(parameter: ParameterConfig, search: Search) -> Iterator[str]:
 
 
 def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """Faults that depend on the recipe's stages."""
     yield from objectives.faults(config.objective, stages)
     if config.pruning.pruner is Pruner.none:
         return

@@ -40,11 +40,8 @@ class Share:
 
 
 def shares(number: int, launch: LaunchConfig) -> list[Share]:
-    """The machine's cores and GPUs in ``number`` equal shares; Slurm assigns those of its jobs.
-
-    Raises:
-        ConfigError: the machine cannot be divided in this way.
-    """
+    """The machine's cores and GPUs in ``number`` equal shares; Slurm assigns those of its jobs. Raises ConfigError: the
+    machine cannot be divided in this way."""
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
     if number > 1 and launch.backend.num_machines > 1:
@@ -71,7 +68,6 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
 
 
 def _cores_of(cores: Sequence[int], index: int, number: int) -> Sequence[int]:
-    """The cores of one share; with fewer cores than trials, several trials have the same core."""
     each = len(cores) // number
     return cores[index * each : (index + 1) * each] if each else cores[index % len(cores) :][:1] if cores else ()
 
@@ -171,14 +167,9 @@ class Curve:
         self._sign = 1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0
 
     def hopeless_at(self) -> int | None:
-        """Reports new steps to the study; returns the first step at which the trial should be stopped, or None.
-
-        A finished stage, such as one that is shared with other trials, is reported but not stopped.
-
-        Raises:
-            ConfigError: the stage's first line lacks the metric, so nothing would ever be pruned; the error suggests
-                one.
-        """
+        """Reports new steps to the study; returns the first step at which the trial should be stopped, or None. A
+        finished stage, such as one that is shared with other trials, is reported but not stopped. Raises ConfigError:
+        the stage's first line lacks the metric, so nothing would ever be pruned; the error suggests one."""
         if self._config.pruner is Pruner.none:
             return None
         for step, value in self._new_steps():
@@ -215,7 +206,6 @@ class Curve:
         return self._entry().state
 
     def _record_file(self) -> tuple[int, int] | None:
-        """Which file the record is now: each new record replaces it."""
         try:
             stat = (self._run_folder / FILE).stat()
         except OSError:
