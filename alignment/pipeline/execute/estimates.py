@@ -15,7 +15,7 @@ from typing import Any
 
 from alignment import __version__
 from alignment.config.launch import DEVICE, LaunchConfig
-from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterKind
 from alignment.config.optim import expected_tokens
 from alignment.config.typed import to_plain
 from alignment.core import hardware
@@ -84,12 +84,6 @@ def way_of_training(name: str, way: str) -> str:
     return f"adapter@stages.{name}.adapter={WAYS[way]}"
 
 
-def way_of(adapter: AdapterConfig) -> str:
-    """The one of ``WAYS`` that an adapter is."""
-    bare = adapter.kind is AdapterKind.full and not adapter.master_weights
-    return "full without masters" if bare else adapter.kind.value
-
-
 _FOLDER = ".cost"
 _LOCK = "lock"
 """In the folder of a call, which holds it."""
@@ -155,16 +149,13 @@ def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_r
     for name in WAYS if trade else ():
         overrides = (way_of_training(stage.name, name),)
         variant = _variant(plan, stage, overrides)
-        if variant is not None and _way_of(variant[1]) != name:
+        adapter = None if variant is None or (other := as_trained(variant[1].config)) is None else other.adapter
+        bare = adapter is not None and adapter.kind is AdapterKind.full and not adapter.master_weights
+        if adapter is None or ("full without masters" if bare else adapter.kind.value) != name:
             variant = None  # a value from the command line keeps another adapter
         file = None if variant is None else _stage_file(*variant, folder, *overrides)
         asked["ways"].append({"name": name, "overrides": overrides, "file": file})
     return asked
-
-
-def _way_of(stage: PlannedStage) -> str:
-    trained = as_trained(stage.config)
-    return "" if trained is None else way_of(trained.adapter)
 
 
 def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Path) -> Way | None:

@@ -15,12 +15,16 @@ NOT_MET = "gate not met"
 
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is not met."""
-    return [*forgetting_gate.not_met(stages), *evaluation_gate.not_met(stages)]
+    return [sentence for is_met, sentence in _judged(stages) if not is_met]
 
 
 def met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is met: what was measured, and what is required."""
-    return [*forgetting_gate.met(stages), *evaluation_gate.met(stages)]
+    return [sentence for is_met, sentence in _judged(stages) if is_met]
+
+
+def _judged(stages: Sequence[PlannedStage]) -> list[tuple[bool, str]]:
+    return [*forgetting_gate.sentences(stages), *evaluation_gate.sentences(stages)]
 
 
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.model import NEW_TOKENS, AdapterConfig, AdapterKind, Dtype
+from alignment.config.model import NEW_TOKENS, AdapterKind, Dtype
 from alignment.config.optim import is_automatic
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
@@ -95,14 +95,11 @@ def advice(plan: Plan) -> list[str]:
 
 def on_a_plan(plan: Plan) -> list[str]:
     """The notes and the advice that somebody who plans a run gets."""
-    return [*of_plan(plan), *_downloads(plan), *_jobs_without_requests(plan), *advice(plan)]
-
-
-def _downloads(plan: Plan) -> list[str]:
-    if not not_reused(plan.stages):
-        return []
-    missing = {model.source: model for model in (plan.base, *plan.sources.values()) if not model.ready}
-    return [f"the run will download the model {source}" for source in missing]
+    missing = (
+        [model for model in (plan.base, *plan.sources.values()) if not model.ready] if not_reused(plan.stages) else []
+    )
+    downloads = [f"the run will download the model {source}" for source in dict.fromkeys(m.source for m in missing)]
+    return [*of_plan(plan), *downloads, *_jobs_without_requests(plan), *advice(plan)]
 
 
 def _jobs_without_requests(plan: Plan) -> Iterator[str]:
@@ -142,7 +139,10 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
         metric = kind_of(evaluation.config).outcome.primary(evaluation.config)
         if metric is None:
             continue
-        for stage in (stage for stage in plan.stages if _learns_or_selects(stage)):
+        for stage in plan.stages:
+            kind = kind_of(stage.config)
+            if not (kind.trains or kind.produces == ROWS):  # it neither trains nor selects what others train on
+                continue
             fields = [
                 field
                 for field, scorer in kind_of(stage.config).scorers(stage.config).items()
@@ -153,11 +153,6 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
                     f"{evaluation.name} judges by {metric.name}, which {stage.name} optimises ({fields[0]}): a "
                     f"better score may only exploit gaps in that metric, so check another metric too"
                 )
-
-
-def _learns_or_selects(stage: PlannedStage) -> bool:
-    kind = kind_of(stage.config)
-    return kind.trains or kind.produces == ROWS
 
 
 def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...]:
@@ -299,15 +294,12 @@ def frozen_rows(plan: Plan) -> str | None:
         config = as_trained(stage.config)
         if config is None or config.init != BASE or not stage.has_to_run:
             continue
-        if not _trains_rows(config.adapter):
+        names = config.adapter.modules_to_save
+        has_embeddings = any("embed" in name or name.endswith("wte") for name in names)
+        if config.adapter.kind is not AdapterKind.full and not has_embeddings:
             return (
                 f"{stage.name} does not train the rows of the new tokens {tokens}: these stay the mean of all other "
                 f"rows; set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (or this model's name for it), "
                 "or adapter=full"
             )
     return None
-
-
-def _trains_rows(adapter: AdapterConfig) -> bool:
-    names = adapter.modules_to_save
-    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in names)

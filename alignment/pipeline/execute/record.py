@@ -117,13 +117,19 @@ def _earlier_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str |
 
 def _entry(stage: PlannedStage) -> StageEntry:
     reused = stage.action is Action.reuse
+    inputs: dict[str, Any] = {}  # a list of references for a field that holds several
+    for slot in references.slots(stage.config):
+        if references.is_arm(slot):
+            inputs.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
+        else:
+            inputs[slot.field] = slot.ref
     return StageEntry(
         kind=stage.config.kind,
         state="reused" if reused else "waiting",
         reason=stage.reason,
         artifact=str(stage.artifact),
         seconds=recorded_seconds(stage) if reused else None,
-        inputs=_inputs(stage),
+        inputs=inputs,
     )
 
 
@@ -131,16 +137,6 @@ def recorded_seconds(stage: PlannedStage) -> float | None:
     """The seconds that the result took when it was made."""
     manifest = read_manifest(stage.artifact)
     return manifest.usage.get("seconds") if manifest else None
-
-
-def _inputs(stage: PlannedStage) -> dict[str, Any]:
-    inputs: dict[str, Any] = {}
-    for slot in references.slots(stage.config):
-        if references.is_arm(slot):
-            inputs.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
-        else:
-            inputs[slot.field] = slot.ref
-    return inputs
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,10 @@ def rehearse(
     }
     if not any(parts.values()):
         return
-    announce(_announcement(parts))
+    named = " and ".join(
+        f"{_CHECKED[part]} {', '.join(stage.name for stage in tried)}" for part, tried in parts.items() if tried
+    )
+    announce(f"checking {named} before training (takes ten seconds or more, once for these settings and data)")
     for note in _try(plan, parts, server):
         announce(note)
     for part, stages_of_part in parts.items():
@@ -146,18 +149,15 @@ def rehearse(
             remember(plan, stage, part=part)
 
 
-def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
-    named = " and ".join(
-        f"{_CHECKED[part]} {', '.join(stage.name for stage in stages)}" for part, stages in parts.items() if stages
-    )
-    return f"checking {named} before training (takes ten seconds or more, once for these settings and data)"
-
-
 def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
     folder = _new_folder(plan)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     for part, stages in parts.items():
-        argv += [f"--{part}", *_files(plan, stages, folder)]
+        argv.append(f"--{part}")
+        for stage in stages:
+            own = folder / stage.name
+            path = worker_protocol.write_stage_file(plan, stage, plan.config.launch, git_commit="", folder=own)
+            argv.append(str(path))
     code = processes.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
@@ -188,14 +188,6 @@ def _environment(plan: Plan) -> dict[str, str]:
     own = command.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     by_torchrun = command.chosen_launcher(launch, num_devices=devices) is LauncherKind.torchrun
     return own | _RANKS if by_torchrun or launch.num_processes > 1 else own
-
-
-def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
-    for stage in stages:
-        path = worker_protocol.write_stage_file(
-            plan, stage, plan.config.launch, git_commit="", folder=folder / stage.name
-        )
-        yield str(path)
 
 
 def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]:

@@ -53,7 +53,8 @@ def _seconds_of(attempts: Attempts, work: Path) -> float:
     counts."""
     last = max(signs_of_life(work), default=0.0) if attempts.started else 0.0
     seconds = attempts.earlier_seconds + max(0.0, last - attempts.started)
-    return max(seconds, _logged_seconds(work))
+    rows, _ = readable_rows(work / "content" / METRICS)
+    return max(seconds, (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0)
 
 
 def signs_of_life(work: Path) -> Iterator[float]:
@@ -65,22 +66,12 @@ def signs_of_life(work: Path) -> Iterator[float]:
             continue
 
 
-def _logged_seconds(work: Path) -> float:
-    rows, _ = readable_rows(work / "content" / METRICS)
-    return (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0
-
-
 _ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""
 WAITING = "waiting"
 """The state of a run of which other stages are to be made by other calls."""
 LiveJobs = Callable[[Path], Mapping[str, str] | None]
 """The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
-
-
-def state_of(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> str:
-    """The state of the run: the recorded one, ``killed`` or ``unknown`` (``as_it_is``)."""
-    return as_it_is(run_folder, record, live_jobs).state
 
 
 def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> RunRecord:
@@ -119,7 +110,11 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
     name = run_folder.name
     after_others = "run the same command with --wait to continue after that"
     if record.state == WAITING:
-        busy = [stage for stage, entry in record.stages.items() if _is_made(run_folder, stage, entry)]
+        busy = [
+            stage
+            for stage, entry in record.stages.items()
+            if not entry.complete and _is_worked_on(work_folder(run_folder, stage, entry))
+        ]
         return [f"another process is working on {', '.join(busy)}", after_others] if busy else []
     ago = duration(max(0.0, now() - last_sign_of_life(run_folder, record)))
     seen = f"the last sign of life was {ago} ago"
@@ -164,10 +159,6 @@ def _result(run_folder: Path, name: str, entry: StageEntry) -> Manifest | None:
     with suppress(ArtifactError):
         return None if folder is None else verify(folder, content=False)
     return None
-
-
-def _is_made(run_folder: Path, name: str, entry: StageEntry) -> bool:
-    return not entry.complete and _is_worked_on(work_folder(run_folder, name, entry))
 
 
 def _is_worked_on(work: Path) -> bool:

@@ -27,33 +27,20 @@ def sparkline(values: Sequence[float], width: int, *, ramp: str = BLOCKS) -> str
     """The whole course of ``values`` in at most ``width`` characters, from the lowest to the highest of ``ramp``. More
     values than characters become means of neighbours. A value that is not finite leaves a gap, and a curve that does
     not move lies in the middle."""
-    means = _means(values, width)
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
-        return GAP * len(means)
-    low, high = min(finite), max(finite)
-    span = high - low
-    return "".join(_level(mean, low, span, ramp) for mean in means)
-
-
-def _level(value: float, low: float, span: float, ramp: str) -> str:
-    if not math.isfinite(value):
-        return GAP
-    if not span:
-        return ramp[_MIDDLE]
-    return ramp[min(len(ramp) - 1, int((value - low) / span * len(ramp)))]
-
-
-def _means(values: Sequence[float], width: int) -> list[float]:
-    if width <= 0:
-        return []
-    num_stretches = min(width, len(values))
-    means = []
-    for number in range(num_stretches):
-        stretch = values[number * len(values) // num_stretches : (number + 1) * len(values) // num_stretches]
+    num_cells, means = min(max(0, width), len(values)), []
+    for cell in range(num_cells):
+        stretch = values[cell * len(values) // num_cells : (cell + 1) * len(values) // num_cells]
         finite = [value for value in stretch if math.isfinite(value)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
-    return means
+    known = [mean for mean in means if math.isfinite(mean)]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+
+    def level(mean: float) -> str:
+        if not math.isfinite(mean):
+            return GAP
+        return ramp[min(len(ramp) - 1, int((mean - low) / span * len(ramp)))] if span else ramp[_MIDDLE]
+
+    return "".join(map(level, means))
 
 
 _MARKS = {
@@ -196,6 +183,11 @@ def steps(progress: Progress) -> str:
     if progress.total:
         return f"{progress.step:,}/{progress.total:,}"
     return f"{progress.step:,}" if progress.step else ""
+
+
+def progress_line(progress: Progress | None) -> str:
+    """``training 12/57``, or ``starting`` before the first progress."""
+    return "starting" if progress is None else f"{progress.phase} {steps(progress)}".rstrip()
 
 
 def figure(stage: StageView) -> str:

@@ -205,10 +205,6 @@ class RunView:
         return sum(stage.state in ("done", "reused") for stage in self.stages)
 
 
-def _as_recorded(record: RunRecord) -> RunRecord:
-    return record
-
-
 class RunReader:
     """Reads the files of a run again at each look. ``as_it_is`` adds to a record what nobody could write, such as that
     the run was killed. ``now`` gives seconds since 1970, ``clock`` seconds that only go up."""
@@ -217,7 +213,7 @@ class RunReader:
         self,
         folder: Path,
         *,
-        as_it_is: Callable[[RunRecord], RunRecord] = _as_recorded,
+        as_it_is: Callable[[RunRecord], RunRecord] = lambda record: record,
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:

@@ -6,7 +6,7 @@ import errno
 import re
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -76,30 +76,18 @@ def first_failure(printed: str) -> ProcessFailure | None:
         (datetime.strptime(match["time"], _TIME), ProcessFailure(int(match["rank"]), int(match["code"])))
         for match in _FAILURE.finditer(printed)
     ]
-    root_cause_first = [*failures[-1:], *failures[:-1]]
-    return _earliest(root_cause_first) if failures else None
-
-
-def _earliest(failures: Sequence[tuple[datetime, ProcessFailure]]) -> ProcessFailure:
+    if not failures:
+        return None
     start = min(time for time, _ in failures)
-    first = [(not failure.is_killed, time, failure) for time, failure in failures if time - start <= _TOGETHER]
-    return min(first, key=lambda entry: entry[:2])[2]
+    root_cause_first = [*failures[-1:], *failures[:-1]]
+    first = [(time, failure) for time, failure in root_cause_first if time - start <= _TOGETHER]
+    return min(first, key=lambda entry: (not entry[1].is_killed, entry[0]))[1]
 
 
-ERRORS = {
-    kind.exit_code: kind
-    for kind in (
-        ConfigError,
-        DataError,
-        ModelError,
-        StageError,
-        DiskError,
-        NonFiniteError,
-        RewardError,
-        ArtifactError,
-        Busy,
-        StoreError,
-    )
+_OF_STAGES = (StageError, DiskError, NonFiniteError, RewardError)
+ERRORS: dict[int, type[AlignmentError]] = {
+    error.exit_code: error
+    for error in (ConfigError, DataError, ModelError, ArtifactError, Busy, StoreError, *_OF_STAGES)
 }
 """The kind of error that an exit code stands for."""
 _GIT_SECONDS = 30.0
@@ -161,11 +149,11 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
         raise _without_room(folder, stage)
     # If a process was killed, the others only report that they lost their connection to it.
     if status is None or (status.exit_code == _BUG and first is not None and first.is_killed):
-        raise StageError(
-            f"{_who(first)} ended {_how(code, first, printed)}{_phase(work)} without reporting an error\n{tail(log)}",
-            where=f"stage {stage}",
-            remedy=f"log: {log}",
-        )
+        who = "its process" if first is None else f"process {first.rank}"
+        progress = None if work is None else Progress.read(work)
+        phase = "" if progress is None else f" in the phase '{progress.phase}'"
+        message = f"{who} ended {_how(code, first, printed)}{phase} without reporting an error\n{tail(log)}"
+        raise StageError(message, where=f"stage {stage}", remedy=f"log: {log}")
     if status.state == DONE:
         return
     if status.state == PREEMPTED or status.exit_code == PREEMPTED_CODE:
@@ -173,18 +161,10 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     kind = ERRORS.get(status.exit_code)
     if kind is not None:
         raise kind(f"{status.error}\n  log: {log}", where=status.where)
-    raise AlignmentError(
-        f"{status.error}\n{tail(log)}",
-        where=f"stage {stage}",
-        remedy=f"{_whose_bug(kinds)}; the log is {log}",
-    )
-
-
-def _whose_bug(kinds: Iterable[str]) -> str:
     others = sorted({origin for origin in map(origin_of, kinds) if origin != OURS})
-    if others:
-        return f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
-    return "this is a bug in this project"
+    by_others = f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
+    bug = by_others if others else "this is a bug in this project"
+    raise AlignmentError(f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"{bug}; the log is {log}")
 
 
 def _without_room(folder: Path, stage: str) -> DiskError:
@@ -221,15 +201,6 @@ def commit_of_checkout(root: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
-
-
-def _phase(work: Path | None) -> str:
-    progress = None if work is None else Progress.read(work)
-    return "" if progress is None else f" in the phase '{progress.phase}'"
-
-
-def _who(first: ProcessFailure | None) -> str:
-    return "its process" if first is None else f"process {first.rank}"
 
 
 def _how(code: int, first: ProcessFailure | None, printed: str) -> str:

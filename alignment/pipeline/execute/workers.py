@@ -98,16 +98,11 @@ def refuse_stuck(states: Sequence[ProcessState], *, processes: int, limit: float
     alone = [state for state in states if not state.last.waits]
     if not silent and not alone and processes > 1:
         locations = "\n".join(f"  process {state.rank}: {state}" for state in states)
-        raise StageError(
-            f"nothing happened for {limit:g} seconds: all processes are waiting for each other or for their "
-            f"GPUs\n{locations}",
-            where=f"stage {stage}",
-            remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
-        )
-    culprit = (silent or alone or list(states))[0]
-    how = "has not run" if silent else "has been stuck"
-    raise StageError(
-        f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit}",
-        where=f"stage {stage}",
-        remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
-    )
+        why = f"all processes are waiting for each other or for their GPUs\n{locations}"
+        message = f"nothing happened for {limit:g} seconds: {why}"
+    else:
+        culprit = (silent or alone or list(states))[0]
+        how = "has not run" if silent else "has been stuck"
+        message = f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit}"
+    remedy = "start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit"
+    raise StageError(message, where=f"stage {stage}", remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def reason_to_run(
 def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str]) -> Iterator[str]:
     before, after = dict(_leaves(old)), dict(_leaves(new))
     texts = set()
-    for path in sorted(before.keys() | after.keys(), key=_own_settings_first):
+    for path in sorted(before.keys() | after.keys(), key=lambda path: (path[0] != "config", path)):
         if before.get(path) == after.get(path):
             continue
         text = _in_words(path, before.get(path, _ABSENT), after.get(path, _ABSENT), refs)
@@ -77,41 +78,37 @@ def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str])
             yield text
 
 
+_CHANGED = {
+    "data": "data changed",
+    "extra_data": "{} changed",
+    "files": "{} changed",
+    "code": "the scoring code changed",
+    "rule": "the scoring rule changed",
+    "revision": "the stage itself was revised",
+}
+
+
 def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -> str:
     head, rest = path[0], ".".join(path[1:])
-    if head == "config":
-        return f"{rest} {_value(old)} → {_value(new)}"
-    if head == "inputs":
+    if head in _CHANGED:
+        return _CHANGED[head].format(rest)
+    if head == "arms" and _ABSENT in (old, new):
+        return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
+    if head in ("inputs", "arms"):
         return f"input {refs.get(rest, rest).removeprefix('stage:')} changed"
-    if head == "arms":
-        if _ABSENT in (old, new):
-            return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
-        return f"input {rest.removeprefix('stage:')} changed"
-    if head == "base":
-        return _of_base(rest, old, new)
-    if head == "data":
-        return "data changed"
-    if head in ("extra_data", "files"):
-        return f"{rest} changed"
-    if head == "shown":
-        return f"{rest} {_value(old)} → {_value(new)}"
-    if head == "code":
-        return "the scoring code changed"
-    if head == "rule":
-        return "the scoring rule changed"
-    if head == "revision":
-        return "the stage itself was revised"
-    return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
+    if path == ("base", "content"):
+        return "base model changed"
+    if path == ("base", "chat_template"):
+        templates = ["the tokenizer's own" if digest == _ABSENT else digest[:8] for digest in (old, new)]
+        return f"chat template {' → '.join(templates)}"
+    return f"{rest if head in ('config', 'shown', 'base') else '.'.join(path)} {_written(old)} → {_written(new)}"
 
 
-def _of_base(part: str, old: Any, new: Any) -> str:
-    if part == "chat_template":
-        return f"chat template {_template(old)} → {_template(new)}"
-    return "base model changed" if part == "content" else f"{part} {old} → {new}"
-
-
-def _template(digest: str) -> str:
-    return "the tokenizer's own" if digest == _ABSENT else digest[:8]
+def _written(value: Any) -> str:
+    """As a recipe has it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -123,16 +120,6 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _leaves(item, (*path[:-1], f"{path[-1]}[{number}]"))
     else:
         yield path, value
-
-
-def _own_settings_first(path: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
-    return path[0] != "config", path
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Action(str, Enum):

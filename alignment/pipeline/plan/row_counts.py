@@ -57,6 +57,8 @@ def seen(
     """A summary of the records that a plan has read. ``set_aside`` counts the rows that gave none, by reason. ``label``
     names the label of a record."""
     prompts = {_prompt_of(record) for record in records}
+    turns = [record.messages if isinstance(record, Conversation) else () for record in records]
+    learned = (sum(turn.role == "assistant" and turn.learned for turn in of_record) for of_record in turns)
     openings = frozenset(hash(_prompt_of(record, opening=True)) for record in records)
     return Seen(
         rows=len(records),
@@ -66,13 +68,8 @@ def seen(
         set_aside=tuple((set_aside or {}).items()),
         openings=openings,
         labels=() if label is None else tuple(sorted(Counter(map(label, records)).items())),
-        answers=sum(map(_num_answers, records)),
+        answers=sum(max(1, number) for number in learned),
     )
-
-
-def _num_answers(record: Record) -> int:
-    turns = record.messages if isinstance(record, Conversation) else ()
-    return max(1, sum(turn.role == "assistant" and turn.learned for turn in turns))
 
 
 def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
