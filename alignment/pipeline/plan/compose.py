@@ -135,7 +135,9 @@ def _files(path: Path, overrides: Sequence[Override]) -> _Files:
             backend = choices.backend(search, groups)
             of_user = chosen_files(search, groups, overrides)
         except MissingConfigException as error:
-            raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
+            missing = (error.missing_cfg_file or "").rpartition("/")[2]
+            hint = f"; {suggestion(missing, error.options)}" if missing and error.options else ""
+            raise ConfigError(f"{_first_paragraph(error)}{hint}", where=str(path)) from error
         except RecursionError:
             files_in_circle = ", ".join(map(str, files.in_circle()))
             raise ConfigError(
@@ -242,19 +244,12 @@ def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
             del node[last]
         return
     try:
-        value = override.value()
-        OmegaConf.update(tree, key, value, merge=_is_same_shape(OmegaConf.select(tree, key), value), force_add=True)
+        value, old = override.value(), OmegaConf.select(tree, key)
+        # A list in place of a group, or the reverse, replaces it; the typed check says what is allowed.
+        other_shape = list if isinstance(old, DictConfig) else dict if isinstance(old, ListConfig) else ()
+        OmegaConf.update(tree, key, value, merge=not isinstance(value, other_shape), force_add=True)
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         yield Fault(where=str(override.input_line), message=_first_paragraph(error))
-
-
-def _is_same_shape(old: Any, new: Any) -> bool:
-    """False for a list instead of a group and the other way round: it replaces the value, and the typed check says what
-    is allowed."""
-    return not (
-        (isinstance(old, DictConfig) and isinstance(new, list))
-        or (isinstance(old, ListConfig) and isinstance(new, dict))
-    )
 
 
 def _written(tree: DictConfig) -> dict[str, Any]:

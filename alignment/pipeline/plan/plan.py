@@ -12,7 +12,7 @@ from alignment.config.data import OnError, SourceConfig
 from alignment.config.faults import Fault, refuse
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
 from alignment.core.artifacts import POLICY, ROWS_FILE, folder_name, read_manifest, verify
 from alignment.core.errors import DataError, ModelError
@@ -323,7 +323,10 @@ class _Builder:
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
         if (trained := registry.as_trained(config)) is not None:
             self._depths.add(name, config, inputs["init"].ref, inputs["init"].path)
-            self._refuse_chain(name, trained, inputs["init"].path)
+            start = inputs["init"].path
+            if start is not None and is_adapter(start):
+                outside = read_adapter(start, where=f"stages.{name}.init").shape
+                refuse(list(chain_checks.outside_faults(trained, outside, f"stages.{name}.adapter")))
         files = kind_of(config).files.paths(config, self._run_folder / name)
         described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)
@@ -357,13 +360,6 @@ class _Builder:
         )
         self._planned[name] = planned
         return planned
-
-    def _refuse_chain(self, name: str, stage: TrainedConfig, start: Path | None) -> None:
-        """Refuses an adapter from outside that cannot be combined with the stage's own."""
-        if start is not None and is_adapter(start):
-            where = f"stages.{name}.adapter"
-            outside = read_adapter(start, where=f"stages.{name}.init").shape
-            refuse(list(chain_checks.outside_faults(stage, outside, where)))
 
     def _identity(
         self,
@@ -410,27 +406,20 @@ class _Builder:
         if (stage := references.stage_of(slot)) is not None:
             planned = self._planned[stage]
             return _Resolved(ref=slot.ref, path=planned.artifact, fingerprint=planned.fingerprint)
-        where = f"stages.{name}.{slot.field}"
+        where, fitting = f"stages.{name}.{slot.field}", references.what_fits(slot, self._config.stages)
         if slot.ref.startswith("path:"):
             folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
             if read_manifest(folder) is not None:
-                return self._artifact(folder, slot, where=where)
+                manifest = verify(folder, content=self._actions.verified)
+                if manifest.kind in slot.takes:
+                    return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
+                message = f"{folder} contains an artifact of kind {manifest.kind}"
+                raise ModelError(message, where=where, remedy=fitting)
             if POLICY not in slot.takes and not slot.external:
-                raise ModelError(f"no artifact in {folder}", where=where, remedy=self._what_fits(slot))
+                raise ModelError(f"no artifact in {folder}", where=where, remedy=fitting)
         source = self.sources[slot.ref] = self._find(slot.ref, where=where, adapter_fits=POLICY in slot.takes)
         if source.folder is not None and is_adapter(source.folder):
             refuse_other_base(read_adapter(source.folder, where=where), self.base, where=where)
         if slot.external:
-            refuse_policy(source, where=where, advice=self._what_fits(slot))
+            refuse_policy(source, where=where, advice=fitting)
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
-
-    def _artifact(self, folder: Path, slot: Slot, *, where: str) -> _Resolved:
-        manifest = verify(folder, content=self._actions.verified)
-        if manifest.kind not in slot.takes:
-            raise ModelError(
-                f"{folder} contains an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)
-            )
-        return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
-
-    def _what_fits(self, slot: Slot) -> str:
-        return references.what_fits(slot, self._config.stages)

@@ -86,13 +86,11 @@ class Profile:
             return stage
         kind, changed = str(stage.get("kind")), dict(stage)
         for slot, source in self.instead_of_hub.items():
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                changed = _without_hub(changed, (keys or "data").split("."), source)
+            if keys := _keys_of(slot, kind):
+                changed = _without_hub(changed, keys, source)
         for slot, values in self.where_named.items():
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                changed = _merged_where_named(changed, (keys or "data").split("."), values)
+            if keys := _keys_of(slot, kind):
+                changed = _merged_where_named(changed, keys, values)
         per_process = times(self.for_each_process.get(kind, {}), processes)
         return merged(merged(changed, self.stages.get(kind, {})), per_process)
 
@@ -100,9 +98,8 @@ class Profile:
         kind = str(stage.get("kind"))
         changes = merged(self.stages.get(kind, {}), self.for_each_process.get(kind, {}))
         for slot in (*self.instead_of_hub, *self.where_named):
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                *outer, last = (keys or "data").split(".")
+            if keys := _keys_of(slot, kind):
+                *outer, last = keys
                 changes = merged(changes, nested([*outer, last], {"source": ""}))
                 changes = merged(changes, nested(outer, self.where_named.get(slot, {})))
         return changes
@@ -133,15 +130,11 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, **both}
 
 
-def times(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
+def times(tree: Any, number: int) -> Any:
     """The tree with every integer in it multiplied by ``number``."""
-
-    def multiplied(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return times(value, number)
-        return value * number if isinstance(value, int) and not isinstance(value, bool) else value
-
-    return {key: multiplied(value) for key, value in tree.items()}
+    if isinstance(tree, Mapping):
+        return {key: times(value, number) for key, value in tree.items()}
+    return tree * number if type(tree) is int else tree
 
 
 def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
@@ -165,6 +158,12 @@ def _merged_where_named(tree: Mapping[str, Any], keys: Sequence[str], values: Ma
     if rest:
         return {**tree, first: _merged_where_named(group, rest, values)}
     return merged(tree, values) if group.get("source") else dict(tree)
+
+
+def _keys_of(slot: str, kind: str) -> list[str]:
+    """The keys of ``sft.validation.data`` for the kind ``sft``, ``data`` for its bare name; empty for other kinds."""
+    name, _, keys = slot.partition(".")
+    return (keys or "data").split(".") if name == kind else []
 
 
 def _names_hub(group: Any) -> bool:

@@ -57,7 +57,9 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for trial in record.trials:
         cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
-        reason = f": {_in_a_line(trial)}" if trial.error else ""
+        reason = (
+            f": {_unmet(trial.error) if trial.state == 'done' else trial.error.splitlines()[0]}" if trial.error else ""
+        )
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
@@ -74,10 +76,6 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for caution in record.cautions:
         _print(console, f"caution: {caution}")
     _print(console, f"report: {wanted.folder / PAGE}")
-
-
-def _in_a_line(trial: Trial) -> str:
-    return _unmet(trial.error) if trial.state == "done" else trial.error.splitlines()[0]
 
 
 def _unmet(error: str) -> str:
@@ -119,14 +117,8 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         number=wanted.number,
         goals=goals,
         parameters=[
-            Parameter(
-                key=parameter.key,
-                values=parameter.values,
-                low=parameter.low,
-                high=parameter.high,
-                log=parameter.log,
-            )
-            for parameter in wanted.config.parameters
+            Parameter(key=own.key, values=own.values, low=own.low, high=own.high, log=own.log)
+            for own in wanted.config.parameters
         ],
         trials=trials,
         best=best,
@@ -219,11 +211,8 @@ def _verdict(
 ) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
-        return (
-            f"{_named(best)} the Pareto set by their means: each of the others is beaten by one of these"
-            if best
-            else ""
-        )
+        are = f"{_trials(best)} {'is' if len(best) == 1 else 'are'}" if best else ""
+        return f"{are} the Pareto set by their means: each of the others is beaten by one of these" if best else ""
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
     tie = f"{_trials(best)} tie: their values are equal" if len(best) > 1 else ""
@@ -268,10 +257,6 @@ def _differences(best_scores: dict[str, float], other_scores: dict[str, float]) 
 
 def _trials(numbers: Sequence[int]) -> str:
     return f"trial {numbers[0]}" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))}"
-
-
-def _named(numbers: Sequence[int]) -> str:
-    return f"{_trials(numbers)} {'is' if len(numbers) == 1 else 'are'}"
 
 
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:

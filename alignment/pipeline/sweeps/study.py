@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from alignment.config.rules import NAME, is_name
-from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
+from alignment.config.sweep import ParameterConfig, Pruner, Search
 from alignment.core.errors import ConfigError
 from alignment.core.files import cut_unfinished_line
 from alignment.pipeline.sweeps.sweep_file import Sweep
@@ -91,11 +91,15 @@ class Study:
         is_first = not study_names or study_names[0] == study_name
         self._runs = _first_runs(wanted) + ("" if is_first else f".{wanted.identity[:8]}")
         _refuse_long_names(wanted, self._runs)
+        pruning = wanted.config.pruning
+        pruner = LatestMedian(startup_trials=pruning.startup_trials, warmup_steps=pruning.warmup_steps)
+        if pruning.pruner is Pruner.none:
+            pruner = optuna.pruners.NopPruner()
         self._study = optuna.create_study(
             study_name=study_name,
             storage=storage,
             directions=["minimize" if objective.minimize else "maximize" for objective in wanted.objectives],
-            pruner=_pruner(wanted.config.pruning),
+            pruner=pruner,
             load_if_exists=True,
         )
 
@@ -119,8 +123,10 @@ class Study:
             if config.search is Search.tpe and len(counted) >= (config.trials or 0):
                 return None
             if config.search is Search.grid:
-                tried = [trial.params for trial in counted]
-                combination = next((values for values in _grid(config.parameters) if values not in tried), None)
+                tried, keys = [trial.params for trial in counted], [parameter.key for parameter in config.parameters]
+                products = itertools.product(*(parameter.values for parameter in config.parameters))
+                grid = (dict(zip(keys, values, strict=True)) for values in products)
+                combination = next((values for values in grid if values not in tried), None)
                 if combination is None:
                     return None
                 self._study.enqueue_trial(combination)
@@ -241,15 +247,6 @@ def _refuse_long_names(wanted: Sweep, runs: str) -> None:
         )
 
 
-def _pruner(config: PruningConfig) -> Any:
-    import optuna
-
-    if config.pruner is Pruner.none:
-        return optuna.pruners.NopPruner()
-
-    return LatestMedian(startup_trials=config.startup_trials, warmup_steps=config.warmup_steps)
-
-
 def _sampler(seed: int, trials: int) -> Any:
     """TPE with ``constant_liar``: running trials count as bad, so that parallel trials are drawn apart."""
     import optuna
@@ -259,14 +256,6 @@ def _sampler(seed: int, trials: int) -> Any:
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=min(_MOST_RANDOM, max(2, trials // 3)), constant_liar=True
         )
-
-
-def _grid(parameters: Sequence[ParameterConfig]) -> Iterator[dict[str, str]]:
-    keys = [parameter.key for parameter in parameters]
-    return (
-        dict(zip(keys, values, strict=True))
-        for values in itertools.product(*(parameter.values for parameter in parameters))
-    )
 
 
 def _distribution(parameter: ParameterConfig) -> Any:

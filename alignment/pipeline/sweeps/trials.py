@@ -58,18 +58,16 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
             where="--at-once",
             remedy=f"--at-once {most}" if most else f"launch.num_processes={len(devices)}",
         )
+    if cores and number > len(cores):  # several trials have the same core
+        cores = [cores[index % len(cores)] for index in range(number)]
+    own = len(cores) // number
     return [
         Share(
-            cores=frozenset(_cores_of(cores, index, number)),
+            cores=frozenset(cores[index * own : (index + 1) * own]),
             devices=tuple(devices[index * each : (index + 1) * each]) if devices else None,
         )
         for index in range(number)
     ]
-
-
-def _cores_of(cores: Sequence[int], index: int, number: int) -> Sequence[int]:
-    each = len(cores) // number
-    return cores[index * each : (index + 1) * each] if each else cores[index % len(cores) :][:1] if cores else ()
 
 
 class Running:
@@ -113,18 +111,13 @@ class Running:
             return TrialOutcome.read(self._outcome)
         except FileNotFoundError:
             if code == DiskError.exit_code:
-                return TrialOutcome(code=code, error=str(self._without_room()))
+                message = f"its files cannot be written, not even the one about its end\n{tail(self._log)}".rstrip()
+                remedy, run = "free space and run again: nothing is lost", f"run {self._run_folder.name}"
+                return TrialOutcome(code=code, error=str(DiskError(message, where=run, remedy=remedy)))
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             return TrialOutcome(
                 code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
             )
-
-    def _without_room(self) -> DiskError:
-        return DiskError(
-            f"its files cannot be written, not even the one about its end\n{tail(self._log)}".rstrip(),
-            where=f"run {self._run_folder.name}",
-            remedy="free space and run again: nothing is lost",
-        )
 
     def ask_to_stop(self) -> None:
         """Asks the trial to stop and returns at once; the running stage saves first."""
@@ -175,7 +168,7 @@ class Curve:
         for step, value in self._new_steps():
             self._last = step
             self._trial.report(self._sign * value, step)
-            if self._state() == "running" and self._trial.should_prune():
+            if self._entry().state == "running" and self._trial.should_prune():
                 return step
         return None
 
@@ -201,9 +194,6 @@ class Curve:
             with suppress(FileNotFoundError):
                 return written_rows(folder / METRICS)
         return []
-
-    def _state(self) -> str:
-        return self._entry().state
 
     def _record_file(self) -> tuple[int, int] | None:
         try:
