@@ -25,8 +25,8 @@ from alignment.records.run import RunRecord
 from alignment.stages.base import Reported
 from alignment.stages.registry import kind_of
 
-_LESS_IS_BETTER = ("loss", "eval_loss", "log_loss", "brier", "ece", "objective/kl", "guard/kl")
-_LESS_IS_BETTER += (training.LOSS, training.LAST_LOSS)
+_LESS_OF_TRAINING = ("loss", "eval_loss", training.LOSS, training.LAST_LOSS, "objective/kl", "guard/kl")
+_LESS_IS_BETTER = (*_LESS_OF_TRAINING, "log_loss", "brier", "ece")
 _LESS_IS_BETTER_OF = ("loss/", "perplexity/")
 
 
@@ -133,7 +133,7 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
         if not stage:
             continue
         metric = asked.metric if asked.stage else _by_name(asked.metric, evaluations[stage])
-        half = (
+        is_half = (
             metric.startswith(of_stage(stages[stage]).half_by_chance) if asked.stage else metric == ArmMetric.win_rate
         )
         shared = _shared_arms(stage, asked.arm, plans) if asked.arm else ()

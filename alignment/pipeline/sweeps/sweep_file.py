@@ -189,9 +189,6 @@ def _faults_beside(config: SweepConfig, launch: LaunchConfig, stages: Mapping[st
     """Faults that depend on the recipe."""
     yield from objectives.faults(config.objective, stages)
     submission, prunes = slurm.submission(launch), config.pruning.pruner is not Pruner.none
-    if submission is not None and not submission.wait:
-        message = "a sweep must wait for the jobs of its trials; leave it true, the default"
-        yield Fault(where="launch.backend.wait", message=message)
     if submission is not None and prunes:
         message = (
             "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue; set it to none"
