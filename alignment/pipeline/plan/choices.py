@@ -160,8 +160,8 @@ def faults(files: Sequence[ChosenFile], tree: Mapping[str, Any], *, changed: Col
             is_open = value == _MISSING or "${" in str(value) or key in _OF_THE_RECIPE
             is_changed = any(key == other or key.startswith(f"{other}.") for other in changed)
             if key in values and not is_open and not is_changed and values[key] != value:
-                own, theirs = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (values[key], value))
-                message = f"the recipe's own {key}={own} replaces it; write {key}={theirs} too"
+                own, chosen = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (values[key], value))
+                message = f"the recipe's own {key}={own} replaces it; write {key}={chosen} too"
                 yield Fault(where=file.choice, message=message)
 
 
