@@ -15,9 +15,10 @@ from alignment.commands.shared.following import FollowedRun, current_run, messag
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import Display, showing
-from alignment.pipeline.execute.run_state import as_it_is, explanation, state_of
+from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.pipeline.execute.run_table import progress_line
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, RunView, work_folder
-from alignment.pipeline.execute.summary import progress_line, show_doubts, show_results, show_stages
+from alignment.pipeline.execute.summary import show_doubts, show_results, show_stages
 from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 from alignment.report.doubts import is_smoke
@@ -54,7 +55,7 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
     for folder in (output / "runs" / name for name in names):
         try:
             record = RunRecord.read(folder)
-            words = f"{state_of(folder, record):<12} {record.started}"
+            words = f"{as_it_is(folder, record).state:<12} {record.started}"
         except ArtifactError as fault:  # the others are shown
             words = f"{'unreadable':<12} {fault.where}: {fault.message}"
         say(f"{folder.name:<20} {words}")

@@ -11,7 +11,7 @@ from alignment.config.faults import suggestion
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
-from alignment.pipeline.execute.run_state import LiveJobs, as_it_is, explanation, state_of
+from alignment.pipeline.execute.run_state import LiveJobs, as_it_is, explanation
 from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN, RunReader, RunView, StageView
 from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Status
@@ -39,7 +39,7 @@ def current_run(output: Path) -> Path:
     for folder in (output / "runs" / name for name in run_names(output)):
         with suppress(ArtifactError):  # another run may be readable
             record = RunRecord.read(folder)
-            state = state_of(folder, record)
+            state = as_it_is(folder, record).state
             candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, folder))
     if not candidates:
         remedy = "start one: align run RECIPE; or name the folder that contains runs/ with --output"
