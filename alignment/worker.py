@@ -1,8 +1,6 @@
-"""Runs one stage on one process: ``python -m alignment.worker STAGE.YAML``, started by a launcher on every rank.
-
-It reads the stage file that the driver wrote and runs the stage; the main process publishes the artifact. The outcome
-is written to ``status.json``, because launchers do not pass on exit codes.
-"""
+"""Runs one stage on one process: ``python -m alignment.worker STAGE.YAML``, started by a launcher on every rank. It
+reads the stage file that the driver wrote and runs the stage; the main process publishes the artifact. The outcome is
+written to ``status.json``, because launchers do not pass on exit codes."""
 
 from __future__ import annotations
 
@@ -206,11 +204,8 @@ def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageR
 
 
 def _refuse_other_results(result: object, *, function: str) -> None:
-    """Type checkers see the functions of the built-in kinds, but not those of other packages.
-
-    Raises:
-        StageError: what the stage's function returned does not fit the manifest.
-    """
+    """Type checkers see the functions of the built-in kinds, but not those of other packages. Raises StageError: what
+    the stage's function returned does not fit the manifest."""
     if not isinstance(result, StageResult):
         raise StageError(
             f"the function {function} returned {result!r:.60}, not a StageResult",
@@ -225,10 +220,8 @@ def _refuse_other_results(result: object, *, function: str) -> None:
 
 
 def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
-    """A note on metrics that a kind from another package declares and did not report; the built-in kinds have tests.
-
-    It is no error, because the result is complete, and may have taken hours.
-    """
+    """A note on metrics that a kind from another package declares and did not report; the built-in kinds have tests. It
+    is no error, because the result is complete, and may have taken hours."""
     if origin_of(config.kind) == OURS:
         return
     missing = [name for name in kind_of(config).outcome.metrics(config).names if name not in result.metrics]
@@ -256,12 +249,8 @@ def _tracked(context: StageContext) -> Iterator[None]:
 
 
 def _refuse_changed_data(spec: StageSpec) -> None:
-    """Compares data and chat template with their fingerprints from the plan, which may be hours old.
-
-    Raises:
-        DataError: one of them has changed since.
-        ArtifactError: rows that another stage made are missing or damaged.
-    """
+    """Compares data and chat template with their fingerprints from the plan, which may be hours old. Raises DataError:
+    one of them has changed since; ArtifactError: rows that another stage made are missing or damaged."""
     for made_by in spec.made_rows.values():
         assert made_by.path is not None, "the plan resolves it to the stage's result"
         verify(made_by.path, content=True)
@@ -284,11 +273,8 @@ def _refuse_changed_data(spec: StageSpec) -> None:
 
 
 def _refuse_changed_models(spec: StageSpec) -> None:
-    """Compares the user's model folders with their fingerprints from the plan.
-
-    Raises:
-        ModelError: one of them has changed since.
-    """
+    """Compares the user's model folders with their fingerprints from the plan. Raises ModelError: one of them has
+    changed since."""
     models = [(spec.base_path, spec.identity.get("base", {}).get("content"))]
     models += [
         (used.path, spec.input_fingerprints.get(slot))
@@ -336,9 +322,7 @@ def publish_result(spec: StageSpec, context: StageContext, result: StageResult) 
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str, *, rank: int | None = None) -> None:
     """Writes ``status.json``: the first process that fails reports the failure, the main process reports success.
-
-    ``rank`` is that of the process that met the error, if it was another one.
-    """
+    ``rank`` is that of the process that met the error, if it was another one."""
     folder = context.spec.run_folder
     if (folder / STATUS).exists() or (state == DONE and not context.is_main):
         return

@@ -52,10 +52,8 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerCommand:
-    """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in.
-
-    ``name`` is for messages. ``smaller`` says how to make the server need less memory, ``larger`` how to give it more.
-    """
+    """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in. ``name`` is for
+    messages. ``smaller`` says how to make the server need less memory, ``larger`` how to give it more."""
 
     name: str
     argv: Sequence[str]
@@ -95,11 +93,8 @@ class Keeper:
             return False
 
     def start(self, command: Mapping[str, object]) -> int:
-        """Starts a server in place of the last one; returns its number.
-
-        Raises:
-            StageError: somebody ended the keeper.
-        """
+        """Starts a server in place of the last one; returns its number. Raises StageError: somebody ended the
+        keeper."""
         if not self.is_alive:
             raise StageError("the process that supervises servers was killed", remedy="run again; the stage continues")
         self.servers += 1
@@ -159,12 +154,9 @@ class Keeper:
 
 
 class ServerProcess:
-    """A server that answers; its ``keeper`` ends it.
-
-    ``where`` is the setting that asks for it. ``log`` is the file for its output. ``waiting`` is called while the
-    server starts. ``port`` is fixed, or a free one is chosen. ``look`` says how to learn more about a failure; by
-    default, to read the log.
-    """
+    """A server that answers; its ``keeper`` ends it. ``where`` is the setting that asks for it. ``log`` is the file for
+    its output. ``waiting`` is called while the server starts. ``port`` is fixed, or a free one is chosen. ``look`` says
+    how to learn more about a failure; by default, to read the log."""
 
     def __init__(
         self,
@@ -178,11 +170,8 @@ class ServerProcess:
         port: int | None = None,
         look: str = "",
     ) -> None:
-        """Starts the server, in place of the keeper's last one.
-
-        Raises:
-            StageError: it ended, or did not answer in time; says why, as far as its log tells.
-        """
+        """Starts the server, in place of the keeper's last one. Raises StageError: it ended, or did not answer in time;
+        says why, as far as its log tells."""
         self._keeper = keeper
         self._command = command
         self._log = log
@@ -322,12 +311,9 @@ NO_BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmOptions:
-    """What a server must be able to do.
-
-    ``model`` is the folder of the weights, in ``dtype``; ``max_length`` the longest prompt with its answer. ``rank`` is
-    the highest rank of an adapter, or 0 without adapters. ``replaceable``: all weights will be replaced. ``on_gpu``
-    says where it runs.
-    """
+    """What a server must be able to do. ``model`` is the folder of the weights, in ``dtype``; ``max_length`` the
+    longest prompt with its answer. ``rank`` is the highest rank of an adapter, or 0 without adapters. ``replaceable``:
+    all weights will be replaced. ``on_gpu`` says where it runs."""
 
     model: Path
     dtype: str

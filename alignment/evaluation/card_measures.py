@@ -1,8 +1,6 @@
-"""The figures of a reward model's report card (docs/design/0016).
-
-A margin is the score of the chosen answer minus that of the rejected one. σ(margin) is the probability, under a
-Bradley-Terry model, that the chosen answer is the better one. A tie counts as half right.
-"""
+"""The figures of a reward model's report card (docs/design/0016). A margin is the score of the chosen answer minus that
+of the rejected one. σ(margin) is the probability, under a Bradley-Terry model, that the chosen answer is the better
+one. A tie counts as half right."""
 
 from __future__ import annotations
 
@@ -45,11 +43,9 @@ _OUTLIERS = 0.99
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A pair with its judgements, chosen answer first.
-
-    ``scores`` are the model's, ``tokens`` the lengths of prompt and answer together. ``words`` is the margin of a bag
-    of words and ``rule`` the rule's score of each answer; None without a bag of words or a rule.
-    """
+    """A pair with its judgements, chosen answer first. ``scores`` are the model's, ``tokens`` the lengths of prompt and
+    answer together. ``words`` is the margin of a bag of words and ``rule`` the rule's score of each answer; None
+    without a bag of words or a rule."""
 
     pair: PreferencePair
     scores: tuple[float, float]
@@ -177,11 +173,9 @@ def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
 
 def calibration(margins: Sequence[float]) -> Calibration:
     """Whether the model is right as often as it is confident: σ(|margin|) against the share of pairs it gets right.
-
-    Confidence is that in the answer that the model prefers, so that no pair has to be flipped at random. ``ece`` is
-    the mean distance of the two over the bins, weighted by their pairs (Naeini et al. 2015). ``brier`` is the mean of
-    (1 − σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing.
-    """
+    Confidence is that in the answer that the model prefers, so that no pair has to be flipped at random. ``ece`` is the
+    mean distance of the two over the bins, weighted by their pairs (Naeini et al. 2015). ``brier`` is the mean of (1 −
+    σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing."""
     values = np.asarray(margins, dtype=np.float64)
     confidence = sigmoid(np.abs(values))
     share = np.asarray(right(margins))

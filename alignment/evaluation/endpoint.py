@@ -21,10 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class SavedReplies:
-    """Replies by the key of what was asked.
-
-    New ones are appended to ``file``, which no other process may write; those in the files ``others`` are known too.
-    """
+    """Replies by the key of what was asked. New ones are appended to ``file``, which no other process may write; those
+    in the files ``others`` are known too."""
 
     def __init__(self, file: Path, others: Sequence[Path] = ()) -> None:
         self._file = file
@@ -37,10 +35,8 @@ class SavedReplies:
         return self._known[key]
 
     def save(self, key: str, value: Any) -> None:
-        """Adds a reply. Called by one thread only.
-
-        A line starts with its line break, since the line before may have been cut off.
-        """
+        """Adds a reply. Called by one thread only. A line starts with its line break, since the line before may have
+        been cut off."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"key": key, "value": value}))
@@ -75,9 +71,7 @@ class _Reply:
 
 class EndpointCalls:
     """Calls one server. ``where`` is the setting that ``config`` comes from, and ``role`` what the server is.
-
-    ``without`` says how to do without it. A failure is an error of the type ``failure``.
-    """
+    ``without`` says how to do without it. A failure is an error of the type ``failure``."""
 
     def __init__(
         self,
@@ -106,12 +100,8 @@ class EndpointCalls:
         progress: Callable[[int], None],
     ) -> list[Any]:
         """The value of each key, in order; ``progress`` receives how many different ones are known so far.
-
-        ``calls_for`` divides the keys without a saved value, each once, into calls.
-
-        Raises:
-            StageError: a call failed. All other calls are made first, unless ``GIVE_UP`` calls failed in a row.
-        """
+        ``calls_for`` divides the keys without a saved value, each once, into calls. Raises StageError: a call failed.
+        All other calls are made first, unless ``GIVE_UP`` calls failed in a row."""
         different = dict.fromkeys(keys)
         missing = [key for key in different if key not in self._replies]
         done, errors, calls = len(different) - len(missing), [], list(calls_for(missing)) if missing else []
@@ -161,11 +151,8 @@ class EndpointCalls:
 
 
 class Endpoint:
-    """Sends prompts to the endpoint.
-
-    ``where`` is the setting above ``endpoint``, whose last part names the endpoint's role. ``without`` says how to do
-    without it. A failure is an error of the type ``failure``.
-    """
+    """Sends prompts to the endpoint. ``where`` is the setting above ``endpoint``, whose last part names the endpoint's
+    role. ``without`` says how to do without it. A failure is an error of the type ``failure``."""
 
     def __init__(
         self,
@@ -184,11 +171,8 @@ class Endpoint:
         )
 
     def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[str]:
-        """The judge's reply to each prompt, in order; ``progress`` receives the number done so far.
-
-        Raises:
-            StageError: a call failed. All other calls are made first, unless too many failed in a row.
-        """
+        """The judge's reply to each prompt, in order; ``progress`` receives the number done so far. Raises StageError:
+        a call failed. All other calls are made first, unless too many failed in a row."""
         keys = [self._key_of(prompt) for prompt in prompts]
         prompt_of = dict(zip(keys, prompts, strict=True))
 

@@ -37,22 +37,14 @@ class _Allowance(threading.local):
         self.seconds, self.end, self.left = seconds, time.monotonic() + seconds, MOST_BYTES
 
     def remaining(self) -> float:
-        """The seconds left for this try.
-
-        Raises:
-            Refused: no time is left.
-        """
+        """The seconds left for this try. Raises Refused: no time is left."""
         remaining = self.end - time.monotonic()
         if remaining <= 0:
             raise Refused(f"timed out: the whole answer did not arrive within {self.seconds:g} s")
         return remaining
 
     def take(self, content: bytes) -> bytes:
-        """Counts received bytes and returns them.
-
-        Raises:
-            Refused: the answer is too long.
-        """
+        """Counts received bytes and returns them. Raises Refused: the answer is too long."""
         self.left -= len(content)
         if self.left < 0:
             raise Refused(f"its answer is longer than {MOST_BYTES >> 20} MiB")
@@ -60,10 +52,8 @@ class _Allowance(threading.local):
 
 
 def bounded_client(seconds: float, *, direct: bool = False) -> Any:
-    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds.
-
-    ``direct``: without the proxies of the environment, for a server on this machine.
-    """
+    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds. ``direct``: without
+    the proxies of the environment, for a server on this machine."""
     from openai import DefaultHttpxClient
 
     allowance = _Allowance()
@@ -149,11 +139,7 @@ _HIDDEN = 8
 
 def api_key(variable: str | None, *, where: str, without: str = "set api_key_env to null") -> str:
     """The key in an environment variable, or "" if a server needs none; ``where`` is the setting that names it, and
-    ``without`` says what to do if there is no key.
-
-    Raises:
-        ConfigError: the environment variable is not set.
-    """
+    ``without`` says what to do if there is no key. Raises ConfigError: the environment variable is not set."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "")
@@ -167,11 +153,8 @@ def api_key(variable: str | None, *, where: str, without: str = "set api_key_env
 
 
 def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = False) -> Any:
-    """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment.
-
-    Raises:
-        ConfigError: its package is not installed.
-    """
+    """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment. Raises ConfigError:
+    its package is not installed."""
     try:
         from openai import OpenAI
     except ImportError:
@@ -191,10 +174,8 @@ def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = Fal
 
 
 def reason(error: Exception, *, key: str) -> str:
-    """The error as one line, without the key, which some servers repeat in their messages.
-
-    A quoted reply may have been cut in the middle of the key, so its beginnings are hidden too.
-    """
+    """The error as one line, without the key, which some servers repeat in their messages. A quoted reply may have been
+    cut in the middle of the key, so its beginnings are hidden too."""
     line = " ".join(_words(error).split())
     for size in range(len(key), min(len(key), _HIDDEN) - 1, -1) if key else ():
         line = line.replace(key[:size], "***")

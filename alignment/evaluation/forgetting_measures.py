@@ -21,10 +21,8 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A part of the text number ``row``: ``scored`` tokens after those that are only ``read``.
-
-    Example: a text of three tokens without BOS gives ``read [5]``, ``scored [6 7]``.
-    """
+    """A part of the text number ``row``: ``scored`` tokens after those that are only ``read``. Example: a text of three
+    tokens without BOS gives ``read [5]``, ``scored [6 7]``."""
 
     row: int
     read: list[int]
@@ -76,11 +74,8 @@ class Measured:
 
 
 def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Question]) -> Material:
-    """Texts and questions as tokens.
-
-    Raises:
-        DataError: a text has a single token, so there is none to predict; or the template refuses a question.
-    """
+    """Texts and questions as tokens. Raises DataError: a text has a single token, so there is none to predict; or the
+    template refuses a question."""
     rows = tokenize_rows(texts, lambda text: _chunks(tokenizer, text))
     return Material(
         chunks=[Chunk(row=row, read=read, scored=scored) for row, spans in enumerate(rows) for read, scored in spans],
@@ -89,13 +84,9 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
 
 
 def measured(material: Material, chunks: Sequence[float], choices: Sequence[float], *, name: str) -> Measured:
-    """What the policy called ``name`` made of all texts and questions.
-
-    ``chunks`` and ``choices`` are the log-probabilities of ``material.chunk_rows`` and ``material.choice_rows``.
-
-    Raises:
-        NonFiniteError: a log-probability is not finite.
-    """
+    """What the policy called ``name`` made of all texts and questions. ``chunks`` and ``choices`` are the
+    log-probabilities of ``material.chunk_rows`` and ``material.choice_rows``. Raises NonFiniteError: a log-probability
+    is not finite."""
     if not all(map(math.isfinite, [*chunks, *choices])):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",

@@ -76,12 +76,10 @@ def arm_result(
     intervals: Intervals,
     sampled: bool = False,
 ) -> ArmResult:
-    """The figures of one arm.
-
-    ``scores`` are by metric, one per turn; ``rewards`` and ``log_ratios`` have one entry per answer. ``log_ratios``
-    are log π − log reference of its answers, in nats, which are summed over the turns of a conversation. Of answers
-    ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones they do not.
-    """
+    """The figures of one arm. ``scores`` are by metric, one per turn; ``rewards`` and ``log_ratios`` have one entry per
+    answer. ``log_ratios`` are log π − log reference of its answers, in nats, which are summed over the turns of a
+    conversation. Of answers ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones
+    they do not."""
     answers = arm.answers
     loss = _loss(arm, intervals)
     return ArmResult(
@@ -109,10 +107,8 @@ def _share_of_different(texts: Sequence[str]) -> float:
 
 
 def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
-    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one.
-
-    A metric without any score in a turn is left out there.
-    """
+    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one. A metric
+    without any score in a turn is left out there."""
     longest = max(arm.turns, default=1)
     groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
     return [
@@ -149,12 +145,10 @@ def judged_pair(
     intervals: Intervals,
 ) -> JudgedPair:
     """A row of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
-
     ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
     None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
     judge's, None where it has no score or the answers are identical. If the share of invalid verdicts exceeds
-    ``max_invalid``, there is no win rate. The verdict is that of a single pair (``with_verdicts``).
-    """
+    ``max_invalid``, there is no win rate. The verdict is that of a single pair (``with_verdicts``)."""
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = points.count(None) / len(points) if both is None else invalid_share(both)

@@ -1,8 +1,6 @@
-"""Win rates from votes of people: points of each prompt, agreement between annotators, and what was not judged.
-
-A prompt's points are the mean of its votes (1 for the arm, .5 for a tie, 0 for the other), so that a prompt counts
-once, however many annotators judged it. The interval resamples prompts.
-"""
+"""Win rates from votes of people: points of each prompt, agreement between annotators, and what was not judged. A
+prompt's points are the mean of its votes (1 for the arm, .5 for a tie, 0 for the other), so that a prompt counts once,
+however many annotators judged it. The interval resamples prompts."""
 
 from __future__ import annotations
 
@@ -35,11 +33,9 @@ class VotesOnPair:
         return list(dict.fromkeys(vote.annotator for vote in self.votes))
 
     def points(self) -> list[float | None]:
-        """The arm's points on each prompt; None for a prompt that nobody judged.
-
-        Two equal answers are not shown to anybody. They tie, once the pairs that people judged reach beyond them in
-        the ``queue``: counted all at once, they would weigh too much while only a part is judged.
-        """
+        """The arm's points on each prompt; None for a prompt that nobody judged. Two equal answers are not shown to
+        anybody. They tie, once the pairs that people judged reach beyond them in the ``queue``: counted all at once,
+        they would weigh too much while only a part is judged."""
         votes = self._by_pair()
         judged = {key: mean(vote.points(self.arm) for vote in of_pair) for key, of_pair in votes.items()}
         counted = judged | dict.fromkeys(self._reached(votes), TIE)
@@ -87,10 +83,9 @@ def row_of(
     intervals: Intervals,
 ) -> JudgedPair:
     """A row of the judge's table. ``wins`` are prompts on which the arm has more than half of the points.
-
     ``extra_words`` says by how many words the arm's answer is longer, ``by_metric`` are the points by the primary
-    metric; both have an entry for each prompt. With fewer than ``FEWEST_PROMPTS`` judged prompts there is no win rate.
-    """
+    metric; both have an entry for each prompt. With fewer than ``FEWEST_PROMPTS`` judged prompts there is no win
+    rate."""
     points = judged.points()
     voted = {vote.pair for vote in judged.votes}
     num_judged = sum(pair.key in voted for pair in judged.pairs)

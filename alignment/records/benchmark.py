@@ -117,12 +117,8 @@ class Benchmark:
 
     @staticmethod
     def read(artifact: Path) -> Benchmark:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / FILE, Benchmark, remedy=f"delete {artifact} to remake it")
 
 
@@ -157,9 +153,5 @@ def write_rows(folder: Path, rows: list[BenchmarkRow]) -> None:
 
 
 def read_rows(artifact: Path) -> Iterator[BenchmarkRow]:
-    """The rows of an artifact; empty if it has none.
-
-    Raises:
-        ValueError: a line is not JSON.
-    """
+    """The rows of an artifact; empty if it has none. Raises ValueError: a line is not JSON."""
     return typed_json.lines(artifact / SAMPLES, BenchmarkRow)

@@ -99,9 +99,5 @@ class RunCost:
 
     @staticmethod
     def read(path: Path) -> RunCost:
-        """Reads the file.
-
-        Raises:
-            ArtifactError: it is damaged.
-        """
+        """Reads the file. Raises ArtifactError: it is damaged."""
         return typed_json.read(path, RunCost, remedy="plan again")

@@ -127,10 +127,8 @@ class Comparison:
 
     @property
     def real(self) -> bool:
-        """Whether the difference is more than chance among the comparisons of its family.
-
-        Older files have no p value: the interval has to exclude zero.
-        """
+        """Whether the difference is more than chance among the comparisons of its family. Older files have no p value:
+        the interval has to exclude zero."""
         return self.interval.excludes_zero() if self.adjusted_p is None else self.adjusted_p < LEVEL
 
     @property
@@ -338,12 +336,8 @@ class Evaluation:
 
     @staticmethod
     def read(artifact: Path) -> Evaluation:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / FILE, Evaluation, remedy=f"delete {artifact} to remake it")
 
 
@@ -399,11 +393,7 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
 
 
 def read_samples(artifact: Path) -> Iterator[Sample]:
-    """The samples of an artifact; empty if it has none.
-
-    Raises:
-        ArtifactError: a line is not JSON.
-    """
+    """The samples of an artifact; empty if it has none. Raises ArtifactError: a line is not JSON."""
     file = artifact / SAMPLES
     try:
         yield from typed_json.lines(file, Sample)

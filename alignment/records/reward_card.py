@@ -192,10 +192,6 @@ class RewardCard:
 
     @staticmethod
     def read(artifact: Path) -> RewardCard:
-        """The card of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The card of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / FILE, RewardCard, remedy=f"delete {artifact} to remake it")

@@ -65,12 +65,8 @@ class Sampling:
 
     @staticmethod
     def read(artifact: Path) -> Sampling:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / SAMPLING_FILE, Sampling, remedy=f"delete {artifact} to remake it")
 
 
@@ -154,12 +150,8 @@ class Distillation:
 
     @staticmethod
     def read(artifact: Path) -> Distillation:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / DISTILLATION_FILE, Distillation, remedy=f"delete {artifact} to remake it")
 
 
@@ -227,12 +219,8 @@ class Forgetting:
 
     @staticmethod
     def read(artifact: Path) -> Forgetting:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
+        was written by a newer version."""
         return typed_json.read(artifact / FORGETTING_FILE, Forgetting, remedy=f"delete {artifact} to remake it")
 
 

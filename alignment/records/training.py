@@ -50,12 +50,8 @@ class MetricsLog:
 
 
 def written_rows(path: Path) -> list[dict[str, Any]]:
-    """The steps of a file to which a stage may be writing now: a line counts once it has ended.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON.
-    """
+    """The steps of a file to which a stage may be writing now: a line counts once it has ended. Raises
+    FileNotFoundError: there is no such file; ValueError: a line is not JSON."""
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     return [parse_json(line) for line in lines]
 

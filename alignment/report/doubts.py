@@ -1,7 +1,5 @@
-"""Reasons in a stage's own metrics not to build on its result, a sentence each.
-
-The driver prints them when the stage ends; ``align status`` and the report show them again.
-"""
+"""Reasons in a stage's own metrics not to build on its result, a sentence each. The driver prints them when the stage
+ends; ``align status`` and the report show them again."""
 
 from __future__ import annotations
 
@@ -18,10 +16,8 @@ def is_smoke(profile: str) -> bool:
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """Doubts about an evaluation.
-
-    They are too few prompts, arms whose answers were cut off, a judge without a verdict, a winner that repeats itself.
-    """
+    """Doubts about an evaluation. They are too few prompts, arms whose answers were cut off, a judge without a verdict,
+    a winner that repeats itself."""
     doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
     if scores_answers(evaluation):
         doubts += _cut_off(evaluation)
@@ -73,18 +69,14 @@ def most_varied(evaluation: Evaluation) -> ArmResult | None:
 
 
 def repeats_itself(arm: ArmResult, other: ArmResult) -> bool:
-    """Whether an arm has less than half of another one's share of distinct answers.
-
-    The share itself says little: a task may have few right answers.
-    """
+    """Whether an arm has less than half of another one's share of distinct answers. The share itself says little: a
+    task may have few right answers."""
     return arm.distinct is not None and other.distinct is not None and arm.distinct < other.distinct / 2
 
 
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
-    """Arms that are better than another by the primary metric, with less than half of its share of distinct answers.
-
-    A policy that says the same to everybody has often found a gap in what scores it, if that reads its answers.
-    """
+    """Arms that are better than another by the primary metric, with less than half of its share of distinct answers. A
+    policy that says the same to everybody has often found a gap in what scores it, if that reads its answers."""
     if not compares_answers(evaluation):
         return []
     arms = {arm.name: arm for arm in evaluation.arms}

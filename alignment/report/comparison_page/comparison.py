@@ -1,7 +1,5 @@
-"""Runs side by side in one HTML file: differing settings, arms, overlaid curves, answers, cost.
-
-Runs have letters; the others are compared with run A. The page states what a run lacks.
-"""
+"""Runs side by side in one HTML file: differing settings, arms, overlaid curves, answers, cost. Runs have letters; the
+others are compared with run A. The page states what a run lacks."""
 
 from __future__ import annotations
 
@@ -129,14 +127,9 @@ def build_comparison(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> None:
-    """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``.
-
-    ``settings`` are those that differ, with a value for each run; ``differences`` are relative to the first run.
-    ``primary`` is the metric by which runs are compared, if there is any.
-
-    Raises:
-        ArtifactError: a run.json is missing or unreadable.
-    """
+    """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``. ``settings`` are
+    those that differ, with a value for each run; ``differences`` are relative to the first run. ``primary`` is the
+    metric by which runs are compared, if there is any. Raises ArtifactError: a run.json is missing or unreadable."""
     runs = [
         ListedRun(look=look, letter=letter, run=read_run(folder))
         for look, (letter, folder) in enumerate(zip(string.ascii_uppercase, folders, strict=False))

@@ -1,7 +1,5 @@
 """Learning curves and interval plots as inline SVG. Colours are CSS classes, so that the style sheet can set the theme.
-
-Every text from outside passes ``Markup.format``, which escapes it.
-"""
+Every text from outside passes ``Markup.format``, which escapes it."""
 
 from __future__ import annotations
 
@@ -27,11 +25,9 @@ MIN_LINE_GAP = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A series of a chart.
-
-    ``label`` is drawn below its last value, and is empty if a chart has one line; ``tag``, a letter or two, is drawn
-    before the value. ``look`` is the number of its colour, dashes and mark; None is its index in the chart.
-    """
+    """A series of a chart. ``label`` is drawn below its last value, and is empty if a chart has one line; ``tag``, a
+    letter or two, is drawn before the value. ``look`` is the number of its colour, dashes and mark; None is its index
+    in the chart."""
 
     points: Points
     label: str = ""
@@ -58,11 +54,9 @@ class Frame:
 
 
 def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: bool = True) -> Markup:
-    """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right.
-
-    ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point. An axis of
-    steps has whole numbers.
-    """
+    """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right. ``guide`` is a
+    value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point. An axis of steps has whole
+    numbers."""
     lines = [replace(line, look=index) if line.look is None else line for index, line in enumerate(lines)]
     values = [y for line in lines for _, y in line.points if y is not None]
     steps = [x for line in lines for x, y in line.points if y is not None]
@@ -80,9 +74,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: boo
 
 def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: float | None) -> Markup:
     """Dots on their intervals over a logarithmic axis labelled with the points' values; a line joins the means.
-
-    ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted.
-    """
+    ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted."""
     scale = scale_of([item for _, item in points], within=(0.0, 1.0), include=guide)
     xs = sorted({x for x, _ in points})
     low_x, high_x = padded([math.log10(x) for x in xs])
@@ -109,12 +101,8 @@ def interval_scatter(
     marked: set[int],
     guide: float | None = None,
 ) -> Markup:
-    """Dots on their intervals at positions from 0 to 1 along an axis with ``ticks``.
-
-    Points with an index in ``marked`` have another colour.
-
-    ``guide`` is drawn dotted.
-    """
+    """Dots on their intervals at positions from 0 to 1 along an axis with ``ticks``. Points with an index in ``marked``
+    have another colour. ``guide`` is drawn dotted."""
     scale = scale_of([item for _, item in points], within=None, include=guide)
     frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
     parts = [_y_axis(frame), _axis_below([frame.x(position) for position, _ in ticks], [label for _, label in ticks])]
@@ -128,9 +116,7 @@ def interval_scatter(
 
 def calibration_curve(points: list[tuple[float, Interval]], *, title: str) -> Markup:
     """How often a model is right over its confidence, both from chance to certainty; the dotted line is equality.
-
-    ``points`` are in order of x, which lies in [.5, 1].
-    """
+    ``points`` are in order of x, which lies in [.5, 1]."""
     low_y = min(0.5, *(item.mean if item.low is None else item.low for _, item in points))
     frame = Frame(low_x=0.5, high_x=1.0, low_y=max(0.0, low_y - 0.02), high_y=1.0)
     ticks = nice_ticks(0.5, 1.0, 5)
@@ -337,10 +323,8 @@ def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, i
 
 
 def whisker(item: Interval, scale: Scale, *, tone: str, rule: float | None) -> Markup:
-    """A dot on its interval; ``rule`` is the position of a reference line: no difference, or chance.
-
-    The inner drawing is at half height, so its parts keep their size in a row of any height.
-    """
+    """A dot on its interval; ``rule`` is the position of a reference line: no difference, or chance. The inner drawing
+    is at half height, so its parts keep their size in a row of any height."""
     grid = [_vertical(scale.percent(tick), "grid") for tick in scale.ticks if tick != rule]
     if rule is not None:
         grid.append(_vertical(scale.percent(rule), "guide" if rule else "zero"))

@@ -29,14 +29,9 @@ NUM_OPEN_SAMPLES = 3
 
 
 def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
-    """Writes the report about the run in ``run_folder`` (``runs/<run>``) to the file ``output``.
-
-    What the run lacks is stated on the page. The same files give the same bytes.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-        ConfigError: ``num_samples`` is negative.
-    """
+    """Writes the report about the run in ``run_folder`` (``runs/<run>``) to the file ``output``. What the run lacks is
+    stated on the page. The same files give the same bytes. Raises ArtifactError: run.json is missing or unreadable;
+    ConfigError: ``num_samples`` is negative."""
     if num_samples < 0:
         raise ConfigError(f"{num_samples} is negative", where="num_samples", remedy="give 0 or more")
     write_page(page(read_run(run_folder), num_samples=num_samples), output)
@@ -48,13 +43,9 @@ def page(run: Run, *, num_samples: int) -> str:
 
 
 def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collection[str] = ()) -> str:
-    """The element ``main`` of the report about a run, for a page with another frame.
-
-    ``state`` is that of the run, and ``killed`` names its killed stages: a run that was killed could not record them.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-    """
+    """The element ``main`` of the report about a run, for a page with another frame. ``state`` is that of the run, and
+    ``killed`` names its killed stages: a run that was killed could not record them. Raises ArtifactError: run.json is
+    missing or unreadable."""
     run = read_run(run_folder)
     stages = [replace(stage, state="killed") if stage.name in killed else stage for stage in run.stages]
     run = replace(run, record=replace(run.record, state=state), stages=stages)

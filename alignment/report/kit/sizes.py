@@ -37,10 +37,8 @@ class Point:
 
 
 def size_curves(run: Run) -> list[SizeCurve]:
-    """A plot for every kind of stage that was trained from one model on several amounts of the same data.
-
-    Apart from the amount only the optimiser's settings may differ, because fewer rows may need more epochs.
-    """
+    """A plot for every kind of stage that was trained from one model on several amounts of the same data. Apart from
+    the amount only the optimiser's settings may differ, because fewer rows may need more epochs."""
     evaluation = run.evaluation
     if evaluation is None:
         return []

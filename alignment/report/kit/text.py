@@ -104,9 +104,7 @@ def _visible(value: Any) -> str:
 
 def prose(value: Any) -> str:
     """Text of several lines, with a visible mark for characters that HTML cannot hold or that would reorder it.
-
-    Right-to-left letters need no overrides; an override in a model's answer only hides its content.
-    """
+    Right-to-left letters need no overrides; an override in a model's answer only hides its content."""
     return "".join("\ufffd" if _unwelcome(c) else c for c in str(value))
 
 

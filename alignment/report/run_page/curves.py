@@ -43,10 +43,8 @@ def charts(stage: Stage) -> list[Chart]:
 
 def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
     """One stage of several runs, each ``(tag, look, stage)``: a chart for each figure, a line for each run that has it.
-
     A run has a line only in charts that its own settings give it: a figure may have another title or unit in another
-    run. A guide line is drawn only if it holds for all lines.
-    """
+    run. A guide line is drawn only if it holds for all lines."""
     drawn = []
     runs = [(tag, look, stage, _figures(stage)) for tag, look, stage in stages]
     for figure in dict.fromkeys(figure for *_, figures in runs for figure in figures):
@@ -110,10 +108,8 @@ def num_gaps(stage: Stage) -> int:
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], key: str, over: str) -> Points:
-    """The points of ``key`` over the steps, or over the square root of the metric ``over``.
-
-    A row without it is skipped, a value that is not finite is a gap.
-    """
+    """The points of ``key`` over the steps, or over the square root of the metric ``over``. A row without it is
+    skipped, a value that is not finite is a gap."""
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:

@@ -33,11 +33,8 @@ from alignment.stages.registry import produced_by
 
 
 def read_run(run_folder: Path) -> Run:
-    """Everything that the page shows of the run in ``run_folder``.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-    """
+    """Everything that the page shows of the run in ``run_folder``. Raises ArtifactError: run.json is missing or
+    unreadable."""
     record = _read_record(run_folder)
     folders = {name: artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]

@@ -340,10 +340,8 @@ def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageRow:
-    """Time, memory and final figures of a stage, and what its plan said of the two, if there was one.
-
-    ``share`` is its time relative to the longest, as an SVG length.
-    """
+    """Time, memory and final figures of a stage, and what its plan said of the two, if there was one. ``share`` is its
+    time relative to the longest, as an SVG length."""
 
     name: str
     state: str

@@ -139,10 +139,8 @@ def _cell(cell: Cell) -> Cell:
 
 
 def side_by_side(runs: Sequence[Sequence[Tables]]) -> list[tuple[str, ResultTable]]:
-    """One table for each stage and title that runs share, with the arms of each run as columns, by stage.
-
-    Column keys are ``(number of the run)/(key)``; a run without a row gets empty cells.
-    """
+    """One table for each stage and title that runs share, with the arms of each run as columns, by stage. Column keys
+    are ``(number of the run)/(key)``; a run without a row gets empty cells."""
     titles = dict.fromkeys(
         (of_stage.stage, table.title) for run in runs for of_stage in run for table in of_stage.tables if table.of_arms
     )

@@ -26,10 +26,8 @@ _UNREADABLE = f"a line of {LEFT_OUT_FILE} that cannot be read"
 
 
 def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
-    """The rows of an artifact's list by reason, the most frequent first; empty without a list.
-
-    If there is one and it cannot be read, ``notes`` gets a sentence that says so.
-    """
+    """The rows of an artifact's list by reason, the most frequent first; empty without a list. If there is one and it
+    cannot be read, ``notes`` gets a sentence that says so."""
     if folder is None:
         return []
     try:
@@ -95,9 +93,7 @@ PEOPLE = "people"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeopleRow:
     """Two arms that people compared; ``counts`` are wins, ties and losses, ``stale`` the votes on other answers.
-
-    ``averaged`` says over which prompts the win rate is, and ``compared`` on how many the metric was compared.
-    """
+    ``averaged`` says over which prompts the win rate is, and ``compared`` on how many the metric was compared."""
 
     arm: str
     against: str
@@ -182,12 +178,9 @@ class Chosen:
 
 
 def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
-    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
-
-    Samples without a score by the primary metric come last.
-
-    ``widest`` is the reason given for samples whose answers differ most by the primary metric.
-    """
+    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order. Samples
+    without a score by the primary metric come last. ``widest`` is the reason given for samples whose answers differ
+    most by the primary metric."""
     ordered = sorted(samples, key=_hash)
     num_widest = (num_samples + 1) // 2
     by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))

@@ -299,10 +299,8 @@ def _slices(record: SweepRecord) -> list[Slice]:
 
 
 def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
-    """The best of the shared arms, with its label and value; without one, chance, if its value is known.
-
-    An arm far from the trials' ``figures`` is left out: they would have less than half of the plot.
-    """
+    """The best of the shared arms, with its label and value; without one, chance, if its value is known. An arm far
+    from the trials' ``figures`` is left out: they would have less than half of the plot."""
     ends = [end for figure in figures for end in (figure.mean, figure.low, figure.high) if end is not None]
     reach = max(ends) - min(ends)
     ranked = sorted(goal.shared_arms.items(), key=lambda arm: arm[1].mean, reverse=not goal.minimize)
