@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from alignment.core import typed_json
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import Label, Name
+from alignment.records import ResultFile
 from alignment.records.evaluation import NO_DIFFERENCE, Comparison, Metric
 
 FILE = "benchmark.json"
@@ -79,13 +81,14 @@ class BenchmarkArm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Benchmark:
+class Benchmark(ResultFile):
     """All arms on all tasks.
 
     ``harness`` is the version of lm-evaluation-harness. ``comparisons`` are by the first metric of each task,
     ``other_comparisons`` by the others; each is a family of its own, over all tasks. ``cut``: a limit left rows out.
     """
 
+    file: ClassVar[str] = FILE
     harness: Name = ""
     chat_template: bool = False
     tasks: list[BenchmarkTask] = field(default_factory=list)
@@ -110,16 +113,6 @@ class Benchmark:
         metrics = {task.key(metric): metric.higher_is_better for task in self.tasks for metric in task.metrics}
         metric = Metric(name=comparison.metric, higher_is_better=metrics.get(comparison.metric, True))
         return metric.direction(comparison.difference)
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> Benchmark:
-        """The record of an artifact. Raises FileNotFoundError: the artifact has none; ArtifactError: it is damaged, or
-        was written by a newer version."""
-        return typed_json.read(artifact / FILE, Benchmark, remedy=f"delete {artifact} to remake it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,11 +68,6 @@ class Block:
         """Why it is not executed; empty if it is."""
         return [need.strip() for need in self.comments.get("needs", "").split(",") if need.strip()]
 
-    @property
-    def why(self) -> str:
-        """The same in words."""
-        return "; ".join(NEEDS[need] for need in self.needs)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
