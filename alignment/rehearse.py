@@ -94,7 +94,6 @@ def check_rows(spec: StageSpec) -> list[str]:
 
 
 def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
-    """The sources of the stage's validation, if that has data of its own."""
     validation = getattr(spec.config, "validation", None)
     if not isinstance(validation, ValidationConfig) or "validation.data" not in spec.extra_data:
         return []
@@ -133,7 +132,6 @@ def _is_sampled(data: SourceConfig) -> bool:
 
 
 def _refuse_beyond_positions(spec: StageSpec, rows: Sequence[Tokenized], limits: Limits, answer: int) -> None:
-    """Checks that the base model can read every row, with ``answer`` more tokens. Raises ModelError: it cannot."""
     positions = positions_in(spec.base_path)
     if positions is None:
         return

@@ -234,7 +234,6 @@ def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
 
 @contextmanager
 def _tracked(context: StageContext) -> Iterator[None]:
-    """Starts the trackers, and closes them when the stage succeeds or fails."""
     if context.is_main:
         context.trackers.start(context.spec)
     done = False
@@ -273,8 +272,6 @@ def _refuse_changed_data(spec: StageSpec) -> None:
 
 
 def _refuse_changed_models(spec: StageSpec) -> None:
-    """Compares the user's model folders with their fingerprints from the plan. Raises ModelError: one of them has
-    changed since."""
     models = [(spec.base_path, spec.identity.get("base", {}).get("content"))]
     models += [
         (used.path, spec.input_fingerprints.get(slot))

@@ -161,7 +161,6 @@ class EngineClient:
         self._client = self._client.with_options(timeout=seconds, max_retries=0)
 
     def close(self) -> None:
-        """Closes its connections."""
         self._client.close()
 
     def stream(self, model: str, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:

@@ -78,7 +78,6 @@ class EngineSession:
 
     @property
     def folder(self) -> Path:
-        """A folder for weights."""
         return self._own_keeper().folder
 
     @property

@@ -201,11 +201,9 @@ class ServerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the server ended by itself, or was killed."""
         return self._exit_code() is not None
 
     def failure(self) -> StageError:
-        """Why the server ended."""
         code, tail = self._exit_code(), self._tail()
         reason, remedy = f"{self._command.name} ended with exit code {code}", self._look
         if why := self._keeper.why_not_started(self._number):
@@ -259,7 +257,6 @@ class ServerProcess:
         return any(words in self._tail().lower() for words in _PORT_TAKEN)
 
     def _tail(self) -> str:
-        """The end of what this server wrote."""
         if not self._log.exists():
             return ""
         with self._log.open("rb") as stream:

@@ -27,13 +27,11 @@ class AnswerPair:
 
     @property
     def same(self) -> bool:
-        """Whether both arms gave the same answer, so that there is nothing to judge."""
         first, second = self.answers.values()
         return first.strip() == second.strip()
 
 
 def pair_of(messages: Sequence[Mapping[str, Any]], answers: Mapping[str, str], *, id: str, task: str) -> AnswerPair:
-    """The pair of the two ``answers``, by arm, to the prompt in ``messages``."""
     turns = [dict(message) for message in messages]
     return AnswerPair(key=pair_key(turns, answers), messages=turns, answers=dict(answers), id=id, task=task)
 

@@ -60,7 +60,6 @@ class Answered:
 
     @property
     def ids(self) -> list[list[int]]:
-        """The token ids of the answers."""
         return [answer.ids for answer in self.answers]
 
     @property
@@ -96,7 +95,6 @@ def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
-    """Answers from their token ids."""
     ends = end_ids(tokenizer)
     return [
         Answer(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).strip(), ended=ids[-1] in ends)
@@ -201,7 +199,6 @@ Scores = Mapping[str, Sequence[float | None]]
 
 
 def known(scores: Sequence[float | None]) -> list[float]:
-    """The scores that there are."""
     return [score for score in scores if score is not None]
 
 

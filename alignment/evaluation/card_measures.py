@@ -60,7 +60,6 @@ class Judged:
 
     @property
     def longer_by(self) -> int:
-        """How many tokens longer the chosen answer is."""
         return self.tokens[0] - self.tokens[1]
 
     @property
@@ -75,7 +74,6 @@ class Judged:
 
     @property
     def record(self) -> ScoredPair:
-        """A line of ``pairs.jsonl``."""
         pair = self.pair
         return ScoredPair(
             id=pair.id,
@@ -259,7 +257,6 @@ def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreeme
 
 
 def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
-    """The pairs where the model is most confident in the wrong answer, the most confident first."""
     wrong = sorted((judged for judged in pairs if judged.margin < 0), key=lambda judged: judged.margin)
     return wrong[:count]
 
@@ -295,7 +292,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Pearson's correlation; None if either does not vary."""
     if len(left) < 2 or np.std(left) == 0 or np.std(right) == 0:
         return None
     return float(np.corrcoef(left, right)[0, 1])

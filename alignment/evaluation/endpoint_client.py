@@ -58,19 +58,16 @@ def bounded_client(seconds: float, *, direct: bool = False) -> Any:
 
     allowance = _Allowance()
 
-    def begin(_: Any) -> None:
-        allowance.begin(seconds)
-
     client = DefaultHttpxClient(
         timeout=seconds,
         follow_redirects=False,
         trust_env=not direct,
         headers={"Accept-Encoding": "identity"},
-        event_hooks={"request": [begin], "response": [_refuse_packed]},
+        event_hooks={"request": [lambda _: allowance.begin(seconds)], "response": [_refuse_packed]},
     )
     for transport in (client._transport, *client._mounts.values()):  # direct, and through proxies of the environment
         if transport is not None:
-            transport._pool._network_backend = _Backend(transport._pool._network_backend, allowance)
+            transport._pool._network_backend = _Bounded(transport._pool._network_backend, allowance)
     return client
 
 
@@ -81,55 +78,33 @@ def _refuse_packed(response: Any) -> None:
         raise Refused(f"its answer is compressed ({packing:.20}), which was not requested")
 
 
-class _Backend:
-    """Opens connections whose reads keep within the allowance."""
+class _Bounded:
+    """A network backend or a connection of it, encrypted or not, that waits and reads within the allowance."""
 
-    def __init__(self, backend: Any, allowance: _Allowance) -> None:
-        self._backend = backend
+    def __init__(self, wrapped: Any, allowance: _Allowance) -> None:
+        self._wrapped = wrapped
         self._allowance = allowance
 
-    def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> Any:
-        """Opens a connection."""
-        within = _within(timeout, self._allowance)
-        return _Stream(self._backend.connect_tcp(*address, timeout=within, **options), self._allowance)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
 
-    def sleep(self, seconds: float) -> None:
-        """Waits."""
-        self._backend.sleep(seconds)
+    def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> _Bounded:
+        connection = self._wrapped.connect_tcp(*address, timeout=self._within(timeout), **options)
+        return _Bounded(connection, self._allowance)
 
-
-class _Stream:
-    """A connection, encrypted or not."""
-
-    def __init__(self, stream: Any, allowance: _Allowance) -> None:
-        self._stream = stream
-        self._allowance = allowance
+    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Bounded:
+        encrypted = self._wrapped.start_tls(ssl_context, server_hostname, timeout=self._within(timeout))
+        return _Bounded(encrypted, self._allowance)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """The next bytes."""
-        return self._allowance.take(self._stream.read(max_bytes, timeout=_within(timeout, self._allowance)))
+        return self._allowance.take(self._wrapped.read(max_bytes, timeout=self._within(timeout)))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends bytes."""
-        self._stream.write(buffer, timeout=_within(timeout, self._allowance))
+        self._wrapped.write(buffer, timeout=self._within(timeout))
 
-    def close(self) -> None:
-        """Closes the connection."""
-        self._stream.close()
-
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Stream:
-        """The same connection, encrypted."""
-        within = _within(timeout, self._allowance)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout=within), self._allowance)
-
-    def get_extra_info(self, info: str) -> Any:
-        """Information about the connection."""
-        return self._stream.get_extra_info(info)
-
-
-def _within(timeout: float | None, allowance: _Allowance) -> float:
-    remaining = allowance.remaining()
-    return remaining if timeout is None else min(timeout, remaining)
+    def _within(self, timeout: float | None) -> float:
+        remaining = self._allowance.remaining()
+        return remaining if timeout is None else min(timeout, remaining)
 
 
 PACKAGE = "openai>=3,<4"

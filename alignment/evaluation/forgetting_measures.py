@@ -189,7 +189,6 @@ def is_right(question: Question, scores: Sequence[float]) -> bool:
 
 
 def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
-    """An arm by itself, without a comparison."""
     right = _right(arm, asked.questions)
     nats = sum(arm.nats) / sum(asked.tokens)
     return ArmForgetting(
@@ -206,7 +205,6 @@ def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting
 def _after(
     row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
 ) -> ArmForgetting:
-    """The arm compared with the base model, and whether it keeps within the limits."""
     right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
     rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
@@ -241,7 +239,6 @@ def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:
 
 
 def _by_task(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers by task; questions without a task are left out."""
     by_task: dict[str, list[float]] = {}
     for question, value in zip(questions, right, strict=True):
         if question.task:

@@ -133,6 +133,5 @@ def _why_unknown(arm: dict[str, float], against: dict[str, float]) -> str:
 
 
 def _signed(value: float, form: str) -> str:
-    """A number with its sign; zero has none."""
     text = format(value, form)
     return text.replace("-", "−") if float(text) < 0 else f"+{text}" if float(text) > 0 else text.removeprefix("-")

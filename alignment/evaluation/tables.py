@@ -230,7 +230,6 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
 
 
 def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
-    """An arm's answers to each prompt."""
     of_metrics = {metric: of_prompts(arm, values) for metric, values in scores.items()}
     turns = [
         TurnAnswer(
@@ -252,5 +251,4 @@ def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
 
 
 def _at(scores: Scores, index: int) -> dict[str, float]:
-    """The scores at an index, by metric; a metric that has none there is left out."""
     return {metric: score for metric, values in scores.items() if (score := values[index]) is not None}

@@ -127,7 +127,6 @@ def row_of(
 def _compared(
     pairs: Sequence[AnswerPair], points: Sequence[float | None], by_metric: Sequence[float | None]
 ) -> list[tuple[float, float]]:
-    """Whom the votes and the metric prefer on each prompt with different answers that both judged."""
     return [
         (_side(value), by_score)
         for pair, value, by_score in zip(pairs, points, by_metric, strict=True)
@@ -136,5 +135,4 @@ def _compared(
 
 
 def _side(points: float) -> float:
-    """Whom most of the votes on a prompt prefer."""
     return WIN if points > TIE else LOSS if points < TIE else TIE

@@ -148,7 +148,6 @@ def _parsed(line: str, *, where: str) -> Vote:
 
 
 def _problem(vote: Vote) -> str:
-    """What contradicts itself in a vote; empty if nothing does."""
     if len(vote.answers) != 2:
         return f"'answers' must have the answers of two arms; it has {len(vote.answers)}"
     if vote.preferred not in (*vote.answers, TIE):

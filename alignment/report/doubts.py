@@ -41,7 +41,6 @@ def compares_answers(evaluation: Evaluation) -> bool:
 
 
 def _cut_off(evaluation: Evaluation) -> list[str]:
-    """Arms all or most of whose answers were cut off."""
     doubts = []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
@@ -55,7 +54,6 @@ def _cut_off(evaluation: Evaluation) -> list[str]:
 
 
 def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
-    """A judge that was asked, and of which nothing can be concluded for any pair of arms."""
     judge = evaluation.judge
     if judge is None or not judge.pairs or any(pair.win_rate is not None for pair in judge.pairs):
         return []

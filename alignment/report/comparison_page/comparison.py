@@ -69,7 +69,6 @@ def share(runs: Sequence[Run], num_samples: int) -> Row:
 
 
 def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
-    """The answers of each arm by run index, for arms that at least two runs have."""
     arms: dict[str, dict[int, Answer]] = {}
     for run_index, sample in by_run.items():
         for answer in sample.answers:
@@ -239,7 +238,6 @@ def _arm_cell(item: Interval | None) -> tuple[str, str]:
 
 
 def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Row | None:
-    """The metric of every arm in every run on one axis."""
     known = [(listed, arm) for listed, arm in _listed_arms(runs) if metric in arm.metrics]
     if not known:
         return None
@@ -249,7 +247,6 @@ def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Row | None:
 
 
 def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> list[Row]:
-    """Differences from the first run, a block for each metric of the answers, the primary metric first."""
     first = None if primary is None else primary.name
     names = sorted(dict.fromkeys(difference.metric.name for difference in differences), key=lambda name: name != first)
     return [

@@ -156,7 +156,6 @@ def _drawing(spoken: str, parts: list[Markup]) -> Markup:
 
 
 def _spoken(title: str, lines: list[Line]) -> str:
-    """The text for screen readers."""
     parts = []
     for line in lines:
         known = [y for _, y in line.points if y is not None]
@@ -221,7 +220,6 @@ def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
 
 
 def _upright(x: float, item: Interval, frame: Frame, colour: int = 0) -> Markup:
-    """The interval as a vertical line; empty if none was recorded."""
     if item.low is None or item.high is None:
         return Markup("")
     bounds = frame.y(item.low), frame.y(item.high)

@@ -50,7 +50,6 @@ def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collect
 
 
 def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
-    """What the templates take."""
     chosen = choose(run.samples, num_samples)
     return {
         "run": run,
@@ -75,7 +74,6 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
 
 
 def _evaluated(evaluation: Evaluation | None) -> run_tables.Row | None:
-    """The tables and plots of the evaluation."""
     if evaluation is None:
         return None
     comparisons, axis = run_tables.comparison_rows(evaluation)
@@ -93,12 +91,10 @@ def _evaluated(evaluation: Evaluation | None) -> run_tables.Row | None:
 
 
 def _has_curves(stage: Stage) -> bool:
-    """Also of a stage that should have curves."""
     return bool(stage.metrics or stage.notes) or trains(stage.kind)
 
 
 def _curve_notes(stage: Stage) -> list[str]:
-    """Notes on a stage's curves, or the reason why there are none."""
     notes = list(stage.notes)
     if not stage.metrics:
         waits = stage.state == "waiting"

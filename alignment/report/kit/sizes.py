@@ -60,7 +60,6 @@ def _config(stage: Stage) -> dict[str, Any]:
 
 
 def _without(value: Any, *keys: str) -> dict[str, Any]:
-    """The mapping without the keys; empty if the value is not a mapping."""
     return {key: item for key, item in value.items() if key not in keys} if isinstance(value, dict) else {}
 
 

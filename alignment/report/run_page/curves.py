@@ -75,7 +75,6 @@ class _Figure(NamedTuple):
 
 
 def _figures(stage: Stage) -> dict[_Figure, tuple[Curve, str]]:
-    """The figures that a stage's charts show, each with its chart and its label there."""
     return {
         _Figure(choice.title, _without_guide(choice.unit), key, choice.over): (choice, label)
         for choice in _choices(stage)
@@ -89,7 +88,6 @@ def _without_guide(unit: str) -> str:
 
 
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
-    """The chart of a stage, or None if there is nothing to draw."""
     is_constant = len({y for line in lines for _, y in line.points}) == 1
     if not lines or (choice.only_if_it_moves and is_constant):
         return None

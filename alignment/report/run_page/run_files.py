@@ -135,7 +135,6 @@ def _evaluated(record: RunRecord, folders: dict[str, Path | None]) -> str:
 
 
 def _other_evaluations(record: RunRecord, evaluated: str) -> str:
-    """Which evaluation a page shows, in a sentence; "" if the run has no other."""
     names = [name for name, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION]
     others = [name for name in names if name != evaluated]
     if not evaluated or not others:
@@ -146,7 +145,6 @@ def _other_evaluations(record: RunRecord, evaluated: str) -> str:
 def _read_evaluation_of(
     record: RunRecord, folders: dict[str, Path | None], evaluated: str
 ) -> tuple[Evaluation | None, str, list[Sample], str]:
-    """The result of the stage ``evaluated``, or why there is none."""
     candidates = evaluation_stages(record)
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; this run has none."
@@ -164,7 +162,6 @@ def _read_evaluation_of(
 
 
 def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Card]:
-    """The card of every stage that wrote one; a stage whose card cannot be read gets a note."""
     cards = []
     for stage in stages:
         folder = folders[stage.name]

@@ -244,7 +244,6 @@ def _is_hash(value: Any) -> bool:
 
 
 def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
-    """Every content hash in the identity, by dotted key."""
     if isinstance(value, dict):
         return [p for k, item in value.items() for p in _hashes(item, f"{prefix}.{k}" if prefix else str(k))]
     return [(prefix, value)] if _is_hash(value) else []
@@ -269,8 +268,7 @@ def usage_rows(run: Run) -> list[Row]:
                 "state": stage.state,
                 "seconds": f"{text.duration(stage.seconds)}{attempts}",
                 "share": f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
-                "memory": text.memory(peak)
-                + (f", and {text.memory(of_engine)} in vLLM" if of_engine is not None else ""),
+                "memory": f"{text.memory(peak)}{engine}",
                 # empty where only the time of the first rows is known, because nobody counted the others
                 "planned_seconds": text.duration(plan.seconds) if plan and not plan.first_rows else "",
                 "planned_memory": text.memory(float(plan.peak)) if plan else "",
@@ -291,7 +289,6 @@ def _closing(value: float) -> str:
 
 
 def command(run: Run) -> str:
-    """The command line that repeats this run, quoted for a POSIX shell."""
     words = ["align", "run", run.record.recipe or "RECIPE", *run.record.overrides]
     return " ".join(shlex.quote(word) for word in words)
 

@@ -108,7 +108,6 @@ def people_rows(evaluation: Evaluation) -> list[Row]:
 
 
 def _averaged(pair: JudgedPair, people: JudgedByPeople) -> str:
-    """Over how many prompts the win rate is, if these are more than the judged ones."""
     identical = pair.counted - people.judged
     if pair.win_rate is None or identical <= 0:
         return ""

@@ -155,7 +155,6 @@ def _lying_point(at: int, position: float, _: int) -> tuple[float, float]:
 
 
 def _lying_axis(axes: list[Axis], at: int) -> Markup:
-    """The axis under its title, with the numbers that do not overlap below it."""
     _, y = _lying_point(at, 0.0, len(axes))
     parts = [
         Markup('<path class="axis" d="M{} {:.1f}H{}"/>').format(MARGIN, y, NARROW - MARGIN),
@@ -178,7 +177,6 @@ def _text(kind: str, x: float, y: float, anchor: str, words: str) -> Markup:
 
 
 def _line(trial: Trial, axes: list[Axis], record: SweepRecord, point: Point) -> Markup:
-    """A line through the trial's settings and, if it has them, its metrics."""
     values = [trial.settings[parameter.key] for parameter in record.parameters] + [item.mean for item in trial.figures]
     pixels = (point(at, axes[at].position(value), len(axes)) for at, value in enumerate(values))
     points = [f"{x:.1f} {y:.1f}" for x, y in pixels]
@@ -204,7 +202,6 @@ def build_sweep(record: SweepRecord, output: Path) -> None:
 
 
 def sweep_page(record: SweepRecord) -> str:
-    """The page as HTML."""
     return template("sweep.html.j2", short=short, setting=_setting).render(
         sweep=record,
         facts=_facts(record),
@@ -253,7 +250,6 @@ def _lead(record: SweepRecord) -> str:
 
 
 def _shared(goal: Goal) -> str:
-    """The arms that all trials share, which did not need the sweep."""
     arms = [f"{text.path_end(label, limit=48)} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]
     return f"The same in all trials, to compare with {goal.label}: {text.listing(arms)}."
 
