@@ -85,8 +85,8 @@ def main(path: Path) -> int:
         child_processes.ignore()
     except Preempted as stop:
         child_processes.ignore()
-        if stop.saved:
-            _wait_for_all_ranks()
+        if stop.saved and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the launcher ends the others when the first process exits
         _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_save_state(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
@@ -257,17 +257,13 @@ def _refuse_changed_data(spec: StageSpec) -> None:
     planned_data += [
         (spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()
     ]
-    for path, planned in planned_data:
-        if planned is not None and content_of(path) != planned:
-            raise DataError(
-                "changed since the run was planned", where=str(path), remedy="start the run again to plan it again"
-            )
+    changed = [str(path) for path, planned in planned_data if planned is not None and content_of(path) != planned]
     template, planned = spec.model.chat_template, spec.identity.get("base", {}).get("chat_template")
     if template is not None and planned is not None and digest(template_text(template)) != planned:
+        changed.append("model.chat_template")
+    if changed:
         raise DataError(
-            "changed since the run was planned",
-            where="model.chat_template",
-            remedy="start the run again to plan it again",
+            "changed since the run was planned", where=changed[0], remedy="start the run again to plan it again"
         )
 
 
@@ -337,12 +333,6 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str, *, ra
         status.write(folder)
     except OSError:  # the driver still sees the exit code and the full disk
         traceback.print_exc()
-
-
-def _wait_for_all_ranks() -> None:
-    """No process exits before all have saved, because the launcher ends the others when the first one exits."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _silence_libraries() -> None:

@@ -128,11 +128,9 @@ class EngineClient:
             raise CallFailed(f"/v1/models: its reply {_lacking(error)}") from error
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Makes an adapter answer to ``name``. Raises CallFailed: the server did not take it."""
         self._call("post", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, text=True)
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter. Raises CallFailed: the server does not have it."""
         self._call("post", "/v1/unload_lora_adapter", {"lora_name": name}, text=True)
 
     def replace_weights(self, folder: Path, version: str) -> None:

@@ -129,9 +129,8 @@ class Keeper:
 
     def run(self, command: ServerCommand, *, log: Path) -> int:
         """Runs a program that is no server to its end, with its output in ``log``; returns its exit code."""
-        number = self.start(
-            {"argv": list(command.argv), "environment": dict(command.environment), "log": str(log)},
-        )
+        environment = dict(command.environment)
+        number = self.start({"argv": list(command.argv), "environment": environment, "log": str(log)})
         while (code := self.exit_code(number)) is None:
             time.sleep(_POLL_SECONDS)
         return code
@@ -191,7 +190,8 @@ class ServerProcess:
                 self._wait(start_timeout, waiting)
                 return
             except StageError:
-                if port is not None or attempt == _TRIES - 1 or not self._port_was_taken():
+                was_taken = any(words in self._tail().lower() for words in _PORT_TAKEN)
+                if port is not None or attempt == _TRIES - 1 or not was_taken:
                     raise
 
     @property
@@ -252,9 +252,6 @@ class ServerProcess:
 
     def _exit_code(self) -> int | None:
         return self._keeper.exit_code(self._number)
-
-    def _port_was_taken(self) -> bool:
-        return any(words in self._tail().lower() for words in _PORT_TAKEN)
 
     def _tail(self) -> str:
         if not self._log.exists():
@@ -324,10 +321,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
     """A server that applies no defaults of a model's generation config, and gives the log-probabilities that it
     samples from."""
     environment = quiet_environment() | {"VLLM_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    if options.replaceable:
-        environment["VLLM_SERVER_DEV_MODE"] = (
-            "1"  # its endpoints need no key, so they are open only where they are used
-        )
+    if options.replaceable:  # its endpoints need no key, so they are open only where they are used
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
     device = ["--gpu-memory-utilization", str(config.gpu_share)]
     if not options.on_gpu:
         environment |= NO_BINDING
@@ -351,12 +346,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
 
 def quiet_environment() -> dict[str, str]:
     """Variables that keep a vLLM server offline and free of telemetry."""
-    return {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    ones = dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"), "1")
+    return ones | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def adapter_arguments(rank: int, adapters: int) -> Sequence[str]:

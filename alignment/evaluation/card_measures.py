@@ -146,16 +146,16 @@ def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[Subset]:
     names = list(dict.fromkeys(judged.subset for judged in pairs))
     if len(names) < 2:
         return []
-    return [_subset(name, [judged for judged in pairs if judged.subset == name], intervals) for name in names]
-
-
-def _subset(name: str, pairs: Sequence[Judged], intervals: Intervals) -> Subset:
-    return Subset(
-        name=name or "none",
-        num_pairs=len(pairs),
-        accuracy=intervals.of(_model(pairs), pairs),
-        baselines={judge: float(np.mean(values)) for judge, values in _simpler(pairs).items()},
-    )
+    return [
+        Subset(
+            name=name or "none",
+            num_pairs=len(members),
+            accuracy=intervals.of(_model(members), members),
+            baselines={judge: float(np.mean(values)) for judge, values in _simpler(members).items()},
+        )
+        for name in names
+        for members in [[judged for judged in pairs if judged.subset == name]]
+    ]
 
 
 def _model(pairs: Sequence[Judged]) -> list[float]:

@@ -249,13 +249,10 @@ def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[
     if evaluation.judge is None:
         return
     for pair in evaluation.judge.pairs:
-        if pair.win_rate is not None and _preferred(pair) == worse and {pair.arm, pair.against} == {better, worse}:
+        preferred = {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict)
+        if pair.win_rate is not None and preferred == worse and {pair.arm, pair.against} == {better, worse}:
             rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean
             yield f"{evaluation.judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
-
-
-def _preferred(pair: JudgedPair) -> str:
-    return {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict, "")
 
 
 def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:

@@ -207,15 +207,10 @@ def _after(
 ) -> ArmForgetting:
     right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
-    rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
+    rise = intervals.of_ratio(more, asked.tokens).through(lambda nats: math.expm1(min(nats, _MOST)))
     drop = intervals.of_difference(right_before, right)
     reasons = _reasons(rise, drop, limits)
     return replace(row, rise=rise, drop=drop, passed=not reasons, reasons=reasons)
-
-
-def _as_rise(nats: float) -> float:
-    """Additional nats per token as a relative rise of perplexity."""
-    return math.expm1(min(nats, _MOST))
 
 
 def _reasons(rise: Interval, drop: Interval, limits: Limits) -> list[str]:

@@ -80,10 +80,7 @@ def moved(
     order = torch.randperm(len(rows), generator=generator)
     reordered = torch.empty_like(usual)
     reordered[order] = score([rows[index] for index in order.tolist()])
-    changed = {
-        "alone": torch.cat([score([row]) for row in rows]),
-        "in another order": reordered,
-    }
+    changed = {"alone": torch.cat([score([row]) for row in rows]), "in another order": reordered}
     if padded is not None:
         changed |= {"padded on the left": padded(rows, True), "padded on the right": padded(rows, False)}
     return Rescored(

@@ -48,12 +48,7 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
     """Raises NonFiniteError if a figure of the arm called ``name`` is not finite on any prompt."""
     losses = [-reference.logprob / reference.tokens for reference in arm.references if reference is not None]
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
-    metrics = {
-        "reward": rewards or [],
-        "log-ratio": log_ratios or [],
-        "loss": losses,
-        "perplexity": perplexities,
-    }
+    metrics = {"reward": rewards or [], "log-ratio": log_ratios or [], "loss": losses, "perplexity": perplexities}
     for metric, values in metrics.items():
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
@@ -80,8 +75,8 @@ def arm_result(
     answer. ``log_ratios`` are log π − log reference of its answers, in nats, which are summed over the turns of a
     conversation. Of answers ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones
     they do not."""
-    answers = arm.answers
-    loss = _loss(arm, intervals)
+    answers, loss = arm.answers, _loss(arm, intervals)
+    first_texts = [answer.text for answer in answers[:: arm.per_prompt]]  # further samples may well be the same
     return ArmResult(
         name=name,
         label=label,
@@ -95,15 +90,10 @@ def arm_result(
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
         refusals=intervals.of_scores(arm.means([float(is_refusal(answer.text)) for answer in answers])),
-        distinct=_share_of_different([answer.text for answer in answers[:: arm.per_prompt]]),
+        distinct=len(set(first_texts)) / len(first_texts),
         ended=intervals.of_scores(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
-
-
-def _share_of_different(texts: Sequence[str]) -> float:
-    """Of the first answer to each prompt: further samples of one prompt may well be the same."""
-    return len(set(texts)) / len(texts)
 
 
 def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
@@ -232,11 +222,7 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
 def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
     of_metrics = {metric: of_prompts(arm, values) for metric, values in scores.items()}
     turns = [
-        TurnAnswer(
-            text=answers[0].text,
-            further=[answer.text for answer in answers[1:]],
-            scores=_at(scores, number),
-        )
+        TurnAnswer(text=answers[0].text, further=[a.text for a in answers[1:]], scores=_at(scores, number))
         for number, answers in enumerate(grouped(arm.answers, arm.per_prompt))
     ]
     return [

@@ -89,7 +89,6 @@ def conversations_prompt(
 
 
 def text_of(turns: Sequence[Message]) -> str:
-    """Turns as text, each behind its role."""
     return "\n\n".join(f"{turn.role}: {turn_text(turn)}" for turn in turns)
 
 
@@ -174,7 +173,6 @@ class Rubric:
 
 
 def rubric_of(grader: GradingConfig, text: str | None = None) -> Rubric:
-    """The rubric of a grader, with another ``text`` if one is given."""
     return Rubric(
         text=text or grader.rubric,
         lowest=grader.lowest,
@@ -206,7 +204,6 @@ class BothOrders:
 
     @property
     def valid(self) -> bool:
-        """Whether neither verdict is invalid."""
         return Verdict.invalid not in (self.arm_first, self.arm_second)
 
     @property
@@ -238,7 +235,6 @@ def points_of(score: float | None, other: float | None) -> float | None:
 
 
 def invalid_share(judged: Sequence[BothOrders]) -> float:
-    """The share of invalid verdicts."""
     verdicts = [verdict for orders in judged for verdict in (orders.arm_first, orders.arm_second)]
     return sum(verdict is Verdict.invalid for verdict in verdicts) / len(verdicts)
 
@@ -257,7 +253,6 @@ def position_bias(judged: Sequence[BothOrders]) -> float | None:
 
 
 def same_share(points: Sequence[float], other_points: Sequence[float]) -> float:
-    """The share of prompts with the same points."""
     return sum(point == other for point, other in zip(points, other_points, strict=True)) / len(points)
 
 

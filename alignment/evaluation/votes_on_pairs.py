@@ -29,7 +29,6 @@ class VotesOnPair:
 
     @property
     def annotators(self) -> list[str]:
-        """Everybody who voted, in the order of the first votes."""
         return list(dict.fromkeys(vote.annotator for vote in self.votes))
 
     def points(self) -> list[float | None]:
@@ -58,7 +57,6 @@ class VotesOnPair:
         return {pair.key for pair in ordered[:end] if pair.same}
 
     def alpha(self) -> float | None:
-        """Krippendorff's α of the votes (see ``krippendorff_alpha``)."""
         return krippendorff_alpha([[vote.points(self.arm) for vote in votes] for votes in self._by_pair().values()])
 
     def position_bias(self) -> float | None:

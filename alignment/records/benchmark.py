@@ -103,7 +103,6 @@ class Benchmark(ResultFile):
         return any(task.num_rows < task.all_rows for task in self.tasks)
 
     def label(self, name: str) -> str:
-        """The label of the arm ``name``."""
         return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
 
     def verdict(self, comparison: Comparison) -> str:

@@ -64,12 +64,10 @@ class StageCost:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all phases."""
         return sum(phase.seconds for phase in self.phases.values())
 
     @property
     def flop(self) -> float:
-        """FLOP of all phases."""
         return sum(phase.flop for phase in self.phases.values())
 
 
@@ -88,7 +86,6 @@ class RunCost:
     version: int = 1
 
     def write(self, path: Path) -> None:
-        """Replaces the file."""
         typed_json.write(path, self)
 
     @property

@@ -101,7 +101,6 @@ class Timing:
     after: Assisted
 
     def speed_up(self, assisted: Assisted) -> float:
-        """How many times faster the answers were made with a draft."""
         return self.seconds / assisted.seconds
 
 
@@ -142,7 +141,6 @@ class Limits:
 
     @property
     def judge(self) -> bool:
-        """Whether there is any limit."""
         return self.perplexity_rise is not None or self.ability_drop is not None
 
 

@@ -102,7 +102,6 @@ class SweepRecord:
 
     @property
     def done(self) -> list[Trial]:
-        """The trials that have values."""
         return [trial for trial in self.trials if trial.state == "done"]
 
 

@@ -51,7 +51,6 @@ class Vote:
 
     @property
     def line(self) -> str:
-        """The vote as a line of the file, without its line break."""
         return json.dumps(typed_json.to_json(self), ensure_ascii=False)
 
     def points(self, arm: str) -> float:

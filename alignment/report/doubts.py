@@ -11,7 +11,6 @@ _SMOKE_PROFILE = "smoke"
 
 
 def is_smoke(profile: str) -> bool:
-    """Whether the profile only checks that a run works."""
     return profile == _SMOKE_PROFILE
 
 
@@ -43,7 +42,11 @@ def compares_answers(evaluation: Evaluation) -> bool:
 def _cut_off(evaluation: Evaluation) -> list[str]:
     doubts = []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
-    most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
+    most_cut = [
+        f"{arm.label} ({1 - arm.ended.mean:.0%})"
+        for arm in evaluation.arms
+        if arm.ended is not None and 0.0 < arm.ended.mean < 0.5
+    ]
     for amount, labels in (("all", all_cut), ("most", most_cut)):
         if labels:
             doubts.append(
@@ -101,7 +104,3 @@ def too_few_prompts(evaluation: Evaluation) -> str:
     if number != evaluation.num_prompts:
         counted = f"only {number} of {evaluation.num_prompts} prompts have a score by {evaluation.primary} in every arm"
     return f"{counted}, too few for a verdict, which needs at least {FEWEST_PROMPTS}"
-
-
-def _mostly_cut(arm: ArmResult) -> bool:
-    return arm.ended is not None and 0.0 < arm.ended.mean < 0.5

@@ -119,17 +119,14 @@ class ListedRun:
 
     @property
     def swatch(self) -> Markup:
-        """The line and mark of the run."""
         return swatch(self.look)
 
     @property
     def facts(self) -> dict[str, str]:
-        """Facts about the run, by heading."""
         return dict(run_tables.facts(self.run))
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the run for the reader."""
         return ([] if self.run.evaluation else [self.run.evaluation_note]) + judge(self.run).warnings
 
 
@@ -140,7 +137,6 @@ def page(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> str:
-    """The page as HTML."""
     shared = share([listed.run for listed in runs], NUM_SAMPLES)
     by_primary = [item for item in differences if primary is not None and item.metric.name == primary.name]
     return template("comparison.html.j2").render(

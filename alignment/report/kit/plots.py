@@ -65,8 +65,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: boo
         low_x, high_x = low_x - 1, high_x + 1
     low_y, high_y = padded(values if guide is None else [*values, guide])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y)
-    parts = [_y_axis(frame), _x_axis(frame, max(steps), whole=over_steps)]
-    parts.append(_guide(frame, guide))
+    parts = [_y_axis(frame), _x_axis(frame, max(steps), whole=over_steps), _guide(frame, guide)]
     parts += [_series(line.points, frame, line.look) for line in lines]
     parts.append(_end_labels(lines, frame))
     return _drawing(_spoken(title, lines), parts)
@@ -80,13 +79,10 @@ def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: f
     low_x, high_x = padded([math.log10(x) for x in xs])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=scale.low, high_y=scale.high)
     pixels = {x_value: frame.x(math.log10(x_value)) for x_value in xs}
-    drawn = [_y_axis(frame), _axis_of_values(pixels)]
-    drawn.append(_guide(frame, guide))
-    drawn += [_upright(pixels[x], item, frame) for x, item in points]
+    drawn = [_y_axis(frame), _axis_of_values(pixels), _guide(frame, guide)]
     means = [fmean(item.mean for x, item in points if x == x_value) for x_value in xs]
     joined = _path([(math.log10(x_value), mean) for x_value, mean in zip(xs, means, strict=True)], frame)
-    drawn.append(Markup('<path class="line s0" d="{}"/>').format(joined))
-    drawn += [_dot(pixels[x], frame.y(item.mean)) for x, item in points]
+    drawn += _joined([(pixels[x], item) for x, item in points], joined, frame)
     last = means[-1]
     drawn.append(_label(WIDTH - RIGHT + 7, frame.y(last) + 4, text.compact(last), "end s0"))
     spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x, 0)}" for x, item in points)
@@ -122,9 +118,8 @@ def calibration_curve(points: list[tuple[float, Interval]], *, title: str) -> Ma
     ticks = nice_ticks(0.5, 1.0, 5)
     parts = [_y_axis(frame), _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))]
     parts.append(Markup('<path class="guide" d="{}"/>').format(_path([(0.5, 0.5), (1.0, 1.0)], frame)))
-    parts += [_upright(frame.x(x), item, frame) for x, item in points]
-    parts.append(Markup('<path class="line s0" d="{}"/>').format(_path([(x, item.mean) for x, item in points], frame)))
-    parts += [_dot(frame.x(x), frame.y(item.mean)) for x, item in points]
+    means = _path([(x, item.mean) for x, item in points], frame)
+    parts += _joined([(frame.x(x), item) for x, item in points], means, frame)
     spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x)}" for x, item in points)
     return _drawing(f"{title}: {spoken}", parts)
 
@@ -147,6 +142,13 @@ def histogram(edges: list[float], counts: list[int], *, title: str) -> Markup:
     parts.append(_axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks)))
     wrong = sum(count for start, end, count in zip(edges, edges[1:], counts, strict=False) if start + end <= 0)
     return _drawing(f"{title}: {wrong} of {sum(counts)} below 0", parts)
+
+
+def _joined(points: list[tuple[float, Interval]], line: str, frame: Frame) -> list[Markup]:
+    """Dots on their intervals, joined by a line."""
+    uprights = [_upright(x, item, frame) for x, item in points]
+    dots = [_dot(x, frame.y(item.mean)) for x, item in points]
+    return [*uprights, Markup('<path class="line s0" d="{}"/>').format(line), *dots]
 
 
 def _drawing(spoken: str, parts: list[Markup]) -> Markup:
@@ -173,12 +175,12 @@ def _y_axis(frame: Frame) -> Markup:
     parts = []
     for tick, label in zip(ticks, tick_labels(ticks), strict=True):
         parts.append(_rule(LEFT, frame.y(tick), WIDTH - RIGHT, "grid"))
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                LEFT - 6, frame.y(tick) + 3.5, label
-            )
-        )
+        parts.append(_tick(LEFT - 6, f"{frame.y(tick) + 3.5:.1f}", "end", label))
     return Markup("").join(parts)
+
+
+def _tick(x: object, y: object, anchor: str, label: str) -> Markup:
+    return Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, label)
 
 
 def _guide(frame: Frame, value: float | None) -> Markup:
@@ -189,8 +191,7 @@ def _guide(frame: Frame, value: float | None) -> Markup:
     line = _rule(LEFT, y, WIDTH - RIGHT, "guide")
     if any(abs(frame.y(tick) - y) < MIN_LINE_GAP for tick in nice_ticks(frame.low_y, frame.high_y, 5)):
         return line
-    number = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
-    return line + number.format(LEFT - 6, y + 3.5, f"{value:.3g}".replace("-", text.MINUS))
+    return line + _tick(LEFT - 6, f"{y + 3.5:.1f}", "end", f"{value:.3g}".replace("-", text.MINUS))
 
 
 def _x_axis(frame: Frame, last: float, *, whole: bool) -> Markup:
@@ -211,12 +212,8 @@ def _axis_of_values(pixels: dict[float, float]) -> Markup:
 
 
 def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
-    parts = [_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis")]
-    for x, label in zip(pixels, labels, strict=True):
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 8, label)
-        )
-    return Markup("").join(parts)
+    numbers = [_tick(f"{x:.1f}", HEIGHT - 8, "middle", label) for x, label in zip(pixels, labels, strict=True)]
+    return Markup("").join([_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis"), *numbers])
 
 
 def _upright(x: float, item: Interval, frame: Frame, colour: int = 0) -> Markup:
@@ -281,7 +278,6 @@ MARKS = (
 
 
 def mark(look: int, x: float, y: float, kind: str) -> Markup:
-    """The mark of a series at a point."""
     return Markup('<path class="{}" d="M{:.1f} {:.1f}{}"/>').format(kind, x, y, MARKS[look % len(MARKS)])
 
 
@@ -343,10 +339,6 @@ def _vertical(x: str, kind: str) -> Markup:
 
 
 def scale_axis(scale: Scale) -> Markup:
-    """The numbers under an interval plot."""
-    parts = []
-    for tick, label in zip(scale.ticks, tick_labels(scale.ticks), strict=True):
-        parts.append(
-            Markup('<text class="tick" x="{}" y="14" text-anchor="middle">{}</text>').format(scale.percent(tick), label)
-        )
+    labelled = zip(scale.ticks, tick_labels(scale.ticks), strict=True)
+    parts = [_tick(scale.percent(tick), 14, "middle", label) for tick, label in labelled]
     return Markup('<svg class="interval foot" aria-hidden="true">{}</svg>').format(Markup("").join(parts))

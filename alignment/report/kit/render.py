@@ -35,7 +35,6 @@ def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
 
 
 def page(run: Run, *, num_samples: int) -> str:
-    """The page as HTML."""
     return template("report.html.j2").render(_drawn(run, num_samples))
 
 

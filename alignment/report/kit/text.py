@@ -34,11 +34,9 @@ def share(value: float | None) -> str:
         return "–"
     percent = value * 100
     if 99 < percent < 100 or 0 < percent < 1:
-        return (
-            f"{percent:.1f}\u202f%"
-            if 0.05 <= percent < 99.95
-            else ("> 99.9\u202f%" if percent > 50 else "< 0.1\u202f%")
-        )
+        if 0.05 <= percent < 99.95:
+            return f"{percent:.1f}\u202f%"
+        return "> 99.9\u202f%" if percent > 50 else "< 0.1\u202f%"
     return f"{percent:.0f}\u202f%"
 
 
@@ -130,11 +128,9 @@ def finite(value: Any) -> float | None:
     return result if math.isfinite(result) and abs(result) < 1e30 else None
 
 
-def _drawable(number: float) -> float | None:
-    return None if finite(number) is None else number
-
-
-FOR_A_PAGE = Cleaning(prose=prose, line=name, name=path_end, number=_drawable)
+FOR_A_PAGE = Cleaning(
+    prose=prose, line=name, name=path_end, number=lambda value: None if finite(value) is None else value
+)
 
 
 def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:

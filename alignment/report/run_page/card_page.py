@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignment.records.interval import Interval
-from alignment.records.reward_card import Calibration, Learned, Length, RewardCard
+from alignment.records.reward_card import Learned, Length, RewardCard
 from alignment.report.kit import text
 from alignment.report.kit.plots import calibration_curve, histogram
 from alignment.report.run_page.run_records import Card
@@ -67,7 +67,11 @@ def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     for judge in card.baselines:
         if judge.difference is not None:
             yield f"accuracy minus the accuracy of: {judge.name}", _difference(judge.difference)
-    yield from _of_calibration(card.calibration)
+    calibration = card.calibration
+    if calibration.ece is not None and calibration.brier is not None and calibration.log_loss is not None:
+        yield "expected calibration error", text.number(calibration.ece, 3)
+        yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
+        yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
     yield from _of_length(card.length)
     if card.rule and card.rule.agreement and card.rule.accuracy:
         agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that the rule decides"
@@ -82,14 +86,6 @@ def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
         ):
             if words:
                 yield heading, ", ".join(words[:FEW_WORDS])
-
-
-def _of_calibration(calibration: Calibration) -> Iterator[tuple[str, str]]:
-    if calibration.ece is None or calibration.brier is None or calibration.log_loss is None:
-        return
-    yield "expected calibration error", text.number(calibration.ece, 3)
-    yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
-    yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
 
 
 def _of_length(length: Length) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,7 @@ class Chart:
 def charts(stage: Stage) -> list[Chart]:
     """The stage's charts, each with at least one finite value."""
     drawn = []
-    for choice in _choices(stage):
+    for choice in curves(stage.kind, stage.config):
         lines = [
             Line(label=label, points=points)
             for key, label in zip(choice.keys, choice.labels, strict=True)
@@ -76,15 +76,10 @@ class _Figure(NamedTuple):
 
 def _figures(stage: Stage) -> dict[_Figure, tuple[Curve, str]]:
     return {
-        _Figure(choice.title, _without_guide(choice.unit), key, choice.over): (choice, label)
-        for choice in _choices(stage)
+        _Figure(choice.title, choice.unit.partition("dotted:")[0].rstrip("; "), key, choice.over): (choice, label)
+        for choice in curves(stage.kind, stage.config)
         for key, label in zip(choice.keys, choice.labels, strict=True)
     }
-
-
-def _without_guide(unit: str) -> str:
-    """``share of pairs; dotted: chance`` without what it says of the dotted line."""
-    return unit.partition("dotted:")[0].rstrip("; ")
 
 
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
@@ -95,13 +90,9 @@ def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: st
     return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
 
 
-def _choices(stage: Stage) -> list[Curve]:
-    return curves(stage.kind, stage.config)
-
-
 def num_gaps(stage: Stage) -> int:
     """How many drawn values were not finite."""
-    keys = [key for choice in _choices(stage) for key in choice.keys]
+    keys = [key for choice in curves(stage.kind, stage.config) for key in choice.keys]
     return sum(key in row and text.finite(row[key]) is None for row in stage.metrics for key in keys)
 
 

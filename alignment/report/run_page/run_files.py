@@ -39,13 +39,16 @@ def read_run(run_folder: Path) -> Run:
     folders = {name: artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
     evaluated = _evaluated(record, folders)
+    others = [n for n, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION and n != evaluated]
     evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders, evaluated)
     return Run(
         record=record,
         stages=stages,
         evaluation=evaluation,
         evaluation_note=evaluation_note,
-        other_evaluations=_other_evaluations(record, evaluated),
+        other_evaluations=f"These are the results of {evaluated}. The run also has: {', '.join(others)}."
+        if evaluated and others
+        else "",
         samples=samples,
         samples_note=samples_note,
         cards=_read_cards(stages, folders),
@@ -110,9 +113,7 @@ def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:
 
 def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; those of an interrupted stage are in its work folder."""
-    if folder is None:
-        return []
-    path = steps_file(folder)
+    path = None if folder is None else steps_file(folder)
     if path is None:
         return []
     rows, torn = readable_rows(path)
@@ -132,14 +133,6 @@ def _evaluated(record: RunRecord, folders: dict[str, Path | None]) -> str:
     none."""
     known = [(name, folder) for name in evaluation_stages(record) if (folder := folders[name]) is not None]
     return next((name for name, folder in known if (folder / "evaluation.json").is_file()), "")
-
-
-def _other_evaluations(record: RunRecord, evaluated: str) -> str:
-    names = [name for name, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION]
-    others = [name for name in names if name != evaluated]
-    if not evaluated or not others:
-        return ""
-    return f"These are the results of {evaluated}. The run also has: {', '.join(others)}."
 
 
 def _read_evaluation_of(

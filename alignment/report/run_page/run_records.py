@@ -50,7 +50,6 @@ def _stage_file(path: Path) -> dict[str, Any]:
 
 
 def work_folder(artifact: Path) -> Path:
-    """Where an artifact is made."""
     return artifact.with_name(artifact.name + ".work")
 
 
@@ -247,7 +246,6 @@ class Run:
 
     @property
     def num_complete(self) -> int:
-        """How many stages have a result."""
         return sum(stage.state in COMPLETE for stage in self.stages)
 
     @property

@@ -34,7 +34,6 @@ TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open", TOO_FEW: "open"}
 
 
 def primary_plot(evaluation: Evaluation) -> Row | None:
-    """Every arm's mean of the primary metric with its interval on one axis."""
     known = [
         (arm.label, mean, "trained" if arm.name.startswith("stage:") else "plain")
         for arm in evaluation.arms
@@ -123,7 +122,6 @@ def _comparison(item: Comparison, evaluation: Evaluation) -> Row:
 
 
 def other_comparison_rows(evaluation: Evaluation) -> list[Row]:
-    """The comparisons by other metrics, those that are real first."""
     ordered = sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item))
     return [_comparison(item, evaluation) for item in ordered]
 

@@ -145,28 +145,18 @@ def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> 
     """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order. Samples
     without a score by the primary metric come last. ``widest`` is the reason given for samples whose answers differ
     most by the primary metric."""
-    ordered = sorted(samples, key=_hash)
+    ordered = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode("utf-8", "replace")).hexdigest())
     num_widest = (num_samples + 1) // 2
     by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
-    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, _task)]
+    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest)]
     taken = {id(item.sample) for item in chosen}
     rest = [s for s in ordered if id(s) not in taken]
     halves = _halves(ordered)
-    by_half = [
-        s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
-    ]
-    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest), _task)
+    by_half = [s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest))]
+    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest))
     following = [*_in_turn(by_half, len(rest), lambda s: halves[id(s)]), *without]
     wanted = max(0, num_samples - len(chosen))
     return [*chosen, *(Chosen(sample=s, why=halves[id(s)]) for s in following[:wanted])]
-
-
-def _hash(sample: Sample) -> str:
-    return hashlib.sha256(sample.id.encode("utf-8", "replace")).hexdigest()
-
-
-def _task(sample: Sample) -> str:
-    return sample.task
 
 
 def _merits(sample: Sample) -> list[float]:
@@ -188,7 +178,9 @@ def _halves(samples: list[Sample]) -> dict[int, str]:
     return {id(s): halves.get(id(s), BY_HASH) for s in samples}
 
 
-def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:
+def _in_turn(
+    samples: list[Sample], count: int, group: Callable[[Sample], str] = lambda sample: sample.task
+) -> list[Sample]:
     """The first ``count`` samples, taken from each group in turn, in the order in which groups first appear."""
     queues: dict[str, list[Sample]] = {}
     for sample in samples:

@@ -41,7 +41,6 @@ class Verdict:
 
 
 def judge(run: Run) -> Verdict:
-    """The verdict on a run, even an incomplete one."""
     evaluation = run.evaluation
     warnings = _unfinished(run)
     if is_smoke(run.record.profile):

@@ -46,7 +46,6 @@ def of_parameter(parameter: Parameter) -> Axis:
 
 
 def of_goal(label: str, trials: list[Trial], index: int) -> Axis:
-    """The metrics of trials that are done, with a margin."""
     low, high = padded([trial.figures[index].mean for trial in trials])
     return _linear(text.name(label, limit=30), low, high)
 
