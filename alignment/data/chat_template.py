@@ -30,11 +30,8 @@ _FORMS = f"write {CHATML}, or {PATH}FILE of a Jinja template, or {TRL}NAME of on
 
 
 def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
-    """Gives the tokenizer the template that ``choice`` names, or keeps its own, with the options.
-
-    Raises:
-        DataError: see ``template_text`` and ``with_options``; or options are given and there is no template.
-    """
+    """Gives the tokenizer the template that ``choice`` names, or keeps its own, with the options. Raises DataError: see
+    ``template_text`` and ``with_options``; or options are given and there is no template."""
     if choice.source == CHATML:
         _set_chatml(tokenizer)
     elif choice.source is not None:
@@ -63,11 +60,8 @@ def template_file(source: str) -> Path | None:
 
 
 def template_text(source: str) -> str:
-    """The text of the template, or ``chatml``. Two sources with the same text give the same rows.
-
-    Raises:
-        DataError: the source has another form, or its file is missing, not UTF-8, too large or not a regular file.
-    """
+    """The text of the template, or ``chatml``. Two sources with the same text give the same rows. Raises DataError: the
+    source has another form, or its file is missing, not UTF-8, too large or not a regular file."""
     if source == CHATML:
         return CHATML
     if source.startswith(TRL):

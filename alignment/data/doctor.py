@@ -71,17 +71,14 @@ class Use:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """What ``examine`` learned about a file.
-
-    ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
-    are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
-    so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
-    that have each column, ``not_finite`` those with NaN or infinity in it, ``flags`` those with true or false,
-    ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat or contradict an
-    earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's. ``mapped`` are the
-    settings' ``columns``, from a format's names to the file's.
-    ``first_row`` is the first readable row, unless the settings name the format.
-    """
+    """What ``examine`` learned about a file. ``unreadable`` rows could not be parsed; the list holds the first ones
+    with their numbers. ``num_not_utf8`` of them are not UTF-8, and ``has_non_ascii`` says whether a readable row has
+    characters beyond ASCII. ``faulty`` rows are so for some stages, and rows that are ``set_aside``, by reason, are of
+    no use for some. ``columns`` counts the rows that have each column, ``not_finite`` those with NaN or infinity in it,
+    ``flags`` those with true or false, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows
+    that repeat or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier
+    one's. ``mapped`` are the settings' ``columns``, from a format's names to the file's. ``first_row`` is the first
+    readable row, unless the settings name the format."""
 
     path: Path
     format: Format
@@ -168,14 +165,10 @@ def examine(
     *,
     go_on: Callable[[Diagnosis], bool] = lambda _: True,
 ) -> Diagnosis:
-    """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row.
-
-    ``go_on`` is asked after each row whether to read the next one. Memory does not grow with the rows, except by eight
-    bytes for each record of each stage, by which repeated ones are recognised.
-
-    Raises:
-        DataError: the file cannot be read at all, or no known format has its columns.
-    """
+    """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row. ``go_on`` is
+    asked after each row whether to read the next one. Memory does not grow with the rows, except by eight bytes for
+    each record of each stage, by which repeated ones are recognised. Raises DataError: the file cannot be read at all,
+    or no known format has its columns."""
     diagnosis = Diagnosis(path=path, format=start(path, data).format, mapped=data.columns)
     diagnosis.uses = {
         name: Use(record=record)
@@ -201,8 +194,6 @@ def _has_texts(path: Path, data: SourceConfig) -> bool:
 
 
 class _Examination:
-    """Adds rows to a diagnosis, one by one."""
-
     def __init__(self, diagnosis: Diagnosis, data: SourceConfig) -> None:
         self._diagnosis = diagnosis
         self._data = data
@@ -255,7 +246,6 @@ class _Examination:
             diagnosis.set_aside.setdefault(reason, Objections(LISTED)).add(diagnosis.rows, of_stages)
 
     def end(self) -> None:
-        """Counts the repeated records among the rows so far."""
         self._repeated.end()
         for name, use in self._diagnosis.uses.items():
             use.repeated = self._repeated.counts[name]

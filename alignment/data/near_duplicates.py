@@ -61,11 +61,8 @@ class NearDuplicates:
         return self.looked_at >= TEXTS or self._comparisons >= COMPARISONS
 
     def add(self, located: LocatedText) -> None:
-        """Compares the text with those before it.
-
-        Exact duplicates should be removed before. Of several near duplicates only the first is compared with later
-        texts.
-        """
+        """Compares the text with those before it. Exact duplicates should be removed before. Of several near duplicates
+        only the first is compared with later texts."""
         if not located.text.strip():
             return
         if self.is_full:
@@ -104,19 +101,16 @@ class _Bands:
         self._num_texts = 0
 
     def of(self, sketch: NDArray[np.uint64]) -> list[int]:
-        """A number for each band of a sketch; equal bands have equal numbers."""
         numbers: list[int] = (sketch.reshape(BANDS, ROWS) * self._factors).sum(axis=1, dtype=np.uint64).tolist()
         return numbers
 
     def add(self, bands: list[int]) -> None:
-        """Adds the next text."""
         for number, latest in zip(bands, self._latest, strict=True):
             self._before.append(latest.get(number, -1))
             latest[number] = self._num_texts
         self._num_texts += 1
 
     def candidates(self, bands: list[int]) -> list[int]:
-        """The texts with a band equal to one of these, in order."""
         texts = set()
         for band, (number, latest) in enumerate(zip(bands, self._latest, strict=True)):
             text = latest.get(number, -1)
@@ -155,7 +149,6 @@ class KeySet:
         self._parts: list[list[Keys]] = [[] for _ in range(2**BITS)]
 
     def __len__(self) -> int:
-        """Number of distinct keys."""
         return sum(len(run) for runs in self._parts for run in runs)
 
     def add(self, keys: Keys) -> NDArray[np.bool_]:
@@ -243,12 +236,10 @@ class RowRelations:
     contradictions: list[RelatedRow] = field(default_factory=list)
 
     def add_exact(self, row: RelatedRow) -> None:
-        """One more row that repeats an earlier one."""
         self.num_exact += 1
         self.exact += [row] if len(self.exact) < HELD else []
 
     def add_contradiction(self, row: RelatedRow) -> None:
-        """One more row that contradicts an earlier one."""
         self.num_contradictions += 1
         self.contradictions += [row] if len(self.contradictions) < HELD else []
 
@@ -256,9 +247,7 @@ class RowRelations:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fullest:
     """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them.
-
-    Rows of different authors are not compared, because people may agree or disagree.
-    """
+    Rows of different authors are not compared, because people may agree or disagree."""
 
     where: str
     author: str
@@ -269,10 +258,8 @@ class _Fullest:
 
 class RepeatedRecords:
     """Counts repeated records by stage in ``counts``, and passes the text of rows with a new record to ``near``.
-
     ``records`` names the record that each stage makes of a row. ``related`` are the rows that repeat or contradict an
-    earlier one. Contradictions are looked for among the first ``TEXTS`` different records.
-    """
+    earlier one. Contradictions are looked for among the first ``TEXTS`` different records."""
 
     def __init__(self, records: Mapping[str, type[Record]], near: NearDuplicates) -> None:
         self.counts = dict.fromkeys(records, 0)
@@ -368,10 +355,8 @@ class RepeatedRecords:
         return contradicting
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:
-        """The text of a row's new records, read by the stage that uses most of the row.
-
-        System turns are left out: many rows share one, which alone would make them near duplicates.
-        """
+        """The text of a row's new records, read by the stage that uses most of the row. System turns are left out: many
+        rows share one, which alone would make them near duplicates."""
         by_record = {self._records[name]: of_stage for name, of_stage in made.items()}
         records = next((by_record[record] for record in _FULLEST if record in by_record), ())
         texts: list[str] = []

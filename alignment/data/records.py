@@ -33,12 +33,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """The content of a row, whatever its columns are called.
-
-    ``turns`` may end with the assistant's turn; otherwise ``answers`` may hold answers to the last turn. ``good`` is a
-    label's verdict on the last turn. ``later_turns`` are the user's next turns, each asked after an answer to the one
-    before. ``field`` names the column for errors about turns.
-    """
+    """The content of a row, whatever its columns are called. ``turns`` may end with the assistant's turn; otherwise
+    ``answers`` may hold answers to the last turn. ``good`` is a label's verdict on the last turn. ``later_turns`` are
+    the user's next turns, each asked after an answer to the one before. ``field`` names the column for errors about
+    turns."""
 
     fields: Fields
     turns: tuple[Message, ...] = ()
@@ -80,12 +78,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns to learn from, ending with the assistant's.
-
-    The best of several answers is learned. Labelled answers are learned if they are good.
-
-    Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}``
-    """
+    """Turns to learn from, ending with the assistant's. The best of several answers is learned. Labelled answers are
+    learned if they are good. Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
+    "content": "Hello."}]}``"""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}'
@@ -110,11 +105,7 @@ class Conversation:
             last = repr(messages[-1].role) if messages else "missing"
             fields.fail(example.field, f"must end with an assistant turn; the last one's role is {last}")
         yield cls(
-            messages=messages,
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
-            where=fields.where,
+            messages=messages, tools=example.tools, id=fields.label("id"), task=fields.label("task"), where=fields.where
         )
 
 
@@ -122,10 +113,8 @@ class Conversation:
 class PreferencePair:
     """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
     ``subset`` to which part of a benchmark the pair belongs. ``scores`` are those of the chosen and of the rejected
-    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more.
-
-    Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``
-    """
+    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more. Example row: ``{"messages":
+    [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``"""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}'
 
@@ -169,11 +158,8 @@ class PreferencePair:
             fields.set_aside("answers", "all have the same rank")
 
     def margin(self) -> float:
-        """By how much the chosen answer scores higher.
-
-        Raises:
-            DataError: the row has no scores, or they contradict the preference.
-        """
+        """By how much the chosen answer scores higher. Raises DataError: the row has no scores, or they contradict the
+        preference."""
         if (column := next((name for name in SCORE_COLUMNS if not_finite(self.row.get(name))), None)) is not None:
             raise DataError(
                 f"'{column}' must be a finite number, because 'margin' learns from it; it is {self.row[column]}",
@@ -209,10 +195,8 @@ def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledAnswer:
     """An answer to a prompt, and whether it is ``desirable``. Of a pair, the better answer is desirable and the worse
-    one is not.
-
-    Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}``
-    """
+    one is not. Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label":
+    true}``"""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}'
 
@@ -242,7 +226,6 @@ class LabelledAnswer:
 
 
 def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
-    """The answers of a row, and whether each is desirable."""
     fields, answers = example.fields, example.compared()
     if example.good is not None:
         last = example.turns[-1] if example.turns else None
@@ -267,12 +250,9 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """Turns to sample an answer for; a trailing assistant turn in the row is dropped.
-
-    ``row`` is the whole row, for scorers that read more than the prompt.
-
-    Example row: ``{"messages": [{"role": "user", "content": "Summarise: …"}]}``
-    """
+    """Turns to sample an answer for; a trailing assistant turn in the row is dropped. ``row`` is the whole row, for
+    scorers that read more than the prompt. Example row: ``{"messages": [{"role": "user", "content": "Summarise:
+    …"}]}``"""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "Summarise: the shop is closed on Monday."}]}'
 
@@ -301,13 +281,9 @@ class Prompt:
 class HeldOutPrompt(Prompt):
     """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
     name, or a trailing assistant turn that no label calls bad. A row with answers to choose from has ``choices``, of
-    which ``right`` is the index of the best one.
-
-    ``later_turns`` are what the user says next, each after the arm's answer to the turn before; ``later_references``
-    are the reference answers to them, "" for a turn without one.
-
-    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``
-    """
+    which ``right`` is the index of the best one. ``later_turns`` are what the user says next, each after the arm's
+    answer to the turn before; ``later_references`` are the reference answers to them, "" for a turn without one.
+    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``"""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "When is the training?"}], "reference": "On 21 March."}'
@@ -377,10 +353,8 @@ def _references(example: Example) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one.
-
-    Example row: ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``
-    """
+    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one. Example row:
+    ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``"""
 
     EXAMPLE: ClassVar[str] = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}'
 
@@ -418,10 +392,8 @@ class Question:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
     """Text to learn as it is. The text of a conversation is that of its turns and of its best answer; labelled answers
-    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text.
-
-    Example row: ``{"text": "The shop is closed on Monday."}``
-    """
+    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text. Example row:
+    ``{"text": "The shop is closed on Monday."}``"""
 
     EXAMPLE: ClassVar[str] = '{"text": "The shop is closed on Monday."}'
 

@@ -37,18 +37,14 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body of the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @functools.lru_cache(maxsize=64)
 def tree_of(template: str) -> nodes.Template:
-    """The syntax tree of a template, in which the body of a ``generation`` block is part of the text around it.
-
-    Raises:
-        DataError: the template is not valid Jinja.
-    """
+    """The syntax tree of a template, in which the body of a ``generation`` block is part of the text around it. Raises
+    DataError: the template is not valid Jinja."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         return environment.parse(template)
@@ -65,22 +61,15 @@ def each(templates: Templates) -> tuple[str, ...]:
 
 
 def options_of(templates: Templates) -> frozenset[str]:
-    """The names that templates read and that no conversation gives them, such as ``enable_thinking``.
-
-    A name that a template sets before it reads it is none, also where it is set in one branch only.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """The names that templates read and that no conversation gives them, such as ``enable_thinking``. A name that a
+    template sets before it reads it is none, also where it is set in one branch only. Raises DataError: a template is
+    not valid Jinja."""
     return frozenset(name for text in each(templates) for name in _options_of(text)) - INPUTS
 
 
 def reads_tools(templates: Templates) -> bool:
-    """Whether a template renders the tools that a conversation is given; the others leave them out.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """Whether a template renders the tools that a conversation is given; the others leave them out. Raises DataError: a
+    template is not valid Jinja."""
     return any("tools" in meta.find_undeclared_variables(tree_of(text)) for text in each(templates))
 
 
@@ -103,13 +92,9 @@ def _names(node: nodes.Node) -> Iterator[tuple[str, bool]]:
 
 
 def fields_of(templates: Templates) -> frozenset[str]:
-    """The names that templates use as fields, and the texts that they look for in others.
-
-    Examples: ``message.thinking``, ``message['thinking']``, ``'thinking' in message``, ``'</think>' in content``.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """The names that templates use as fields, and the texts that they look for in others. Examples:
+    ``message.thinking``, ``message['thinking']``, ``'thinking' in message``, ``'</think>' in content``. Raises
+    DataError: a template is not valid Jinja."""
     return frozenset(name for text in each(templates) for name in _fields_of(text))
 
 
@@ -138,13 +123,9 @@ _LINE = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endi
 
 
 def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
-    """The templates with ``options`` as the values of what a caller leaves out.
-
-    A template that begins with these options already, as a saved result's does, stays as it is.
-
-    Raises:
-        DataError: a template is not valid Jinja, an option is read by none, or its value cannot be written.
-    """
+    """The templates with ``options`` as the values of what a caller leaves out. A template that begins with these
+    options already, as a saved result's does, stays as it is. Raises DataError: a template is not valid Jinja, an
+    option is read by none, or its value cannot be written."""
     for fault in (*value_faults(options), *name_faults(templates, options)):
         raise DataError(fault.message, where=fault.where)
     lines = "".join(_LINE.format(name=name, value=_literal(value)) for name, value in options.items())
@@ -164,11 +145,8 @@ def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def name_faults(templates: Templates, options: Mapping[str, Any]) -> Iterator[Fault]:
-    """Options that the templates never read, each with the nearest one.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """Options that the templates never read, each with the nearest one. Raises DataError: a template is not valid
+    Jinja."""
     if not options:
         return
     read = sorted(options_of(templates))
@@ -196,7 +174,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _literal(value: Any) -> str:
-    """The value in Jinja's language."""
     if isinstance(value, list):
         return f"[{', '.join(_literal(item) for item in value)}]"
     if isinstance(value, bool):
@@ -210,11 +187,7 @@ TRL = "trl:"
 
 
 def trl_file(name: str) -> Path:
-    """The file of the template ``name``.
-
-    Raises:
-        DataError: TRL ships none of this name, or is not installed.
-    """
+    """The file of the template ``name``. Raises DataError: TRL ships none of this name, or is not installed."""
     files = trl_templates()
     if name not in files:
         hint = nearest(name, files)
@@ -235,10 +208,8 @@ def trl_templates() -> dict[str, Path]:
 
 
 def trained_as(template: str) -> tuple[str, str] | None:
-    """The source of TRL's training template for a model, if TRL ships one, and its text.
-
-    The model's own ``template`` is known by its text. Lines in front of it, such as those of options, stay.
-    """
+    """The source of TRL's training template for a model, if TRL ships one, and its text. The model's own ``template``
+    is known by its text. Lines in front of it, such as those of options, stay."""
     files = trl_templates()
     for name, file in sorted(files.items()):
         trained = f"{name}_training"

@@ -26,10 +26,8 @@ _NAMES = {"learning_rate": "lr"}
 
 
 class StepLog(TrainerCallback):
-    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only).
-
-    Every ``period`` steps of the trainer count as one step there (those of a PPO update, else 1).
-    """
+    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only). Every
+    ``period`` steps of the trainer count as one step there (those of a PPO update, else 1)."""
 
     def __init__(self, context: StageContext, log: MetricsLog, *, headline: str, period: int) -> None:
         self._context = context
@@ -58,10 +56,8 @@ class StepLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Writes one line per step, but not the trainer's final summary.
-
-        A non-finite metric ends the stage after it is written and before a checkpoint is saved.
-        """
+        """Writes one line per step, but not the trainer's final summary. A non-finite metric ends the stage after it is
+        written and before a checkpoint is saved."""
         if not logs or "train_runtime" in logs:
             return
         if self._context.is_main:
@@ -83,15 +79,12 @@ class CurrentIntervals(TrainerCallback):
     was written."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replaces what the checkpoint has brought."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
 
 
 class Checkpoints(TrainerCallback):
-    """Seals each checkpoint once every process has written its part, then removes the oldest.
-
-    A checkpoint with a non-finite weight is never sealed, so no later attempt continues from it.
-    """
+    """Seals each checkpoint once every process has written its part, then removes the oldest. A checkpoint with a
+    non-finite weight is never sealed, so no later attempt continues from it."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -99,7 +92,6 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Runs on every process right after the trainer has saved."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
@@ -113,7 +105,6 @@ class WarmupEnds(TrainerCallback):
     """Refuses a stage that is too short to leave the warm-up, which begins at a rate of 0 and would teach nothing."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs once the number of steps is known."""
         if args.get_warmup_steps(state.max_steps) >= state.max_steps:
             raise ConfigError(
                 f"the warm-up covers all {state.max_steps} optimiser steps of the stage, so nothing would be learned",
@@ -131,7 +122,6 @@ class WeightsAreSharded(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Runs once the trainer has prepared the model."""
         if self._sharding.of_weights and not is_sharded(model):
             raise StageError(
                 f"each process has the whole weights, although the launch should shard them ({self._sharding.value})",
@@ -147,7 +137,6 @@ class AdaptersAtWork(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Runs after a checkpoint was loaded."""
         if isinstance(model, PeftModel):
             with_own(model)
 
@@ -160,16 +149,13 @@ class NoStepTooMany(TrainerCallback):
     """Ends a training that is resumed after its last step; with ``max_steps`` transformers would take one more."""
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs at the beginning of a step."""
         if state.global_step >= state.max_steps:
             raise NothingLeft
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint and stops the training when a signal asks for it; ``stopped`` is True then.
-
-    It stops where a checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1).
-    """
+    """Saves a checkpoint and stops the training when a signal asks for it; ``stopped`` is True then. It stops where a
+    checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1)."""
 
     def __init__(self, *, period: int) -> None:
         self.stopped = False

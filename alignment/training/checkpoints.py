@@ -42,11 +42,8 @@ def layout_of(checkpoint: Path) -> str:
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
-    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed, which is logged.
-
-    Raises:
-        OSError: a checkpoint cannot be read now, which says nothing of its content.
-    """
+    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed, which is logged. Raises
+    OSError: a checkpoint cannot be read now, which says nothing of its content."""
     discard_unfinished(folder)
     for checkpoint in _by_step(folder):
         if _verifies(checkpoint, fingerprint):

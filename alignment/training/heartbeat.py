@@ -119,7 +119,6 @@ def _seconds(processes: list[psutil.Process]) -> float:
 
 
 def _described(stack: list[CodeLocation]) -> str:
-    """The innermost location in this package, and the innermost of all."""
     own_location = next((location for location in stack if _OURS in location[0]), stack[0])
     names = [f"{Path(file).name}:{line} in {name}" for file, line, name in dict.fromkeys((own_location, stack[0]))]
     return ", at ".join(names)

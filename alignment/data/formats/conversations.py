@@ -41,8 +41,6 @@ _ANSWERS = {"instruction": "output", "question": "answer"}
 
 
 def _conversation(column: str) -> Callable[[Fields], Example]:
-    """A reader for rows with all turns in one column."""
-
     def read(fields: Fields) -> Example:
         turns, field = asked(fields, column)
         return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
@@ -129,10 +127,8 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
 
 
 def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns before the answers, with a system text and a prompt that stand in columns of their own.
-
-    The prompt is added if the conversations continue it with an answer, and do not have it as a turn.
-    """
+    """The turns before the answers, with a system text and a prompt that stand in columns of their own. The prompt is
+    added if the conversations continue it with an answer, and do not have it as a turn."""
     system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
     value = fields.row.get("prompt")
     if (not rest or rest[0].role == "assistant") and (is_text(value) or starts_with_turn(value)):

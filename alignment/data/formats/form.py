@@ -17,12 +17,9 @@ PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A format of rows.
-
-    ``fits`` checks the columns of a row and their types, but not all of its content. ``read`` turns the row into an
-    ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON. ``author`` is the column that
-    names the person whose opinion a row is; rows of two people are never duplicates.
-    """
+    """A format of rows. ``fits`` checks the columns of a row and their types, but not all of its content. ``read``
+    turns the row into an ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON.
+    ``author`` is the column that names the person whose opinion a row is; rows of two people are never duplicates."""
 
     name: str
     summary: str
@@ -49,25 +46,17 @@ def is_question(value: Any) -> bool:
 
 
 def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...], str]:
-    """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them.
-
-    A format that is recognised by its prompt names that ``column``. In other columns such rows may have the whole text
-    of an example, with its answer.
-
-    Raises:
-        DataError: no column holds a prompt, or its content is neither text nor turns.
-    """
+    """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them. A format that
+    is recognised by its prompt names that ``column``. In other columns such rows may have the whole text of an example,
+    with its answer. Raises DataError: no column holds a prompt, or its content is neither text nor turns."""
     field = fields.first_of(*(PROMPTS if column is None else (column,)))
     turns = question_turns(fields, field)
     return with_system(fields, (*_history(fields), *turns) if field == "instruction" else turns), field
 
 
 def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
-    """The turns of a column that holds a prompt, or its text as a turn of the user.
-
-    Raises:
-        DataError: the content is neither text nor turns.
-    """
+    """The turns of a column that holds a prompt, or its text as a turn of the user. Raises DataError: the content is
+    neither text nor turns."""
     value = fields.row[field]
     if isinstance(value, list):
         return turns_of(fields, field)
@@ -77,11 +66,8 @@ def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
 
 
 def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns after the text of the column ``system``, unless they begin with a system turn.
-
-    Raises:
-        DataError: the column holds something else than text.
-    """
+    """The turns after the text of the column ``system``, unless they begin with a system turn. Raises DataError: the
+    column holds something else than text."""
     system = fields.optional_text("system")
     if not system.strip() or not turns or turns[0].role == "system":
         return turns
@@ -89,11 +75,8 @@ def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ..
 
 
 def answer_text(fields: Fields, field: str) -> str:
-    """The text of an answer, which may also be an assistant's turn, or a list of one such turn.
-
-    Raises:
-        DataError: the field holds something else.
-    """
+    """The text of an answer, which may also be an assistant's turn, or a list of one such turn. Raises DataError: the
+    field holds something else."""
     value = fields.required(field)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -113,12 +96,9 @@ def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
 def answers_of_whole(
     fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...], *, names: tuple[str, str]
 ) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
-    """The common prompt and the two last turns of two whole conversations in the columns ``names``.
-
-    Raises:
-        DataError: a conversation does not end with an assistant's text.
-        SetAside: they differ before their last turns, so they answer different prompts.
-    """
+    """The common prompt and the two last turns of two whole conversations in the columns ``names``. Raises DataError: a
+    conversation does not end with an assistant's text. Raises SetAside: they differ before their last turns, so they
+    answer different prompts."""
     for name, turns in zip(names, (chosen, rejected), strict=True):
         if turns[-1].role != "assistant":
             fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")

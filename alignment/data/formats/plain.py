@@ -17,8 +17,6 @@ _SCORES = ("score", "overall_score", "rating", "rank")
 
 
 def _answered(name: str, *, prompt: str) -> Any:
-    """A reader for rows with the answer in the column ``name`` and the prompt in the column ``prompt``."""
-
     def read(fields: Fields) -> Example:
         turns, field = asked(fields, prompt)
         turns = (*turns, Message(role="assistant", content=answer_text(fields, name)))

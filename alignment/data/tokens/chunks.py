@@ -39,11 +39,8 @@ _BY_TEMPLATE = "the chat template leaves it out"
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Token rows of some rows of the source.
-
-    ``batch`` holds the token rows of ``records`` records, which came from ``rows`` rows of the source. ``longest`` is
-    the number of tokens of the longest record, also if it was dropped.
-    """
+    """Token rows of some rows of the source. ``batch`` holds the token rows of ``records`` records, which came from
+    ``rows`` rows of the source. ``longest`` is the number of tokens of the longest record, also if it was dropped."""
 
     batch: pa.RecordBatch
     notes: Sequence[Note]
@@ -118,12 +115,8 @@ def note_of_error(error: DataError) -> Note:
 
 
 def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int) -> Iterator[Chunk]:
-    """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all.
-
-    Raises:
-        ModelError: a process was killed because a template did not terminate.
-        StageError: a process died.
-    """
+    """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all. Raises
+    ModelError: a process was killed because a template did not terminate. Raises StageError: a process died."""
     chunks = _chunks(rows)
     if limit is not None:
         yield from _limited(job, chunks, limit)
@@ -175,8 +168,7 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
                 remedy="set model.chat_template=chatml, or path:FILE of another template",
             ) from error
         raise StageError(
-            "a process that tokenised rows died",
-            remedy="check whether memory ran out, then run the stage again",
+            "a process that tokenised rows died", remedy="check whether memory ran out, then run the stage again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -17,14 +17,10 @@ from alignment.data.turns import CLOSE, OPEN, THOUGHTS, Message, tagged
 
 
 def with_readable_thought(templates: Templates, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn in the form of ``Message.as_dict``, with its thought where ``templates`` read it.
-
-    Example: ``{"content": "4.", "reasoning_content": "2 + 2"}`` becomes ``{"content": "4.", "thinking": "2 + 2"}`` for
-    gpt-oss, and ``{"content": "<think>\\n2 + 2\\n</think>\\n\\n4."}`` for a template that reads no such field.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """A turn in the form of ``Message.as_dict``, with its thought where ``templates`` read it. Example: ``{"content":
+    "4.", "reasoning_content": "2 + 2"}`` becomes ``{"content": "4.", "thinking": "2 + 2"}`` for gpt-oss, and
+    ``{"content": "<think>\\n2 + 2\\n</think>\\n\\n4."}`` for a template that reads no such field. Raises DataError: a
+    template is not valid Jinja."""
     if turn["role"] != "assistant":
         return dict(turn)
     read = fields_of(templates)

@@ -48,14 +48,10 @@ _HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
-    """The model with a new adapter that does not change its outputs yet, or the model itself for full training.
-
-    A new prefix does change them: its keys and values are zero, but take a share of the attention.
-
-    Raises:
-        ModelError: the target modules or the modules to save do not exist in this model, or the target modules are its
-            head or its embeddings.
-    """
+    """The model with a new adapter that does not change its outputs yet, or the model itself for full training. A new
+    prefix does change them: its keys and values are zero, but take a share of the attention. Raises ModelError: the
+    target modules or the modules to save do not exist in this model, or the target modules are its head or its
+    embeddings."""
     if config.kind is AdapterKind.full:
         return model
     if config.kind is AdapterKind.prefix:
@@ -107,11 +103,8 @@ def _ends_in_head(name: str) -> bool:
 
 
 def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Refuses modules that the model lacks, which PEFT would leave out.
-
-    Raises:
-        ModelError: no module of the model has such a name.
-    """
+    """Refuses modules that the model lacks, which PEFT would leave out. Raises ModelError: no module of the model has
+    such a name."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     known = dict.fromkeys(own for path in paths if (own := path.rpartition(".")[2]) and not own.isdigit())
     for name in names:
@@ -124,7 +117,6 @@ def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _are_tied(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether the embeddings or the head are among these modules, and share their weights."""
     head = model.get_output_embeddings()
     if head is None or not model.config.tie_word_embeddings:
         return False
@@ -134,9 +126,7 @@ def _are_tied(model: PreTrainedModel, names: Iterable[str]) -> bool:
 
 def _recognised(names: Iterable[str]) -> list[str]:
     """The names of modules with tied weights, which PEFT ties only if one of them is ``embed_tokens`` or ``lm_head``.
-
-    Other models may lack that module; PEFT finds the head by its weights.
-    """
+    Other models may lack that module; PEFT finds the head by its weights."""
     names = list(names)
     return names if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names) else [*names, "lm_head"]
 
@@ -146,11 +136,9 @@ def _path_of(module: nn.Module | None, model: PreTrainedModel) -> str:
 
 
 def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
-    """The target that is the model's head or its embeddings; empty without one.
-
-    The fast forward leaves out factors on the head. Embeddings with factors lack attributes that stages read, and
-    change a tied head too when they are merged.
-    """
+    """The target that is the model's head or its embeddings; empty without one. The fast forward leaves out factors on
+    the head. Embeddings with factors lack attributes that stages read, and change a tied head too when they are
+    merged."""
     targets = list(targets)
     for module in (model.get_output_embeddings(), model.get_input_embeddings()):
         path = _path_of(module, model)
@@ -160,12 +148,9 @@ def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
-    """The model with a saved adapter that will be trained further, and an inactive frozen copy of that adapter.
-
-    Raises:
-        ConfigError: the adapter has another kind or shape than ``config``.
-        ModelError: it was made for another architecture.
-    """
+    """The model with a saved adapter that will be trained further, and an inactive frozen copy of that adapter. Raises
+    ConfigError: the adapter has another kind or shape than ``config``. Raises ModelError: it was made for another
+    architecture."""
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
     saved.task_type, saved.inference_mode = task, False
@@ -179,11 +164,8 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
 
 
 def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
-    """Adds saved, frozen adapters below the model's own.
-
-    Raises:
-        ModelError: an adapter was made for another architecture.
-    """
+    """Adds saved, frozen adapters below the model's own. Raises ModelError: an adapter was made for another
+    architecture."""
     for number, folder in enumerate(folders):
         _with_frozen(model, folder, f"{_BELOW}{number}")
     return with_own(model)
@@ -196,10 +178,8 @@ def with_own(model: PeftModel) -> PeftModel:
 
 
 def put_in_order(folder: Path, *, base: Path | None = None) -> None:
-    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order.
-
-    ``base`` is where the model will be that the adapter belongs to, if not where it was loaded from.
-    """
+    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order. ``base``
+    is where the model will be that the adapter belongs to, if not where it was loaded from."""
     file = folder / ADAPTER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base is not None:
@@ -213,11 +193,8 @@ def _are_names(value: Any) -> bool:
 
 
 def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:
-    """The model with saved adapters on the weights that they were trained on, bottom first; the last is its own.
-
-    Raises:
-        ModelError: an adapter was made for another architecture.
-    """
+    """The model with saved adapters on the weights that they were trained on, bottom first; the last is its own. Raises
+    ModelError: an adapter was made for another architecture."""
     if is_prefix(folders[-1]):
         return _put_back_prefix(model, folders[-1], trainable=trainable)
     try:
@@ -273,7 +250,6 @@ def _switched_off(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _start_instead(model: PeftModel) -> Iterator[None]:
-    """Uses the frozen copy of the own adapter in its place."""
     before = [(layer, layer.active_adapters) for layer in _layers(model)]
     for layer, names in before:
         layer._active_adapter = [START if name == OWN else name for name in names]
@@ -298,11 +274,9 @@ def _own_times_zero(model: PeftModel) -> Iterator[None]:
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
-    """Lets autocast choose the dtype of the products; the factors stay float32 for the optimiser.
-
-    PEFT would convert every activation to float32 and back around each adapter, which costs a third of a step on CPU.
-    Plain low-rank layers become one function each (alignment/models/kernels/products.py).
-    """
+    """Lets autocast choose the dtype of the products; the factors stay float32 for the optimiser. PEFT would convert
+    every activation to float32 and back around each adapter, which costs a third of a step on CPU. Plain low-rank
+    layers become one function each (alignment/models/kernels/products.py)."""
     for module in _layers(model):
         module.cast_input_dtype_enabled = False
     fuse_adapters(model)
@@ -315,11 +289,8 @@ def _with_saved(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pef
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a saved adapter merged into its weights; a prefix cannot be merged and stays.
-
-    Raises:
-        ModelError: the adapter was made for another architecture.
-    """
+    """The model with a saved adapter merged into its weights; a prefix cannot be merged and stays. Raises ModelError:
+    the adapter was made for another architecture."""
     if is_prefix(folder):
         return put_back(model, [folder], trainable=False).get_base_model()
     try:
@@ -329,22 +300,14 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def saved_config(folder: Path) -> Any:
-    """PEFT's configuration of a saved adapter.
-
-    Raises:
-        ModelError: there is no adapter in safetensors.
-    """
+    """PEFT's configuration of a saved adapter. Raises ModelError: there is no adapter in safetensors."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"no {ADAPTER_WEIGHTS} here", where=str(folder), remedy="pickled adapters are not read")
     return PeftConfig.from_pretrained(str(folder))
 
 
 def is_prefix(folder: Path) -> bool:
-    """Whether a saved adapter is a prefix.
-
-    Raises:
-        ModelError: there is no adapter in safetensors.
-    """
+    """Whether a saved adapter is a prefix. Raises ModelError: there is no adapter in safetensors."""
     return bool(saved_config(folder).is_prompt_learning)
 
 
@@ -378,9 +341,7 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """The model with another saved adapter, inactive, frozen and without dropout, so that its output is deterministic.
-
-    ``PeftModel.add_adapter`` is called directly, because a sequence classifier's own method would copy its head too.
-    """
+    ``PeftModel.add_adapter`` is called directly, because a sequence classifier's own method would copy its head too."""
     saved = saved_config(folder)
     saved.lora_dropout = 0.0
     PeftModel.add_adapter(model, name, saved)

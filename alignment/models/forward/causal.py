@@ -30,10 +30,8 @@ IGNORED = -100
 
 def install_causal(model: PreTrainedModel) -> None:
     """Serves ``fused_lm_head=True`` calls of a causal language model with the fast forward; other calls are unchanged.
-
     Call it after TRL's trainer has installed its own fused head. A model whose head scales its logits or has a bias
-    keeps TRL's.
-    """
+    keeps TRL's."""
     if scales_logits(model):
         log.warning(
             "%s scales its logits or adds a bias to them, so TRL's own forward pass is used, which also computes "
@@ -81,11 +79,9 @@ def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Learned:
-    """What is learned from a batch whose labels are ``[rows, columns]``, or packed as ``[1, tokens]``.
-
-    ``before`` are the indices in the stream of the states that predict ``labels``, and ``at`` where these stand in
-    ``mask``, flattened: ``[rows, columns - 1]`` or ``[1, tokens - 1]``, True where a token is learned.
-    """
+    """What is learned from a batch whose labels are ``[rows, columns]``, or packed as ``[1, tokens]``. ``before`` are
+    the indices in the stream of the states that predict ``labels``, and ``at`` where these stand in ``mask``,
+    flattened: ``[rows, columns - 1]`` or ``[1, tokens - 1]``, True where a token is learned."""
 
     before: Tensor
     labels: Tensor
@@ -116,11 +112,7 @@ def _causal_output(
 
 
 def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
-    """Found on the host; the state at column c predicts column c + 1.
-
-    Raises:
-        ValueError: padding has a label.
-    """
+    """Found on the host; the state at column c predicts column c + 1. Raises ValueError: padding has a label."""
     given, is_real, index = on_host(labels, rows.is_real, rows.index)
     wanted = given if given.shape == is_real.shape else _in_rows(given, is_real)
     has_label = wanted != IGNORED
@@ -135,7 +127,6 @@ def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
 
 
 def _in_rows(labels: Tensor, is_real: Tensor) -> Tensor:
-    """Packed ``[1, tokens]`` labels as ``[rows, columns]``."""
     return labels.new_full(is_real.shape, IGNORED).masked_scatter(is_real, labels.flatten())
 
 

@@ -70,11 +70,8 @@ def has_window(model: PreTrainedModel) -> bool:
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
-    """Selects the flat attention function if the model allows it, else warns once; returns whether it did.
-
-    Norms are fused in either case (models/kernels/norms.py), blocks only with flat attention
-    (models/kernels/blocks.py).
-    """
+    """Selects the flat attention function if the model allows it, else warns once; returns whether it did. Norms are
+    fused in either case (models/kernels/norms.py), blocks only with flat attention (models/kernels/blocks.py)."""
     fuse_norms(model)
     if not can_run_flat(model):
         log.warning(
@@ -90,15 +87,11 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
 def trunk_states(
     trunk: PreTrainedModel, rows: FlatRows, *, keys_values: KeysValues | None = None, earlier: KeysValues | None = None
 ) -> Tensor:
-    """``[tokens, width]`` last hidden states of the stream.
-
-    ``trunk`` is the model without its head (such as ``LlamaModel``), with flat attention selected or not. Flat
-    attention puts its keys and values into ``keys_values``, and reads those of an earlier stream from ``earlier``.
-
-    Raises:
-        ModelError: a row is longer than the model's positions.
-        ValueError: ``keys_values`` or ``earlier`` is given, but the model's attention is not the flat one.
-    """
+    """``[tokens, width]`` last hidden states of the stream. ``trunk`` is the model without its head (such as
+    ``LlamaModel``), with flat attention selected or not. Flat attention puts its keys and values into ``keys_values``,
+    and reads those of an earlier stream from ``earlier``. Raises ModelError: a row is longer than the model's
+    positions. Raises ValueError: ``keys_values`` or ``earlier`` is given, but the model's attention is not the flat
+    one."""
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     refuse_too_long(trunk, max(rows.lengths))
@@ -140,17 +133,13 @@ def _flat_states(trunk: PreTrainedModel, rows: FlatRows, *, ahead: int = 0, **of
 
 
 def _multiple(trunk: PreTrainedModel) -> int:
-    """The number that the length of a stream must be a multiple of."""
     weight = trunk.get_input_embeddings().weight
     return MULTIPLE if is_on_cpu(weight) and products_dtype(weight) is torch.bfloat16 else 1
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:
-    """Checks that a model without flat attention, or with a sliding window, has no prefix.
-
-    Raises:
-        ModelError: it has one.
-    """
+    """Checks that a model without flat attention, or with a sliding window, has no prefix. Raises ModelError: it has
+    one."""
     if prefix_of(trunk) is not None:
         raise ModelError(
             f"{type(trunk).__name__} has a sliding window, or attention that the padding-free path does not "

@@ -61,17 +61,12 @@ def generate(
     on_token: OnToken | None = None,
     ends: Ends | None = None,
 ) -> list[list[int]]:
-    """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
-
-    At most ``batch_size`` prompts are answered at once. Without ``sampling`` the most likely token is taken.
-    ``progress`` is called with the number of prompts done, ``on_token`` with each new token. ``ends`` is a further
-    condition for the end of an answer. On CPU in bfloat16 the linear weights are meanwhile in memory twice.
-
-    Raises:
-        ValueError: a prompt is empty.
-        ModelError: the model has layers that cache something else than keys and values, or a prompt and its answer may
-            be longer than the model's positions.
-    """
+    """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit. At
+    most ``batch_size`` prompts are answered at once. Without ``sampling`` the most likely token is taken. ``progress``
+    is called with the number of prompts done, ``on_token`` with each new token. ``ends`` is a further condition for the
+    end of an answer. On CPU in bfloat16 the linear weights are meanwhile in memory twice. Raises ValueError: a prompt
+    is empty. Raises ModelError: the model has layers that cache something else than keys and values, or a prompt and
+    its answer may be longer than the model's positions."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     order = reading_order(prompts)
@@ -117,9 +112,7 @@ def answer_batch(
     ends: Ends | None = None,
 ) -> list[list[int]]:
     """Like ``generate`` for one batch of prompts in ``reading_order``; samples if given ``uniforms [prompts, steps]``.
-
-    ``reading`` holds what the model computed for these prompts; without it they are read here.
-    """
+    ``reading`` holds what the model computed for these prompts; without it they are read here."""
     answers = _Answers(
         ids=[[] for _ in prompts],
         max_new_tokens=max_new_tokens,
@@ -174,7 +167,6 @@ def _answer(
     temperature: float,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Answers all prompts of the queue, at most ``batch_size`` at once."""
     if not queue.prompts or not answers.max_new_tokens:
         return
     base = unwrapped(model)
@@ -204,9 +196,7 @@ def _answer(
 
 def _advance(rows: DecodingRows, answers: _Answers, temperature: float, *, refilled: bool) -> list[int]:
     """Takes steps until no answer is unfinished, or if rows are to be ``refilled``, until finished rows are numerous.
-
-    Returns the rows whose answers are unfinished.
-    """
+    Returns the rows whose answers are unfinished."""
     while True:
         tokens = rows.next_tokens(temperature)
         if on_shadows():

@@ -36,13 +36,9 @@ _Output = TypeVar("_Output")
 
 
 def has_two_threads(tensor: Tensor) -> bool:
-    """Whether two threads of this CPU, and of this process alone, would share an operation on the tensor.
-
-    In a part it is false, since its thread computes alone. So nothing is divided twice.
-
-    Raises:
-        ConfigError: the variable of ``launch.divide_rows`` is neither 0 nor 1.
-    """
+    """Whether two threads of this CPU, and of this process alone, would share an operation on the tensor. In a part it
+    is false, since its thread computes alone. So nothing is divided twice. Raises ConfigError: the variable of
+    ``launch.divide_rows`` is neither 0 nor 1."""
     is_alone = not torch.distributed.is_initialized()  # else weights may be gathered for each module, in an order
     is_on_two = tensor.device.type == "cpu" and torch.get_num_threads() == THREADS
     return is_on_two and is_alone and not on_shadows() and _is_wanted()
@@ -56,11 +52,9 @@ def _is_wanted() -> bool:
 
 
 def in_two_threads(function: Callable[[_Input], _Output], inputs: Sequence[_Input]) -> list[_Output]:
-    """The function of both inputs, under this thread's settings of gradients and autocast, and no other modes.
-
-    An error is raised when both have ended, so nobody computes with what the caller then puts back. If both fail, it is
-    that of the first.
-    """
+    """The function of both inputs, under this thread's settings of gradients and autocast, and no other modes. An error
+    is raised when both have ended, so nobody computes with what the caller then puts back. If both fail, it is that of
+    the first."""
     futures = [_part_threads(os.getpid()).submit(_in_same_mode(function), argument) for argument in inputs]
     try:
         try:

@@ -53,7 +53,6 @@ def read_together(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _replacement(module: nn.Module) -> Any:
-    """The function that computes the same as the module, or None."""
     parameters = list(module.parameters())
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return None
@@ -116,7 +115,6 @@ def _attention(
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
-    """Like ``LlamaMLP.forward``."""
     gate, up = products(x, (self.gate_proj, self.up_proj))
     if not torch.is_grad_enabled() or next(self.act_fn.parameters(), None) is not None:
         out: Tensor = self.down_proj(self.act_fn(gate) * up)

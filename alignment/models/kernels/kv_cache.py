@@ -35,11 +35,9 @@ more often, and writing to new memory is slow."""
 
 class RowsLayer(CacheLayerMixin):
     """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
-
     ``room`` columns are allocated ahead. With ``shows_room``, ``update`` returns them too, because the model's mask
     hides them, like columns outside a sliding window. Keys and values have the dtype of the products, which is
-    autocast's if it is enabled.
-    """
+    autocast's if it is enabled."""
 
     is_sliding = False
 
@@ -78,7 +76,6 @@ class RowsLayer(CacheLayerMixin):
         return self._returned_after(query_length), 0
 
     def get_seq_length(self) -> int:
-        """Number of filled columns."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -87,9 +84,7 @@ class RowsLayer(CacheLayerMixin):
 
     def write(self, keys: Tensor, values: Tensor, *, at: Tensor, rows: int, length: int) -> None:
         """Writes ``[some rows, key heads, columns, width]`` as the rows ``at``, right-aligned at column ``length``.
-
-        ``rows`` is the number of rows in the whole cache.
-        """
+        ``rows`` is the number of rows in the whole cache."""
         if not self.is_initialized:
             with memory_for(CACHE):
                 self.keys, self.values = (
@@ -110,7 +105,6 @@ class RowsLayer(CacheLayerMixin):
                 states[:, :, start:end] = states[:, :, start + columns : end + columns]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only ``rows``, in this order."""
         self.keys, self.values = _moved_up(self.keys, rows), _moved_up(self.values, rows)
 
     def _columns_after(self, new: int) -> int:
@@ -123,22 +117,17 @@ class RowsLayer(CacheLayerMixin):
 
 
 class RowsCache(Cache):
-    """A ``RowsLayer`` for every layer of a model that has its own keys and values.
-
-    Raises:
-        ModelError: a layer caches something else, such as the state of a recurrence.
-    """
+    """A ``RowsLayer`` for every layer of a model that has its own keys and values. Raises ModelError: a layer caches
+    something else, such as the state of a recurrence."""
 
     def __init__(self, config: PreTrainedConfig, *, room: int, shows_room: bool = True) -> None:
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[_layer_like(layer, room, shows_room=shows_room) for layer in layers])
 
     def write(self, source: RowsCache, rows_of_source: Tensor, *, at: Tensor, rows: int, length: int) -> None:
-        """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``.
-
-        This cache has ``rows`` rows, and ``length`` filled columns. Rows are right-aligned. A row of the source may be
-        written several times.
-        """
+        """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``. This cache has ``rows``
+        rows, and ``length`` filled columns. Rows are right-aligned. A row of the source may be written several
+        times."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if isinstance(layer, RowsLayer) and other.is_initialized:
                 keys, values = (states[rows_of_source, :, : other.length] for states in (other.keys, other.values))
@@ -175,7 +164,6 @@ class RowsCache(Cache):
                 layer.skip(new)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only ``rows``, in this order."""
         for layer in self.layers:
             if isinstance(layer, RowsLayer) and layer.is_initialized:
                 layer.select(rows)
@@ -222,15 +210,11 @@ def decoding_attention(
     beginning: KeysValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row.
-
-    Scores and weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores.
-    ``beginning`` holds the keys and values of tokens that every row sees before those of the cache. In other cases
-    transformers' function is called.
-
-    Raises:
-        ValueError: ``beginning`` is given, but scores are capped or more than one token per row is new.
-    """
+    """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row. Scores and
+    weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores. ``beginning`` holds
+    the keys and values of tokens that every row sees before those of the cache. In other cases transformers' function
+    is called. Raises ValueError: ``beginning`` is given, but scores are capped or more than one token per row is
+    new."""
     is_one_step = _is_one_step(query.shape[2], query.device)
     if beginning is not None and not (is_one_step and softcap is None):
         raise ValueError(f"{type(module).__name__} does not support rows that share a beginning")

@@ -52,11 +52,9 @@ class _Way:
 
 @contextmanager
 def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
-    """Prepacks a model's linear weights for products with about ``rows`` rows, and undoes that.
-
-    It holds a second copy of those weights meanwhile. Layers that are prepacked already stay as they are. Neither
-    weights nor adapters may change in the block.
-    """
+    """Prepacks a model's linear weights for products with about ``rows`` rows, and undoes that. It holds a second copy
+    of those weights meanwhile. Layers that are prepacked already stay as they are. Neither weights nor adapters may
+    change in the block."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         with reused_norms(model):
@@ -71,10 +69,8 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any]]) -> None:
-    """Gives linear layers functions on a copy of their weights.
-
-    It appends each module and attribute that it sets, and the value before or None, to ``before``.
-    """
+    """Gives linear layers functions on a copy of their weights. It appends each module and attribute that it sets, and
+    the value before or None, to ``before``."""
 
     def put(module: nn.Module, name: str, value: Any) -> None:
         before.append((module, name, vars(module).get(name)))
@@ -150,12 +146,10 @@ def _is_stackable(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stacked:
-    """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters.
-
-    ``low`` is ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``change`` and ``bias`` are
-    ``[sum of out]``: outputs without their bias are multiplied by 1 + change (DoRA). Both are 0 for a layer without
-    one, and None if no layer has one.
-    """
+    """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters. ``low`` is
+    ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``change`` and ``bias`` are ``[sum of
+    out]``: outputs without their bias are multiplied by 1 + change (DoRA). Both are 0 for a layer without one, and None
+    if no layer has one."""
 
     weights: list[Tensor]
     low: Tensor | None
@@ -165,7 +159,6 @@ class _Stacked:
 
     @property
     def widths(self) -> list[int]:
-        """The number of each layer's outputs."""
         return [len(weight) for weight in self.weights]
 
 
@@ -201,7 +194,6 @@ def _concatenated(vectors: Sequence[Tensor | None], weights: Sequence[Tensor]) -
 
 
 def _finished(out: Tensor, change: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Changes magnitudes, and adds biases, in place."""
     if change is not None:
         out.addcmul_(out, change)
     return out if bias is None else out.add_(bias)

@@ -108,11 +108,9 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``x [..., width]`` times a float32 ``factor [..., 1]``, rounded once.
-
-    On CPU a product of two dtypes first copies both. For many numbers it takes twice as long as batch normalisation
-    with given statistics, in which tokens are the channels, of mean 0 and variance 1.
-    """
+    """``x [..., width]`` times a float32 ``factor [..., 1]``, rounded once. On CPU a product of two dtypes first copies
+    both. For many numbers it takes twice as long as batch normalisation with given statistics, in which tokens are the
+    channels, of mean 0 and variance 1."""
     if x.device.type != "cpu" or x.dtype == factor.dtype or x.numel() < _MANY:
         return torch.mul(x, factor, out=torch.empty_like(x))
     channels = factor.reshape(-1)

@@ -53,11 +53,9 @@ class _Task:
 
 class Sender(Tracker):
     """A tracker that forwards everything to the one that ``connect`` makes, in order, and repeats what failed.
-
     ``server`` names it in messages. ``connect`` is called in the thread. ``may_pass`` says whether an exception may be
     gone at the next attempt, as that of an unreachable server. After any other one nothing more is sent, and the next
-    method that is called raises NotSentError. The tracker has to bear that a call is repeated whose answer was lost.
-    """
+    method that is called raises NotSentError. The tracker has to bear that a call is repeated whose answer was lost."""
 
     def __init__(
         self,
@@ -80,23 +78,17 @@ class Sender(Tracker):
         self._thread.start()
 
     def log(self, rows: Sequence[Row]) -> None:
-        """Queues steps."""
         self._add(*(_Task(row=row) for row in rows))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Queues a table."""
         self._add(_Task(call=lambda tracker: tracker.table(name, columns, rows)))
 
     def result(self, manifest: Manifest, folder: Path) -> None:
-        """Queues the result."""
         self._add(_Task(call=lambda tracker: tracker.result(manifest, folder)))
 
     def close(self, *, done: bool) -> None:
-        """Waits until everything is sent, but not for a server that does not answer.
-
-        Raises:
-            NotSentError: something was not sent; the message says which steps.
-        """
+        """Waits until everything is sent, but not for a server that does not answer. Raises NotSentError: something was
+        not sent; the message says which steps."""
         self._add(_Task(call=lambda tracker: tracker.close(done=done)))
         self._ending.set()
         self._thread.join(self._end_seconds)
@@ -171,10 +163,7 @@ def _described(tasks: Sequence[_Task]) -> str:
 
 
 URL_VARIABLE = "MLFLOW_TRACKING_URI"
-_VARIABLES = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-}
+_VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 """Seconds and repetitions of a request. MLflow's own, 120 seconds and 7 times, would outlast a stage; the sender
 repeats requests itself. Variables that the user has set stay."""
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE, _LONGEST_PARAM = 1000, 100, 500
@@ -185,11 +174,8 @@ _TABLES = "mlflow.loggedArtifacts"
 
 
 def mlflow_sender(spec: StageSpec) -> Sender:
-    """The tracker of a stage, behind a thread. It imports MLflow, which takes a second or two.
-
-    Raises:
-        KeyError: neither the settings nor the environment name a server.
-    """
+    """The tracker of a stage, behind a thread. It imports MLflow, which takes a second or two. Raises KeyError: neither
+    the settings nor the environment name a server."""
     url = spec.tracking.mlflow_url or os.environ[URL_VARIABLE]
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -27,10 +27,8 @@ TOKEN = "tracking-token.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One step: its curves by name (tracker.py), and when it was logged, in seconds since 1970.
-
-    ``Row(step=3, curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``
-    """
+    """One step: its curves by name (tracker.py), and when it was logged, in seconds since 1970. ``Row(step=3,
+    curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``"""
 
     step: int
     curves: Mapping[str, float]
@@ -58,10 +56,8 @@ class Tracker(ABC):
 
 
 def stable_id(spec: StageSpec) -> str:
-    """The id of a stage in every tracker, which stays the same when the stage is resumed in its folder.
-
-    A token that is drawn once and stored there distinguishes it from the same stage of other users of the project.
-    """
+    """The id of a stage in every tracker, which stays the same when the stage is resumed in its folder. A token that is
+    drawn once and stored there distinguishes it from the same stage of other users of the project."""
     token = spec.run_folder / TOKEN
     if not token.exists():
         write_json(token, secrets.token_hex(16))
