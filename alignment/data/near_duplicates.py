@@ -135,46 +135,34 @@ def _share(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
 
 Keys = NDArray[np.uint64]
 
-BITS = 4
-"""The first bits of a key, which are the number of its part."""
-_STARTS = np.arange(1, 2**BITS, dtype=np.uint64) << np.uint64(64 - BITS)
-"""The smallest key of each part but the first."""
-
 
 class KeySet:
     """Takes keys in batches. With n keys that are random numbers, n² / 2⁶⁵ of them are expected to equal another one:
-    three in a million sets of ten million keys."""
+    three in a million sets of ten million keys. The keys are in sorted arrays, each at least twice as long as the next."""
 
     def __init__(self) -> None:
-        self._parts: list[list[Keys]] = [[] for _ in range(2**BITS)]
+        self._runs: list[Keys] = []
 
     def __len__(self) -> int:
-        return sum(len(run) for runs in self._parts for run in runs)
+        return sum(map(len, self._runs))
 
     def add(self, keys: Keys) -> NDArray[np.bool_]:
         """Adds ``keys``; returns ``[keys]``, True for each that is neither in the set nor earlier in the batch."""
         distinct, first = np.unique(keys, return_index=True)
-        batches = np.split(distinct, np.searchsorted(distinct, _STARTS))
-        unknown = np.concatenate([_add(runs, batch) for runs, batch in zip(self._parts, batches, strict=True)])
+        unknown = np.ones(len(distinct), dtype=np.bool_)
+        for run in self._runs:
+            at = np.searchsorted(run, distinct)
+            at[at == len(run)] = 0
+            unknown &= run[at] != distinct
+        if unknown.any():
+            self._runs.append(distinct[unknown])
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            merged = np.concatenate([self._runs.pop(), self._runs.pop()])
+            merged.sort(kind="stable")  # which merges runs that are sorted already
+            self._runs.append(merged)
         is_new = np.zeros(len(keys), dtype=np.bool_)
         is_new[first[unknown]] = True
         return is_new
-
-
-def _add(runs: list[Keys], keys: Keys) -> NDArray[np.bool_]:
-    """Adds sorted and distinct ``keys`` to the arrays of a part; returns ``[keys]``, True for each that is in none."""
-    unknown = np.ones(len(keys), dtype=np.bool_)
-    for run in runs:
-        at = np.searchsorted(run, keys)
-        at[at == len(run)] = 0
-        unknown &= run[at] != keys
-    if unknown.any():
-        runs.append(keys[unknown])
-    while len(runs) > 1 and len(runs[-2]) < 2 * len(runs[-1]):
-        merged = np.concatenate([runs.pop(), runs.pop()])
-        merged.sort(kind="stable")  # which merges runs that are sorted already
-        runs.append(merged)
-    return unknown
 
 
 BATCH = 4_096
@@ -245,12 +233,14 @@ class RowRelations:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Fullest:
-    """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them.
-    Rows of different authors are not compared, because people may agree or disagree."""
+class _Row:
+    """A row's records by stage and key (None if no more texts are compared), their keys for the ``stage`` that uses
+    most of the row, and the keys of the records that would contradict these. Rows of different authors are not
+    compared, because people may agree or disagree."""
 
     where: str
     author: str
+    records: Mapping[str, Keyed] | None
     stage: str
     keys: Sequence[int]
     opposites: Sequence[int]
@@ -273,9 +263,8 @@ class RepeatedRecords:
 
     def _wait(self) -> None:
         self._keys = {name: array("Q") for name in self._records}
-        self._rows = {name: array("L") for name in self._records}
-        self._waiting: list[tuple[str, str, Mapping[str, Keyed]] | None] = []
-        self._fullest: list[_Fullest | None] = []
+        self._indices = {name: array("L") for name in self._records}
+        self._rows: list[_Row] = []
         self._characters = 0
 
     def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int, author: str = "") -> None:
@@ -283,76 +272,62 @@ class RepeatedRecords:
         keyed = {name: {record_key(record): record for record in of_stage} for name, of_stage in records.items()}
         for name, of_stage in keyed.items():
             self._keys[name].extend(of_stage)
-            self._rows[name].extend([len(self._waiting)] * len(of_stage))
-        self._waiting.append(None if self._near.is_full else (where, author, keyed))
-        self._fullest.append(self._fullest_of(where, author, keyed))
+            self._indices[name].extend([len(self._rows)] * len(of_stage))
+        stage = next((name for name in self._by_fullness if keyed.get(name)), "")
+        fullest = keyed.get(stage, {})
+        opposites = () if self._is_full else [record_key(other) for other in map(_opposite, fullest.values()) if other]
+        self._rows.append(
+            _Row(
+                where=where,
+                author=author,
+                records=None if self._near.is_full else keyed,
+                stage=stage,
+                keys=list(fullest),
+                opposites=opposites,
+            )
+        )
         self._characters += size
-        if len(self._waiting) >= BATCH or self._characters >= BATCH_CHARACTERS:
+        if len(self._rows) >= BATCH or self._characters >= BATCH_CHARACTERS:
             self.end()
 
     def end(self) -> None:
         """Looks at the rows that wait."""
-        new: list[dict[str, list[int]]] = [{} for _ in self._waiting]
-        with_new = np.zeros(len(self._waiting), dtype=np.bool_)
-        new_rows: dict[str, NDArray[np.bool_]] = {}
+        new: list[dict[str, list[int]]] = [{} for _ in self._rows]
         for name, keys in self._keys.items():
-            rows = np.array(self._rows[name], dtype=np.int64)
             is_new = self._seen[name].add(np.array(keys, dtype=np.uint64))
             self.counts[name] += int((~is_new).sum())
-            new_rows[name] = np.zeros(len(self._waiting), dtype=np.bool_)
-            new_rows[name][rows[is_new]] = True
-            with_new |= new_rows[name]
-            if not self._near.is_full:
-                for at in np.flatnonzero(is_new):
-                    new[rows[at]].setdefault(name, []).append(keys[at])
-        contradicting = self._relate(new_rows)
-        for index, (waiting, keys_of_row, has_new) in enumerate(
-            zip(self._waiting, new, with_new.tolist(), strict=True)
-        ):
-            if index in contradicting:
+            for at in np.flatnonzero(is_new):
+                new[self._indices[name][at]].setdefault(name, []).append(keys[at])
+        for row, new_keys in zip(self._rows, new, strict=True):
+            if self._contradicts(row, is_new=row.stage in new_keys) or not new_keys:
                 continue
-            if waiting is None:
-                self._near.passed_over += has_new
-            elif has_new:
-                where, author, keyed = waiting
-                made = {name: [keyed[name][key] for key in keys] for name, keys in keys_of_row.items()}
-                self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
+            if row.records is None:
+                self._near.passed_over += 1
+                continue
+            made = {name: [row.records[name][key] for key in keys] for name, keys in new_keys.items()}
+            self._near.add(LocatedText(where=row.where, text=self._text_of(made), author=row.author))
         self._wait()
-
-    def _fullest_of(self, where: str, author: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:
-        stage = next((name for name in self._by_fullness if keyed.get(name)), None)
-        if stage is None:
-            return None
-        opposites = (
-            ()
-            if self._is_full
-            else [record_key(opposite) for opposite in map(_opposite, keyed[stage].values()) if opposite]
-        )
-        return _Fullest(where=where, author=author, stage=stage, keys=list(keyed[stage]), opposites=opposites)
 
     @property
     def _is_full(self) -> bool:
         return len(self._first) >= TEXTS
 
-    def _relate(self, new_rows: Mapping[str, NDArray[np.bool_]]) -> set[int]:
-        """Notes which of the waiting rows repeat or contradict an earlier row; returns the indices of the latter."""
-        contradicting = set()
-        for index, row in enumerate(self._fullest):
-            if row is None:
-                continue
-            record = self._records[row.stage]
-            earlier = [self._first.get((row.author, key), "") for key in row.keys]
-            if all(earlier) or (not row.author and not new_rows[row.stage][index]):
-                most = max(earlier, key=earlier.count)  # the row with most of this row's records
-                self.related.add_exact(RelatedRow(where=row.where, earlier=most, record=record))
-                continue
-            opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
-            if opposite is not None:
-                contradicting.add(index)
-                self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
-            for key in row.keys if not self._is_full else ():
-                self._first.setdefault((row.author, key), row.where)
-        return contradicting
+    def _contradicts(self, row: _Row, *, is_new: bool) -> bool:
+        """Whether the row contradicts an earlier one; notes that, or that it repeats one."""
+        if not row.keys:
+            return False
+        record = self._records[row.stage]
+        earlier = [self._first.get((row.author, key), "") for key in row.keys]
+        if all(earlier) or (not row.author and not is_new):
+            most = max(earlier, key=earlier.count)  # the row with most of this row's records
+            self.related.add_exact(RelatedRow(where=row.where, earlier=most, record=record))
+            return False
+        opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
+        if opposite is not None:
+            self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
+        for key in row.keys if not self._is_full else ():
+            self._first.setdefault((row.author, key), row.where)
+        return opposite is not None
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:
         """The text of a row's new records, read by the stage that uses most of the row. System turns are left out: many

@@ -13,6 +13,7 @@ from alignment.data.formats.form import (
     answer_text,
     answers_of_whole,
     asked,
+    example,
     holds,
     is_question,
     preferred,
@@ -38,14 +39,6 @@ question the label may be a class, such as a topic, so it must be true or false.
 the number of a class, so 1 and 0 do not count there."""
 _ANSWERS = {"instruction": "output", "question": "answer"}
 """The column of the labelled answer, if it is not ``completion``."""
-
-
-def _conversation(column: str) -> Callable[[Fields], Example]:
-    def read(fields: Fields) -> Example:
-        turns, field = asked(fields, column)
-        return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
-
-    return read
 
 
 def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
@@ -78,7 +71,7 @@ MESSAGES = Format(
     summary="OpenAI's messages, with tools and tool calls",
     row='{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
     fits=lambda row: _has_turns(row, "messages", "role"),
-    read=_conversation("messages"),
+    read=lambda fields: example(fields, "messages"),
 )
 
 SHAREGPT = Format(
@@ -86,7 +79,7 @@ SHAREGPT = Format(
     summary="ShareGPT's conversations, with from and value, system and tools",
     row='{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
     fits=lambda row: _has_turns(row, "conversations", "from") or _has_turns(row, "conversations", "role"),
-    read=_conversation("conversations"),
+    read=lambda fields: example(fields, "conversations"),
 )
 
 KTO = Format(
@@ -105,9 +98,7 @@ _PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
 
 
 def _preference(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected"))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
+    return example(fields, answers=lambda: preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected")))
 
 
 def _is_preference(row: Mapping[str, Any]) -> bool:
@@ -167,12 +158,6 @@ def _is_transcripts(row: Mapping[str, Any]) -> bool:
     return all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR)
 
 
-def _paired(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = preferred(fields.text("response_j"), fields.text("response_k"))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
-
-
 PREFERENCE = Format(
     name="preference",
     summary="a prompt, and a chosen and a rejected answer to it",
@@ -219,25 +204,25 @@ PAIRED = Format(
     summary="a question with a better answer (response_j) and a worse one (response_k)",
     row='{"question": "2 + 2?", "response_j": "4.", "response_k": "5."}',
     fits=lambda row: holds(row, "question", "response_j", "response_k"),
-    read=_paired,
+    read=lambda fields: example(
+        fields, answers=lambda: preferred(fields.text("response_j"), fields.text("response_k"))
+    ),
 )
 
 
-def _voted(fields: Fields) -> Example:
-    turns, field = asked(fields)
+def _votes(fields: Fields) -> list[Answer]:
     answers = fields.required("answers")
     if not isinstance(answers, Mapping) or len(answers) != 2:
         fields.fail("answers", f"must map the names of two arms to their answers; it is {answers!r:.60}")
     for arm, text in answers.items():
         if not is_text(text):
             fields.set_aside(f"answers.{arm}", "is empty")
-    preferred = fields.text("preferred")
-    if preferred == TIE:
+    better = fields.text("preferred")
+    if better == TIE:
         fields.set_aside("preferred", "says that the answers are tied")
-    if preferred not in answers:
-        fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {preferred!r:.60}")
-    ranked = tuple(Answer(text=text, rank=float(arm == preferred)) for arm, text in answers.items())
-    return Example(fields=fields, turns=turns, answers=ranked, tools=tools_of(fields), field=field)
+    if better not in answers:
+        fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {better!r:.60}")
+    return [Answer(text=text, rank=float(arm == better)) for arm, text in answers.items()]
 
 
 def _is_vote(row: Mapping[str, Any]) -> bool:
@@ -255,6 +240,6 @@ VOTES = Format(
         '"preferred": "dpo"}'
     ),
     fits=_is_vote,
-    read=_voted,
+    read=lambda fields: example(fields, answers=lambda: _votes(fields)),
     author="annotator",
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
 from alignment.data.list_texts import TURNS, begins_turns
 from alignment.data.records import Answer, Example
-from alignment.data.turns import Message, turn_of, turns_of
+from alignment.data.turns import Message, tools_of, turn_of, turns_of
 
 PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
 """Columns that may hold the prompt; the first that is present is used."""
@@ -72,6 +72,12 @@ def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ..
     if not system.strip() or not turns or turns[0].role == "system":
         return turns
     return (Message(role="system", content=system), *turns)
+
+
+def example(fields: Fields, column: str | None = None, *, answers: Callable[[], Sequence[Answer]] = tuple) -> Example:
+    """A row with a prompt and perhaps ``answers`` to it, which are read after the prompt (``asked``)."""
+    turns, field = asked(fields, column)
+    return Example(fields=fields, turns=turns, answers=tuple(answers()), tools=tools_of(fields), field=field)
 
 
 def answer_text(fields: Fields, field: str) -> str:

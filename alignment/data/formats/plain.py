@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.fields import Fields, finite, is_number, is_text
-from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question, with_system
+from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, example, holds, is_question, with_system
 from alignment.data.list_texts import begins_texts
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
@@ -25,12 +25,8 @@ def _answered(name: str, *, prompt: str) -> Any:
     return read
 
 
-def _ranked(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = tuple(
-        _answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))
-    )
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
+def _ranked(fields: Fields) -> list[Answer]:
+    return [_answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))]
 
 
 def _answer(fields: Fields, number: int, completion: Any) -> Answer:
@@ -51,8 +47,7 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     return Answer(text=text, rank=-score) if name == "rank" else Answer(text=text, rank=score, score=score)
 
 
-def _chosen(fields: Fields) -> Example:
-    turns, field = asked(fields)
+def _chosen(fields: Fields) -> list[Answer]:
     if isinstance(value := fields.required("choices"), str):
         fields.fail("choices", f"must be a list, or JSON of one; it is {value!r:.60}")
     choices = fields.items("choices")
@@ -60,8 +55,7 @@ def _chosen(fields: Fields) -> Example:
         if not is_text(choice):
             fields.fail(f"choices[{number}]", f"must be text and not empty; it is {choice!r:.60}")
     right = _right_index(fields, [choice.strip() for choice in choices])
-    answers = tuple(Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
+    return [Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices)]
 
 
 def _right_index(fields: Fields, choices: list[str]) -> int:
@@ -76,11 +70,6 @@ def _right_index(fields: Fields, choices: list[str]) -> int:
     if text not in texts:
         fields.fail("answer", f"is {text!r:.60}, which is not one of the choices: {', '.join(map(repr, choices)):.200}")
     return texts.index(text)
-
-
-def _asked_only(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
 
 
 def _questions(fields: Fields) -> Example:
@@ -98,7 +87,7 @@ RANKED = Format(
     summary="a prompt and several answers with scores (higher is better) or ranks (1 is best): every pair of them",
     row='{"prompt": "2 + 2?", "completions": [{"text": "4.", "score": 9}, {"text": "5.", "score": 1}]}',
     fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
-    read=_ranked,
+    read=lambda fields: example(fields, answers=lambda: _ranked(fields)),
 )
 
 CHOICES = Format(
@@ -110,7 +99,7 @@ CHOICES = Format(
         and holds(row, "answer")
         and any(is_question(row.get(name)) for name in PROMPTS)
     ),
-    read=_chosen,
+    read=lambda fields: example(fields, answers=lambda: _chosen(fields)),
 )
 
 PROMPT_COMPLETION = Format(
@@ -150,7 +139,7 @@ PROMPT = Format(
     summary="a prompt without an answer",
     row='{"prompt": "Summarise: the shop is closed on Monday."}',
     fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
-    read=_asked_only,
+    read=example,
 )
 
 TEXT = Format(
