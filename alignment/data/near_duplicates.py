@@ -138,7 +138,7 @@ Keys = NDArray[np.uint64]
 
 class KeySet:
     """Takes keys in batches. With n keys that are random numbers, n² / 2⁶⁵ of them are expected to equal another one:
-    three in a million sets of ten million keys. The keys are in sorted arrays, each at least twice as long as the next."""
+    three in a million sets of ten million keys. They are in sorted arrays, each at least twice as long as the next."""
 
     def __init__(self) -> None:
         self._runs: list[Keys] = []

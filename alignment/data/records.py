@@ -136,8 +136,7 @@ class PreferencePair:
         fields = example.fields
         if not example.answers:
             fields.fail_as_missing("chosen", why="the row does not have two answers to compare")
-        labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
-        shared: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
+        shared = _common(example) | {name: fields.label(name) for name in ("flaw", "subset")}
         num_pairs = 0
         for first, second in combinations(example.compared(), 2):
             better, worse = (first, second) if first.rank > second.rank else (second, first)
@@ -150,8 +149,8 @@ class PreferencePair:
                 messages=example.prompt(),
                 chosen=better.text,
                 rejected=worse.text,
-                tools=example.tools,
                 scores=_scores(fields, better, worse),
+                row=fields.row,
                 **shared,
             )
         if not num_pairs:
@@ -180,6 +179,12 @@ class PreferencePair:
                 remedy="swap the answers or remove the row; the scores must agree with the preference",
             )
         return chosen - rejected
+
+
+def _common(example: Example) -> dict[str, Any]:
+    """The fields that nearly all records have."""
+    fields = example.fields
+    return {"tools": example.tools, "id": fields.label("id"), "task": fields.label("task"), "where": fields.where}
 
 
 def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float] | None:
@@ -213,16 +218,9 @@ class LabelledAnswer:
         """Yields the labelled answer, or both answers of a pair. Raises DataError if neither is there; SetAside for a
         pair of equal rank."""
         example.refuse_text()
-        fields = example.fields
-        shared: dict[str, Any] = {
-            "messages": example.prompt(drop_answer=True),
-            "tools": example.tools,
-            "id": fields.label("id"),
-            "task": fields.label("task"),
-            "where": fields.where,
-        }
+        messages, shared = example.prompt(drop_answer=True), _common(example)
         for answer, desirable in _labelled_answers(example):
-            yield cls(answer=answer, desirable=desirable, **shared)
+            yield cls(messages=messages, answer=answer, desirable=desirable, **shared)
 
 
 def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
@@ -266,15 +264,7 @@ class Prompt:
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError unless the remaining turns end with a user's or a tool's."""
-        fields = example.fields
-        yield cls(
-            messages=example.prompt(drop_answer=True),
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
-            row=fields.row,
-            where=fields.where,
-        )
+        yield cls(messages=example.prompt(drop_answer=True), row=example.fields.row, **_common(example))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,11 +306,8 @@ class HeldOutPrompt(Prompt):
         reference, *later_references = _references(example)
         yield cls(
             messages=messages,
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
             row=fields.row,
-            where=fields.where,
+            **_common(example),
             reference=reference or _last_answer(example, messages),
             choices=tuple(answer.text for answer in example.answers) if has_choices else (),
             right=ranks.index(max(ranks)) if has_choices else None,

@@ -74,14 +74,6 @@ class StepLog(TrainerCallback):
         self._context.progress("training", step, self._counted(state.max_steps), **headline)
 
 
-class CurrentIntervals(TrainerCallback):
-    """Has a stage that continues log and save as often as its settings say now, not as they said when the checkpoint
-    was written."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
-
-
 class Checkpoints(TrainerCallback):
     """Seals each checkpoint once every process has written its part, then removes the oldest. A checkpoint with a
     non-finite weight is never sealed, so no later attempt continues from it."""
@@ -101,16 +93,32 @@ class Checkpoints(TrainerCallback):
             checkpoints.rotate(self._context.checkpoints)
 
 
-class WarmupEnds(TrainerCallback):
-    """Refuses a stage that is too short to leave the warm-up, which begins at a rate of 0 and would teach nothing."""
+class NothingLeft(Exception):
+    """All steps were done by an earlier attempt; the checkpoint is loaded."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+
+class WellBegun(TrainerCallback):
+    """Begins a training, perhaps from a checkpoint. It logs and saves as often as the settings say now, not as
+    they said when the checkpoint was written, and activates the adapters below the own one again, of which the trainer
+    leaves only one active. A warm-up that covers the whole stage is refused: it begins at 0 and would teach nothing. A
+    training that is resumed after its last step ends; with ``max_steps`` transformers would take one more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+        if isinstance(model, PeftModel):
+            with_own(model)
         if args.get_warmup_steps(state.max_steps) >= state.max_steps:
             raise ConfigError(
                 f"the warm-up covers all {state.max_steps} optimiser steps of the stage, so nothing would be learned",
                 where="optim.warmup_ratio",
                 remedy="set it to 0, or use smaller batches, more rows or more epochs",
             )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
 
 class WeightsAreSharded(TrainerCallback):
@@ -128,29 +136,6 @@ class WeightsAreSharded(TrainerCallback):
                 where="launch.sharding",
                 remedy="use a different launch, and report this with the versions of accelerate and torch",
             )
-
-
-class AdaptersAtWork(TrainerCallback):
-    """Activates the adapters below the own one again: after it reloads a checkpoint, the trainer leaves only one
-    active."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        if isinstance(model, PeftModel):
-            with_own(model)
-
-
-class NothingLeft(Exception):
-    """All steps were done by an earlier attempt; the checkpoint is loaded."""
-
-
-class NoStepTooMany(TrainerCallback):
-    """Ends a training that is resumed after its last step; with ``max_steps`` transformers would take one more."""
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise NothingLeft
 
 
 class StopOnSignal(TrainerCallback):

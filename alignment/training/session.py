@@ -19,15 +19,12 @@ from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder, on_shadow
 from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
-    AdaptersAtWork,
     Checkpoints,
-    CurrentIntervals,
-    NoStepTooMany,
     NothingLeft,
     StepLog,
     StopOnSignal,
-    WarmupEnds,
     WeightsAreSharded,
+    WellBegun,
 )
 from alignment.training.context import Search, StageContext
 from alignment.training.cutting import cut_by_module
@@ -126,21 +123,12 @@ def train(
     log = _log_up_to(resumed, context, period)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline, period=period)
-    checks = (WeightsAreSharded(context), WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
     if (estimate := recorder()) is not None:  # before others that take a step
         trainer.add_callback(FewSteps(estimate, trainer, period=period))
     longest = (LongestBatch(trainer, context),) if isinstance(trainer, MicroBatches) else ()
-    for callback in (
-        *looks,
-        CurrentIntervals(),
-        AdaptersAtWork(),
-        steps,
-        Checkpoints(context),
-        *checks,
-        *longest,
-        stop,
-    ):
+    checks = (WeightsAreSharded(context), WellBegun(), FiniteSteps(trainer))
+    for callback in (*looks, steps, Checkpoints(context), *checks, *longest, stop):
         trainer.add_callback(callback)
     if validation is not None and resumed is not None:
         validation.resume(resumed)

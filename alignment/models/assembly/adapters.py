@@ -184,12 +184,9 @@ def put_in_order(folder: Path, *, base: Path | None = None) -> None:
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
-    names = {key: sorted(value) for key, value in settings.items() if _are_names(value)}
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+    names = {key: sorted(value) for key, value in lists.items() if all(isinstance(item, str) for item in value)}
     write_text(file, json.dumps(settings | names, indent=2, sort_keys=True))
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:
@@ -224,53 +221,27 @@ def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
         with prefix.at_start():
             yield base
         return
-    if START in model.peft_config:
-        with _start_instead(model):
-            yield base
+    changes: list[tuple[Any, str, Any]]
+    if START in model.peft_config:  # the frozen copy of the own adapter in its place
+        named = [
+            (layer, [START if name == OWN else name for name in layer.active_adapters]) for layer in _layers(model)
+        ]
+        changes = [(layer, "_active_adapter", names) for layer, names in named]
     elif any(name.startswith(_BELOW) for name in model.peft_config):
-        with _own_times_zero(model):
-            yield base
-    else:
-        with _switched_off(model):
-            yield base
-
-
-@contextmanager
-def _switched_off(model: PeftModel) -> Iterator[None]:
-    """Like PEFT's context, but without setting again which weights are trained, which costs time at every step."""
-    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for layer in layers:
-        layer._disable_adapters = True
+        # Scaled by zero instead of switched off, so that at first both outputs are bitwise equal.
+        own = [layer for layer in _layers(model) if OWN in layer.scaling]
+        changes = [(layer, "scaling", {**layer.scaling, OWN: 0.0}) for layer in own]
+    else:  # PEFT's own context would set again which weights are trained, which costs time at every step
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        changes = [(layer, "_disable_adapters", True) for layer in model.modules() if isinstance(layer, kinds)]
+    before = [(layer, name, getattr(layer, name)) for layer, name, _ in changes]
     try:
-        yield
+        for layer, name, value in changes:
+            setattr(layer, name, value)
+        yield base
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-@contextmanager
-def _start_instead(model: PeftModel) -> Iterator[None]:
-    before = [(layer, layer.active_adapters) for layer in _layers(model)]
-    for layer, names in before:
-        layer._active_adapter = [START if name == OWN else name for name in names]
-    try:
-        yield
-    finally:
-        for layer, names in before:
-            layer._active_adapter = names
-
-
-@contextmanager
-def _own_times_zero(model: PeftModel) -> Iterator[None]:
-    """Scales the own adapter by zero instead of switching it off, so that at first both outputs are bitwise equal."""
-    before = [(layer, layer.scaling[OWN]) for layer in _layers(model) if OWN in layer.scaling]
-    for layer, _ in before:
-        layer.scaling[OWN] = 0.0
-    try:
-        yield
-    finally:
-        for layer, scale in before:
-            layer.scaling[OWN] = scale
+        for layer, name, value in before:
+            setattr(layer, name, value)
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
@@ -313,8 +284,10 @@ def is_prefix(folder: Path) -> bool:
 
 def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
     """A stage that continues an adapter changes its weights, not its shape."""
-    saved_kind = _kind_of(saved)
-    wanted_and_saved: dict[str, tuple[Any, Any]] = {"kind": (_family(config.kind).value, saved_kind.value)}
+    low_rank = AdapterKind.dora if getattr(saved, "use_dora", False) else AdapterKind.lora
+    saved_kind = AdapterKind.prefix if saved.is_prompt_learning else low_rank
+    kind = AdapterKind.lora if config.kind is AdapterKind.qlora else config.kind  # LoRA on quantised weights
+    wanted_and_saved: dict[str, tuple[Any, Any]] = {"kind": (kind.value, saved_kind.value)}
     if saved_kind is AdapterKind.prefix:
         wanted_and_saved["virtual_tokens"] = (config.virtual_tokens, saved.num_virtual_tokens)
     else:
@@ -350,17 +323,6 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
     return compute_in_base_dtype(model)
-
-
-def _family(kind: AdapterKind) -> AdapterKind:
-    """QLoRA adapters are LoRA adapters, on quantised weights."""
-    return AdapterKind.lora if kind is AdapterKind.qlora else kind
-
-
-def _kind_of(saved: Any) -> AdapterKind:
-    if saved.is_prompt_learning:
-        return AdapterKind.prefix
-    return AdapterKind.dora if saved.use_dora else AdapterKind.lora
 
 
 def _load(model: PeftModel, folder: Path, name: str) -> None:

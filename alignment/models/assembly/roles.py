@@ -80,10 +80,9 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
-    _refuse_whole_weights(beside, adapter)
+    _refuse_other_weights(beside, adapter)
     model = load(below, dtype)
     _refuse_unmerged(model, beside, adapter)
-    _refuse_dora_in_four_bits(beside, adapter)
     if adapter.kind is AdapterKind.qlora:
         refuse_mostly_whole(model)
         quantize_trunk(model, device)
@@ -112,31 +111,23 @@ def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], ada
             )
 
 
-def _refuse_whole_weights(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
-    """Refuses an adapter that was trained on weights in four bits beside whole ones: that is another policy. Raises
-    ConfigError: there is such an adapter."""
-    if beside and beside[-1].nf4 and adapter.kind is not AdapterKind.qlora:
-        raise ConfigError(
-            f"{beside[-1].path.name} was trained on weights in four bits, but adapter.kind is {adapter.kind.value!r} "
-            f"and adapter.chain {adapter.chain.value!r}",
-            where="adapter.chain",
-            remedy="set it to merge, or use adapter=qlora",
-        )
-
-
-def _refuse_dora_in_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
-    """Refuses DoRA beside weights in four bits, from whose packed bytes PEFT would compute its norms. Raises
-    ConfigError: there is such an adapter."""
-    if adapter.kind is not AdapterKind.qlora:
-        return
-    for saved in beside:
+def _refuse_other_weights(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Refuses adapters beside weights of another kind than they were trained on: after weights in four bits, whole ones
+    are another policy; and from the packed bytes of weights in four bits PEFT would compute wrong norms for DoRA."""
+    in_four_bits = adapter.kind is AdapterKind.qlora
+    fault = ""
+    if beside and beside[-1].nf4 and not in_four_bits:
+        name = beside[-1].path.name
+        fault = f"{name} was trained on weights in four bits, but adapter.kind is {adapter.kind.value!r} and"
+    for saved in beside if in_four_bits else ():
         if getattr(saved_config(saved.path), "use_dora", False):
-            raise ConfigError(
-                f"{saved.path.name} is a DoRA adapter, which needs weights that are not in four bits, but "
-                f"adapter.chain is {adapter.chain.value!r}",
-                where="adapter.chain",
-                remedy="set it to merge",
-            )
+            fault = f"{saved.path.name} is a DoRA adapter, which needs weights that are not in four bits, but"
+    if fault:
+        raise ConfigError(
+            f"{fault} adapter.chain is {adapter.chain.value!r}",
+            where="adapter.chain",
+            remedy="set it to merge" if in_four_bits else "set it to merge, or use adapter=qlora",
+        )
 
 
 def turn_off_dropout(model: nn.Module) -> None:

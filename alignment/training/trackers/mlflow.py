@@ -9,7 +9,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core import child_processes
@@ -39,16 +38,8 @@ class NotSentError(Exception):
     """The server lacks something of the stage."""
 
 
-def _nothing(_: Tracker) -> None:
-    """The first task, so that the server learns of a stage before its first step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Task:
-    """Something to be sent: a step, or else a call."""
-
-    row: Row | None = None
-    call: Callable[[Tracker], None] = _nothing
+_Task = Row | Callable[[Tracker], object]
+"""Something to be sent: a step, or else a call."""
 
 
 class Sender(Tracker):
@@ -69,7 +60,9 @@ class Sender(Tracker):
         self._connect = connect
         self._may_pass = may_pass
         self._end_seconds = end_seconds
-        self._tasks: deque[_Task] = deque([_Task()])
+        self._tasks: deque[_Task] = deque(
+            [lambda _: None]
+        )  # so that the server learns of a stage before its first step
         self._changed = threading.Condition()
         self._ending = threading.Event()
         self._failure: Exception | None = None
@@ -78,18 +71,18 @@ class Sender(Tracker):
         self._thread.start()
 
     def log(self, rows: Sequence[Row]) -> None:
-        self._add(*(_Task(row=row) for row in rows))
+        self._add(*rows)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        self._add(_Task(call=lambda tracker: tracker.table(name, columns, rows)))
+        self._add(lambda tracker: tracker.table(name, columns, rows))
 
     def result(self, manifest: Manifest, folder: Path) -> None:
-        self._add(_Task(call=lambda tracker: tracker.result(manifest, folder)))
+        self._add(lambda tracker: tracker.result(manifest, folder))
 
     def close(self, *, done: bool) -> None:
         """Waits until everything is sent, but not for a server that does not answer. Raises NotSentError: something was
         not sent; the message says which steps."""
-        self._add(_Task(call=lambda tracker: tracker.close(done=done)))
+        self._add(lambda tracker: tracker.close(done=done))
         self._ending.set()
         self._thread.join(self._end_seconds)
         with self._changed:
@@ -112,11 +105,10 @@ class Sender(Tracker):
         while batch := self._next():
             try:
                 tracker = tracker or self._connect()
-                rows = [task.row for task in batch if task.row is not None]
-                if rows:
-                    tracker.log(rows)
+                if isinstance(batch[0], Row):
+                    tracker.log([row for row in batch if isinstance(row, Row)])
                 else:
-                    batch[0].call(tracker)
+                    batch[0](tracker)
             except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
                 if self._ending.is_set() or not self._may_pass(error):
                     self._failure = error
@@ -135,7 +127,7 @@ class Sender(Tracker):
                 if self._ending.is_set():
                     return []
                 self._changed.wait(1.0)
-            steps = itertools.takewhile(lambda task: task.row is not None, self._tasks)
+            steps = itertools.takewhile(lambda task: isinstance(task, Row), self._tasks)
             return list(itertools.islice(steps, _ROWS_AT_ONCE)) or [self._tasks[0]]
 
     def _sent(self, batch: Sequence[_Task]) -> None:
@@ -158,7 +150,7 @@ class Sender(Tracker):
 
 
 def _described(tasks: Sequence[_Task]) -> str:
-    steps = [task.row.step for task in tasks if task.row is not None]
+    steps = [task.step for task in tasks if isinstance(task, Row)]
     return f"steps {steps[0]} to {steps[-1]} and everything after them" if steps else "the end of the stage"
 
 
@@ -293,25 +285,21 @@ def may_pass(error: Exception) -> bool:
     from requests.exceptions import HTTPError, RequestException
 
     if isinstance(error, MlflowException):
-        return _is_passing(error.get_http_status_code())
-    if isinstance(error, HTTPError) and error.response is not None:
-        return _is_passing(error.response.status_code)
-    return isinstance(error, RequestException)
-
-
-def _is_passing(status: int) -> bool:
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, RequestException)
     return status >= 500 or status in (408, 429)
 
 
 def _within_limit(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The rows in parts that one request can hold. A row is never divided."""
     part: list[Row] = []
-    size = 0
     for row in rows:
-        if part and size + len(row.curves) > _METRICS_AT_ONCE:
+        if part and sum(len(each.curves) for each in (*part, row)) > _METRICS_AT_ONCE:
             yield part
-            part, size = [], 0
+            part = []
         part.append(row)
-        size += len(row.curves)
     if part:
         yield part
