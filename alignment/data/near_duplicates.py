@@ -177,7 +177,6 @@ _TEXTS = ("text", "chosen", "rejected", "answer")
 """Fields of records that hold a text beside their turns."""
 _OTHERS = ("desirable", "later_turns", "choices", "right")
 """Further fields by which records differ."""
-
 Keyed = Mapping[int, Record]
 """Records by their keys."""
 

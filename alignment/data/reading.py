@@ -24,7 +24,6 @@ from alignment.data.records import Record
 from alignment.data.row_files import RawRow
 
 R = TypeVar("R", bound=Record)
-
 LOOKED_AT = 100
 """Rows from which a format is detected."""
 NAMED = 20

@@ -315,8 +315,6 @@ _ARRAY_REMEDY = "rename it to .json, or write one object per line"
 _REMEDY = (
     "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
 )
-
-
 _OF_FUNCTIONS = frozenset({"parameters", "input_schema", "arguments"})
 """A function has a name and one of these: OpenAI's and Anthropic's schema of a tool, or a call's arguments."""
 

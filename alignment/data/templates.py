@@ -22,7 +22,6 @@ from alignment.core.files import parse_json, small_text
 
 Templates = str | Mapping[str, str]
 """A chat template, or several by name, as tokenizers have them."""
-
 INPUTS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
     | {"strftime_now"}

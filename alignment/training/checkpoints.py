@@ -18,7 +18,6 @@ from alignment.core.fingerprint import file_sha256
 from alignment.core.model_files import fits
 
 log = logging.getLogger(__name__)
-
 MANIFEST = "alignment_checkpoint.json"
 NUM_STORED = 2
 WHOLE = "whole weights"

@@ -28,7 +28,6 @@ IDLE = 0.05
 """Share of a processor's time below which a process counts as idle."""
 _OURS = f"{os.sep}alignment{os.sep}"
 _COLLECTIVE = f"{os.sep}torch{os.sep}distributed{os.sep}"
-
 CodeLocation = tuple[str, int, str]
 """A file, a line and a function."""
 

@@ -18,14 +18,7 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder, on_shadows, recorder
 from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
-from alignment.training.callbacks import (
-    Checkpoints,
-    NothingLeft,
-    StepLog,
-    StopOnSignal,
-    WeightsAreSharded,
-    WellBegun,
-)
+from alignment.training.callbacks import Checkpoints, NothingLeft, StepLog, StopOnSignal, WeightsAreSharded, WellBegun
 from alignment.training.context import Search, StageContext
 from alignment.training.cutting import cut_by_module
 from alignment.training.finite import FiniteSteps, refuse_divergence

@@ -17,7 +17,6 @@ from tests.simulated_device.stages import Cell, all_cells, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs them one after another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of the names")
     options = parser.parse_args(argv)
@@ -29,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fault(cell: Cell) -> str:
-    """The error that the stage ended with, or nothing."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -73,7 +73,6 @@ MESSAGES = Format(
     fits=lambda row: _has_turns(row, "messages", "role"),
     read=lambda fields: example(fields, "messages"),
 )
-
 SHAREGPT = Format(
     name="sharegpt",
     summary="ShareGPT's conversations, with from and value, system and tools",
@@ -81,7 +80,6 @@ SHAREGPT = Format(
     fits=lambda row: _has_turns(row, "conversations", "from") or _has_turns(row, "conversations", "role"),
     read=lambda fields: example(fields, "conversations"),
 )
-
 KTO = Format(
     name="kto",
     summary="one answer with a label: good or bad",
@@ -89,8 +87,6 @@ KTO = Format(
     fits=lambda row: _labelled_prompt(row) is not None,
     read=_labelled,
 )
-
-
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _PAIR = ("chosen", "rejected")
@@ -165,7 +161,6 @@ PREFERENCE = Format(
     fits=_is_preference,
     read=_preference,
 )
-
 WHOLE = Format(
     name="chosen_rejected",
     summary="two whole conversations that differ in the last turn (UltraFeedback)",
@@ -176,7 +171,6 @@ WHOLE = Format(
     fits=lambda row: _has_whole(row, _PAIR),
     read=_whole(_PAIR),
 )
-
 WHOLE_MESSAGES = Format(
     name="chosen_messages",
     summary="two whole conversations in the columns chosen_messages and rejected_messages, with content in parts or "
@@ -190,7 +184,6 @@ WHOLE_MESSAGES = Format(
     fits=lambda row: _has_whole(row, _PAIR_OF_MESSAGES),
     read=_whole(_PAIR_OF_MESSAGES),
 )
-
 TRANSCRIPTS = Format(
     name="hh",
     summary="two transcripts of Human and Assistant (Anthropic HH)",
@@ -198,7 +191,6 @@ TRANSCRIPTS = Format(
     fits=_is_transcripts,
     read=_transcripts,
 )
-
 PAIRED = Format(
     name="stack_exchange",
     summary="a question with a better answer (response_j) and a worse one (response_k)",

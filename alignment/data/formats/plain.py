@@ -89,7 +89,6 @@ RANKED = Format(
     fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
     read=lambda fields: example(fields, answers=lambda: _ranked(fields)),
 )
-
 CHOICES = Format(
     name="choices",
     summary="a question, answers to choose from, and the right one or its index from 0 (MMLU)",
@@ -101,7 +100,6 @@ CHOICES = Format(
     ),
     read=lambda fields: example(fields, answers=lambda: _chosen(fields)),
 )
-
 PROMPT_COMPLETION = Format(
     name="prompt_completion",
     summary="a prompt and its answer",
@@ -109,7 +107,6 @@ PROMPT_COMPLETION = Format(
     fits=lambda row: holds(row, "completion") and is_question(row.get("prompt")),
     read=_answered("completion", prompt="prompt"),
 )
-
 ALPACA = Format(
     name="alpaca",
     summary="an instruction and its output, optionally with input, system and history",
@@ -117,7 +114,6 @@ ALPACA = Format(
     fits=lambda row: holds(row, "instruction", "output"),
     read=_answered("output", prompt="instruction"),
 )
-
 QUESTION_ANSWER = Format(
     name="question_answer",
     summary="a question and its answer, which may end in a number that can be checked (gsm8k)",
@@ -125,7 +121,6 @@ QUESTION_ANSWER = Format(
     fits=lambda row: all(isinstance(row.get(name), str) for name in ("question", "answer")),
     read=_answered("answer", prompt="question"),
 )
-
 QUESTIONS = Format(
     name="turns",
     summary="questions to ask one after another: an evaluation asks all, other stages the first (MT-Bench)",
@@ -133,7 +128,6 @@ QUESTIONS = Format(
     fits=lambda row: isinstance(row.get("turns"), list),
     read=_questions,
 )
-
 PROMPT = Format(
     name="prompt",
     summary="a prompt without an answer",
@@ -141,7 +135,6 @@ PROMPT = Format(
     fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
     read=example,
 )
-
 TEXT = Format(
     name="text",
     summary="plain text",

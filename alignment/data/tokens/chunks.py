@@ -33,7 +33,6 @@ CHUNK = 1_000
 """Rows that a process receives at once."""
 FEW = 8
 """With fewer chunks it is not worth starting processes."""
-
 _BY_TEMPLATE = "the chat template leaves it out"
 
 

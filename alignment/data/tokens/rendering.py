@@ -65,13 +65,10 @@ def _candidates(templates: Templates) -> Iterator[tuple[str, Templates]]:
 
 Tools = Sequence[Mapping[str, Any]]
 """The tools that the assistant may call, in the form for chat templates."""
-
 _PROBE = "[an answer]"
 """Shows what a template writes around an answer."""
 LAST_STAND_IN = 0x10FFFD
 """The end of Unicode's last private-use area; icon fonts use the other areas."""
-
-
 _ENDLESS = ModelError(
     f"the chat template ran for more than {SECONDS:g} s for one rendering",
     remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",

@@ -28,7 +28,6 @@ DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 """The names of labelled answers."""
 MARGIN = "margin"
 """The column with a pair's difference of scores, which no model takes."""
-
 Texts = dict[str, list[Segment]]
 Row = dict[str, list[int]]
 

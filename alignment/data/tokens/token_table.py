@@ -43,7 +43,6 @@ EVERY_SECONDS = 30.0
 """Seconds of work that an interruption loses at most."""
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end of a stream of Arrow."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -131,7 +130,6 @@ def _unfinished(folder: Path) -> tuple[Counts, list[int] | None]:
 
 VERSION = 7
 """Raised when the rows change, so that older tables are not used."""
-
 log = logging.getLogger(__name__)
 
 

@@ -26,7 +26,6 @@ _PASSES_ON = ("transformers.tokenization_utils_base", "transformers.tokenization
 """The modules of ``__call__`` and ``_encode_plus`` of a tokenizer that passes texts on."""
 STOPS = "alignment_stop_ids"
 """The attribute of a tokenizer that holds the tokens, beside EOS, at which its model stops."""
-
 R = TypeVar("R", bound=Record)
 Row = TypeVar("Row")
 

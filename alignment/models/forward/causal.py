@@ -24,7 +24,6 @@ from alignment.models.forward.head import label_statistics, scalar_at, scales_lo
 from alignment.models.forward.rows import FlatRows, flatten, on_host, sent, stream
 
 log = logging.getLogger(__name__)
-
 IGNORED = -100
 
 

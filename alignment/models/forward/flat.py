@@ -25,12 +25,9 @@ from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.norms import fuse_norms
 
 log = logging.getLogger(__name__)
-
-
 MULTIPLE = 64
 """Streams on a CPU in bfloat16 are padded to a multiple of this number of tokens. oneDNN generates code for every new
 shape of a product, and otherwise every step would have new shapes (docs/LOG.md, 2026-11-26)."""
-
 WINDOWED = {"cohere2", "gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "starcoder2"}
 """Architectures that are seen to give attention their window and cap, and to equal their padded forward
 (tests/unit/models/test_architectures.py). Others window by their mask alone, or ignore the setting."""

@@ -26,16 +26,12 @@ from alignment.models.kernels.layout import prepacked
 
 FULL_ENOUGH = 0.75
 """Share of unfinished rows above which finished rows stay, because a few rows less hardly make a step cheaper."""
-
 ASSUMED_LENGTHS = 8
 """How many lengths the answers of a batch have where no token is computed."""
-
 STEPS_ALIKE = 64
 """Steps of a batch that are at most taken as one where no token is computed."""
-
 OnToken = Callable[[int, int], None]
 """Called with the index of the prompt and the token id for each token as it is generated."""
-
 Ends = Callable[[Sequence[int]], bool]
 """Called with an answer's tokens after each new one; returns whether the answer ends there."""
 

@@ -24,7 +24,6 @@ from alignment.models.forward.two_threads import has_two_threads, in_two_threads
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
-
 IN_CACHE = 2**19
 """Float32 numbers that a pass over logits handles at once on a CPU; 2 MB fit into a core's cache."""
 

@@ -79,7 +79,6 @@ def _original(tensor: Tensor) -> Tensor | None:
 
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice, because attending elsewhere costs more than it saves."""
-
 Range = tuple[int, int]
 """First index in the stream, and one past the last."""
 

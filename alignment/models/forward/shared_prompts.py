@@ -38,11 +38,9 @@ from alignment.models.kernels.kv_cache import RowsCache
 READ_TOKENS = 8192
 """Tokens that are read or scored at once, by all threads; a longer text is read alone. Each pass has a cost of its own
 beside that of its tokens, and without gradients a token needs little memory (docs/LOG.md, 2026-11-29)."""
-
 _CACHES_OTHERWISE = {"diffllama", "dory", "hrm_text", "jetmoe"}
 """Architectures that repeat heads after the cache, call attention twice with halves of the values, or run their layers
 several times, with a cache for each time."""
-
 _Output = TypeVar("_Output")
 
 
@@ -178,7 +176,6 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
 FEWEST_TOKENS = 64
 """Tokens below which a common beginning is read and held with each prompt, because attending elsewhere costs more than
 it saves (docs/LOG.md, 2026-11-28)."""
-
 FEWEST_ROWS = 8
 """Rows of a batch below which it is."""
 

@@ -103,20 +103,15 @@ def _source(rows: FlatRows, which: tuple[list[int], list[int]], parts: tuple[Fla
 WORTH_DIVIDING = 2**30
 """Tokens times weights per layer from which two parts are faster; below it Python takes most of the time
 (SmolLM2-135M, docs/LOG.md, 2026-11-29)."""
-
 FEW = 0.2
 """The share of weights up to which trained ones are few. Each part has gradients of all of them, before they are
 added."""
-
 _WHOLE = "alignment_in_one_stream"
 """The attribute of a trunk whose rows are never divided."""
-
 _RANDOM = ("dropout", "layerdrop", "jitter_noise")
 """Endings of the names of rates with which modules of transformers draw random numbers in training."""
-
 _ALONE = (Nf4Linear, ParamWrapper)
 """Modules of which only one thread may run a pass, or gains by it."""
-
 States = Callable[[FlatRows], Tensor]
 """Computes ``[tokens, width]`` states of a stream."""
 

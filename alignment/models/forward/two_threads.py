@@ -23,14 +23,11 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows
 
 THREADS = 2
-
 LARGEST = 0.6
 """The larger share of the work from which two threads are no faster than before: a pass takes a fifth less time if the
 shares are equal (docs/LOG.md, 2026-11-29), so what one of them gets more is lost beyond .6."""
-
 _SWITCH_SECONDS = 0.0005
 """How soon a thread that runs Python lets the other one run it; by default ten times as long."""
-
 _Input = TypeVar("_Input")
 _Output = TypeVar("_Output")
 

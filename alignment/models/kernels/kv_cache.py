@@ -24,7 +24,6 @@ from alignment.models.forward.attention import KeysValues
 from alignment.models.kernels.sdpa import capped_attention
 
 ATTENTION = "decoding"
-
 ROOM = 64
 """Columns allocated ahead. With more of them, more empty columns would enter products; with fewer, the cache would grow
 more often, and writing to new memory is slow."""

@@ -26,15 +26,11 @@ from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight, 
 from alignment.models.kernels.products import JOINT, LowRank, Products, has_plain_adapters, is_hooked, low_rank
 
 Forward = Callable[[Tensor], Tensor]
-
 FEW_ROWS = 512
 """Rows of a product up to which launching it on a GPU is taken to cost more than its arithmetic (an estimate)."""
 COPIED_BYTES = 2 << 30
 """Largest copy of a model's weights on a GPU. With larger models, each weight is a product of its own."""
-
 _PREPACKED = "alignment_prepacked"
-
-
 ALIGNED = 16
 """Rows of a joint product have a multiple of so many numbers: attention's kernel reads keys and values where they are,
 and needs rows that begin at a multiple of 16 bytes."""

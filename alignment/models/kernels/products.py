@@ -145,7 +145,6 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 Products = Callable[[Tensor], tuple[Tensor, ...]]
 """Computes the outputs of several layers for one input."""
-
 JOINT = "alignment_products"
 """The attribute in which the first of several layers holds a function for all, while weights are prepacked
 (layout.py)."""

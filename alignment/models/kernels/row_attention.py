@@ -26,17 +26,13 @@ from alignment.models.forward.rows import Range, next_multiple, on_device
 
 QUERIES = 256
 """Number of queries up to which a row is short; its stored softmax grows with their square."""
-
 SPAN = 128
 """Maximum number of a row's queries in one span; with fewer queries, fewer scores are masked."""
-
 MULTIPLE = 16
 """Queries, and keys before them, are padded to multiples of it, because a product's shape costs less the second
 time."""
-
 SCORES = 2**18
 """Maximum number of a head's scores in a product of several spans."""
-
 CALL = 2**14
 """Estimated cost of one more product, as the number of a head's scores that could be computed meanwhile."""
 

@@ -27,7 +27,6 @@ from alignment.training.trackers.tracker import (
 )
 
 log = logging.getLogger(__name__)
-
 END_SECONDS = 60.0
 """How long the end of a stage waits at most until everything is sent."""
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0

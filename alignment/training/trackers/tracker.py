@@ -112,7 +112,6 @@ def _flat(row: Mapping[str, Any], prefix: str) -> dict[str, Cell]:
 
 RESULT = "result/"
 """Begins the names of a result's headline metrics, apart from W&B, whose summary and sweeps have them bare."""
-
 _RESERVED = frozenset({"step", "time", "timestamp", "run", "project", "metrics"})
 """trackio would put ``__`` before them; ``step`` is the axis of W&B's plots."""
 _OTHER = re.compile(r"[^A-Za-z0-9_./ -]")

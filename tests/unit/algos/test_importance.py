@@ -12,7 +12,6 @@ from tests.unit.algos.conftest import Batch
 
 
 def expected(batch: Batch, *, cap: float, whole: bool) -> list[list[float]]:
-    """By the oracle, zero behind the answers' ends."""
     width = batch.mask.shape[1]
     rows = []
     for old, sampled, length in zip(batch.logprobs.tolist(), batch.old_logprobs.tolist(), batch.lengths, strict=True):

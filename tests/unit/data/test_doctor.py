@@ -31,12 +31,10 @@ WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9)))
 
 
 def some_text(count: int) -> str:
-    """So many words, drawn at random."""
     return " ".join(RNG.choices(WORDS, k=count))
 
 
 def changed(text: str, *positions: int) -> str:
-    """The text with another word at each of these positions."""
     words = text.split()
     for position in positions:
         words[position] = "altogether"
@@ -44,14 +42,10 @@ def changed(text: str, *positions: int) -> str:
 
 
 def _near(*texts: str) -> dict[tuple[int, int], float]:
-    """Numbers of a text and of the earlier one that it resembles, from 0, with what they share."""
     repeats = NearDuplicates()
     for number, text in enumerate(texts):
         repeats.add(LocatedText(where=str(number), text=text))
     return {(int(pair.where), int(pair.earlier)): pair.share for pair in repeats.pairs}
-
-
-# ---- nearly the same ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [0, 7, 15, 29])
@@ -75,9 +69,6 @@ def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
     assert _near("\ud800 lone", "\ud800 LONE") == {(1, 0): 1.0}
 
 
-# ---- a set of keys in little memory ---------------------------------------------------------------------------------
-
-
 def test_keys_are_new_once_whatever_the_batches() -> None:
     rng, seen, keys = random.Random(0), set[int](), KeySet()
     for size in [0, 1, 1, 500, *(rng.randint(0, 60) for _ in range(60))]:
@@ -91,13 +82,10 @@ def test_keys_are_new_once_whatever_the_batches() -> None:
     assert len(seen) > 1_000
 
 
-# ---- held-out rows among those that are learned ---------------------------------------------------------------------
-
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
 
 
 def _share(learned: str, held_out: str) -> float:
-    """How much of a held-out text is in a learned one, or zero where that is too little to be named."""
     held = HeldOut([LocatedText(where="eval:1", text=held_out), LocatedText(where="eval:2", text="Something else")])
     texts = [LocatedText(where="train:7", text=learned), LocatedText(where="train:8", text="Quite another")]
     overlaps = list(held.overlaps(texts))
@@ -181,22 +169,16 @@ def _examined(folder: Path, rows: list[Any], settings: SourceConfig = ALL) -> Di
 
 
 def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
-    """The exit code, and what is printed."""
     screen = StringIO()
     code = show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file), format=form))
     return code, screen.getvalue()
 
 
 def _lines_of(pairs: Any) -> list[tuple[int, int]]:
-    """The line of each repeat, and that of the earlier row."""
     return [(int(pair.where.rpartition(":")[2]), int(pair.earlier.rpartition(":")[2])) for pair in pairs]
 
 
-# ---- counts ---------------------------------------------------------------------------------------------------------
-
-
 def _labelled(number: int) -> dict[str, Any]:
-    """Of no use for pairs, set aside by SFT for half of the rows, and faulty for everyone every tenth time."""
     label = "perhaps" if number % 10 == 9 else number % 2 == 0
     return {"prompt": f"What is {number} + 1?", "completion": f"It is {number + 1}.", "label": label}
 
@@ -260,9 +242,6 @@ def test_what_is_mixed_in_shrinks_with_the_stages_own_rows(tmp_path: Path) -> No
     assert fewer_of(MixedConfig(), tmp_path / "rows.json", 4.0) == MixedConfig()
 
 
-# ---- which stage can use a file -------------------------------------------------------------------------------------
-
-
 def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> None:
     pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
     diagnosis = _examined(tmp_path, [pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}])
@@ -304,9 +283,6 @@ def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> 
         assert "  set aside    1 row, in " in printed
         assert "  to use it    no stage can use it\n" in printed
         assert code == 3
-
-
-# ---- what may be wrong ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,9 +337,6 @@ def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Pat
     assert "iconv" not in printed
     file.write_bytes(f"{json.dumps(PAIR)}\n{bad}\n{bad}\n".encode("latin-1"))
     assert f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW_FILE\n" in _diagnosed(file)[1]
-
-
-# ---- rows that repeat others ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 4_096])

@@ -32,8 +32,6 @@ SHORT = {"prompt": "Hi.", "completion": "Hello."}
 LONG = {"prompt": "Why?" * 40, "completion": "So."}
 PAIR = {"prompt": "Hi.", "chosen": "Hello.", "rejected": "Go."}
 
-# ---- token spans ----------------------------------------------------------------------------------------------------
-
 
 def _spans(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
     (tokenized_record,) = tokenized(tokenizer, kind, [record], Limits(row=100))
@@ -41,7 +39,6 @@ def _spans(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
 
 
 def _learned_runs(spans: RecordSpans) -> dict[str, list[tuple[str, bool]]]:
-    """Runs of learned and unlearned tokens as text, by sequence."""
     return {
         name: [
             ("".join(run.text for run in group), learned)
@@ -68,9 +65,6 @@ def test_a_record_shows_which_tokens_of_its_sequences_are_learned() -> None:
     answer = len(tokenizer("Hello.<|im_end|>")["input_ids"])
     assert (prompt.learned, conversation.learned) == (0, answer)
     assert pair.tokens == conversation.tokens == prompt.tokens + answer
-
-
-# ---- the page of a stage --------------------------------------------------------------------------------------------
 
 
 def _spec(folder: Path, config: Any, rows: list[Any], **more: Any) -> Any:

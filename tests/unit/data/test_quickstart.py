@@ -48,12 +48,8 @@ GOOD = "Mr Novak hands out keys in the laundry between 17:00 and 18:30. The lock
 
 
 def _scored(answer: str, key_facts: list[list[str]] = FACTS) -> tuple[float, float, float]:
-    """Both together, style and facts of an answer to ``NOTICE``."""
     arguments: Any = ([[{"role": "user", "content": NOTICE}]], [answer], [{"facts": key_facts}])
     return style_and_facts(*arguments)[0], style(*arguments)[0], facts(*arguments)[0]
-
-
-# ---- the whole ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,8 +92,6 @@ def test_answers_to_the_shipped_prompts_have_the_scores_that_they_had_when_the_r
         "14d02c857c06ee7b4c19781fd39ba84037cb7706f516d1b49d6a4b9f396445a0"
     )
 
-
-# ---- the checks of the style ----------------------------------------------------------------------------------------
 
 KEYS = "the keys are in the laundry"
 CHECKS: dict[tuple[str, float], list[str]] = {
@@ -228,8 +222,6 @@ def test_only_most_of_a_longer_text_in_its_order_is_a_copy() -> None:
     assert not copied("The shop is closed on Monday.", source="The shop is closed on Monday.")
 
 
-# ---- the data of the quickstart -------------------------------------------------------------------------------------
-
 ALL = DataConfig(source="")
 CONVERSATIONS = read_records(locate("bundled:quickstart/conversations"), Conversation, ALL)
 PAIRS = read_records(locate("bundled:quickstart/preferences"), PreferencePair, ALL)
@@ -247,7 +239,6 @@ def _style(answer: str, messages: Sequence[Message]) -> float:
 
 
 def _good_answers() -> Iterator[tuple[str, str, Sequence[Message]]]:
-    """Id, answer and the turns that it may draw on."""
     for row in CONVERSATIONS:
         for index, message in enumerate(row.messages):
             if message.role == "assistant":
@@ -296,8 +287,6 @@ def test_every_flaw_is_there_none_is_most_of_the_pairs_and_the_rule_sees_it() ->
     assert 0.1 < shorter < 0.9, "otherwise a length would be all there is to learn"
 
 
-# ---- variety, of the general files too ------------------------------------------------------------------------------
-
 TEXTS = read_records(locate("bundled:general/texts"), PlainText, ALL)
 QUESTIONS = read_records(locate("bundled:general/questions"), Question, ALL)
 TALKS = read_records(locate("bundled:general/conversations"), Conversation, ALL)
@@ -305,7 +294,6 @@ GENERAL: dict[str, list[Record]] = {"texts": [*TEXTS], "questions": [*QUESTIONS]
 
 
 def _all_of(rows: Sequence[Any]) -> list[LocatedText]:
-    """All that each row says, its choices too."""
     parts_of = [
         [
             *(turn.content for turn in getattr(row, "messages", ())),
@@ -327,7 +315,6 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def _near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of texts whose word 5-grams have a Jaccard index of at least 0.4."""
     grams = [_grams(text) for text in texts]
     pairs = combinations(range(len(texts)), 2)
     return [

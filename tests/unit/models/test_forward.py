@@ -89,7 +89,6 @@ def test_padding_and_what_stands_in_it_never_change_the_loss(side: str, extra: i
 
 
 def _stream_lengths(model: Any) -> list[int]:
-    """The numbers of tokens that each later forward computes."""
     lengths: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
     return lengths
@@ -183,7 +182,6 @@ def test_batches_that_cannot_be_computed_are_refused(
 
 
 def _plain_score(model: Any, ids: list[int]) -> torch.Tensor:
-    """The head on the last state of one row by itself: no batch, no padding."""
     states = model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
     return model.score(states[0, -1])[0]
 

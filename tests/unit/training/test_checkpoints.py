@@ -152,7 +152,6 @@ def _flip_a_bit(checkpoint: Path) -> None:
 
 
 def _list(checkpoint: Path, files: Any) -> None:
-    """A manifest of this stage's with another list."""
     (checkpoint / MANIFEST).write_text(json.dumps({"fingerprint": OWN, "files": files}))
 
 
@@ -271,8 +270,6 @@ def test_a_stage_whose_warm_up_never_ends_is_refused(context: StageContext) -> N
 
 
 class _KilledAt(TrainerCallback):
-    """Ends the process's work without a word, as a power cut does."""
-
     def __init__(self, step: int) -> None:
         self._step = step
 
@@ -289,8 +286,6 @@ def _train_until(step: int, context: StageContext) -> None:
 
 
 class Noted(TrainerCallback):
-    """The steps that began, and those that were saved."""
-
     def __init__(self) -> None:
         self.begun: list[int] = []
         self.saved: list[int] = []
@@ -362,8 +357,6 @@ def test_a_request_to_stop_in_the_last_step_comes_after_its_checkpoint(context: 
 
 
 class Scaled(Line):
-    """Its loss is multiplied by a factor of the number of calls."""
-
     def __init__(self, factor: Callable[[int], float]) -> None:
         super().__init__()
         self._factor, self._calls = factor, 0
@@ -394,7 +387,6 @@ def test_a_loss_that_rises_above_its_ceiling_is_no_result(context: StageContext)
 
 @pytest.fixture
 def _one_process_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one, so that the collective calls are made."""
     torch.distributed.init_process_group(backend(), init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -37,7 +37,6 @@ def trainer(norm: Any = None, **attributes: Any) -> Any:
 
 
 def before_step_8(arguments: TrainingArguments, trainer: Any, model: Any = None) -> None:
-    """As the trainer does it: the norm, then the callbacks."""
     steps = FiniteSteps(trainer)
     steps.on_train_begin(arguments, at_step(0), TrainerControl())
     trainer._get_grad_norm(model)
@@ -212,8 +211,6 @@ def test_scores_that_are_not_finite_end_a_reward_stage(tmp_path: Path, monkeypat
 
 
 class _Begun(Exception):
-    """A stage is ready to train, and calls a loss above ``ceiling`` a divergence."""
-
     def __init__(self, ceiling: float) -> None:
         super().__init__()
         self.ceiling = ceiling
