@@ -1,7 +1,5 @@
-"""Opens files so that no content can fill the memory or keep a reader busy forever.
-
-The limits lie far above what a model can read: a row of 16 MiB is some million tokens. docs/data.md lists them.
-"""
+"""Opens files so that no content can fill the memory or keep a reader busy forever. The limits lie far above what a
+model can read: a row of 16 MiB is some million tokens. docs/data.md lists them."""
 
 from __future__ import annotations
 

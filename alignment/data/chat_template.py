@@ -1,9 +1,7 @@
-"""Chat templates that replace the tokenizer's own: ChatML, the user's, or one that TRL ships; and their options.
-
-ChatML is for base models. If the vocabulary has ChatML's control tokens, they are used, and the one that ends a turn
-becomes EOS. Otherwise a turn opens with the same words as ordinary text and ends with the tokenizer's EOS. No token is
-new, so no embedding has to be trained, and an adapter is enough.
-"""
+"""Chat templates that replace the tokenizer's own: ChatML, the user's, or one that TRL ships; and their options. ChatML
+is for base models. If the vocabulary has ChatML's control tokens, they are used, and the one that ends a turn becomes
+EOS. Otherwise a turn opens with the same words as ordinary text and ends with the tokenizer's EOS. No token is new, so
+no embedding has to be trained, and an adapter is enough."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Rows of a data set from a hub, read from its local snapshot.
-
-``datasets`` reads them, because it knows the splits and subsets. No code of the repository is run, and nothing is
-downloaded here.
-"""
+"""Rows of a data set from a hub, read from its local snapshot. ``datasets`` reads them, because it knows the splits and
+subsets. No code of the repository is run, and nothing is downloaded here."""
 
 from __future__ import annotations
 

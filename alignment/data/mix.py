@@ -1,7 +1,5 @@
-"""Selects the rows of several sources for one data set, by share or by count, and nested subsets of a source.
-
-Indices are arrays: ten million of them take 80 MB, and as Python integers five times as much.
-"""
+"""Selects the rows of several sources for one data set, by share or by count, and nested subsets of a source. Indices
+are arrays: ten million of them take 80 MB, and as Python integers five times as much."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Rows that stages object to, and the command that examines the same rows: all are counted, the first ones are held.
-
-A file of ten million rows may be faulty in every row for one of the stages that could read it.
-"""
+"""Rows that stages object to, and the command that examines the same rows: all are counted, the first ones are held. A
+file of ten million rows may be faulty in every row for one of the stages that could read it."""
 
 from __future__ import annotations
 

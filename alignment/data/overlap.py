@@ -1,9 +1,7 @@
-"""Finds rows that are in two data sets: training data must not contain the prompts of the evaluation.
-
-The overlap of two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020
-used 13 words; short prompts have fewer). Case and punctuation are ignored. In scripts that are written without spaces,
-each character counts as a word.
-"""
+"""Finds rows that are in two data sets: training data must not contain the prompts of the evaluation. The overlap of
+two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020 used 13 words;
+short prompts have fewer). Case and punctuation are ignored. In scripts that are written without spaces, each character
+counts as a word."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-"""Rows as validated records, whatever their format.
-
-``alignment/data/formats`` turns a row of any public format into an ``Example``, from which a record is built. A row
-that does not fit raises a ``DataError`` with file and line, the field, and a row of the right form. ``where`` is a
-record's ``FILE:LINE``.
-"""
+"""Rows as validated records, whatever their format. ``alignment/data/formats`` turns a row of any public format into an
+``Example``, from which a record is built. A row that does not fit raises a ``DataError`` with file and line, the field,
+and a row of the right form. ``where`` is a record's ``FILE:LINE``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Raw rows of a file: JSON Lines, JSON, CSV and Parquet, compressed or not, or of a folder of these.
-
-A row that cannot be parsed is replaced by a ``DataError``, so that one pass finds all faults. Lines of JSON are also
-available unparsed, so that several processes can parse them.
-"""
+"""Raw rows of a file: JSON Lines, JSON, CSV and Parquet, compressed or not, or of a folder of these. A row that cannot
+be parsed is replaced by a ``DataError``, so that one pass finds all faults. Lines of JSON are also available unparsed,
+so that several processes can parse them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Chat templates: what they read, found in their syntax tree, their options, and those of TRL.
-
-Neither torch nor transformers is imported, so a plan can look too."""
+"""Chat templates: what they read, found in their syntax tree, their options, and those of TRL. Neither torch nor
+transformers is imported, so a plan can look too."""
 
 from __future__ import annotations
 

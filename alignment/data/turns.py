@@ -1,8 +1,5 @@
-"""Turns of conversations in OpenAI's and ShareGPT's forms, with content as text or in parts.
-
-A part is ``{"type": "text", "text": …}`` in OpenAI's form, or has ``value`` in LLaMA-Factory's, where tool calls are
-parts too.
-"""
+"""Turns of conversations in OpenAI's and ShareGPT's forms, with content as text or in parts. A part is ``{"type":
+"text", "text": …}`` in OpenAI's form, or has ``value`` in LLaMA-Factory's, where tool calls are parts too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Verified checkpoints: a manifest with sizes and hashes is written last, and only checkpoints that match are used.
-
 transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest is unfinished and is
-removed. A folder whose files differ from its manifest is renamed to ``quarantine-…``, and the next older one is used.
-"""
+removed. A folder whose files differ from its manifest is renamed to ``quarantine-…``, and the next older one is
+used."""
 
 from __future__ import annotations
 

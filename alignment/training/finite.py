@@ -1,8 +1,6 @@
-"""Ends a stage on a non-finite loss, gradient or weight, and on divergence.
-
-A loss can stay finite while a model breaks: when its activations overflow, a normalisation turns them into zeros, the
-prediction becomes uniform, and no gradient is left.
-"""
+"""Ends a stage on a non-finite loss, gradient or weight, and on divergence. A loss can stay finite while a model
+breaks: when its activations overflow, a normalisation turns them into zeros, the prediction becomes uniform, and no
+gradient is left."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Heartbeats of every process, so that a stuck process can be named: ``heartbeats/RANK.json`` in the work folder.
-
-A thread checks once a second where the main thread is. A process is at work as long as that location changes or the
+"""Heartbeats of every process, so that a stuck process can be named: ``heartbeats/RANK.json`` in the work folder. A
+thread checks once a second where the main thread is. A process is at work as long as that location changes or the
 process and its children use the processor. Two kinds of waiting spin, so processor time says nothing there: waiting for
 other processes in a collective operation, and waiting for a GPU in any call that reads its result. The driver reads the
-files (pipeline/execute/workers.py). Times are of the monotonic clock, and are only compared with each other.
-"""
+files (pipeline/execute/workers.py). Times are of the monotonic clock, and are only compared with each other."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Splits an optimiser batch into micro-batches that fit in memory, by tokens, which determine the cost of a stream.
-
-The trainer passes the process's whole share of an optimiser batch. Gradients are accumulated over its micro-batches,
-and the loss is that of the whole: the mean over the learned tokens, pairs or rows of all micro-batches and processes.
-"""
+"""Splits an optimiser batch into micro-batches that fit in memory, by tokens, which determine the cost of a stream. The
+trainer passes the process's whole share of an optimiser batch. Gradients are accumulated over its micro-batches, and
+the loss is that of the whole: the mean over the learned tokens, pairs or rows of all micro-batches and processes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""PyTorch's ``fully_shard`` for models that share weights, as PPO's roles do (docs/design/0042).
-
-``fully_shard`` makes a unit of one module or of several: their weights are gathered, and their gradients reduced, in
-one call. A weight must belong to one unit. So a layer is a unit with the layers of other models that share its
-weights, and each process holds one shard of what they share.
-"""
+"""PyTorch's ``fully_shard`` for models that share weights, as PPO's roles do (docs/design/0042). ``fully_shard`` makes
+a unit of one module or of several: their weights are gathered, and their gradients reduced, in one call. A weight must
+belong to one unit. So a layer is a unit with the layers of other models that share its weights, and each process holds
+one shard of what they share."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Sharded weights, gradients and optimiser state, and how stages work with them.
-
-Every process loads the whole model, and its trainer shards it at the start. From then on a sharded weight (ZeRO-3,
-FSDP) is complete only while its module is called. Code that reads weights without a call must gather them: ``gathered``
-for passes without gradients, ``whole_state`` for saving (docs/design/0009).
-"""
+"""Sharded weights, gradients and optimiser state, and how stages work with them. Every process loads the whole model,
+and its trainer shards it at the start. From then on a sharded weight (ZeRO-3, FSDP) is complete only while its module
+is called. Code that reads weights without a call must gather them: ``gathered`` for passes without gradients,
+``whole_state`` for saving (docs/design/0009)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Tries sizes of micro-batches before a stage's first step and chooses one that fits (docs/design/0044).
-
-Each size is tried by an optimiser step on the largest micro-batch that the rows can make. These steps spoil weights,
-optimiser and random numbers. So the models are thrown away afterwards, and the stage begins anew with the number.
-"""
+"""Tries sizes of micro-batches before a stage's first step and chooses one that fits (docs/design/0044). Each size is
+tried by an optimiser step on the largest micro-batch that the rows can make. These steps spoil weights, optimiser and
+random numbers. So the models are thrown away afterwards, and the stage begins anew with the number."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""``python -m tests.simulated_device -m pytest tests/unit/models``: runs Python with a simulated CUDA device.
-
-The arguments are Python's own. Its child processes have the device too. Exit code: that of what runs, or 2 where no
-device can be simulated.
-"""
+"""``python -m tests.simulated_device -m pytest tests/unit/models``: runs Python with a simulated CUDA device. The
+arguments are Python's own. Its child processes have the device too. Exit code: that of what runs, or 2 where no device
+can be simulated."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Builds the device's library once for each version of its source and each torch, which takes some seconds.
-
-It needs a C++ compiler and a torch without CUDA. Nothing here imports torch.
-"""
+"""Builds the device's library once for each version of its source and each torch, which takes some seconds. It needs a
+C++ compiler and a torch without CUDA. Nothing here imports torch."""
 
 from __future__ import annotations
 

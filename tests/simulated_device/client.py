@@ -1,7 +1,5 @@
-"""What a test asks of the device, and what a piece of work left: its error, and the events that it caused.
-
-The other end is server.py; requests and outcomes travel as lines of JSON.
-"""
+"""What a test asks of the device, and what a piece of work left: its error, and the events that it caused. The other
+end is server.py; requests and outcomes travel as lines of JSON."""
 
 from __future__ import annotations
 

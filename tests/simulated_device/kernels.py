@@ -1,9 +1,7 @@
 """Kernels of the device: variable-length attention (FlashAttention 2), and those of bitsandbytes for four bits.
-
 Attention is a loop over rows in float32, which refuses what the kernel refuses: other dtypes, head widths, offsets,
 devices. Those of bitsandbytes are the CPU's, because its binaries for CUDA need a driver; what they would refuse by
-shape or dtype, the CPU's refuse or not.
-"""
+shape or dtype, the CPU's refuse or not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""All stages on the CUDA device that torch finds, in one process: ``python -m tests.simulated_device.on_card``.
-
-Prints a line for each; ``--only sft`` runs those whose names hold the text. Exit code: 0, or 1 if one failed.
-"""
+"""All stages on the CUDA device that torch finds, in one process: ``python -m tests.simulated_device.on_card``. Prints
+a line for each; ``--only sft`` runs those whose names hold the text. Exit code: 0, or 1 if one failed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Stages on the simulated device: ``python -m tests.simulated_device -m tests.simulated_device.server``.
-
-Reads requests from stdin, each a line of JSON, and answers each with the line of an ``Outcome``. Each has a process of
-its own, forked from this one, which has imported everything and computed nothing.
-"""
+"""Stages on the simulated device: ``python -m tests.simulated_device -m tests.simulated_device.server``. Reads requests
+from stdin, each a line of JSON, and answers each with the line of an ``Outcome``. Each has a process of its own, forked
+from this one, which has imported everything and computed nothing."""
 
 from __future__ import annotations
 

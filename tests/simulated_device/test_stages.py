@@ -1,9 +1,7 @@
-"""Every kind of stage runs on the device, waits no more often than its budget allows, and decodes with few kernels.
-
-A new read of a value in a step, such as ``.item()``, or a new call in a layer goes red. Counts depend on tiny models
-and their rows only where a line is called for each micro-batch. The adapters that ``usual_cells`` leaves out are tried
-by on_card.py, also on the simulated device.
-"""
+"""Every kind of stage runs on the device, waits no more often than its budget allows, and decodes with few kernels. A
+new read of a value in a step, such as ``.item()``, or a new call in a layer goes red. Counts depend on tiny models and
+their rows only where a line is called for each micro-batch. The adapters that ``usual_cells`` leaves out are tried by
+on_card.py, also on the simulated device."""
 
 from __future__ import annotations
 

@@ -1,16 +1,11 @@
-"""Renders messages with the tokenizer's chat template and cuts the text where the assistant's turns begin and end.
-
-A turn is found by rendering prefixes: the text of the messages up to and including the turn, minus the text of the
+"""Renders messages with the tokenizer's chat template and cuts the text where the assistant's turns begin and end. A
+turn is found by rendering prefixes: the text of the messages up to and including the turn, minus the text of the
 messages before it with a generation prompt. The turn ends with its control token. Nothing is inferred from token ids,
-because pad may equal EOS.
-
-Templates of thinking models change earlier turns when later ones follow: they drop thoughts, or end a turn with another
-token. A conversation then becomes several texts, so that each answer is learned behind the text that it is generated
-from.
-
-Control tokens that somebody wrote into a message stay text. A private-use character replaces each of them before the
-template renders, so that all control tokens in the result are the template's own (``encode`` restores the others).
-"""
+because pad may equal EOS. Templates of thinking models change earlier turns when later ones follow: they drop thoughts,
+or end a turn with another token. A conversation then becomes several texts, so that each answer is learned behind the
+text that it is generated from. Control tokens that somebody wrote into a message stay text. A private-use character
+replaces each of them before the template renders, so that all control tokens in the result are the template's own
+(``encode`` restores the others)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""An assistant's thoughts in the form that a chat template reads.
-
-A row has a thought in a field of its own, or between ``<think>`` and ``</think>`` in the content. Templates read a
-field (``reasoning_content`` of Qwen and Nemotron, ``thinking`` of gpt-oss), or look for the tags in the content, or
-render the content as it is. A thought is moved to where the template reads it.
-"""
+"""An assistant's thoughts in the form that a chat template reads. A row has a thought in a field of its own, or between
+``<think>`` and ``</think>`` in the content. Templates read a field (``reasoning_content`` of Qwen and Nemotron,
+``thinking`` of gpt-oss), or look for the tags in the content, or render the content as it is. A thought is moved to
+where the template reads it."""
 
 from __future__ import annotations
 

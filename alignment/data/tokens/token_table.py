@@ -1,9 +1,8 @@
-"""A source as rows of token ids on disk, cached by content and memory-mapped.
-
-Everything that could change a row is part of the folder's name: the content of the rows, how they are read, the limits,
-tokenizer and template, and this code's version. An exception is a template that asks for today's date: its rows keep
-the day on which they were made. If two processes want the same table, the second waits until the first has made it. A
-process that was interrupted leaves what it has made, and the next one goes on from there."""
+"""A source as rows of token ids on disk, cached by content and memory-mapped. Everything that could change a row is
+part of the folder's name: the content of the rows, how they are read, the limits, tokenizer and template, and this
+code's version. An exception is a template that asks for today's date: its rows keep the day on which they were made. If
+two processes want the same table, the second waits until the first has made it. A process that was interrupted leaves
+what it has made, and the next one goes on from there."""
 
 from __future__ import annotations
 

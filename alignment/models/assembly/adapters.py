@@ -1,8 +1,6 @@
-"""Adds adapters to a model, switches between them, and merges them into its weights.
-
-The adapter that a stage trains is PEFT's ``default``. Other adapters are frozen: those of earlier stages below it, or
-a copy of it as it was when the stage began.
-"""
+"""Adds adapters to a model, switches between them, and merges them into its weights. The adapter that a stage trains is
+PEFT's ``default``. Other adapters are frozen: those of earlier stages below it, or a copy of it as it was when the
+stage began."""
 
 from __future__ import annotations
 

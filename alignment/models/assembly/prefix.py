@@ -1,9 +1,7 @@
-"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens precede every row.
-
-PEFT holds them as one embedding and passes them to a model as a cache. Here the trunk has its prefix as an attribute,
-and attention puts it before a row's own keys (alignment/models/forward/attention.py), so rows stay one stream. As in
-PEFT, the positions of a row's own tokens begin after the prefix.
-"""
+"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens precede every row. PEFT holds
+them as one embedding and passes them to a model as a cache. Here the trunk has its prefix as an attribute, and
+attention puts it before a row's own keys (alignment/models/forward/attention.py), so rows stay one stream. As in PEFT,
+the positions of a row's own tokens begin after the prefix."""
 
 from __future__ import annotations
 

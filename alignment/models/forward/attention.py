@@ -1,9 +1,6 @@
-"""Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
-
-On CUDA all rows are one call of the variable-length kernel; elsewhere, and with capped scores, they are some batched
-products (alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and
-values.
-"""
+"""Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface). On CUDA all
+rows are one call of the variable-length kernel; elsewhere, and with capped scores, they are some batched products
+(alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and values."""
 
 from __future__ import annotations
 

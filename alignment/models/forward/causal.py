@@ -1,9 +1,6 @@
-"""The fast forward behind the calls that TRL's trainers make.
-
-SFT and DPO call ``model(..., labels=..., fused_lm_head=True)`` and read per-token statistics; the reward trainer calls
-``model(input_ids, attention_mask).logits``. Here one flat trunk pass serves both, with the head on labelled
-positions only.
-"""
+"""The fast forward behind the calls that TRL's trainers make. SFT and DPO call ``model(..., labels=...,
+fused_lm_head=True)`` and read per-token statistics; the reward trainer calls ``model(input_ids,
+attention_mask).logits``. Here one flat trunk pass serves both, with the head on labelled positions only."""
 
 from __future__ import annotations
 

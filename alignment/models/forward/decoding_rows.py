@@ -1,9 +1,7 @@
-"""The rows of a decoding batch, where a waiting prompt takes over the row of an answer that has ended.
-
-All rows share their last column. A prompt that enters is written right-aligned behind the last columns of the others,
-and its row sees nothing before it. Columns that no row sees any more are dropped when prompts enter. So the cache never
-holds more than the longest prompt with its answer, and about ``DROPPED + ROOM`` columns beside.
-"""
+"""The rows of a decoding batch, where a waiting prompt takes over the row of an answer that has ended. All rows share
+their last column. A prompt that enters is written right-aligned behind the last columns of the others, and its row sees
+nothing before it. Columns that no row sees any more are dropped when prompts enter. So the cache never holds more than
+the longest prompt with its answer, and about ``DROPPED + ROOM`` columns beside."""
 
 from __future__ import annotations
 

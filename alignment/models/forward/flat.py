@@ -1,8 +1,6 @@
 """The trunk over real tokens only: a batch as one stream (alignment/models/forward/rows.py), padding never computed.
-
 Position ids restart with every row, and attention stays inside a row (models/forward/attention.py). Models whose
-attention cannot be restricted to rows run on the padded batch, with one warning.
-"""
+attention cannot be restricted to rows run on the padded batch, with one warning."""
 
 from __future__ import annotations
 

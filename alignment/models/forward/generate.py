@@ -1,11 +1,9 @@
-"""Batched answers with a key-value cache: greedy, or pure ancestral sampling at a temperature.
-
-No top-k, top-p or repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative
-distribution at one uniform number per row and step, drawn beforehand. So the same seed gives the same answers for any
-batch size and any set of finished rows, except for the rounding of bfloat16 products of other shapes. Equal prompts are
-read once. Waiting prompts take over the rows of finished answers; when no prompt waits, finished rows leave the batch
-and the cache. Either happens when finished rows are numerous enough to pay for it.
-"""
+"""Batched answers with a key-value cache: greedy, or pure ancestral sampling at a temperature. No top-k, top-p or
+repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative distribution at one
+uniform number per row and step, drawn beforehand. So the same seed gives the same answers for any batch size and any
+set of finished rows, except for the rounding of bfloat16 products of other shapes. Equal prompts are read once. Waiting
+prompts take over the rows of finished answers; when no prompt waits, finished rows leave the batch and the cache.
+Either happens when finished rows are numerous enough to pay for it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Log-probabilities from hidden states without holding all logits in memory.
-
-The states are multiplied with the head in chunks: matrix products in the weights' dtype, log-sum-exp and probabilities
-in float32. The gradient of log softmax is exact and is computed chunk by chunk too, so memory stays at one chunk.
-"""
+"""Log-probabilities from hidden states without holding all logits in memory. The states are multiplied with the head in
+chunks: matrix products in the weights' dtype, log-sum-exp and probabilities in float32. The gradient of log softmax is
+exact and is computed chunk by chunk too, so memory stays at one chunk."""
 
 from __future__ import annotations
 

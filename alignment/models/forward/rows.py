@@ -1,9 +1,7 @@
-"""Rows of token ids as one stream without padding, in which a common beginning of rows appears once.
-
-Under causal attention a token's state depends only on the tokens before it. So if two rows begin alike (the two answers
-of a preference pair, n answers to one prompt, one system message), the common part is computed once, and the later row
-attends to it there.
-"""
+"""Rows of token ids as one stream without padding, in which a common beginning of rows appears once. Under causal
+attention a token's state depends only on the tokens before it. So if two rows begin alike (the two answers of a
+preference pair, n answers to one prompt, one system message), the common part is computed once, and the later row
+attends to it there."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Prompts that a model reads once, to sample answers or to score texts that follow them.
-
-A reading holds the keys and values of every layer and the last state of each prompt, from the flat forward. Later
-streams continue them as an earlier stream (models/forward/rows.py).
-"""
+"""Prompts that a model reads once, to sample answers or to score texts that follow them. A reading holds the keys and
+values of every layer and the last state of each prompt, from the flat forward. Later streams continue them as an
+earlier stream (models/forward/rows.py)."""
 
 from __future__ import annotations
 

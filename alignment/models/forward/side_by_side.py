@@ -1,7 +1,5 @@
-"""A stream's states in two parts side by side (two_threads.py): with two cores a pass takes less time.
-
-The results do not depend on which thread is faster: the sum of each part's gradients is complete before they are added.
-"""
+"""A stream's states in two parts side by side (two_threads.py): with two cores a pass takes less time. The results do
+not depend on which thread is faster: the sum of each part's gradients is complete before they are added."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Two independent pieces of work on a CPU side by side, each on a thread of its own.
-
-When two threads share every operation, each of some ten thousand operations of a pass ends with one waiting for the
-other, and on a virtual machine waking a thread takes as long as a small operation. Here each thread computes operations
-of its own, and they meet once. More than two threads were not measured (docs/design/0058-two-threads.md).
-"""
+"""Two independent pieces of work on a CPU side by side, each on a thread of its own. When two threads share every
+operation, each of some ten thousand operations of a pass ends with one waiting for the other, and on a virtual machine
+waking a thread takes as long as a small operation. Here each thread computes operations of its own, and they meet once.
+More than two threads were not measured (docs/design/0058-two-threads.md)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
-
 The differences: layers of one input are multiplied together (products.py). A gated product is computed again in the
 backward pass instead of stored (products.py). Rotary positions (Su et al. 2021) take one pass over all numbers and two
 over half of them, forward and backward, instead of a dozen over all. A block is replaced only after a test on fixed
-numbers shows that it computes the expected function.
-"""
+numbers shows that it computes the expected function."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""The cache of a decoding batch: keys and values, written in place.
-
-transformers' ``DynamicCache`` copies everything at every step, and again whenever a row finishes. Here columns are
-allocated ahead, and rows move only when the caller asks. The attention of one new token per row reads the cache in
-place, once for all query heads that share a key head (Ainslie et al. 2023, grouped-query attention).
-"""
+"""The cache of a decoding batch: keys and values, written in place. transformers' ``DynamicCache`` copies everything at
+every step, and again whenever a row finishes. Here columns are allocated ahead, and rows move only when the caller
+asks. The attention of one new token per row reads the cache in place, once for all query heads that share a key head
+(Ainslie et al. 2023, grouped-query attention)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""Prepacked linear weights for products without gradients: sampling, scoring, evaluation.
-
-The weights get the dtype and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and
-oneDNN would reorder it at every call. Layers that read the same input become one product, with oneDNN's layout and, for
-few rows of a small model, on a GPU, where a decoding step takes about as long as the host needs to launch its kernels
-(not yet run on a GPU). A low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small
-updates.
-"""
+"""Prepacked linear weights for products without gradients: sampling, scoring, evaluation. The weights get the dtype
+and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and oneDNN would reorder it at
+every call. Layers that read the same input become one product, with oneDNN's layout and, for few rows of a small model,
+on a GPU, where a decoding step takes about as long as the host needs to launch its kernels (not yet run on a GPU). A
+low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small updates."""
 
 from __future__ import annotations
 

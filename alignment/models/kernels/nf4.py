@@ -1,9 +1,6 @@
-"""Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes.
-
-A layer class of this project holds them, because bitsandbytes' layer reorders its weight at the first call without
-gradients on some CPUs, and roles that share memory would then read another layout. The weight is dequantised for each
-product.
-"""
+"""Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes. A layer
+class of this project holds them, because bitsandbytes' layer reorders its weight at the first call without gradients on
+some CPUs, and roles that share memory would then read another layout. The weight is dequantised for each product."""
 
 from __future__ import annotations
 

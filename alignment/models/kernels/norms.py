@@ -1,10 +1,8 @@
-"""Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
-
-The models' code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step.
-Here autograd stores the input and one number per token, and the result carries its origin (products.py). A layer is
-replaced only after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or
-(1 + weight) · x/rms.
-"""
+"""Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers. The models'
+code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step. Here autograd
+stores the input and one number per token, and the result carries its origin (products.py). A layer is replaced only
+after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or (1 + weight) ·
+x/rms."""
 
 from __future__ import annotations
 

@@ -1,15 +1,11 @@
-"""A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
-
-PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
-small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin,
-only what that reads is stored in its place. Several adapters on one layer become one adapter with the sum
-of their ranks. Layers that read the same input (queries, keys and values; gate and up) share the products with small
-factors, whose few columns would leave a processor idle.
-
-DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (nf4.py). The product is stored once more then.
-It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too far apart for a factor that is
-learned.
-"""
+"""A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3). PEFT's
+layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the small
+factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin, only what
+that reads is stored in its place. Several adapters on one layer become one adapter with the sum of their ranks. Layers
+that read the same input (queries, keys and values; gate and up) share the products with small factors, whose few
+columns would leave a processor idle. DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (nf4.py). The
+product is stored once more then. It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too
+far apart for a factor that is learned."""
 
 from __future__ import annotations
 

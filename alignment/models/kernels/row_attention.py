@@ -1,15 +1,12 @@
-"""Attention inside the rows of a stream on a CPU, with rows of similar sizes in one product.
-
-A single row is too little work for two cores, and its many small calls take longer than the arithmetic. So spans of
-rows are put into groups and padded to the most queries and keys in the group: two batched matrix products with a
-softmax between. The softmax of short rows is stored for the backward pass. A long row is one forward call of
-scaled-dot-product attention, and its softmax is computed again in the backward pass, span by span. That is written out
-here, because PyTorch's flash kernel for CPU took four times as long as the matrix products that it consists of. Query
-heads that share keys (Ainslie et al. 2023, grouped-query attention) are in one product.
-
-With a sliding window (Beltagy et al. 2020) a query sees only the last keys up to its own; spans leave the others out.
-Capped scores (Gemma Team 2024, section 2) are c·tanh(s / c). Long rows then go span by span in the forward pass, too.
-"""
+"""Attention inside the rows of a stream on a CPU, with rows of similar sizes in one product. A single row is too little
+work for two cores, and its many small calls take longer than the arithmetic. So spans of rows are put into groups and
+padded to the most queries and keys in the group: two batched matrix products with a softmax between. The softmax of
+short rows is stored for the backward pass. A long row is one forward call of scaled-dot-product attention, and its
+softmax is computed again in the backward pass, span by span. That is written out here, because PyTorch's flash kernel
+for CPU took four times as long as the matrix products that it consists of. Query heads that share keys (Ainslie et al.
+2023, grouped-query attention) are in one product. With a sliding window (Beltagy et al. 2020) a query sees only the
+last keys up to its own; spans leave the others out. Capped scores (Gemma Team 2024, section 2) are c·tanh(s / c). Long
+rows then go span by span in the forward pass, too."""
 
 from __future__ import annotations
 

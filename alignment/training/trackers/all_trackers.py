@@ -1,7 +1,5 @@
-"""All trackers of a stage as one.
-
-A tracker never stops a training: its first fault is reported once, and the stage continues without it.
-"""
+"""All trackers of a stage as one. A tracker never stops a training: its first fault is reported once, and the stage
+continues without it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Each function of ``alignment.algos`` against its oracle, as a check.
-
-The functions are looked up in their modules at call time, so that a test can put a faulty one in their place.
-"""
+"""Each function of ``alignment.algos`` against its oracle, as a check. The functions are looked up in their modules at
+call time, so that a test can put a faulty one in their place."""
 
 from __future__ import annotations
 

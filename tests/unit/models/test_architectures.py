@@ -1,8 +1,6 @@
-"""Architectures that public recipes name, and those that cache, window, mask or cap in ways of their own.
-
-Each is compared with the padded forward of transformers, in float32. Rows are shorter and longer than the windows of
-four tokens; some share beginnings of 18 tokens (conftest.ROWS).
-"""
+"""Architectures that public recipes name, and those that cache, window, mask or cap in ways of their own. Each is
+compared with the padded forward of transformers, in float32. Rows are shorter and longer than the windows of four
+tokens; some share beginnings of 18 tokens (conftest.ROWS)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""One optimiser step without a critic, against the papers' formulas in float64 and against TRL's own trainers.
-
-The oracle (tests/oracles/critic_free.py) has nothing of the trainer but the weights before each step, the prompts and
-the answers. TRL prepares its inputs as in training, advantages included; only its sampling gives our answers.
-"""
+"""One optimiser step without a critic, against the papers' formulas in float64 and against TRL's own trainers. The
+oracle (tests/oracles/critic_free.py) has nothing of the trainer but the weights before each step, the prompts and the
+answers. TRL prepares its inputs as in training, advantages included; only its sampling gives our answers."""
 
 from __future__ import annotations
 

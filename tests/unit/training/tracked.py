@@ -1,9 +1,7 @@
-"""A stage with trackers that is killed twice, and one that is not.
-
-Each attempt is a process of its own, forked from the caller's. In ``FOLDER/killed`` two are killed with all that they
-started: the first before W&B has written anything, the second once every tracker has a step after the last checkpoint.
-In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
-"""
+"""A stage with trackers that is killed twice, and one that is not. Each attempt is a process of its own, forked from
+the caller's. In ``FOLDER/killed`` two are killed with all that they started: the first before W&B has written anything,
+the second once every tracker has a step after the last checkpoint. In ``FOLDER/straight`` there is one attempt without
+trackers, which nobody kills."""
 
 from __future__ import annotations
 
