@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.core.errors import DataError
+from alignment.core.wording import counted
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
@@ -191,17 +192,13 @@ def together(faults: Sequence[DataError], count: int | None = None, *, among: st
     alike: dict[str, list[DataError]] = {}
     for fault in faults[:NAMED]:
         alike.setdefault(fault.message, []).append(fault)
-    lines = "".join(f"\n  {same[0].where}{_others(len(same) - 1)}: {message}" for message, same in alike.items())
+    lines = ""
+    for message, same in alike.items():
+        others = f" and {counted(len(same) - 1, 'other row', 'other rows')}" if len(same) > 1 else ""
+        lines += f"\n  {same[0].where}{others}: {message}"
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
-    return DataError(f"{count} faulty rows{among}:{lines}{more}", where=where, remedy=_remedies(faults[:NAMED]))
-
-
-def _others(number: int) -> str:
-    return "" if number == 0 else f" and {number} other row{'s' if number > 1 else ''}"
-
-
-def _remedies(faults: Sequence[DataError]) -> str:
-    return NEXT.join(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
+    remedy = NEXT.join(dict.fromkeys(fault.remedy for fault in faults[:NAMED] if fault.remedy))
+    return DataError(f"{count} faulty rows{among}:{lines}{more}", where=where, remedy=remedy)
 
 
 def refuse_faults_of(reading: Reading, data: SourceConfig) -> None:

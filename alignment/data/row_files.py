@@ -191,19 +191,16 @@ def _json(path: Path) -> Iterator[Unparsed]:
     with caps.opened(path) as stream:
         text = caps.whole(stream, path)
     document = _parsed(text, str(path))
+    is_fault = isinstance(document, DataError)
     if isinstance(document, RawRow) and isinstance(document.value, list):
         for number, value in enumerate(document.value, start=1):
             yield RawRow(where=f"{path}: row {number}", value=value)
-    elif text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and not _is_one_value_of_many_lines(document, text):
+    elif text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and (is_fault or b"\n" not in text.strip()):
         yield from _json_lines(path)
     elif isinstance(document, DataError):
         raise document
     else:
         raise DataError("is JSON, but not a list of rows", where=str(path), remedy=_REMEDY)
-
-
-def _is_one_value_of_many_lines(document: RawRow | DataError, text: bytes) -> bool:
-    return isinstance(document, RawRow) and b"\n" in text.strip()
 
 
 def _csv(path: Path) -> Iterator[Unparsed]:

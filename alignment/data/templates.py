@@ -135,7 +135,8 @@ def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
 def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
     """Values that are neither true or false, a number, a text, nor a list of these."""
     for name, value in options.items():
-        if not all(_is_plain(item) for item in (value if isinstance(value, list) else [value])):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, (int, str)) or (isinstance(item, float) and math.isfinite(item)) for item in items):
             message = f"{value!r:.60} is not allowed; give true or false, a number, a text, or a list of these"
             if value is None:
                 message += f"; to leave the option out, remove it (~{WHERE}.{name})"
@@ -165,10 +166,6 @@ def own_template(folder: Path) -> Templates | None:
         return {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else stored
     except (OSError, ValueError, LookupError, AttributeError, TypeError, DataError):
         return None
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _literal(value: Any) -> str:

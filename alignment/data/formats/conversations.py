@@ -8,14 +8,13 @@ from typing import Any
 
 from alignment.data.fields import Fields, is_text
 from alignment.data.formats.form import (
-    PROMPTS,
     Format,
     answer_text,
     answers_of_whole,
     asked,
     example,
+    has_question,
     holds,
-    is_question,
     preferred,
     question_turns,
     starts_with_turn,
@@ -93,14 +92,6 @@ _PAIR = ("chosen", "rejected")
 _PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
 
 
-def _preference(fields: Fields) -> Example:
-    return example(fields, answers=lambda: preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected")))
-
-
-def _is_preference(row: Mapping[str, Any]) -> bool:
-    return holds(row, "chosen", "rejected") and any(is_question(row.get(name)) for name in PROMPTS)
-
-
 def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
     """A reader for rows with two whole conversations in the columns ``names``."""
 
@@ -150,16 +141,14 @@ def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _is_transcripts(row: Mapping[str, Any]) -> bool:
-    return all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR)
-
-
 PREFERENCE = Format(
     name="preference",
     summary="a prompt, and a chosen and a rejected answer to it",
     row='{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}',
-    fits=_is_preference,
-    read=_preference,
+    fits=lambda row: holds(row, "chosen", "rejected") and has_question(row),
+    read=lambda fields: example(
+        fields, answers=lambda: preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected"))
+    ),
 )
 WHOLE = Format(
     name="chosen_rejected",
@@ -188,7 +177,7 @@ TRANSCRIPTS = Format(
     name="hh",
     summary="two transcripts of Human and Assistant (Anthropic HH)",
     row=(r'{"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5."}'),
-    fits=_is_transcripts,
+    fits=lambda row: all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR),
     read=_transcripts,
 )
 PAIRED = Format(
@@ -219,8 +208,7 @@ def _votes(fields: Fields) -> list[Answer]:
 
 def _is_vote(row: Mapping[str, Any]) -> bool:
     answers = row.get("answers")
-    two = isinstance(answers, Mapping) and len(answers) == 2
-    return two and holds(row, "preferred") and any(is_question(row.get(name)) for name in PROMPTS)
+    return isinstance(answers, Mapping) and len(answers) == 2 and holds(row, "preferred") and has_question(row)
 
 
 VOTES = Format(

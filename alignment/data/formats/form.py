@@ -45,6 +45,11 @@ def is_question(value: Any) -> bool:
     return isinstance(value, str) or starts_with_turn(value)
 
 
+def has_question(row: Mapping[str, Any]) -> bool:
+    """Whether a column of the row can hold its prompt."""
+    return any(is_question(row.get(name)) for name in PROMPTS)
+
+
 def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...], str]:
     """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them. A format that
     is recognised by its prompt names that ``column``. In other columns such rows may have the whole text of an example,
@@ -55,14 +60,17 @@ def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...
 
 
 def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
-    """The turns of a column that holds a prompt, or its text as a turn of the user. Raises DataError: the content is
+    """The turns of a column that holds a prompt, or its text as a turn of the user: to Alpaca's ``instruction`` its
+    ``input`` is appended. Raises DataError: the content is
     neither text nor turns."""
     value = fields.row[field]
     if isinstance(value, list):
         return turns_of(fields, field)
     if field in TURNS and begins_turns(value):
         fields.fail(field, f"must be a list of turns, or JSON of one, and not its text in Python; it is {value!r:.60}")
-    return (Message(role="user", content=_question(fields, field)),)
+    text = fields.text(field)
+    more = fields.optional_text("input") if field == "instruction" else ""
+    return (Message(role="user", content=f"{text}\n\n{more}" if is_text(more) else text),)
 
 
 def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -114,12 +122,6 @@ def answers_of_whole(
         reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
         fields.set_aside(names[1], reason)
     return chosen[:-1], preferred(chosen[-1].whole, rejected[-1].whole)
-
-
-def _question(fields: Fields, field: str) -> str:
-    """The text of the prompt; Alpaca's ``input`` is appended to its ``instruction``."""
-    more = fields.optional_text("input") if field == "instruction" else ""
-    return f"{fields.text(field)}\n\n{more}" if is_text(more) else fields.text(field)
 
 
 def _history(fields: Fields) -> list[Message]:

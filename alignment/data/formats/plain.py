@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.fields import Fields, finite, is_number, is_text
-from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, example, holds, is_question, with_system
+from alignment.data.formats.form import (
+    Format,
+    answer_text,
+    asked,
+    example,
+    has_question,
+    holds,
+    is_question,
+    with_system,
+)
 from alignment.data.list_texts import begins_texts
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
@@ -23,10 +32,6 @@ def _answered(name: str, *, prompt: str) -> Any:
         return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
 
     return read
-
-
-def _ranked(fields: Fields) -> list[Answer]:
-    return [_answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))]
 
 
 def _answer(fields: Fields, number: int, completion: Any) -> Answer:
@@ -86,8 +91,10 @@ RANKED = Format(
     name="ranked",
     summary="a prompt and several answers with scores (higher is better) or ranks (1 is best): every pair of them",
     row='{"prompt": "2 + 2?", "completions": [{"text": "4.", "score": 9}, {"text": "5.", "score": 1}]}',
-    fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
-    read=lambda fields: example(fields, answers=lambda: _ranked(fields)),
+    fits=lambda row: isinstance(row.get("completions"), list) and has_question(row),
+    read=lambda fields: example(
+        fields, answers=lambda: [_answer(fields, *completion) for completion in enumerate(fields.items("completions"))]
+    ),
 )
 CHOICES = Format(
     name="choices",
@@ -96,7 +103,7 @@ CHOICES = Format(
     fits=lambda row: (
         (isinstance(row.get("choices"), list) or begins_texts(row.get("choices")))
         and holds(row, "answer")
-        and any(is_question(row.get(name)) for name in PROMPTS)
+        and has_question(row)
     ),
     read=lambda fields: example(fields, answers=lambda: _chosen(fields)),
 )
@@ -132,7 +139,7 @@ PROMPT = Format(
     name="prompt",
     summary="a prompt without an answer",
     row='{"prompt": "Summarise: the shop is closed on Monday."}',
-    fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
+    fits=has_question,
     read=example,
 )
 TEXT = Format(

@@ -110,11 +110,9 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _is_in(part: str, text: str) -> bool:
-    return part in text or all(_line_is_in(line.strip(), text) for line in part.splitlines())
-
-
-def _line_is_in(line: str, text: str) -> bool:
-    return line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
+    return part in text or all(
+        line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in map(str.strip, part.splitlines())
+    )
 
 
 def lost_words(loss: str, count: int, records: int) -> str:

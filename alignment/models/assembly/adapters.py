@@ -65,7 +65,9 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     if config.target_modules == [_ALL_LINEAR]:
         targets = _ALL_LINEAR
     is_head_gone = task is not TaskType.CAUSAL_LM
-    _refuse_unknown(model, [name for name in config.modules_to_save if not (is_head_gone and _ends_in_head(name))])
+    _refuse_unknown(
+        model, [name for name in config.modules_to_save if not (is_head_gone and name.rpartition(".")[2] in _HEADS)]
+    )
     is_tied = _are_tied(model, config.modules_to_save)
     lora = LoraConfig(
         r=config.rank,
@@ -94,10 +96,6 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     if model.device.type != "meta":  # weights without numbers have no norms
         start_at_norms(adapted)
     return adapted
-
-
-def _ends_in_head(name: str) -> bool:
-    return name.rpartition(".")[2] in _HEADS
 
 
 def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -171,7 +169,8 @@ def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
 
 def with_own(model: PeftModel) -> PeftModel:
     """Activates the adapters below the model's own, and its own last, as it is trained and used."""
-    _activate(model, [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN])
+    for layer in _layers(model):  # PEFT's own method would also change which adapters are trained
+        layer._active_adapter = [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN]
     return model
 
 
@@ -348,9 +347,3 @@ def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:
 
 def _layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _activate(model: PeftModel, names: list[str]) -> None:
-    """Activates these adapters. PEFT's own method would also change which of them are trained."""
-    for layer in _layers(model):
-        layer._active_adapter = names

@@ -118,7 +118,8 @@ class ActorCritic(nn.Module):
             statistics, _ = self._statistics(micro_batch, temperature, entropy_gradient)
             return statistics, value_loss(answer_values(model, micro_batch))
         # It comes before the policy's graph, because the backward pass visits the earliest node last.
-        deferred = _deferred(lambda: value_loss(answer_values(model, micro_batch)), micro_batch.labels.device)
+        start = torch.zeros((), device=micro_batch.labels.device, requires_grad=True)
+        deferred = _DeferredLoss.apply(start, lambda: value_loss(answer_values(model, micro_batch)))
         return self._statistics(micro_batch, temperature, entropy_gradient)[0], deferred
 
     def look(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor | None]:
@@ -140,11 +141,6 @@ class ActorCritic(nn.Module):
             policy, states, micro_batch, temperature=temperature, entropy_gradient=entropy_gradient
         )
         return statistics, states
-
-
-def _deferred(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    deferred: Tensor = _DeferredLoss.apply(torch.zeros((), device=device, requires_grad=True), loss)
-    return deferred
 
 
 class _DeferredLoss(torch.autograd.Function):

@@ -136,14 +136,10 @@ def turn_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
-            rates = [name for name, value in vars(holder).items() if _is_dropout(name, value)] if holder else []
+            named = vars(holder).items() if holder else ()  # as attention_dropout of Llama, hidden_dropout of Falcon
+            rates = [name for name, value in named if name.endswith("dropout") and isinstance(value, float)]
             for name in rates:
                 setattr(holder, name, 0.0)
-
-
-def _is_dropout(name: str, value: object) -> bool:
-    """``attention_dropout`` of Llama, ``hidden_dropout`` of Falcon, ``activation_dropout`` of XGLM."""
-    return name.endswith("dropout") and isinstance(value, float)
 
 
 def adapters_below(start: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:

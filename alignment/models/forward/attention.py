@@ -150,14 +150,12 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
     """The rows that have queries, with their ranges among all keys."""
+    first = ((0, ahead.prefix),) if ahead.prefix else ()
     return tuple(
-        Row(segment.own, _behind(segment.keys, ahead)) for segment in segments if segment.own[1] > segment.own[0]
+        Row(segment.own, (*first, *map(ahead.shifted, segment.keys)))
+        for segment in segments
+        if segment.own[1] > segment.own[0]
     )
-
-
-def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
-    """Ranges of a stream as ranges of all keys; the prefix comes first."""
-    return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,7 +110,9 @@ def _causal_output(
 def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
     """Found on the host; the state at column c predicts column c + 1. Raises ValueError: padding has a label."""
     given, is_real, index = on_host(labels, rows.is_real, rows.index)
-    wanted = given if given.shape == is_real.shape else _in_rows(given, is_real)
+    wanted = given
+    if given.shape != is_real.shape:
+        wanted = given.new_full(is_real.shape, IGNORED).masked_scatter(is_real, given.flatten())
     has_label = wanted != IGNORED
     if bool((has_label & ~is_real).any()):
         raise ValueError("padding has a label")
@@ -120,10 +122,6 @@ def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
         mask = _packed(is_real, mask, given)
     tensors |= {"at": mask.flatten().nonzero().flatten(), "mask": mask}
     return _Learned(**sent(tensors, labels.device))
-
-
-def _in_rows(labels: Tensor, is_real: Tensor) -> Tensor:
-    return labels.new_full(is_real.shape, IGNORED).masked_scatter(is_real, labels.flatten())
 
 
 def _packed(is_real: Tensor, label_mask: Tensor, labels: Tensor) -> Tensor:

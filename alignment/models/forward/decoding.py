@@ -40,7 +40,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 def may_see_room(model: PreTrainedModel) -> bool:
     """Whether the model may see the columns that its ``RowsCache`` allocates ahead, outside of ``decoding``."""
     # Other attention functions may mistake allocated columns for filled ones.
-    hides = _calls_the_interface(model) or _hides_by_its_mask(model)
+    hides_by_mask = model.config.model_type in MASKED and not getattr(model.config, "alibi", False)
+    hides = hides_by_mask or _calls_the_interface(model)
     return _gets_ours(model) or (model.config._attn_implementation in ("eager", "sdpa") and hides)
 
 
@@ -86,10 +87,6 @@ def _calls_the_interface(model: PreTrainedModel) -> bool:
     GPT-Neo places its window by the number of columns; Bloom and Falcon have a bias (ALiBi, Press et al. 2022) with as
     many columns as were filled. Doge adds to the mask what it computes from the values."""
     return model._can_set_attn_implementation() and not has_own_mask(model)
-
-
-def _hides_by_its_mask(model: PreTrainedModel) -> bool:
-    return model.config.model_type in MASKED and not getattr(model.config, "alibi", False)
 
 
 BLOCK = 256

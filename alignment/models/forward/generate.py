@@ -68,7 +68,7 @@ def generate(
         ids=[[] for _ in prompts],
         max_new_tokens=max_new_tokens,
         end_ids=frozenset(end_ids),
-        on_token=None if on_token is None else _of_prompts(on_token, order),
+        on_token=None if on_token is None else lambda number, token: on_token(order[number], token),
         ends=ends,
     )
     with prepacked(model, min(batch_size, len(prompts))):
@@ -118,10 +118,6 @@ def answer_batch(
     queue = WaitingPrompts(prompts=prompts, uniforms=drawn, reading=reading)
     _answer(model, queue, answers, batch_size=len(prompts), temperature=temperature)
     return answers.ids
-
-
-def _of_prompts(on_token: OnToken, order: Sequence[int]) -> OnToken:
-    return lambda number, token: on_token(order[number], token)
 
 
 def _in_order(uniforms: Tensor, order: Sequence[int]) -> Callable[[slice], Tensor]:

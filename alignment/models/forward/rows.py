@@ -160,7 +160,10 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
     have columns only for the tokens of the texts, not for those that were read earlier."""
     device, read = earlier.input_ids.device, len(earlier.input_ids)
     ends = [0, *itertools.accumulate(len(text) for text in texts)]
-    before = {row: tuple((start - read, end - read) for start, end in _ranges_of(earlier, row)) for row in set(which)}
+    before = {
+        row: tuple((start - read, end - read) for start, end in earlier.segments[row].keys if start < end)
+        for row in set(which)
+    }
     lengths = torch.tensor([len(text) for text in texts])
     columns = torch.arange(int(lengths.max()))
     is_real = columns < lengths[:, None]
@@ -189,10 +192,6 @@ def behind_one(tokens: int, rows: FlatRows) -> FlatRows:
         segments=tuple(replace(segment, before=((-tokens, 0), *segment.before)) for segment in rows.segments),
         lengths=tuple(tokens + length for length in rows.lengths),
     )
-
-
-def _ranges_of(rows: FlatRows, row: int) -> tuple[Range, ...]:
-    return tuple((start, end) for start, end in rows.segments[row].keys if start < end)
 
 
 def next_multiple(count: int, multiple: int) -> int:

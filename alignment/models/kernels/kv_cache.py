@@ -102,7 +102,8 @@ class RowsLayer(CacheLayerMixin):
                 states[:, :, start:end] = states[:, :, start + columns : end + columns]
 
     def select(self, rows: Tensor) -> None:
-        self.keys, self.values = _moved_up(self.keys, rows), _moved_up(self.values, rows)
+        # It reuses memory, because writing to new memory is slow.
+        self.keys, self.values = (states[: len(rows)].copy_(states[rows]) for states in (self.keys, self.values))
 
     def _columns_after(self, new: int) -> int:
         allocated = self.keys.shape[2] if self.is_initialized else 0
@@ -178,11 +179,6 @@ def _layer_like(layer: Any, room: int, *, shows_room: bool) -> Any:
     )
 
 
-def _moved_up(states: Tensor, rows: Tensor) -> Tensor:
-    # It reuses memory, because writing to new memory is slow.
-    return states[: len(rows)].copy_(states[rows])
-
-
 def _widened(old: Tensor, columns: int) -> Tensor:
     # Zeros, because a hidden column still enters a product with weight 0.
     with memory_for(CACHE):
@@ -212,7 +208,7 @@ def decoding_attention(
     the keys and values of tokens that every row sees before those of the cache. In other cases transformers' function
     is called. Raises ValueError: ``beginning`` is given, but scores are capped or more than one token per row is
     new."""
-    is_one_step = _is_one_step(query.shape[2], query.device)
+    is_one_step = query.shape[2] == 1 and query.device.type == "cpu"
     if beginning is not None and not (is_one_step and softcap is None):
         raise ValueError(f"{type(module).__name__} does not support rows that share a beginning")
     unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
@@ -279,10 +275,6 @@ def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs
     if seen is None or q_length != 1:
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-
-
-def _is_one_step(new_tokens: int, device: torch.device) -> bool:
-    return new_tokens == 1 and device.type == "cpu"
 
 
 AttentionInterface.register(ATTENTION, decoding_attention)
