@@ -94,37 +94,25 @@ def _share(learned: str, held_out: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("learned", "held_out"),
+    ("learned", "held_out", "share"),
     [
-        (f"Please note: {TEXT.upper()}!", TEXT),
-        ("Two plus two", "two plus two?"),
-        ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。"),
-        (
-            "你好。フランスの首都はどこですか。詳しく答えてください。",
-            "フランスの首都はどこですか。詳しく答えてください。",
-        ),
-        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร"),
-        ("दुकान कब खुलती है?", "दुकान कब खुलती है"),
-        ("Where is İstanbul?", "where is istanbul"),
+        (f"Please note: {TEXT.upper()}!", TEXT, 1.0),
+        ("Two plus two", "two plus two?", 1.0),
+        ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。", 1.0),
+        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร", 1.0),
+        ("दुकान कब खुलती है?", "दुकान कब खुलती है", 1.0),
+        ("Where is İstanbul?", "where is istanbul", 1.0),
+        (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT, 0.0),
+        ("Two plus three", "two plus two?", 0.0),
+        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。", 0.0),
+        ("खाली", "खुला", 0.0),  # words that differ only in their vowel signs
+        ("?", "!", 0.0),
     ],
 )
-def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(learned: str, held_out: str) -> None:
-    assert _share(learned, held_out) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("learned", "held_out"),
-    [
-        (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT),
-        ("Two plus three", "two plus two?"),
-        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。"),
-        ("เยอรมนีมีกี่รัฐ", "เมืองหลวงของฝรั่งเศสคืออะไร"),
-        ("खाली", "खुला"),  # words that differ only in their vowel signs
-        ("?", "!"),
-    ],
-)
-def test_a_phrase_or_another_text_is_no_overlap(learned: str, held_out: str) -> None:
-    assert _share(learned, held_out) == 0.0
+def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(
+    learned: str, held_out: str, share: float
+) -> None:
+    assert _share(learned, held_out) == share
 
 
 def test_half_of_a_text_is_enough_and_the_first_of_equal_ones_is_named() -> None:
@@ -339,11 +327,12 @@ def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Pat
     assert f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW_FILE\n" in _diagnosed(file)[1]
 
 
-@pytest.mark.parametrize("batch", [1, 4_096])
+@pytest.mark.parametrize(("batch", "characters"), [(1, 1 << 24), (4_096, 1), (4_096, 1 << 24)])
 def test_exact_duplicates_and_contradictions_are_named_by_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
 ) -> None:
     monkeypatch.setattr(near_duplicates, "BATCH", batch)
+    monkeypatch.setattr(near_duplicates, "BATCH_CHARACTERS", characters)
     other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
     diagnosis = _examined(tmp_path, [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
     assert _lines_of(diagnosis.repeats.exact) == [(4, 1), (5, 3), (6, 2)]
@@ -403,23 +392,6 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     assert _lines_of(near.pairs) == [(4, 1)]
     assert (near.looked_at, near.passed_over) == (5, 3)
     assert "only the first 5 distinct rows were compared" in _diagnosed(tmp_path / "a.jsonl")[1]
-
-
-@pytest.mark.parametrize(("batch", "characters"), [(1_000, 1), (1_000, 1 << 24)])
-def test_what_repeats_does_not_depend_on_how_many_rows_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
-) -> None:
-    monkeypatch.setattr(near_duplicates, "BATCH", batch)
-    monkeypatch.setattr(near_duplicates, "BATCH_CHARACTERS", characters)
-    monkeypatch.setattr(near_duplicates, "TEXTS", 12)
-    long = " ".join(f"word{number}" for number in range(40))
-    pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
-    diagnosis = _examined(tmp_path, pairs)
-    assert diagnosis.uses["reward, dpo"].repeated == 40 - len({(n % 8, n % 6) for n in range(40)}) == 16
-    assert diagnosis.uses["ppo, distil"].repeated == 32
-    near = diagnosis.near_duplicates
-    assert (near.looked_at, near.passed_over) == (12, 12)
-    assert [line for line, _ in _lines_of(near.pairs)] == list(range(2, 13))
 
 
 def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:

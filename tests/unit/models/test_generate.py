@@ -349,17 +349,6 @@ def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
     assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 10_000])
-def test_answers_never_depend_on_how_prompts_are_read_together(
-    made: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = made()
-    expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
-    monkeypatch.setattr(decoding_rows, "PREFILL_TOKENS", tokens)
-    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
-    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
-
-
 def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:
     counts: list[int] = []
     generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)

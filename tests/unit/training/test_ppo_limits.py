@@ -203,15 +203,6 @@ def test_a_policy_that_is_better_by_chance_replaces_no_earlier_one(bench: Callab
     assert [line["guard/best_update"] for line in lines] == [0, 1, 1, 1]
 
 
-def test_without_keep_best_the_last_policy_is_handed_on(bench: Callable[..., Bench]) -> None:
-    run = _watched(bench, "run", guard={"keep_best": False})
-    run.train()
-    last = _policy(run)
-    metrics = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
-    assert _policy(run) == last
-    assert "guard/kept_update" not in metrics
-
-
 def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Callable[..., Bench]) -> None:
     alone = bench("alone", rewards=LOW, **WATCHED)
     alone.train()
