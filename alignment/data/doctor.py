@@ -166,9 +166,8 @@ def examine(
     go_on: Callable[[Diagnosis], bool] = lambda _: True,
 ) -> Diagnosis:
     """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row. ``go_on`` is
-    asked after each row whether to read the next one. Memory does not grow with the rows, except by eight bytes for
-    each record of each stage, by which repeated ones are recognised. Raises DataError: the file cannot be read at all,
-    or no known format has its columns."""
+    asked after each row whether to read the next one. Memory grows only by a hash for each record of each stage. Raises
+    DataError: the file cannot be read at all, or no known format has its columns."""
     diagnosis = Diagnosis(path=path, format=start(path, data).format, mapped=data.columns)
     diagnosis.uses = {
         name: Use(record=record)
@@ -182,7 +181,8 @@ def examine(
         examination.add(row)
         if not go_on(diagnosis):
             break
-    examination.end()
+    for name, use in diagnosis.uses.items():
+        use.repeated = examination.repeated.counts[name]
     return diagnosis
 
 
@@ -197,10 +197,10 @@ class _Examination:
     def __init__(self, diagnosis: Diagnosis, data: SourceConfig) -> None:
         self._diagnosis = diagnosis
         self._data = data
-        self._repeated = RepeatedRecords(
+        self.repeated = RepeatedRecords(
             {name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates
         )
-        diagnosis.repeats = self._repeated.related
+        diagnosis.repeats = self.repeated.related
 
     def add(self, row: RawRow | DataError) -> None:
         """The next row, which ``rows`` of the diagnosis counts already."""
@@ -227,7 +227,7 @@ class _Examination:
         for name, of_stage in records.items():
             diagnosis.uses[name].records += len(of_stage)
         author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
-        self._repeated.add(row.where, records, size=len(text), author=author)
+        self.repeated.add(row.where, records, author=author)
 
     def _object(self, errors: Mapping[str, DataError]) -> None:
         diagnosis = self._diagnosis
@@ -244,11 +244,6 @@ class _Examination:
             if reason not in diagnosis.set_aside and len(diagnosis.set_aside) >= NAMES:
                 reason = "other reasons"
             diagnosis.set_aside.setdefault(reason, Objections(LISTED)).add(diagnosis.rows, of_stages)
-
-    def end(self) -> None:
-        self._repeated.end()
-        for name, use in self._diagnosis.uses.items():
-            use.repeated = self._repeated.counts[name]
 
 
 def _is_flag(value: Any) -> bool:

@@ -133,42 +133,6 @@ def _share(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
     return both / (first.size + second.size - both)
 
 
-Keys = NDArray[np.uint64]
-
-
-class KeySet:
-    """Takes keys in batches. With n keys that are random numbers, n² / 2⁶⁵ of them are expected to equal another one:
-    three in a million sets of ten million keys. They are in sorted arrays, each at least twice as long as the next."""
-
-    def __init__(self) -> None:
-        self._runs: list[Keys] = []
-
-    def __len__(self) -> int:
-        return sum(map(len, self._runs))
-
-    def add(self, keys: Keys) -> NDArray[np.bool_]:
-        """Adds ``keys``; returns ``[keys]``, True for each that is neither in the set nor earlier in the batch."""
-        distinct, first = np.unique(keys, return_index=True)
-        unknown = np.ones(len(distinct), dtype=np.bool_)
-        for run in self._runs:
-            at = np.searchsorted(run, distinct)
-            at[at == len(run)] = 0
-            unknown &= run[at] != distinct
-        if unknown.any():
-            self._runs.append(distinct[unknown])
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            merged = np.concatenate([self._runs.pop(), self._runs.pop()])
-            merged.sort(kind="stable")  # which merges runs that are sorted already
-            self._runs.append(merged)
-        is_new = np.zeros(len(keys), dtype=np.bool_)
-        is_new[first[unknown]] = True
-        return is_new
-
-
-BATCH = 4_096
-"""Rows that wait."""
-BATCH_CHARACTERS = 1 << 24
-"""Characters of waiting rows; a single row may have as many."""
 HELD = 20
 """Rows of each kind that are named; the others are counted."""
 _FULLEST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
@@ -177,14 +141,12 @@ _TEXTS = ("text", "chosen", "rejected", "answer")
 """Fields of records that hold a text beside their turns."""
 _OTHERS = ("desirable", "later_turns", "choices", "right")
 """Further fields by which records differ."""
-Keyed = Mapping[int, Record]
-"""Records by their keys."""
 
 
 def record_key(record: Record) -> int:
     """64 bits that are equal for records with equal content."""
     turns = [
-        (turn.role, turn.content, turn.thought, turn.learned, _canonical(_without_ids(turn.tool_calls)))
+        (turn.role, turn.content, turn.thought, turn.learned, _canonical(turn.tool_calls))
         for turn in getattr(record, "messages", ())
     ]
     texts = [getattr(record, name, "") for name in _TEXTS]
@@ -193,13 +155,10 @@ def record_key(record: Record) -> int:
     return int.from_bytes(blake2b(repr(content).encode(), digest_size=8).digest())
 
 
-def _without_ids(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls of two copies of a row may have other ids."""
-    return [{name: value for name, value in call.items() if name != "id"} for call in calls]
-
-
 def _canonical(tools: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(tools, sort_keys=True, default=str) if tools else ""
+    """Tools or calls as text, without the calls' ids, which differ between copies of a row."""
+    bare = [{name: value for name, value in tool.items() if name != "id"} for tool in tools]
+    return json.dumps(bare, sort_keys=True, default=str) if bare else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,101 +190,52 @@ class RowRelations:
         self.contradictions += [row] if len(self.contradictions) < HELD else []
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Row:
-    """A row's records by stage and key (None if no more texts are compared), their keys for the ``stage`` that uses
-    most of the row, and the keys of the records that would contradict these. Rows of different authors are not
-    compared, because people may agree or disagree."""
-
-    where: str
-    author: str
-    records: Mapping[str, Keyed] | None
-    stage: str
-    keys: Sequence[int]
-    opposites: Sequence[int]
-
-
 class RepeatedRecords:
     """Counts repeated records by stage in ``counts``, and passes the text of rows with a new record to ``near``.
     ``records`` names the record that each stage makes of a row. ``related`` are the rows that repeat or contradict an
-    earlier one. Contradictions are looked for among the first ``TEXTS`` different records."""
+    earlier one; rows of different authors are not compared, because people may agree or disagree. Contradictions are
+    looked for among the first ``TEXTS`` different records."""
 
     def __init__(self, records: Mapping[str, type[Record]], near: NearDuplicates) -> None:
         self.counts = dict.fromkeys(records, 0)
         self._records = records
         self._near = near
-        self._seen = {name: KeySet() for name in records}
+        self._seen: dict[str, set[int]] = {name: set() for name in records}
         self.related = RowRelations()
         self._by_fullness = [name for record in _FULLEST for name, own in records.items() if own is record]
         self._first: dict[tuple[str, int], str] = {}
-        self._wait()
 
-    def _wait(self) -> None:
-        self._keys = {name: array("Q") for name in self._records}
-        self._indices = {name: array("L") for name in self._records}
-        self._rows: list[_Row] = []
-        self._characters = 0
-
-    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int, author: str = "") -> None:
-        """The records that stages made of the next row, which has ``size`` characters and perhaps an ``author``."""
+    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, author: str = "") -> None:
+        """The records that stages made of the next row, which perhaps has an ``author``."""
         keyed = {name: {record_key(record): record for record in of_stage} for name, of_stage in records.items()}
+        made: dict[str, list[Record]] = {}
         for name, of_stage in keyed.items():
-            self._keys[name].extend(of_stage)
-            self._indices[name].extend([len(self._rows)] * len(of_stage))
+            new = [key for key in of_stage if key not in self._seen[name]]
+            self.counts[name] += len(of_stage) - len(new)
+            self._seen[name].update(new)
+            made |= {name: [of_stage[key] for key in new]} if new else {}
         stage = next((name for name in self._by_fullness if keyed.get(name)), "")
-        fullest = keyed.get(stage, {})
-        opposites = () if self._is_full else [record_key(other) for other in map(_opposite, fullest.values()) if other]
-        self._rows.append(
-            _Row(
-                where=where,
-                author=author,
-                records=None if self._near.is_full else keyed,
-                stage=stage,
-                keys=list(fullest),
-                opposites=opposites,
-            )
-        )
-        self._characters += size
-        if len(self._rows) >= BATCH or self._characters >= BATCH_CHARACTERS:
-            self.end()
+        contradicts = bool(stage) and self._contradicts(where, author, stage, keyed[stage], is_new=stage in made)
+        if made and not contradicts:
+            self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
 
-    def end(self) -> None:
-        """Looks at the rows that wait."""
-        new: list[dict[str, list[int]]] = [{} for _ in self._rows]
-        for name, keys in self._keys.items():
-            is_new = self._seen[name].add(np.array(keys, dtype=np.uint64))
-            self.counts[name] += int((~is_new).sum())
-            for at in np.flatnonzero(is_new):
-                new[self._indices[name][at]].setdefault(name, []).append(keys[at])
-        for row, new_keys in zip(self._rows, new, strict=True):
-            if self._contradicts(row, is_new=row.stage in new_keys) or not new_keys:
-                continue
-            if row.records is None:
-                self._near.passed_over += 1
-                continue
-            made = {name: [row.records[name][key] for key in keys] for name, keys in new_keys.items()}
-            self._near.add(LocatedText(where=row.where, text=self._text_of(made), author=row.author))
-        self._wait()
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._first) >= TEXTS
-
-    def _contradicts(self, row: _Row, *, is_new: bool) -> bool:
-        """Whether the row contradicts an earlier one; notes that, or that it repeats one."""
-        if not row.keys:
-            return False
-        record = self._records[row.stage]
-        earlier = [self._first.get((row.author, key), "") for key in row.keys]
-        if all(earlier) or (not row.author and not is_new):
+    def _contradicts(self, where: str, author: str, stage: str, keyed: Mapping[int, Record], *, is_new: bool) -> bool:
+        """Whether the row contradicts an earlier one; notes that, or that it repeats one. ``keyed`` are its records for
+        the ``stage`` that uses most of it."""
+        record = self._records[stage]
+        earlier = [self._first.get((author, key), "") for key in keyed]
+        if all(earlier) or (not author and not is_new):
             most = max(earlier, key=earlier.count)  # the row with most of this row's records
-            self.related.add_exact(RelatedRow(where=row.where, earlier=most, record=record))
+            self.related.add_exact(RelatedRow(where=where, earlier=most, record=record))
             return False
-        opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
+        if len(self._first) >= TEXTS:
+            return False
+        opposites = (self._first.get((author, key)) for record in keyed.values() for key in _opposite_keys(record))
+        opposite = next(filter(None, opposites), None)
         if opposite is not None:
-            self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
-        for key in row.keys if not self._is_full else ():
-            self._first.setdefault((row.author, key), row.where)
+            self.related.add_contradiction(RelatedRow(where=where, earlier=opposite, record=record))
+        for key in keyed:
+            self._first.setdefault((author, key), where)
         return opposite is not None
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:
@@ -341,10 +251,8 @@ class RepeatedRecords:
         return "\n".join(dict.fromkeys(texts))
 
 
-def _opposite(record: Record) -> Record | None:
-    """The record that contradicts this one; None if this kind of record states no preference."""
+def _opposite_keys(record: Record) -> list[int]:
+    """The key of the record that contradicts this one, if this kind of record states a preference."""
     if isinstance(record, PreferencePair):
-        return replace(record, chosen=record.rejected, rejected=record.chosen)
-    if isinstance(record, LabelledAnswer):
-        return replace(record, desirable=not record.desirable)
-    return None
+        return [record_key(replace(record, chosen=record.rejected, rejected=record.chosen))]
+    return [record_key(replace(record, desirable=not record.desirable))] if isinstance(record, LabelledAnswer) else []

@@ -76,8 +76,7 @@ class Example:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """Turns to learn from, ending with the assistant's. The best of several answers is learned. Labelled answers are
-    learned if they are good. Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
-    "content": "Hello."}]}``"""
+    learned if they are good."""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}'
@@ -110,8 +109,7 @@ class Conversation:
 class PreferencePair:
     """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
     ``subset`` to which part of a benchmark the pair belongs. ``scores`` are those of the chosen and of the rejected
-    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more. Example row: ``{"messages":
-    [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``"""
+    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more."""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}'
 
@@ -269,8 +267,7 @@ class HeldOutPrompt(Prompt):
     """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
     name, or a trailing assistant turn that no label calls bad. A row with answers to choose from has ``choices``, of
     which ``right`` is the index of the best one. ``later_turns`` are what the user says next, each after the arm's
-    answer to the turn before; ``later_references`` are the reference answers to them, "" for a turn without one.
-    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``"""
+    answer to the turn before; ``later_references`` are the reference answers to them, "" for a turn without one."""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "When is the training?"}], "reference": "On 21 March."}'

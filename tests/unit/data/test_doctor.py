@@ -9,7 +9,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +19,7 @@ from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.near_duplicates import KeySet, NearDuplicates
+from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
 from alignment.data.row_count import count_rows, fewer_of, times_as_many
@@ -67,19 +66,6 @@ def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
     assert _near("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.", "", " ", "\n") == {}
     assert list(_near("Good  morning", "good morning", "Yes", "yes")) == [(1, 0), (3, 2)]
     assert _near("\ud800 lone", "\ud800 LONE") == {(1, 0): 1.0}
-
-
-def test_keys_are_new_once_whatever_the_batches() -> None:
-    rng, seen, keys = random.Random(0), set[int](), KeySet()
-    for size in [0, 1, 1, 500, *(rng.randint(0, 60) for _ in range(60))]:
-        batch = [rng.choice([0, 2**64 - 1, rng.randrange(1_500), rng.getrandbits(64)]) for _ in range(size)]
-        expected = []
-        for key in batch:
-            expected.append(key not in seen)
-            seen.add(key)
-        assert keys.add(np.array(batch, dtype=np.uint64)).tolist() == expected
-        assert len(keys) == len(seen)
-    assert len(seen) > 1_000
 
 
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
@@ -327,12 +313,7 @@ def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Pat
     assert f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW_FILE\n" in _diagnosed(file)[1]
 
 
-@pytest.mark.parametrize(("batch", "characters"), [(1, 1 << 24), (4_096, 1), (4_096, 1 << 24)])
-def test_exact_duplicates_and_contradictions_are_named_by_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
-) -> None:
-    monkeypatch.setattr(near_duplicates, "BATCH", batch)
-    monkeypatch.setattr(near_duplicates, "BATCH_CHARACTERS", characters)
+def test_exact_duplicates_and_contradictions_are_named_by_line(tmp_path: Path) -> None:
     other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
     diagnosis = _examined(tmp_path, [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
     assert _lines_of(diagnosis.repeats.exact) == [(4, 1), (5, 3), (6, 2)]
