@@ -31,7 +31,10 @@ def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
     """Gives the tokenizer the template that ``choice`` names, or keeps its own, with the options. Raises DataError: see
     ``template_text`` and ``with_options``; or options are given and there is no template."""
     if choice.source == CHATML:
-        _set_chatml(tokenizer)
+        if {_START, _END} <= control_tokens(tokenizer).ids.keys():
+            tokenizer.eos_token = _END
+        begin = "{{ bos_token }}" if front(tokenizer) else ""
+        tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
     elif choice.source is not None:
         tokenizer.chat_template = template_text(choice.source)
     if not choice.options:
@@ -43,13 +46,6 @@ def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
             remedy="use a chat model, or set model.chat_template",
         )
     tokenizer.chat_template = with_options(tokenizer.chat_template, choice.options)
-
-
-def _set_chatml(tokenizer: Any) -> None:
-    if {_START, _END} <= control_tokens(tokenizer).ids.keys():
-        tokenizer.eos_token = _END
-    begin = "{{ bos_token }}" if front(tokenizer) else ""
-    tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
 
 
 def template_file(source: str) -> Path | None:

@@ -175,14 +175,20 @@ def examine(
         if _OF_ONE_FORMAT.get(record, diagnosis.format) is diagnosis.format
         or (record is PlainText and diagnosis.format is PROMPT and _has_texts(path, data))
     }
-    examination = _Examination(diagnosis, data)
+    repeated = RepeatedRecords({name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates)
+    diagnosis.repeats = repeated.related
     for row in source_rows(path, data):
         diagnosis.rows += 1
-        examination.add(row)
+        if isinstance(row, RawRow):
+            _look_at(row, data, diagnosis, repeated)
+        else:
+            diagnosis.num_unreadable += 1
+            diagnosis.num_not_utf8 += isinstance(row, NotUtf8)
+            diagnosis.unreadable += [(diagnosis.rows, row)] if len(diagnosis.unreadable) < NAMED else []
         if not go_on(diagnosis):
             break
     for name, use in diagnosis.uses.items():
-        use.repeated = examination.repeated.counts[name]
+        use.repeated = repeated.counts[name]
     return diagnosis
 
 
@@ -193,57 +199,31 @@ def _has_texts(path: Path, data: SourceConfig) -> bool:
     return any(isinstance(row, Mapping) and is_text(row.get("text")) for row in rows)
 
 
-class _Examination:
-    def __init__(self, diagnosis: Diagnosis, data: SourceConfig) -> None:
-        self._diagnosis = diagnosis
-        self._data = data
-        self.repeated = RepeatedRecords(
-            {name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates
-        )
-        diagnosis.repeats = self.repeated.related
-
-    def add(self, row: RawRow | DataError) -> None:
-        """The next row, which ``rows`` of the diagnosis counts already."""
-        diagnosis = self._diagnosis
-        if isinstance(row, DataError):
-            diagnosis.num_unreadable += 1
-            diagnosis.num_not_utf8 += isinstance(row, NotUtf8)
-            diagnosis.unreadable += [(diagnosis.rows, row)] if len(diagnosis.unreadable) < NAMED else []
-            return
-        if isinstance(row.value, Mapping):
-            _count(diagnosis.columns, row.value.keys())
-            _count(diagnosis.flags, [name for name, value in row.value.items() if _is_flag(value)])
-            _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
-        value = prepared(row.value, self._data)
-        if not diagnosis.first_row and self._data.format is None and isinstance(value, Mapping):
-            diagnosis.first_row = value
-        text = repr(value)
-        diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
-        if "{{" in text:
-            _count(diagnosis.placeholders, set(_PLACEHOLDER.findall(text)))
-        records, errors = _read(RawRow(where=row.where, value=value), diagnosis.format, diagnosis.uses)
-        if errors:
-            self._object(errors)
-        for name, of_stage in records.items():
-            diagnosis.uses[name].records += len(of_stage)
-        author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
-        self.repeated.add(row.where, records, author=author)
-
-    def _object(self, errors: Mapping[str, DataError]) -> None:
-        diagnosis = self._diagnosis
-        reasons: dict[str, dict[str, DataError]] = {}
-        faults: dict[str, DataError] = {}
-        for name, error in errors.items():
-            if isinstance(error, SetAside):
-                reasons.setdefault(error.message, {})[name] = error
-            else:
-                faults[name] = error
-        if faults:
-            diagnosis.faulty.add(diagnosis.rows, faults)
-        for reason, of_stages in reasons.items():
-            if reason not in diagnosis.set_aside and len(diagnosis.set_aside) >= NAMES:
-                reason = "other reasons"
-            diagnosis.set_aside.setdefault(reason, Objections(LISTED)).add(diagnosis.rows, of_stages)
+def _look_at(row: RawRow, data: SourceConfig, diagnosis: Diagnosis, repeated: RepeatedRecords) -> None:
+    if isinstance(row.value, Mapping):
+        _count(diagnosis.columns, row.value.keys())
+        _count(diagnosis.flags, [name for name, value in row.value.items() if _is_flag(value)])
+        _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
+    value = prepared(row.value, data)
+    if not diagnosis.first_row and data.format is None and isinstance(value, Mapping):
+        diagnosis.first_row = value
+    text = repr(value)
+    diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
+    if "{{" in text:
+        _count(diagnosis.placeholders, set(_PLACEHOLDER.findall(text)))
+    records, errors = _read(RawRow(where=row.where, value=value), diagnosis.format, diagnosis.uses)
+    faults = {name: error for name, error in errors.items() if not isinstance(error, SetAside)}
+    if faults:
+        diagnosis.faulty.add(diagnosis.rows, faults)
+    for reason in dict.fromkeys(error.message for error in errors.values() if isinstance(error, SetAside)):
+        of_stages = {name: error for name, error in errors.items() if error.message == reason and name not in faults}
+        known = reason in diagnosis.set_aside or len(diagnosis.set_aside) < NAMES
+        objections = diagnosis.set_aside.setdefault(reason if known else "other reasons", Objections(LISTED))
+        objections.add(diagnosis.rows, of_stages)
+    for name, of_stage in records.items():
+        diagnosis.uses[name].records += len(of_stage)
+    author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
+    repeated.add(row.where, records, author=author)
 
 
 def _is_flag(value: Any) -> bool:

@@ -269,15 +269,11 @@ def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
 
 def prepared(row: Any, data: SourceConfig) -> Any:
     """The row with columns renamed and placeholders filled as configured, and with lists in place of their JSON."""
-    return _filled(with_lists(_renamed(row, data)), data.placeholders)
-
-
-def _renamed(row: Any, data: SourceConfig) -> Any:
-    if not data.columns or not isinstance(row, Mapping):
-        return row
-    taken = set(data.columns.values())
-    others = {name: value for name, value in row.items() if name not in taken}
-    return others | {name: row[column] for name, column in data.columns.items() if column in row}
+    if data.columns and isinstance(row, Mapping):
+        taken = set(data.columns.values())
+        others = {name: value for name, value in row.items() if name not in taken}
+        row = others | {name: row[column] for name, column in data.columns.items() if column in row}
+    return _filled(with_lists(row), data.placeholders)
 
 
 def _filled(value: Any, placeholders: Mapping[str, str]) -> Any:

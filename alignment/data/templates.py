@@ -98,18 +98,10 @@ def fields_of(templates: Templates) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _fields_of(template: str) -> frozenset[str]:
-    return frozenset(_fields(tree_of(template)))
-
-
-def _fields(tree: nodes.Template) -> Iterator[str]:
-    for attribute in tree.find_all(nodes.Getattr):
-        yield attribute.attr
-    for item in tree.find_all(nodes.Getitem):
-        if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str):
-            yield item.arg.value
-    for comparison in tree.find_all(nodes.Compare):
-        if isinstance(comparison.expr, nodes.Const) and isinstance(comparison.expr.value, str):
-            yield comparison.expr.value
+    tree = tree_of(template)
+    texts = [item.arg for item in tree.find_all(nodes.Getitem)] + [each.expr for each in tree.find_all(nodes.Compare)]
+    values = {text.value for text in texts if isinstance(text, nodes.Const) and isinstance(text.value, str)}
+    return frozenset(values | {attribute.attr for attribute in tree.find_all(nodes.Getattr)})
 
 
 WHERE = "model.template_options"

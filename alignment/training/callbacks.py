@@ -48,14 +48,7 @@ class StepLog(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Writes one line per step, but not the trainer's final summary. A non-finite metric ends the stage after it is
         written and before a checkpoint is saved."""
         if not logs or "train_runtime" in logs:
@@ -81,9 +74,7 @@ class Checkpoints(TrainerCallback):
     def __init__(self, context: StageContext) -> None:
         self._context = context
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
@@ -103,9 +94,7 @@ class WellBegun(TrainerCallback):
     leaves only one active. A warm-up that covers the whole stage is refused: it begins at 0 and would teach nothing. A
     training that is resumed after its last step ends; with ``max_steps`` transformers would take one more."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
         if isinstance(model, PeftModel):
             with_own(model)
@@ -127,9 +116,7 @@ class WeightsAreSharded(TrainerCallback):
     def __init__(self, context: StageContext) -> None:
         self._sharding = context.spec.sharding
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._sharding.of_weights and not is_sharded(model):
             raise StageError(
                 f"each process has the whole weights, although the launch should shard them ({self._sharding.value})",

@@ -48,9 +48,7 @@ class FiniteSteps(TrainerCallback):
 
         self._trainer._get_grad_norm = get_and_note_norm
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """Checks norm and loss. Gradients are summed over processes already, so all processes see the same fault. A
         loss belongs to one process; the launcher ends the others."""
         step = state.global_step + 1

@@ -39,26 +39,20 @@ class FewSteps(TrainerCallback):
         self._tokens = 0.0
         self._before = ""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         assert isinstance(model, nn.Module)
         self._recorder.begin_steps(state.max_steps, model, period=self._period)
         if isinstance(self._trainer, MicroBatches):
             tokens = row_tokens(self._trainer.train_dataset, prompts_twice=self._trainer.unit is Unit.pairs)
             self._recorder.mean_tokens = float(tokens.mean()) * args.per_device_train_batch_size
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What the optimiser takes in its first step are its moments."""
         self._before = self._recorder.name
         self._recorder.phase("optimising")
         self._recorder.memory.label = OPTIMIZER
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._recorder.memory.label = ACTIVATIONS
         self._recorder.phase(self._before)
 

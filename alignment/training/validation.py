@@ -204,14 +204,7 @@ class Validation(TrainerCallback):
             return due
         return state.global_step % self._config.every == 0 or state.global_step == state.max_steps
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Adds the figures to the line of the step, so that there is one line a step."""
         if logs is not None and "loss" in logs and self.looks.last_step == state.global_step:
             logs.update(self._metrics)

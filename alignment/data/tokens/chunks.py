@@ -116,9 +116,14 @@ def note_of_error(error: DataError) -> Note:
 def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int) -> Iterator[Chunk]:
     """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all. Raises
     ModelError: a process was killed because a template did not terminate. Raises StageError: a process died."""
-    chunks = _chunks(rows)
+    left = iter(rows)
+    chunks = iter(lambda: list(islice(left, CHUNK)), [])
     if limit is not None:
-        yield from _limited(job, chunks, limit)
+        for some in chunks:
+            yield (chunk := job(some, limit))
+            limit -= chunk.records
+            if limit == 0:
+                return
         return
     first = list(islice(chunks, FEW))
     few = len(first) < FEW
@@ -130,21 +135,6 @@ def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int
         yield from _in_parallel(job, chunks, processes)
 
 
-def _chunks(rows: Iterable[Unparsed]) -> Iterator[list[Unparsed]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
-def _limited(job: Job, chunks: Iterable[Sequence[Unparsed]], limit: int) -> Iterator[Chunk]:
-    for rows in chunks:
-        chunk = job(rows, limit)
-        yield chunk
-        limit -= chunk.records
-        if limit == 0:
-            return
-
-
 def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int) -> Iterator[Chunk]:
     """Limits the chunks in flight to what keeps the processes busy, so memory does not grow with the source."""
     fork = get_context("fork")
@@ -153,7 +143,9 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
     workers: set[BaseProcess] = set()
     try:
         for rows in chunks:
-            under_way.append(pool.submit(_work, [_packed(row) for row in rows]))
+            under_way.append(
+                pool.submit(_work, [(row.where, row.text) if isinstance(row, JsonLine) else row for row in rows])
+            )
             workers = workers or set(active_children())  # the first chunk starts all of them
             if len(under_way) > 2 * processes:
                 yield under_way.popleft().result()
@@ -198,10 +190,6 @@ def _end_with(parent: int) -> None:
 
 _Packed = tuple[str, bytes] | Unparsed
 """A line as a tuple, which crosses to another process in a fraction of the time of a dataclass."""
-
-
-def _packed(row: Unparsed) -> _Packed:
-    return (row.where, row.text) if isinstance(row, JsonLine) else row
 
 
 def _work(rows: Sequence[_Packed]) -> Chunk:
