@@ -23,11 +23,9 @@ class LabelWeights:
 def label_weights(
     num_desirable: int, num_undesirable: int, *, desirable: float | None, undesirable: float | None
 ) -> LabelWeights:
-    """The weights, where one that is None is the nearest to 1 that brings the ratio within its bounds.
-
-    If both are None, only one of them is changed, and raised. Example: 10 desirable and 30 undesirable answers give
-    λ_D = 3 and λ_U = 1, and 40 and 10 give λ_D = 1 and λ_U = 3. Both numbers must be positive.
-    """
+    """The weights, where one that is None is the nearest to 1 that brings the ratio within its bounds. If both are
+    None, only one of them is changed, and raised. Example: 10 desirable and 30 undesirable answers give λ_D = 3 and λ_U
+    = 1, and 40 and 10 give λ_D = 1 and λ_U = 3. Both numbers must be positive."""
     at_one = LabelWeights(desirable=desirable or 1.0, undesirable=undesirable or 1.0)
     ratio = at_one.ratio(num_desirable, num_undesirable)
     excess = ratio / min(max(ratio, LEAST_RATIO), GREATEST_RATIO)

@@ -25,10 +25,8 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coeff
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages (not yet whitened) and returns, both ``[rows, tokens]`` and zero outside the mask.
-
-    ``values[t]`` is the value before token ``t`` is emitted. After the last counted token the value is zero.
-    """
+    """Advantages (not yet whitened) and returns, both ``[rows, tokens]`` and zero outside the mask. ``values[t]`` is
+    the value before token ``t`` is emitted. After the last counted token the value is zero."""
     values = values * response_mask
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
@@ -46,10 +44,8 @@ STD_OFFSET = 1e-4
 
 
 def leave_one_out(scores: Tensor, group: int) -> Tensor:
-    """Each score minus the mean score of the other answers to the same prompt.
-
-    A baseline that does not depend on the answer leaves the gradient unbiased (Ahmadian et al. 2024, section 3).
-    """
+    """Each score minus the mean score of the other answers to the same prompt. A baseline that does not depend on the
+    answer leaves the gradient unbiased (Ahmadian et al. 2024, section 3)."""
     grouped = scores.view(-1, group)
     others = (grouped.sum(-1, keepdim=True) - grouped) / (group - 1)
     return (grouped - others).view(-1)
@@ -63,9 +59,7 @@ def group_centered(scores: Tensor, group: int) -> Tensor:
 
 def group_standardized(scores: Tensor, group: int) -> Tensor:
     """Each score minus its group's mean, divided by the group's standard deviation (Shao et al. 2024, section 4.1.2).
-
-    The deviation is that of a sample, with ``group − 1`` in the denominator.
-    """
+    The deviation is that of a sample, with ``group − 1`` in the denominator."""
     grouped = scores.view(-1, group)
     deviation = grouped.std(-1, keepdim=True) + STD_OFFSET
     return (group_centered(scores, group).view(-1, group) / deviation).view(-1)
@@ -81,10 +75,8 @@ def truncated_importance(
     logprobs: Tensor, sampled_logprobs: Tensor, response_mask: Tensor, *, cap: float, whole_answers: bool
 ) -> Tensor:
     """``[rows, tokens]`` min(π/μ, cap), zero outside ``response_mask``; μ is what sampled, π what is learned.
-
     ``logprobs`` and ``sampled_logprobs`` are ``[rows, tokens]``. With ``whole_answers`` π and μ are the probabilities
-    of answers, so all tokens of a row have one weight; else they are those of tokens.
-    """
+    of answers, so all tokens of a row have one weight; else they are those of tokens."""
     change = (logprobs - sampled_logprobs) * response_mask
     if whole_answers:
         change = change.sum(-1, keepdim=True).expand_as(change)
@@ -116,9 +108,7 @@ class FixedKl:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptiveKl:
     """A KL coefficient that steers the KL towards ``target`` nats per sequence (Ziegler et al. 2019, section 2.2).
-
-    Example: at KL 12, target 6 and horizon 10,000, 256 episodes raise the coefficient by the factor 1.00512.
-    """
+    Example: at KL 12, target 6 and horizon 10,000, 256 episodes raise the coefficient by the factor 1.00512."""
 
     coefficient: float
     target: float
@@ -141,20 +131,14 @@ def of_each_token(lengths: Tensor, penalty: float) -> Tensor:
 
 
 def of_overlong(lengths: Tensor, *, longest: int, buffer: int) -> Tensor:
-    """``[answers]`` float64 from 0 to 1: what answers of ``[answers]`` tokens lose by coming close to ``longest``.
-
-    0 up to ``longest − buffer`` tokens, then rising linearly to 1 at ``longest``, and 1 beyond. It is the soft overlong
-    punishment with the opposite sign (DAPO, Yu et al. 2025, eq. 13).
-    """
+    """``[answers]`` float64 from 0 to 1: what answers of ``[answers]`` tokens lose by coming close to ``longest``. 0 up
+    to ``longest − buffer`` tokens, then rising linearly to 1 at ``longest``, and 1 beyond. It is the soft overlong
+    punishment with the opposite sign (DAPO, Yu et al. 2025, eq. 13)."""
     return ((lengths.double() - (longest - buffer)) / buffer).clamp(0.0, 1.0)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over counted elements, a scalar.
-
-    Raises:
-        ValueError: the mask counts no element.
-    """
+    """Mean over counted elements, a scalar. Raises ValueError: the mask counts no element."""
     count = mask.sum()
     if int(count) == 0:
         raise ValueError("the mean over no tokens is not defined")
@@ -196,11 +180,9 @@ def answer_log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tens
 def clipped_policy_loss(
     ratio: Tensor, advantages: Tensor, weights: Tensor, *, clip: float, clip_high: float | None = None
 ) -> Tensor:
-    """Weighted sum of max(−A·ratio, −A·clip(ratio, 1 − clip, 1 + clip_high)).
-
-    ``weights`` is a mask, or what each token counts. ``clip_high`` is ``clip`` if None; a larger one lets unlikely
-    tokens gain more (Yu et al. 2025, section 3.1).
-    """
+    """Weighted sum of max(−A·ratio, −A·clip(ratio, 1 − clip, 1 + clip_high)). ``weights`` is a mask, or what each token
+    counts. ``clip_high`` is ``clip`` if None; a larger one lets unlikely tokens gain more (Yu et al. 2025, section
+    3.1)."""
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     return (torch.maximum(plain, clipped) * weights).sum()
@@ -209,10 +191,8 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, clip: float | None
 ) -> Tensor:
-    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens.
-
-    Without a clip it is the sum of ½·(V − G)².
-    """
+    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens. Without a clip it is the sum
+    of ½·(V − G)²."""
     if clip is None:
         return 0.5 * ((values - returns) ** 2 * response_mask).sum()
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)

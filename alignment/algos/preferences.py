@@ -47,11 +47,9 @@ def worst(scores: Tensor) -> Tensor:
 
 
 def mean_minus_std(scores: Tensor, weight: float) -> Tensor:
-    """``[answers]``: the mean of ``[members, answers]`` less ``weight`` standard deviations of the members.
-
-    With a weight of 1 it is that of Eisenstein et al. 2024 (section 5.1). The deviation is that of the members at hand,
-    whose squares are divided by their number. Coste et al. 2024 (eq. 4) subtract the variance instead.
-    """
+    """``[answers]``: the mean of ``[members, answers]`` less ``weight`` standard deviations of the members. With a
+    weight of 1 it is that of Eisenstein et al. 2024 (section 5.1). The deviation is that of the members at hand, whose
+    squares are divided by their number. Coste et al. 2024 (eq. 4) subtract the variance instead."""
     return mean(scores) - weight * spread(scores)
 
 

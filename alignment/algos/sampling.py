@@ -7,14 +7,10 @@ from collections.abc import Sequence
 
 
 def expected_best(scores: Sequence[float], size: int) -> float:
-    """The mean of the highest of ``size`` scores over all choices of ``size`` of these, without replacement.
-
-    Over independent answers it is an unbiased estimate of E[max of ``size`` scores]: the i-th lowest of n scores is
-    the highest of a choice with probability C(i − 1, size − 1) / C(n, size).
-
-    Raises:
-        ValueError: there are fewer than ``size`` scores, or ``size`` is below 1.
-    """
+    """The mean of the highest of ``size`` scores over all choices of ``size`` of these, without replacement. Over
+    independent answers it is an unbiased estimate of E[max of ``size`` scores]: the i-th lowest of n scores is the
+    highest of a choice with probability C(i − 1, size − 1) / C(n, size). Raises ValueError: there are fewer than
+    ``size`` scores, or ``size`` is below 1."""
     if not 1 <= size <= len(scores):
         raise ValueError(f"the best of {size} needs at least {size} scores, and there are {len(scores)}")
     choices = math.comb(len(scores), size)
@@ -22,25 +18,20 @@ def expected_best(scores: Sequence[float], size: int) -> float:
 
 
 def kl_bound(size: int) -> float:
-    """log n − (n − 1)/n nats for n = ``size``: an upper bound on KL(best of n ‖ policy) (Beirami et al. 2024).
-
-    It is tight only where no answer is likely and no two have the same score.
-    """
+    """log n − (n − 1)/n nats for n = ``size``: an upper bound on KL(best of n ‖ policy) (Beirami et al. 2024). It is
+    tight only where no answer is likely and no two have the same score."""
     return math.log(size) - (size - 1) / size
 
 
 def tokens_per_step(acceptance: float, gamma: int) -> float:
     """The expected number of tokens that one pass of the target yields, (1 − α^(γ+1)) / (1 − α) (equation 1).
-
-    ``acceptance`` is α, the mean probability that a drafted token is accepted; ``gamma`` tokens are drafted at a time.
-    """
+    ``acceptance`` is α, the mean probability that a drafted token is accepted; ``gamma`` tokens are drafted at a
+    time."""
     return float(sum(acceptance**power for power in range(gamma + 1)))
 
 
 def expected_speed_up(acceptance: float, gamma: int, cost_ratio: float) -> float:
-    """How many times faster than the target alone, (1 − α^(γ+1)) / ((1 − α)(γc + 1)) (theorem 3.8).
-
-    ``cost_ratio`` is c, the time of a pass of the draft divided by that of the target. Verifying γ + 1 tokens is
-    assumed to take as long as one pass of the target.
-    """
+    """How many times faster than the target alone, (1 − α^(γ+1)) / ((1 − α)(γc + 1)) (theorem 3.8). ``cost_ratio`` is
+    c, the time of a pass of the draft divided by that of the target. Verifying γ + 1 tokens is assumed to take as long
+    as one pass of the target."""
     return tokens_per_step(acceptance, gamma) / (gamma * cost_ratio + 1.0)

@@ -1,7 +1,5 @@
-"""Opens files so that no content can fill the memory or keep a reader busy forever.
-
-The limits lie far above what a model can read: a row of 16 MiB is some million tokens. docs/data.md lists them.
-"""
+"""Opens files so that no content can fill the memory or keep a reader busy forever. The limits lie far above what a
+model can read: a row of 16 MiB is some million tokens. docs/data.md lists them."""
 
 from __future__ import annotations
 
@@ -29,11 +27,8 @@ _SPLIT = "write shorter rows; split the text into several"
 
 
 def opened(path: Path) -> BinaryIO:
-    """A stream of the file's bytes, unpacked if its name ends in ``.gz``.
-
-    Raises:
-        DataError: it is not a regular file. While it is read: it unpacks to far more than its size suggests.
-    """
+    """A stream of the file's bytes, unpacked if its name ends in ``.gz``. Raises DataError: it is not a regular file.
+    While it is read: it unpacks to far more than its size suggests."""
     refuse_endless(path)
     if path.suffix != ".gz":
         return path.open("rb")
@@ -49,11 +44,9 @@ class _Unpacked(io.RawIOBase):
         self._left = max(ALWAYS_BYTES, RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
-        """Always True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer with the next bytes."""
         count = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:
@@ -65,7 +58,6 @@ class _Unpacked(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Closes the packed file too."""
         self._stream.close()
         super().close()
 
@@ -85,11 +77,7 @@ def lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bytes | DataError
 
 
 def text_lines(text: io.TextIOBase, path: Path) -> Iterator[str]:
-    """Yields the lines of a text.
-
-    Raises:
-        DataError: a line is too long.
-    """
+    """Yields the lines of a text. Raises DataError: a line is too long."""
     number = 0
     while line := text.readline(LINE_BYTES + 1):
         number += 1
@@ -99,11 +87,7 @@ def text_lines(text: io.TextIOBase, path: Path) -> Iterator[str]:
 
 
 def whole(stream: BinaryIO, path: Path) -> bytes:
-    """The whole content.
-
-    Raises:
-        DataError: the content and its parsed values would be too large for the memory.
-    """
+    """The whole content. Raises DataError: the content and its parsed values would be too large for the memory."""
     blocks, count = [], 0
     while block := stream.read(_BLOCK):
         blocks.append(block)

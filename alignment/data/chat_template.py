@@ -1,9 +1,7 @@
-"""Chat templates that replace the tokenizer's own: ChatML, the user's, or one that TRL ships; and their options.
-
-ChatML is for base models. If the vocabulary has ChatML's control tokens, they are used, and the one that ends a turn
-becomes EOS. Otherwise a turn opens with the same words as ordinary text and ends with the tokenizer's EOS. No token is
-new, so no embedding has to be trained, and an adapter is enough.
-"""
+"""Chat templates that replace the tokenizer's own: ChatML, the user's, or one that TRL ships; and their options. ChatML
+is for base models. If the vocabulary has ChatML's control tokens, they are used, and the one that ends a turn becomes
+EOS. Otherwise a turn opens with the same words as ordinary text and ends with the tokenizer's EOS. No token is new, so
+no embedding has to be trained, and an adapter is enough."""
 
 from __future__ import annotations
 
@@ -30,13 +28,13 @@ _FORMS = f"write {CHATML}, or {PATH}FILE of a Jinja template, or {TRL}NAME of on
 
 
 def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
-    """Gives the tokenizer the template that ``choice`` names, or keeps its own, with the options.
-
-    Raises:
-        DataError: see ``template_text`` and ``with_options``; or options are given and there is no template.
-    """
+    """Gives the tokenizer the template that ``choice`` names, or keeps its own, with the options. Raises DataError: see
+    ``template_text`` and ``with_options``; or options are given and there is no template."""
     if choice.source == CHATML:
-        _set_chatml(tokenizer)
+        if {_START, _END} <= control_tokens(tokenizer).ids.keys():
+            tokenizer.eos_token = _END
+        begin = "{{ bos_token }}" if front(tokenizer) else ""
+        tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
     elif choice.source is not None:
         tokenizer.chat_template = template_text(choice.source)
     if not choice.options:
@@ -50,24 +48,14 @@ def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
     tokenizer.chat_template = with_options(tokenizer.chat_template, choice.options)
 
 
-def _set_chatml(tokenizer: Any) -> None:
-    if {_START, _END} <= control_tokens(tokenizer).ids.keys():
-        tokenizer.eos_token = _END
-    begin = "{{ bos_token }}" if front(tokenizer) else ""
-    tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
-
-
 def template_file(source: str) -> Path | None:
     """The user's file that ``path:FILE`` names; None for a template that comes with a package."""
     return Path(source.removeprefix(PATH)).expanduser().absolute() if source.startswith(PATH) else None
 
 
 def template_text(source: str) -> str:
-    """The text of the template, or ``chatml``. Two sources with the same text give the same rows.
-
-    Raises:
-        DataError: the source has another form, or its file is missing, not UTF-8, too large or not a regular file.
-    """
+    """The text of the template, or ``chatml``. Two sources with the same text give the same rows. Raises DataError: the
+    source has another form, or its file is missing, not UTF-8, too large or not a regular file."""
     if source == CHATML:
         return CHATML
     if source.startswith(TRL):

@@ -71,17 +71,14 @@ class Use:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """What ``examine`` learned about a file.
-
-    ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
-    are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
-    so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
-    that have each column, ``not_finite`` those with NaN or infinity in it, ``flags`` those with true or false,
-    ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat or contradict an
-    earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's. ``mapped`` are the
-    settings' ``columns``, from a format's names to the file's.
-    ``first_row`` is the first readable row, unless the settings name the format.
-    """
+    """What ``examine`` learned about a file. ``unreadable`` rows could not be parsed; the list holds the first ones
+    with their numbers. ``num_not_utf8`` of them are not UTF-8, and ``has_non_ascii`` says whether a readable row has
+    characters beyond ASCII. ``faulty`` rows are so for some stages, and rows that are ``set_aside``, by reason, are of
+    no use for some. ``columns`` counts the rows that have each column, ``not_finite`` those with NaN or infinity in it,
+    ``flags`` those with true or false, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows
+    that repeat or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier
+    one's. ``mapped`` are the settings' ``columns``, from a format's names to the file's. ``first_row`` is the first
+    readable row, unless the settings name the format."""
 
     path: Path
     format: Format
@@ -168,14 +165,9 @@ def examine(
     *,
     go_on: Callable[[Diagnosis], bool] = lambda _: True,
 ) -> Diagnosis:
-    """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row.
-
-    ``go_on`` is asked after each row whether to read the next one. Memory does not grow with the rows, except by eight
-    bytes for each record of each stage, by which repeated ones are recognised.
-
-    Raises:
-        DataError: the file cannot be read at all, or no known format has its columns.
-    """
+    """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row. ``go_on`` is
+    asked after each row whether to read the next one. Memory grows only by a hash for each record of each stage. Raises
+    DataError: the file cannot be read at all, or no known format has its columns."""
     diagnosis = Diagnosis(path=path, format=start(path, data).format, mapped=data.columns)
     diagnosis.uses = {
         name: Use(record=record)
@@ -183,13 +175,20 @@ def examine(
         if _OF_ONE_FORMAT.get(record, diagnosis.format) is diagnosis.format
         or (record is PlainText and diagnosis.format is PROMPT and _has_texts(path, data))
     }
-    examination = _Examination(diagnosis, data)
+    repeated = RepeatedRecords({name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates)
+    diagnosis.repeats = repeated.related
     for row in source_rows(path, data):
         diagnosis.rows += 1
-        examination.add(row)
+        if isinstance(row, RawRow):
+            _look_at(row, data, diagnosis, repeated)
+        else:
+            diagnosis.num_unreadable += 1
+            diagnosis.num_not_utf8 += isinstance(row, NotUtf8)
+            diagnosis.unreadable += [(diagnosis.rows, row)] if len(diagnosis.unreadable) < NAMED else []
         if not go_on(diagnosis):
             break
-    examination.end()
+    for name, use in diagnosis.uses.items():
+        use.repeated = repeated.counts[name]
     return diagnosis
 
 
@@ -200,65 +199,31 @@ def _has_texts(path: Path, data: SourceConfig) -> bool:
     return any(isinstance(row, Mapping) and is_text(row.get("text")) for row in rows)
 
 
-class _Examination:
-    """Adds rows to a diagnosis, one by one."""
-
-    def __init__(self, diagnosis: Diagnosis, data: SourceConfig) -> None:
-        self._diagnosis = diagnosis
-        self._data = data
-        self._repeated = RepeatedRecords(
-            {name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates
-        )
-        diagnosis.repeats = self._repeated.related
-
-    def add(self, row: RawRow | DataError) -> None:
-        """The next row, which ``rows`` of the diagnosis counts already."""
-        diagnosis = self._diagnosis
-        if isinstance(row, DataError):
-            diagnosis.num_unreadable += 1
-            diagnosis.num_not_utf8 += isinstance(row, NotUtf8)
-            diagnosis.unreadable += [(diagnosis.rows, row)] if len(diagnosis.unreadable) < NAMED else []
-            return
-        if isinstance(row.value, Mapping):
-            _count(diagnosis.columns, row.value.keys())
-            _count(diagnosis.flags, [name for name, value in row.value.items() if _is_flag(value)])
-            _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
-        value = prepared(row.value, self._data)
-        if not diagnosis.first_row and self._data.format is None and isinstance(value, Mapping):
-            diagnosis.first_row = value
-        text = repr(value)
-        diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
-        if "{{" in text:
-            _count(diagnosis.placeholders, set(_PLACEHOLDER.findall(text)))
-        records, errors = _read(RawRow(where=row.where, value=value), diagnosis.format, diagnosis.uses)
-        if errors:
-            self._object(errors)
-        for name, of_stage in records.items():
-            diagnosis.uses[name].records += len(of_stage)
-        author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
-        self._repeated.add(row.where, records, size=len(text), author=author)
-
-    def _object(self, errors: Mapping[str, DataError]) -> None:
-        diagnosis = self._diagnosis
-        reasons: dict[str, dict[str, DataError]] = {}
-        faults: dict[str, DataError] = {}
-        for name, error in errors.items():
-            if isinstance(error, SetAside):
-                reasons.setdefault(error.message, {})[name] = error
-            else:
-                faults[name] = error
-        if faults:
-            diagnosis.faulty.add(diagnosis.rows, faults)
-        for reason, of_stages in reasons.items():
-            if reason not in diagnosis.set_aside and len(diagnosis.set_aside) >= NAMES:
-                reason = "other reasons"
-            diagnosis.set_aside.setdefault(reason, Objections(LISTED)).add(diagnosis.rows, of_stages)
-
-    def end(self) -> None:
-        """Counts the repeated records among the rows so far."""
-        self._repeated.end()
-        for name, use in self._diagnosis.uses.items():
-            use.repeated = self._repeated.counts[name]
+def _look_at(row: RawRow, data: SourceConfig, diagnosis: Diagnosis, repeated: RepeatedRecords) -> None:
+    if isinstance(row.value, Mapping):
+        _count(diagnosis.columns, row.value.keys())
+        _count(diagnosis.flags, [name for name, value in row.value.items() if _is_flag(value)])
+        _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
+    value = prepared(row.value, data)
+    if not diagnosis.first_row and data.format is None and isinstance(value, Mapping):
+        diagnosis.first_row = value
+    text = repr(value)
+    diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
+    if "{{" in text:
+        _count(diagnosis.placeholders, set(_PLACEHOLDER.findall(text)))
+    records, errors = _read(RawRow(where=row.where, value=value), diagnosis.format, diagnosis.uses)
+    faults = {name: error for name, error in errors.items() if not isinstance(error, SetAside)}
+    if faults:
+        diagnosis.faulty.add(diagnosis.rows, faults)
+    for reason in dict.fromkeys(error.message for error in errors.values() if isinstance(error, SetAside)):
+        of_stages = {name: error for name, error in errors.items() if error.message == reason and name not in faults}
+        known = reason in diagnosis.set_aside or len(diagnosis.set_aside) < NAMES
+        objections = diagnosis.set_aside.setdefault(reason if known else "other reasons", Objections(LISTED))
+        objections.add(diagnosis.rows, of_stages)
+    for name, of_stage in records.items():
+        diagnosis.uses[name].records += len(of_stage)
+    author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
+    repeated.add(row.where, records, author=author)
 
 
 def _is_flag(value: Any) -> bool:

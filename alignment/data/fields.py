@@ -21,11 +21,8 @@ class SetAside(DataError):
 
 
 class Fields:
-    """The fields of ``row``, which is at ``where`` (``FILE:LINE``); ``example`` is a row of the right form.
-
-    Raises:
-        DataError: from every method, if the field has the wrong form.
-    """
+    """The fields of ``row``, which is at ``where`` (``FILE:LINE``); ``example`` is a row of the right form. Raises
+    DataError: from every method, if the field has the wrong form."""
 
     def __init__(self, row: Any, *, where: str, example: str) -> None:
         self.where = where
@@ -36,11 +33,9 @@ class Fields:
         self._refuse_media()
 
     def fail(self, field: str, problem: str) -> NoReturn:
-        """Raises the fault of a field."""
         raise DataError(f"'{field}' {problem}", where=self.where, remedy=self._remedy())
 
     def set_aside(self, field: str, reason: str) -> NoReturn:
-        """Raises a ``SetAside``."""
         raise SetAside(f"'{field}' {reason}", where=self.where)
 
     def has(self, *names: str) -> bool:
@@ -108,7 +103,6 @@ class Fields:
         return parsed
 
     def items(self, field: str) -> list[Any]:
-        """A list that is not empty."""
         value = self.required(field)
         if not isinstance(value, list) or not value:
             self.fail(field, f"must be a list and not empty; it is {value!r:.60}")

@@ -1,8 +1,5 @@
-"""Rows of a data set from a hub, read from its local snapshot.
-
-``datasets`` reads them, because it knows the splits and subsets. No code of the repository is run, and nothing is
-downloaded here.
-"""
+"""Rows of a data set from a hub, read from its local snapshot. ``datasets`` reads them, because it knows the splits and
+subsets. No code of the repository is run, and nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -23,11 +20,8 @@ _FOLDER = "datasets--"
 
 
 def source_rows(path: Path, data: SourceConfig) -> Iterator[RawRow | DataError]:
-    """The rows of the files at ``path``; for a snapshot, the rows of the split that ``data`` names.
-
-    Raises:
-        DataError: see ``hub_rows`` and ``rows_of``.
-    """
+    """The rows of the files at ``path``; for a snapshot, the rows of the split that ``data`` names. Raises DataError:
+    see ``hub_rows`` and ``rows_of``."""
     return map(parsed, unparsed_source_rows(path, data))
 
 
@@ -45,19 +39,14 @@ def snapshot_name(path: Path) -> str | None:
 
 
 def content_of(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
-    """How a fingerprint identifies the data at ``path``.
-
-    It is a snapshot's name, since a commit never changes, else the SHA-256 of the content (``content_sha256``).
-    """
+    """How a fingerprint identifies the data at ``path``. It is a snapshot's name, since a commit never changes, else
+    the SHA-256 of the content (``content_sha256``)."""
     return snapshot_name(path) or content_sha256(path, of_file)
 
 
 def hub_rows(folder: Path, split: str, subset: str | None) -> Iterator[RawRow]:
-    """The rows of a snapshot in order, each at ``hub:ORG/NAME@COMMIT SPLIT: row NUMBER``; numbers begin at 1.
-
-    Raises:
-        DataError: the split or subset does not exist (the error lists those that do), or the files cannot be read.
-    """
+    """The rows of a snapshot in order, each at ``hub:ORG/NAME@COMMIT SPLIT: row NUMBER``; numbers begin at 1. Raises
+    DataError: the split or subset does not exist (the error lists those that do), or the files cannot be read."""
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
@@ -92,11 +81,8 @@ def _rows_of_split(folder: Path, split: str, subset: str | None, *, where: str) 
 
 
 def _refuse_files_elsewhere(files: Iterable[str], folder: Path, *, where: str) -> None:
-    """A repository's description may name files anywhere; the commit would not identify their content.
-
-    Raises:
-        DataError: a file is outside the snapshot.
-    """
+    """A repository's description may name files anywhere; the commit would not identify their content. Raises
+    DataError: a file is outside the snapshot."""
     for file in files:
         if not any(Path(normpath(file)).is_relative_to(root) for root in (folder, folder.resolve())):
             raise DataError(f"names a file outside the repository: {file}", where=where, remedy=_REMEDY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.row_files import JsonLine, RawRow, parsed
@@ -21,7 +21,8 @@ def with_lists(row: Any) -> Any:
     lists = {name: listed for name in _LISTS if (listed := _listed(row.get(name))) is not None}
     if "turns" in lists:  # then the references to them are text too, which elsewhere is one reference
         references = _listed(row.get("reference"))
-        if references is not None and _are_texts(references) and len(references) == len(lists["turns"]):
+        are_texts = all(value is None or isinstance(value, str) for value in references or ())
+        if references is not None and are_texts and len(references) == len(lists["turns"]):
             lists["reference"] = references
     return {**row, **lists} if lists else row
 
@@ -34,10 +35,6 @@ def begins_turns(value: Any) -> bool:
 def begins_texts(value: Any) -> bool:
     """Whether ``value`` is text that begins like a list of quoted texts, unlike ``[A] 3 [B] 4``."""
     return isinstance(value, str) and _TEXTS.match(value) is not None
-
-
-def _are_texts(values: Iterable[Any]) -> bool:
-    return all(value is None or isinstance(value, str) for value in values)
 
 
 def _listed(value: Any) -> list[Any] | None:

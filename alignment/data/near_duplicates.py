@@ -61,11 +61,8 @@ class NearDuplicates:
         return self.looked_at >= TEXTS or self._comparisons >= COMPARISONS
 
     def add(self, located: LocatedText) -> None:
-        """Compares the text with those before it.
-
-        Exact duplicates should be removed before. Of several near duplicates only the first is compared with later
-        texts.
-        """
+        """Compares the text with those before it. Exact duplicates should be removed before. Of several near duplicates
+        only the first is compared with later texts."""
         if not located.text.strip():
             return
         if self.is_full:
@@ -104,19 +101,16 @@ class _Bands:
         self._num_texts = 0
 
     def of(self, sketch: NDArray[np.uint64]) -> list[int]:
-        """A number for each band of a sketch; equal bands have equal numbers."""
         numbers: list[int] = (sketch.reshape(BANDS, ROWS) * self._factors).sum(axis=1, dtype=np.uint64).tolist()
         return numbers
 
     def add(self, bands: list[int]) -> None:
-        """Adds the next text."""
         for number, latest in zip(bands, self._latest, strict=True):
             self._before.append(latest.get(number, -1))
             latest[number] = self._num_texts
         self._num_texts += 1
 
     def candidates(self, bands: list[int]) -> list[int]:
-        """The texts with a band equal to one of these, in order."""
         texts = set()
         for band, (number, latest) in enumerate(zip(bands, self._latest, strict=True)):
             text = latest.get(number, -1)
@@ -139,55 +133,6 @@ def _share(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
     return both / (first.size + second.size - both)
 
 
-Keys = NDArray[np.uint64]
-
-BITS = 4
-"""The first bits of a key, which are the number of its part."""
-_STARTS = np.arange(1, 2**BITS, dtype=np.uint64) << np.uint64(64 - BITS)
-"""The smallest key of each part but the first."""
-
-
-class KeySet:
-    """Takes keys in batches. With n keys that are random numbers, n² / 2⁶⁵ of them are expected to equal another one:
-    three in a million sets of ten million keys."""
-
-    def __init__(self) -> None:
-        self._parts: list[list[Keys]] = [[] for _ in range(2**BITS)]
-
-    def __len__(self) -> int:
-        """Number of distinct keys."""
-        return sum(len(run) for runs in self._parts for run in runs)
-
-    def add(self, keys: Keys) -> NDArray[np.bool_]:
-        """Adds ``keys``; returns ``[keys]``, True for each that is neither in the set nor earlier in the batch."""
-        distinct, first = np.unique(keys, return_index=True)
-        batches = np.split(distinct, np.searchsorted(distinct, _STARTS))
-        unknown = np.concatenate([_add(runs, batch) for runs, batch in zip(self._parts, batches, strict=True)])
-        is_new = np.zeros(len(keys), dtype=np.bool_)
-        is_new[first[unknown]] = True
-        return is_new
-
-
-def _add(runs: list[Keys], keys: Keys) -> NDArray[np.bool_]:
-    """Adds sorted and distinct ``keys`` to the arrays of a part; returns ``[keys]``, True for each that is in none."""
-    unknown = np.ones(len(keys), dtype=np.bool_)
-    for run in runs:
-        at = np.searchsorted(run, keys)
-        at[at == len(run)] = 0
-        unknown &= run[at] != keys
-    if unknown.any():
-        runs.append(keys[unknown])
-    while len(runs) > 1 and len(runs[-2]) < 2 * len(runs[-1]):
-        merged = np.concatenate([runs.pop(), runs.pop()])
-        merged.sort(kind="stable")  # which merges runs that are sorted already
-        runs.append(merged)
-    return unknown
-
-
-BATCH = 4_096
-"""Rows that wait."""
-BATCH_CHARACTERS = 1 << 24
-"""Characters of waiting rows; a single row may have as many."""
 HELD = 20
 """Rows of each kind that are named; the others are counted."""
 _FULLEST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
@@ -197,14 +142,11 @@ _TEXTS = ("text", "chosen", "rejected", "answer")
 _OTHERS = ("desirable", "later_turns", "choices", "right")
 """Further fields by which records differ."""
 
-Keyed = Mapping[int, Record]
-"""Records by their keys."""
-
 
 def record_key(record: Record) -> int:
     """64 bits that are equal for records with equal content."""
     turns = [
-        (turn.role, turn.content, turn.thought, turn.learned, _canonical(_without_ids(turn.tool_calls)))
+        (turn.role, turn.content, turn.thought, turn.learned, _canonical(turn.tool_calls))
         for turn in getattr(record, "messages", ())
     ]
     texts = [getattr(record, name, "") for name in _TEXTS]
@@ -213,13 +155,10 @@ def record_key(record: Record) -> int:
     return int.from_bytes(blake2b(repr(content).encode(), digest_size=8).digest())
 
 
-def _without_ids(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls of two copies of a row may have other ids."""
-    return [{name: value for name, value in call.items() if name != "id"} for call in calls]
-
-
 def _canonical(tools: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(tools, sort_keys=True, default=str) if tools else ""
+    """Tools or calls as text, without the calls' ids, which differ between copies of a row."""
+    bare = [{name: value for name, value in tool.items() if name != "id"} for tool in tools]
+    return json.dumps(bare, sort_keys=True, default=str) if bare else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,135 +182,65 @@ class RowRelations:
     contradictions: list[RelatedRow] = field(default_factory=list)
 
     def add_exact(self, row: RelatedRow) -> None:
-        """One more row that repeats an earlier one."""
         self.num_exact += 1
         self.exact += [row] if len(self.exact) < HELD else []
 
     def add_contradiction(self, row: RelatedRow) -> None:
-        """One more row that contradicts an earlier one."""
         self.num_contradictions += 1
         self.contradictions += [row] if len(self.contradictions) < HELD else []
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Fullest:
-    """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them.
-
-    Rows of different authors are not compared, because people may agree or disagree.
-    """
-
-    where: str
-    author: str
-    stage: str
-    keys: Sequence[int]
-    opposites: Sequence[int]
-
-
 class RepeatedRecords:
     """Counts repeated records by stage in ``counts``, and passes the text of rows with a new record to ``near``.
-
     ``records`` names the record that each stage makes of a row. ``related`` are the rows that repeat or contradict an
-    earlier one. Contradictions are looked for among the first ``TEXTS`` different records.
-    """
+    earlier one; rows of different authors are not compared, because people may agree or disagree. Contradictions are
+    looked for among the first ``TEXTS`` different records."""
 
     def __init__(self, records: Mapping[str, type[Record]], near: NearDuplicates) -> None:
         self.counts = dict.fromkeys(records, 0)
         self._records = records
         self._near = near
-        self._seen = {name: KeySet() for name in records}
+        self._seen: dict[str, set[int]] = {name: set() for name in records}
         self.related = RowRelations()
         self._by_fullness = [name for record in _FULLEST for name, own in records.items() if own is record]
         self._first: dict[tuple[str, int], str] = {}
-        self._wait()
 
-    def _wait(self) -> None:
-        self._keys = {name: array("Q") for name in self._records}
-        self._rows = {name: array("L") for name in self._records}
-        self._waiting: list[tuple[str, str, Mapping[str, Keyed]] | None] = []
-        self._fullest: list[_Fullest | None] = []
-        self._characters = 0
-
-    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int, author: str = "") -> None:
-        """The records that stages made of the next row, which has ``size`` characters and perhaps an ``author``."""
+    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, author: str = "") -> None:
+        """The records that stages made of the next row, which perhaps has an ``author``."""
         keyed = {name: {record_key(record): record for record in of_stage} for name, of_stage in records.items()}
+        made: dict[str, list[Record]] = {}
         for name, of_stage in keyed.items():
-            self._keys[name].extend(of_stage)
-            self._rows[name].extend([len(self._waiting)] * len(of_stage))
-        self._waiting.append(None if self._near.is_full else (where, author, keyed))
-        self._fullest.append(self._fullest_of(where, author, keyed))
-        self._characters += size
-        if len(self._waiting) >= BATCH or self._characters >= BATCH_CHARACTERS:
-            self.end()
+            new = [key for key in of_stage if key not in self._seen[name]]
+            self.counts[name] += len(of_stage) - len(new)
+            self._seen[name].update(new)
+            made |= {name: [of_stage[key] for key in new]} if new else {}
+        stage = next((name for name in self._by_fullness if keyed.get(name)), "")
+        contradicts = bool(stage) and self._contradicts(where, author, stage, keyed[stage], is_new=stage in made)
+        if made and not contradicts:
+            self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
 
-    def end(self) -> None:
-        """Looks at the rows that wait."""
-        new: list[dict[str, list[int]]] = [{} for _ in self._waiting]
-        with_new = np.zeros(len(self._waiting), dtype=np.bool_)
-        new_rows: dict[str, NDArray[np.bool_]] = {}
-        for name, keys in self._keys.items():
-            rows = np.array(self._rows[name], dtype=np.int64)
-            is_new = self._seen[name].add(np.array(keys, dtype=np.uint64))
-            self.counts[name] += int((~is_new).sum())
-            new_rows[name] = np.zeros(len(self._waiting), dtype=np.bool_)
-            new_rows[name][rows[is_new]] = True
-            with_new |= new_rows[name]
-            if not self._near.is_full:
-                for at in np.flatnonzero(is_new):
-                    new[rows[at]].setdefault(name, []).append(keys[at])
-        contradicting = self._relate(new_rows)
-        for index, (waiting, keys_of_row, has_new) in enumerate(
-            zip(self._waiting, new, with_new.tolist(), strict=True)
-        ):
-            if index in contradicting:
-                continue
-            if waiting is None:
-                self._near.passed_over += has_new
-            elif has_new:
-                where, author, keyed = waiting
-                made = {name: [keyed[name][key] for key in keys] for name, keys in keys_of_row.items()}
-                self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
-        self._wait()
-
-    def _fullest_of(self, where: str, author: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:
-        stage = next((name for name in self._by_fullness if keyed.get(name)), None)
-        if stage is None:
-            return None
-        opposites = (
-            ()
-            if self._is_full
-            else [record_key(opposite) for opposite in map(_opposite, keyed[stage].values()) if opposite]
-        )
-        return _Fullest(where=where, author=author, stage=stage, keys=list(keyed[stage]), opposites=opposites)
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._first) >= TEXTS
-
-    def _relate(self, new_rows: Mapping[str, NDArray[np.bool_]]) -> set[int]:
-        """Notes which of the waiting rows repeat or contradict an earlier row; returns the indices of the latter."""
-        contradicting = set()
-        for index, row in enumerate(self._fullest):
-            if row is None:
-                continue
-            record = self._records[row.stage]
-            earlier = [self._first.get((row.author, key), "") for key in row.keys]
-            if all(earlier) or (not row.author and not new_rows[row.stage][index]):
-                most = max(earlier, key=earlier.count)  # the row with most of this row's records
-                self.related.add_exact(RelatedRow(where=row.where, earlier=most, record=record))
-                continue
-            opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
-            if opposite is not None:
-                contradicting.add(index)
-                self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
-            for key in row.keys if not self._is_full else ():
-                self._first.setdefault((row.author, key), row.where)
-        return contradicting
+    def _contradicts(self, where: str, author: str, stage: str, keyed: Mapping[int, Record], *, is_new: bool) -> bool:
+        """Whether the row contradicts an earlier one; notes that, or that it repeats one. ``keyed`` are its records for
+        the ``stage`` that uses most of it."""
+        record = self._records[stage]
+        earlier = [self._first.get((author, key), "") for key in keyed]
+        if all(earlier) or (not author and not is_new):
+            most = max(earlier, key=earlier.count)  # the row with most of this row's records
+            self.related.add_exact(RelatedRow(where=where, earlier=most, record=record))
+            return False
+        if len(self._first) >= TEXTS:
+            return False
+        opposites = (self._first.get((author, key)) for record in keyed.values() for key in _opposite_keys(record))
+        opposite = next(filter(None, opposites), None)
+        if opposite is not None:
+            self.related.add_contradiction(RelatedRow(where=where, earlier=opposite, record=record))
+        for key in keyed:
+            self._first.setdefault((author, key), where)
+        return opposite is not None
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:
-        """The text of a row's new records, read by the stage that uses most of the row.
-
-        System turns are left out: many rows share one, which alone would make them near duplicates.
-        """
+        """The text of a row's new records, read by the stage that uses most of the row. System turns are left out: many
+        rows share one, which alone would make them near duplicates."""
         by_record = {self._records[name]: of_stage for name, of_stage in made.items()}
         records = next((by_record[record] for record in _FULLEST if record in by_record), ())
         texts: list[str] = []
@@ -382,10 +251,8 @@ class RepeatedRecords:
         return "\n".join(dict.fromkeys(texts))
 
 
-def _opposite(record: Record) -> Record | None:
-    """The record that contradicts this one; None if this kind of record states no preference."""
+def _opposite_keys(record: Record) -> list[int]:
+    """The key of the record that contradicts this one, if this kind of record states a preference."""
     if isinstance(record, PreferencePair):
-        return replace(record, chosen=record.rejected, rejected=record.chosen)
-    if isinstance(record, LabelledAnswer):
-        return replace(record, desirable=not record.desirable)
-    return None
+        return [record_key(replace(record, chosen=record.rejected, rejected=record.chosen))]
+    return [record_key(replace(record, desirable=not record.desirable))] if isinstance(record, LabelledAnswer) else []

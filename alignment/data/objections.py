@@ -1,7 +1,5 @@
-"""Rows that stages object to, and the command that examines the same rows: all are counted, the first ones are held.
-
-A file of ten million rows may be faulty in every row for one of the stages that could read it.
-"""
+"""Rows that stages object to, and the command that examines the same rows: all are counted, the first ones are held. A
+file of ten million rows may be faulty in every row for one of the stages that could read it."""
 
 from __future__ import annotations
 
@@ -29,10 +27,8 @@ class _Rows:
 
 class Objections:
     """Rows with the error of each stage that objects; the first ``held`` rows of each combination of stages are kept.
-
     Example: rows 3 and 9 are faulty for ``dpo``, and row 5 for ``dpo`` and ``sft``. ``count(["dpo"])`` is 3,
-    ``count(["sft"])`` 1, and ``count(["dpo", "sft"])`` 3.
-    """
+    ``count(["sft"])`` 1, and ``count(["dpo", "sft"])`` 3."""
 
     def __init__(self, held: int) -> None:
         self._held = held
@@ -50,10 +46,8 @@ class Objections:
         return sum(rows.count for rows in self._of(stages))
 
     def first(self, stages: Sequence[str]) -> list[DataError]:
-        """The errors of the first ``held`` rows to which one of the stages objects, in the order of rows.
-
-        The first of ``stages`` that objects says what is wrong.
-        """
+        """The errors of the first ``held`` rows to which one of the stages objects, in the order of rows. The first of
+        ``stages`` that objects says what is wrong."""
         return [error for _, error in self.numbered(stages)]
 
     def numbered(self, stages: Sequence[str]) -> list[tuple[int, DataError]]:

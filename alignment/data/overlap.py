@@ -1,9 +1,7 @@
-"""Finds rows that are in two data sets: training data must not contain the prompts of the evaluation.
-
-The overlap of two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020
-used 13 words; short prompts have fewer). Case and punctuation are ignored. In scripts that are written without spaces,
-each character counts as a word.
-"""
+"""Finds rows that are in two data sets: training data must not contain the prompts of the evaluation. The overlap of
+two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020 used 13 words;
+short prompts have fewer). Case and punctuation are ignored. In scripts that are written without spaces, each character
+counts as a word."""
 
 from __future__ import annotations
 
@@ -52,11 +50,8 @@ def asked(record: Record) -> LocatedText:
 
 def asked_in(path: Path, data: SourceConfig) -> Iterator[LocatedText]:
     """The questions of a source's prompts, or its texts if it has the format of plain text; rows without are skipped.
-
-    Raises:
-        DataError: the source has no rows, or no row has the columns of a known format; or, while it is read, no row has
-            a prompt.
-    """
+    Raises DataError: the source has no rows, or no row has the columns of a known format; or, while it is read, no row
+    has a prompt."""
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
     reading = start_reading(path, lenient)
     record: type[Any] = PlainText if reading.format is TEXT else HeldOutPrompt
@@ -85,11 +80,8 @@ class HeldOut:
                 self._locations[run].add(located.where)
 
     def overlaps(self, texts: Iterable[LocatedText]) -> Iterator[Overlap]:
-        """Yields, for each text, the held-out text with the largest overlap, if that is at least ``LIKELY``.
-
-        Of several with equal overlaps it is the one whose location comes first as text, so that every call names the
-        same one.
-        """
+        """Yields, for each text, the held-out text with the largest overlap, if that is at least ``LIKELY``. Of several
+        with equal overlaps it is the one whose location comes first as text, so that every call names the same one."""
         for located in texts:
             if shares := self.shares(located.text):
                 where, share = min(shares.items(), key=lambda item: (-item[1], item[0]))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.core.errors import DataError
+from alignment.core.wording import counted
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
@@ -24,7 +25,6 @@ from alignment.data.records import Record
 from alignment.data.row_files import RawRow
 
 R = TypeVar("R", bound=Record)
-
 LOOKED_AT = 100
 """Rows from which a format is detected."""
 NAMED = 20
@@ -39,17 +39,14 @@ REASONS = 1_000
 
 @dataclass(kw_only=True)
 class LeftOut:
-    """Rows that gave no record: their ``count``, the errors of the ``first`` ones, and the count of each reason.
-
-    A file may have ten million of them, so no more is held in memory.
-    """
+    """Rows that gave no record: their ``count``, the errors of the ``first`` ones, and the count of each reason. A file
+    may have ten million of them, so no more is held in memory."""
 
     count: int = 0
     first: list[DataError] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, error: DataError) -> None:
-        """One more row."""
         self.count += 1
         if len(self.first) < NAMED:
             self.first.append(bare(error))
@@ -73,28 +70,21 @@ class Reading:
     on_left_out: Callable[[DataError], None] | None = None
 
     def leave_out(self, error: DataError) -> None:
-        """Counts a row that gave no record."""
         (self.set_aside if isinstance(error, SetAside) else self.faults).add(error)
         if self.on_left_out is not None:
             self.on_left_out(error)
 
 
 def read_records(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> list[R]:
-    """All records of the source, at most ``data.limit``; ``reading`` is as in ``iterate``.
-
-    Raises:
-        DataError: see ``iterate``.
-    """
+    """All records of the source, at most ``data.limit``; ``reading`` is as in ``iterate``. Raises DataError: see
+    ``iterate``."""
     return list(iterate(path, record, data, reading=reading))
 
 
 def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> Iterator[R]:
-    """Yields the source's records. ``reading``, which ``start`` makes, records what was left out.
-
-    Raises:
-        DataError: rows are faulty (one error names them together), unless ``data.on_error`` skips them and they are
-            few (see ``refuse_faults``); or the source has no record.
-    """
+    """Yields the source's records. ``reading``, which ``start`` makes, records what was left out. Raises DataError:
+    rows are faulty (one error names them together), unless ``data.on_error`` skips them and they are few (see
+    ``refuse_faults``); or the source has no record."""
     progress = start(path, data) if reading is None else reading
     taken = 0
     for record_of_row in _examined(progress, record, data):
@@ -110,10 +100,7 @@ def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading
 
 def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
     """A new reading of the source in ``setting``; the format is the configured one, or detected from the first rows.
-
-    Raises:
-        DataError: the source has no rows, or no row has the columns of a known format.
-    """
+    Raises DataError: the source has no rows, or no row has the columns of a known format."""
     if data.format is not None and not data.columns:
         return Reading(path=path, format=FORMATS[data.format], setting=setting)
     all_rows = source_rows(path, data)
@@ -178,11 +165,8 @@ class Reader:
         return right_form(self.format, self.record)
 
     def records(self, row: RawRow | DataError) -> list[Any]:
-        """All records of a row; a fault in any pair makes the whole row faulty.
-
-        Raises:
-            DataError: the row is faulty, or (SetAside) this kind of stage cannot use it.
-        """
+        """All records of a row; a fault in any pair makes the whole row faulty. Raises DataError: the row is faulty, or
+        (SetAside) this kind of stage cannot use it."""
         if isinstance(row, DataError):
             raise row
         value = prepared(row.value, self.data)
@@ -199,29 +183,22 @@ def right_form(form: Format, record: type[Any]) -> str:
 
 
 def together(faults: Sequence[DataError], count: int | None = None, *, among: str = "", where: str = "") -> DataError:
-    """One error for all faults; equal messages are listed once, with the location of the first.
-
-    ``count`` is the total number of faults if ``faults`` holds only the first ones. ``among`` says in which rows they
-    are, and ``where`` which setting names these rows.
-    """
+    """One error for all faults; equal messages are listed once, with the location of the first. ``count`` is the total
+    number of faults if ``faults`` holds only the first ones. ``among`` says in which rows they are, and ``where`` which
+    setting names these rows."""
     count = len(faults) if count is None else count
     if count == 1:
         return faults[0]
     alike: dict[str, list[DataError]] = {}
     for fault in faults[:NAMED]:
         alike.setdefault(fault.message, []).append(fault)
-    lines = "".join(f"\n  {same[0].where}{_others(len(same) - 1)}: {message}" for message, same in alike.items())
+    lines = ""
+    for message, same in alike.items():
+        others = f" and {counted(len(same) - 1, 'other row', 'other rows')}" if len(same) > 1 else ""
+        lines += f"\n  {same[0].where}{others}: {message}"
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
-    return DataError(f"{count} faulty rows{among}:{lines}{more}", where=where, remedy=_remedies(faults[:NAMED]))
-
-
-def _others(number: int) -> str:
-    return "" if number == 0 else f" and {number} other row{'s' if number > 1 else ''}"
-
-
-def _remedies(faults: Sequence[DataError]) -> str:
-    """The distinct remedies of the faults."""
-    return NEXT.join(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
+    remedy = NEXT.join(dict.fromkeys(fault.remedy for fault in faults[:NAMED] if fault.remedy))
+    return DataError(f"{count} faulty rows{among}:{lines}{more}", where=where, remedy=remedy)
 
 
 def refuse_faults_of(reading: Reading, data: SourceConfig) -> None:
@@ -247,14 +224,10 @@ def refuse_faults(
     setting: str = DATA,
     stopped: bool = False,
 ) -> None:
-    """Accepts ``rows`` without faults, or with few faults if ``data`` skips them.
-
-    If the reading ``stopped`` at ``data.limit``, the share of faulty rows is not judged: many faults among the first
-    rows do not mean that there are many in the file.
-
-    Raises:
-        DataError: otherwise. It lists ``faults``, the first of ``count``, and names the ``setting``.
-    """
+    """Accepts ``rows`` without faults, or with few faults if ``data`` skips them. If the reading ``stopped`` at
+    ``data.limit``, the share of faulty rows is not judged: many faults among the first rows do not mean that there are
+    many in the file. Raises DataError: otherwise. It lists ``faults``, the first of ``count``, and names the
+    ``setting``."""
     if not count:
         return
     named = "" if setting == DATA else setting
@@ -272,7 +245,6 @@ def refuse_faults(
 
 
 def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stopped: bool) -> str:
-    """Which settings leave the faulty rows out."""
     skip, most = f"{setting}.on_error=skip", f"{setting}.max_skipped"
     if stopped:
         return f"{skip} leaves out the faulty ones, if they are at most {data.max_skipped:.0%} of the file ({most})"
@@ -297,20 +269,14 @@ def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
 
 def prepared(row: Any, data: SourceConfig) -> Any:
     """The row with columns renamed and placeholders filled as configured, and with lists in place of their JSON."""
-    return _filled(with_lists(_renamed(row, data)), data.placeholders)
-
-
-def _renamed(row: Any, data: SourceConfig) -> Any:
-    """The row with the format's column names; ``data.columns`` maps them to the file's."""
-    if not data.columns or not isinstance(row, Mapping):
-        return row
-    taken = set(data.columns.values())
-    others = {name: value for name, value in row.items() if name not in taken}
-    return others | {name: row[column] for name, column in data.columns.items() if column in row}
+    if data.columns and isinstance(row, Mapping):
+        taken = set(data.columns.values())
+        others = {name: value for name, value in row.items() if name not in taken}
+        row = others | {name: row[column] for name, column in data.columns.items() if column in row}
+    return _filled(with_lists(row), data.placeholders)
 
 
 def _filled(value: Any, placeholders: Mapping[str, str]) -> Any:
-    """The value with ``{{name}}`` replaced in every text by the configured text for ``name``."""
     if not placeholders:
         return value
     if isinstance(value, str):

@@ -1,9 +1,6 @@
-"""Rows as validated records, whatever their format.
-
-``alignment/data/formats`` turns a row of any public format into an ``Example``, from which a record is built. A row
-that does not fit raises a ``DataError`` with file and line, the field, and a row of the right form. ``where`` is a
-record's ``FILE:LINE``.
-"""
+"""Rows as validated records, whatever their format. ``alignment/data/formats`` turns a row of any public format into an
+``Example``, from which a record is built. A row that does not fit raises a ``DataError`` with file and line, the field,
+and a row of the right form. ``where`` is a record's ``FILE:LINE``."""
 
 from __future__ import annotations
 
@@ -33,12 +30,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """The content of a row, whatever its columns are called.
-
-    ``turns`` may end with the assistant's turn; otherwise ``answers`` may hold answers to the last turn. ``good`` is a
-    label's verdict on the last turn. ``later_turns`` are the user's next turns, each asked after an answer to the one
-    before. ``field`` names the column for errors about turns.
-    """
+    """The content of a row, whatever its columns are called. ``turns`` may end with the assistant's turn; otherwise
+    ``answers`` may hold answers to the last turn. ``good`` is a label's verdict on the last turn. ``later_turns`` are
+    the user's next turns, each asked after an answer to the one before. ``field`` names the column for errors about
+    turns."""
 
     fields: Fields
     turns: tuple[Message, ...] = ()
@@ -80,12 +75,8 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns to learn from, ending with the assistant's.
-
-    The best of several answers is learned. Labelled answers are learned if they are good.
-
-    Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}``
-    """
+    """Turns to learn from, ending with the assistant's. The best of several answers is learned. Labelled answers are
+    learned if they are good."""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}'
@@ -110,11 +101,7 @@ class Conversation:
             last = repr(messages[-1].role) if messages else "missing"
             fields.fail(example.field, f"must end with an assistant turn; the last one's role is {last}")
         yield cls(
-            messages=messages,
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
-            where=fields.where,
+            messages=messages, tools=example.tools, id=fields.label("id"), task=fields.label("task"), where=fields.where
         )
 
 
@@ -122,10 +109,7 @@ class Conversation:
 class PreferencePair:
     """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
     ``subset`` to which part of a benchmark the pair belongs. ``scores`` are those of the chosen and of the rejected
-    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more.
-
-    Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``
-    """
+    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more."""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}'
 
@@ -147,8 +131,7 @@ class PreferencePair:
         fields = example.fields
         if not example.answers:
             fields.fail_as_missing("chosen", why="the row does not have two answers to compare")
-        labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
-        shared: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
+        shared = _common(example) | {name: fields.label(name) for name in ("flaw", "subset")}
         num_pairs = 0
         for first, second in combinations(example.compared(), 2):
             better, worse = (first, second) if first.rank > second.rank else (second, first)
@@ -161,19 +144,16 @@ class PreferencePair:
                 messages=example.prompt(),
                 chosen=better.text,
                 rejected=worse.text,
-                tools=example.tools,
                 scores=_scores(fields, better, worse),
+                row=fields.row,
                 **shared,
             )
         if not num_pairs:
             fields.set_aside("answers", "all have the same rank")
 
     def margin(self) -> float:
-        """By how much the chosen answer scores higher.
-
-        Raises:
-            DataError: the row has no scores, or they contradict the preference.
-        """
+        """By how much the chosen answer scores higher. Raises DataError: the row has no scores, or they contradict the
+        preference."""
         if (column := next((name for name in SCORE_COLUMNS if not_finite(self.row.get(name))), None)) is not None:
             raise DataError(
                 f"'{column}' must be a finite number, because 'margin' learns from it; it is {self.row[column]}",
@@ -196,6 +176,12 @@ class PreferencePair:
         return chosen - rejected
 
 
+def _common(example: Example) -> dict[str, Any]:
+    """The fields that nearly all records have."""
+    fields = example.fields
+    return {"tools": example.tools, "id": fields.label("id"), "task": fields.label("task"), "where": fields.where}
+
+
 def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float] | None:
     """The scores of two answers, from the answers themselves or from columns of their own."""
     chosen, rejected = better.score, worse.score
@@ -209,10 +195,8 @@ def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledAnswer:
     """An answer to a prompt, and whether it is ``desirable``. Of a pair, the better answer is desirable and the worse
-    one is not.
-
-    Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}``
-    """
+    one is not. Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label":
+    true}``"""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}'
 
@@ -229,20 +213,12 @@ class LabelledAnswer:
         """Yields the labelled answer, or both answers of a pair. Raises DataError if neither is there; SetAside for a
         pair of equal rank."""
         example.refuse_text()
-        fields = example.fields
-        shared: dict[str, Any] = {
-            "messages": example.prompt(drop_answer=True),
-            "tools": example.tools,
-            "id": fields.label("id"),
-            "task": fields.label("task"),
-            "where": fields.where,
-        }
+        messages, shared = example.prompt(drop_answer=True), _common(example)
         for answer, desirable in _labelled_answers(example):
-            yield cls(answer=answer, desirable=desirable, **shared)
+            yield cls(messages=messages, answer=answer, desirable=desirable, **shared)
 
 
 def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
-    """The answers of a row, and whether each is desirable."""
     fields, answers = example.fields, example.compared()
     if example.good is not None:
         last = example.turns[-1] if example.turns else None
@@ -267,12 +243,9 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """Turns to sample an answer for; a trailing assistant turn in the row is dropped.
-
-    ``row`` is the whole row, for scorers that read more than the prompt.
-
-    Example row: ``{"messages": [{"role": "user", "content": "Summarise: …"}]}``
-    """
+    """Turns to sample an answer for; a trailing assistant turn in the row is dropped. ``row`` is the whole row, for
+    scorers that read more than the prompt. Example row: ``{"messages": [{"role": "user", "content": "Summarise:
+    …"}]}``"""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "Summarise: the shop is closed on Monday."}]}'
 
@@ -286,28 +259,15 @@ class Prompt:
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError unless the remaining turns end with a user's or a tool's."""
-        fields = example.fields
-        yield cls(
-            messages=example.prompt(drop_answer=True),
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
-            row=fields.row,
-            where=fields.where,
-        )
+        yield cls(messages=example.prompt(drop_answer=True), row=example.fields.row, **_common(example))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutPrompt(Prompt):
     """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
     name, or a trailing assistant turn that no label calls bad. A row with answers to choose from has ``choices``, of
-    which ``right`` is the index of the best one.
-
-    ``later_turns`` are what the user says next, each after the arm's answer to the turn before; ``later_references``
-    are the reference answers to them, "" for a turn without one.
-
-    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``
-    """
+    which ``right`` is the index of the best one. ``later_turns`` are what the user says next, each after the arm's
+    answer to the turn before; ``later_references`` are the reference answers to them, "" for a turn without one."""
 
     EXAMPLE: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "When is the training?"}], "reference": "On 21 March."}'
@@ -340,11 +300,8 @@ class HeldOutPrompt(Prompt):
         reference, *later_references = _references(example)
         yield cls(
             messages=messages,
-            tools=example.tools,
-            id=fields.label("id"),
-            task=fields.label("task"),
             row=fields.row,
-            where=fields.where,
+            **_common(example),
             reference=reference or _last_answer(example, messages),
             choices=tuple(answer.text for answer in example.answers) if has_choices else (),
             right=ranks.index(max(ranks)) if has_choices else None,
@@ -377,10 +334,8 @@ def _references(example: Example) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one.
-
-    Example row: ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``
-    """
+    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one. Example row:
+    ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``"""
 
     EXAMPLE: ClassVar[str] = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}'
 
@@ -418,10 +373,8 @@ class Question:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
     """Text to learn as it is. The text of a conversation is that of its turns and of its best answer; labelled answers
-    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text.
-
-    Example row: ``{"text": "The shop is closed on Monday."}``
-    """
+    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text. Example row:
+    ``{"text": "The shop is closed on Monday."}``"""
 
     EXAMPLE: ClassVar[str] = '{"text": "The shop is closed on Monday."}'
 

@@ -56,9 +56,7 @@ def _lines_of(file: Path) -> int:
 
 def times_as_many(file: Path, data: DataConfig, record: type[Record], records: int) -> float | None:
     """How many times as many records as the first ``records`` a stage reads; None if that would need reading them all.
-
-    A line may give several records, or none.
-    """
+    A line may give several records, or none."""
     if data.limit is not None and data.limit <= records:
         return 1.0
     if file.suffix != ".jsonl" or not file.is_file():

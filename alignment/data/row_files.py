@@ -1,8 +1,6 @@
-"""Raw rows of a file: JSON Lines, JSON, CSV and Parquet, compressed or not, or of a folder of these.
-
-A row that cannot be parsed is replaced by a ``DataError``, so that one pass finds all faults. Lines of JSON are also
-available unparsed, so that several processes can parse them.
-"""
+"""Raw rows of a file: JSON Lines, JSON, CSV and Parquet, compressed or not, or of a folder of these. A row that cannot
+be parsed is replaced by a ``DataError``, so that one pass finds all faults. Lines of JSON are also available unparsed,
+so that several processes can parse them."""
 
 from __future__ import annotations
 
@@ -50,22 +48,14 @@ Unparsed = JsonLine | RawRow | DataError
 
 
 def rows_of(path: Path) -> Iterator[RawRow | DataError]:
-    """The rows in order; files of a folder are read in the order of their names.
-
-    Only one row is held in memory, but of a JSON file the whole list.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """The rows in order; files of a folder are read in the order of their names. Only one row is held in memory, but of
+    a JSON file the whole list. Raises DataError: the file as a whole cannot be read."""
     return map(parsed, unparsed_rows_of(path))
 
 
 def unparsed_rows_of(path: Path) -> Iterator[Unparsed]:
-    """Like ``rows_of``, but lines of JSON stay unparsed; ``parsed`` makes rows of them.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+    """Like ``rows_of``, but lines of JSON stay unparsed; ``parsed`` makes rows of them. Raises DataError: the file as a
+    whole cannot be read."""
     for file in files_of(path):
         try:
             yield from _READERS[_suffix(file)](file)
@@ -79,12 +69,8 @@ def parsed(row: Unparsed) -> RawRow | DataError:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the data files in a folder, by their suffixes.
-
-    Raises:
-        DataError: the file has another suffix or may never end (a pipe), or the folder has no data file, or a link that
-            leads to none.
-    """
+    """The file itself, or the data files in a folder, by their suffixes. Raises DataError: the file has another suffix
+    or may never end (a pipe), or the folder has no data file, or a link that leads to none."""
     if path.is_dir():
         entries = sorted(file for file in path.iterdir() if _suffix(file) in _READERS)
         if broken := next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None):
@@ -192,11 +178,7 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:
 
 
 def _refuse_other_unicode(stream: BinaryIO, path: Path) -> None:
-    """Refuses a file whose first bytes mark it as UTF-16 or UTF-32.
-
-    Raises:
-        DataError: it is such a file.
-    """
+    """Refuses a file whose first bytes mark it as UTF-16 or UTF-32. Raises DataError: it is such a file."""
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if name is not None:
@@ -209,19 +191,16 @@ def _json(path: Path) -> Iterator[Unparsed]:
     with caps.opened(path) as stream:
         text = caps.whole(stream, path)
     document = _parsed(text, str(path))
+    is_fault = isinstance(document, DataError)
     if isinstance(document, RawRow) and isinstance(document.value, list):
         for number, value in enumerate(document.value, start=1):
             yield RawRow(where=f"{path}: row {number}", value=value)
-    elif text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and not _is_one_value_of_many_lines(document, text):
+    elif text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and (is_fault or b"\n" not in text.strip()):
         yield from _json_lines(path)
     elif isinstance(document, DataError):
         raise document
     else:
         raise DataError("is JSON, but not a list of rows", where=str(path), remedy=_REMEDY)
-
-
-def _is_one_value_of_many_lines(document: RawRow | DataError, text: bytes) -> bool:
-    return isinstance(document, RawRow) and b"\n" in text.strip()
 
 
 def _csv(path: Path) -> Iterator[Unparsed]:
@@ -261,11 +240,7 @@ def _csv_reader(lines: Iterator[str]) -> csv.DictReader[str]:
 
 
 def _refuse_repeated(columns: Sequence[str], where: str) -> None:
-    """Refuses columns of one name, of which only the last would be read.
-
-    Raises:
-        DataError: there are some.
-    """
+    """Refuses columns of one name, of which only the last would be read. Raises DataError: there are some."""
     repeated = next((name for name in columns if name and columns.count(name) > 1), None)
     if repeated is not None:
         raise DataError(f"has the column {repeated!r} twice", where=where, remedy="remove or rename one of them")
@@ -335,17 +310,13 @@ _ARRAY_REMEDY = "rename it to .json, or write one object per line"
 _REMEDY = (
     "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
 )
-
-
 _OF_FUNCTIONS = frozenset({"parameters", "input_schema", "arguments"})
 """A function has a name and one of these: OpenAI's and Anthropic's schema of a tool, or a call's arguments."""
 
 
 def without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without the null fields of the functions in its columns.
-
-    Other columns, which a scorer may read, stay as they are. So does the row itself, whatever its columns are called.
-    """
+    """The row without the null fields of the functions in its columns. Other columns, which a scorer may read, stay as
+    they are. So does the row itself, whatever its columns are called."""
     return {column: _without_filled(value) for column, value in row.items()}
 
 

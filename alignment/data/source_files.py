@@ -12,13 +12,9 @@ from alignment.data.row_files import files_of
 
 
 def locate(source: str, *, where: str = "", recipe_folder: Path | None = None) -> Path:
-    """The file or folder behind ``bundled:quickstart/NAME`` or ``path:FILE``.
-
-    ``recipe_folder`` is where the recipe is that names the source; a relative path does not start there.
-
-    Raises:
-        DataError: the source has another form, or names a file that does not exist or has an unsupported type.
-    """
+    """The file or folder behind ``bundled:quickstart/NAME`` or ``path:FILE``. ``recipe_folder`` is where the recipe is
+    that names the source; a relative path does not start there. Raises DataError: the source has another form, or names
+    a file that does not exist or has an unsupported type."""
     scheme, _, rest = source.partition(":")
     if scheme == "path" and rest:
         path = Path(rest).expanduser().absolute()
@@ -59,10 +55,8 @@ _MOST_NAMES = 1000
 
 
 def next_to_recipe(written: str, recipe_folder: Path | None, *, form: str) -> str:
-    """Advice if the relative path is right from the recipe's folder only; otherwise empty.
-
-    ``form`` is how a source names a file, such as ``path:{file}``.
-    """
+    """Advice if the relative path is right from the recipe's folder only; otherwise empty. ``form`` is how a source
+    names a file, such as ``path:{file}``."""
     if recipe_folder is None or Path(written).expanduser().is_absolute():
         return ""
     meant = recipe_folder / written

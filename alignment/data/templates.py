@@ -1,6 +1,5 @@
-"""Chat templates: what they read, found in their syntax tree, their options, and those of TRL.
-
-Neither torch nor transformers is imported, so a plan can look too."""
+"""Chat templates: what they read, found in their syntax tree, their options, and those of TRL. Neither torch nor
+transformers is imported, so a plan can look too."""
 
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ from alignment.core.files import parse_json, small_text
 
 Templates = str | Mapping[str, str]
 """A chat template, or several by name, as tokenizers have them."""
-
 INPUTS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
     | {"strftime_now"}
@@ -37,18 +35,14 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body of the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @functools.lru_cache(maxsize=64)
 def tree_of(template: str) -> nodes.Template:
-    """The syntax tree of a template, in which the body of a ``generation`` block is part of the text around it.
-
-    Raises:
-        DataError: the template is not valid Jinja.
-    """
+    """The syntax tree of a template, in which the body of a ``generation`` block is part of the text around it. Raises
+    DataError: the template is not valid Jinja."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         return environment.parse(template)
@@ -65,22 +59,15 @@ def each(templates: Templates) -> tuple[str, ...]:
 
 
 def options_of(templates: Templates) -> frozenset[str]:
-    """The names that templates read and that no conversation gives them, such as ``enable_thinking``.
-
-    A name that a template sets before it reads it is none, also where it is set in one branch only.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """The names that templates read and that no conversation gives them, such as ``enable_thinking``. A name that a
+    template sets before it reads it is none, also where it is set in one branch only. Raises DataError: a template is
+    not valid Jinja."""
     return frozenset(name for text in each(templates) for name in _options_of(text)) - INPUTS
 
 
 def reads_tools(templates: Templates) -> bool:
-    """Whether a template renders the tools that a conversation is given; the others leave them out.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """Whether a template renders the tools that a conversation is given; the others leave them out. Raises DataError: a
+    template is not valid Jinja."""
     return any("tools" in meta.find_undeclared_variables(tree_of(text)) for text in each(templates))
 
 
@@ -103,30 +90,18 @@ def _names(node: nodes.Node) -> Iterator[tuple[str, bool]]:
 
 
 def fields_of(templates: Templates) -> frozenset[str]:
-    """The names that templates use as fields, and the texts that they look for in others.
-
-    Examples: ``message.thinking``, ``message['thinking']``, ``'thinking' in message``, ``'</think>' in content``.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """The names that templates use as fields, and the texts that they look for in others. Examples:
+    ``message.thinking``, ``message['thinking']``, ``'thinking' in message``, ``'</think>' in content``. Raises
+    DataError: a template is not valid Jinja."""
     return frozenset(name for text in each(templates) for name in _fields_of(text))
 
 
 @functools.lru_cache(maxsize=64)
 def _fields_of(template: str) -> frozenset[str]:
-    return frozenset(_fields(tree_of(template)))
-
-
-def _fields(tree: nodes.Template) -> Iterator[str]:
-    for attribute in tree.find_all(nodes.Getattr):
-        yield attribute.attr
-    for item in tree.find_all(nodes.Getitem):
-        if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str):
-            yield item.arg.value
-    for comparison in tree.find_all(nodes.Compare):
-        if isinstance(comparison.expr, nodes.Const) and isinstance(comparison.expr.value, str):
-            yield comparison.expr.value
+    tree = tree_of(template)
+    texts = [item.arg for item in tree.find_all(nodes.Getitem)] + [each.expr for each in tree.find_all(nodes.Compare)]
+    values = {text.value for text in texts if isinstance(text, nodes.Const) and isinstance(text.value, str)}
+    return frozenset(values | {attribute.attr for attribute in tree.find_all(nodes.Getattr)})
 
 
 WHERE = "model.template_options"
@@ -138,13 +113,9 @@ _LINE = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endi
 
 
 def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
-    """The templates with ``options`` as the values of what a caller leaves out.
-
-    A template that begins with these options already, as a saved result's does, stays as it is.
-
-    Raises:
-        DataError: a template is not valid Jinja, an option is read by none, or its value cannot be written.
-    """
+    """The templates with ``options`` as the values of what a caller leaves out. A template that begins with these
+    options already, as a saved result's does, stays as it is. Raises DataError: a template is not valid Jinja, an
+    option is read by none, or its value cannot be written."""
     for fault in (*value_faults(options), *name_faults(templates, options)):
         raise DataError(fault.message, where=fault.where)
     lines = "".join(_LINE.format(name=name, value=_literal(value)) for name, value in options.items())
@@ -156,7 +127,8 @@ def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
 def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
     """Values that are neither true or false, a number, a text, nor a list of these."""
     for name, value in options.items():
-        if not all(_is_plain(item) for item in (value if isinstance(value, list) else [value])):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, (int, str)) or (isinstance(item, float) and math.isfinite(item)) for item in items):
             message = f"{value!r:.60} is not allowed; give true or false, a number, a text, or a list of these"
             if value is None:
                 message += f"; to leave the option out, remove it (~{WHERE}.{name})"
@@ -164,11 +136,8 @@ def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def name_faults(templates: Templates, options: Mapping[str, Any]) -> Iterator[Fault]:
-    """Options that the templates never read, each with the nearest one.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """Options that the templates never read, each with the nearest one. Raises DataError: a template is not valid
+    Jinja."""
     if not options:
         return
     read = sorted(options_of(templates))
@@ -191,12 +160,7 @@ def own_template(folder: Path) -> Templates | None:
         return None
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-
-
 def _literal(value: Any) -> str:
-    """The value in Jinja's language."""
     if isinstance(value, list):
         return f"[{', '.join(_literal(item) for item in value)}]"
     if isinstance(value, bool):
@@ -210,11 +174,7 @@ TRL = "trl:"
 
 
 def trl_file(name: str) -> Path:
-    """The file of the template ``name``.
-
-    Raises:
-        DataError: TRL ships none of this name, or is not installed.
-    """
+    """The file of the template ``name``. Raises DataError: TRL ships none of this name, or is not installed."""
     files = trl_templates()
     if name not in files:
         hint = nearest(name, files)
@@ -235,10 +195,8 @@ def trl_templates() -> dict[str, Path]:
 
 
 def trained_as(template: str) -> tuple[str, str] | None:
-    """The source of TRL's training template for a model, if TRL ships one, and its text.
-
-    The model's own ``template`` is known by its text. Lines in front of it, such as those of options, stay.
-    """
+    """The source of TRL's training template for a model, if TRL ships one, and its text. The model's own ``template``
+    is known by its text. Lines in front of it, such as those of options, stay."""
     files = trl_templates()
     for name, file in sorted(files.items()):
         trained = f"{name}_training"

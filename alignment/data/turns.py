@@ -1,8 +1,5 @@
-"""Turns of conversations in OpenAI's and ShareGPT's forms, with content as text or in parts.
-
-A part is ``{"type": "text", "text": …}`` in OpenAI's form, or has ``value`` in LLaMA-Factory's, where tool calls are
-parts too.
-"""
+"""Turns of conversations in OpenAI's and ShareGPT's forms, with content as text or in parts. A part is ``{"type":
+"text", "text": …}`` in OpenAI's form, or has ``value`` in LLaMA-Factory's, where tool calls are parts too."""
 
 from __future__ import annotations
 
@@ -14,11 +11,8 @@ from alignment.data.fields import Fields, is_text
 
 
 def text_and_calls(fields: Fields, at: str, content: Any) -> tuple[Any, list[Any]]:
-    """The joined text parts, and the raw tool calls; content without parts is returned unchanged.
-
-    Raises:
-        DataError: a part has another type, such as a picture.
-    """
+    """The joined text parts, and the raw tool calls; content without parts is returned unchanged. Raises DataError: a
+    part has another type, such as a picture."""
     if not isinstance(content, list):
         return content, []
     texts: list[str] = []
@@ -61,15 +55,12 @@ def tagged(thought: str, content: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn: ``Message(role="user", content="Summarise: …")``.
-
-    ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with
-    its ``id`` before that if the row has one. A tool's turn has the ``call_id`` and the ``name`` of the call that it
-    answers, if the row has them; some templates refuse turns without.
-    ``learned`` is False for a turn of the assistant that SFT reads but does not learn (``"weight": 0``, or
-    ``"loss_weight": 0``). ``thought`` is what the assistant thought before it answered, if the row has it in a field of
-    its own, one of ``THOUGHTS``.
-    """
+    """One turn: ``Message(role="user", content="Summarise: …")``. ``tool_calls`` are an assistant's, each ``{"type":
+    "function", "function": {"name": …, "arguments": {…}}}``, with its ``id`` before that if the row has one. A tool's
+    turn has the ``call_id`` and the ``name`` of the call that it answers, if the row has them; some templates refuse
+    turns without. ``learned`` is False for a turn of the assistant that SFT reads but does not learn (``"weight": 0``,
+    or ``"loss_weight": 0``). ``thought`` is what the assistant thought before it answered, if the row has it in a field
+    of its own, one of ``THOUGHTS``."""
 
     role: str
     content: str
@@ -94,11 +85,8 @@ class Message:
 
 
 def turns_of(fields: Fields, field: str) -> tuple[Message, ...]:
-    """The turns in ``field``, in either form; a system turn may only come first.
-
-    Raises:
-        DataError: names the turn and what is wrong with it.
-    """
+    """The turns in ``field``, in either form; a system turn may only come first. Raises DataError: names the turn and
+    what is wrong with it."""
     value = fields.required(field)
     if not isinstance(value, list) or not value:
         fields.fail(field, f"must be a list of turns and not empty; it is {value!r:.60}")
@@ -137,11 +125,8 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
 
 
 def tools_of(fields: Fields, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """The tools of a row in the form for chat templates; empty if the field is absent or empty.
-
-    Raises:
-        DataError: the field is not a list of objects with a name.
-    """
+    """The tools of a row in the form for chat templates; empty if the field is absent or empty. Raises DataError: the
+    field is not a list of objects with a name."""
     value = fields.row.get(field)
     if value in (None, "", []):
         return ()

@@ -26,10 +26,8 @@ _NAMES = {"learning_rate": "lr"}
 
 
 class StepLog(TrainerCallback):
-    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only).
-
-    Every ``period`` steps of the trainer count as one step there (those of a PPO update, else 1).
-    """
+    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only). Every
+    ``period`` steps of the trainer count as one step there (those of a PPO update, else 1)."""
 
     def __init__(self, context: StageContext, log: MetricsLog, *, headline: str, period: int) -> None:
         self._context = context
@@ -50,18 +48,9 @@ class StepLog(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Writes one line per step, but not the trainer's final summary.
-
-        A non-finite metric ends the stage after it is written and before a checkpoint is saved.
-        """
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        """Writes one line per step, but not the trainer's final summary. A non-finite metric ends the stage after it is
+        written and before a checkpoint is saved."""
         if not logs or "train_runtime" in logs:
             return
         if self._context.is_main:
@@ -78,28 +67,14 @@ class StepLog(TrainerCallback):
         self._context.progress("training", step, self._counted(state.max_steps), **headline)
 
 
-class CurrentIntervals(TrainerCallback):
-    """Has a stage that continues log and save as often as its settings say now, not as they said when the checkpoint
-    was written."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replaces what the checkpoint has brought."""
-        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
-
-
 class Checkpoints(TrainerCallback):
-    """Seals each checkpoint once every process has written its part, then removes the oldest.
-
-    A checkpoint with a non-finite weight is never sealed, so no later attempt continues from it.
-    """
+    """Seals each checkpoint once every process has written its part, then removes the oldest. A checkpoint with a
+    non-finite weight is never sealed, so no later attempt continues from it."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Runs on every process right after the trainer has saved."""
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
@@ -109,17 +84,30 @@ class Checkpoints(TrainerCallback):
             checkpoints.rotate(self._context.checkpoints)
 
 
-class WarmupEnds(TrainerCallback):
-    """Refuses a stage that is too short to leave the warm-up, which begins at a rate of 0 and would teach nothing."""
+class NothingLeft(Exception):
+    """All steps were done by an earlier attempt; the checkpoint is loaded."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs once the number of steps is known."""
+
+class WellBegun(TrainerCallback):
+    """Begins a training, perhaps from a checkpoint. It logs and saves as often as the settings say now, not as
+    they said when the checkpoint was written, and activates the adapters below the own one again, of which the trainer
+    leaves only one active. A warm-up that covers the whole stage is refused: it begins at 0 and would teach nothing. A
+    training that is resumed after its last step ends; with ``max_steps`` transformers would take one more."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+        if isinstance(model, PeftModel):
+            with_own(model)
         if args.get_warmup_steps(state.max_steps) >= state.max_steps:
             raise ConfigError(
                 f"the warm-up covers all {state.max_steps} optimiser steps of the stage, so nothing would be learned",
                 where="optim.warmup_ratio",
                 remedy="set it to 0, or use smaller batches, more rows or more epochs",
             )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
 
 class WeightsAreSharded(TrainerCallback):
@@ -128,10 +116,7 @@ class WeightsAreSharded(TrainerCallback):
     def __init__(self, context: StageContext) -> None:
         self._sharding = context.spec.sharding
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Runs once the trainer has prepared the model."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._sharding.of_weights and not is_sharded(model):
             raise StageError(
                 f"each process has the whole weights, although the launch should shard them ({self._sharding.value})",
@@ -140,36 +125,9 @@ class WeightsAreSharded(TrainerCallback):
             )
 
 
-class AdaptersAtWork(TrainerCallback):
-    """Activates the adapters below the own one again: after it reloads a checkpoint, the trainer leaves only one
-    active."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Runs after a checkpoint was loaded."""
-        if isinstance(model, PeftModel):
-            with_own(model)
-
-
-class NothingLeft(Exception):
-    """All steps were done by an earlier attempt; the checkpoint is loaded."""
-
-
-class NoStepTooMany(TrainerCallback):
-    """Ends a training that is resumed after its last step; with ``max_steps`` transformers would take one more."""
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs at the beginning of a step."""
-        if state.global_step >= state.max_steps:
-            raise NothingLeft
-
-
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint and stops the training when a signal asks for it; ``stopped`` is True then.
-
-    It stops where a checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1).
-    """
+    """Saves a checkpoint and stops the training when a signal asks for it; ``stopped`` is True then. It stops where a
+    checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1)."""
 
     def __init__(self, *, period: int) -> None:
         self.stopped = False

@@ -1,8 +1,7 @@
 """Verified checkpoints: a manifest with sizes and hashes is written last, and only checkpoints that match are used.
-
 transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest is unfinished and is
-removed. A folder whose files differ from its manifest is renamed to ``quarantine-…``, and the next older one is used.
-"""
+removed. A folder whose files differ from its manifest is renamed to ``quarantine-…``, and the next older one is
+used."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from alignment.core.fingerprint import file_sha256
 from alignment.core.model_files import fits
 
 log = logging.getLogger(__name__)
-
 MANIFEST = "alignment_checkpoint.json"
 NUM_STORED = 2
 WHOLE = "whole weights"
@@ -42,11 +40,8 @@ def layout_of(checkpoint: Path) -> str:
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
-    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed, which is logged.
-
-    Raises:
-        OSError: a checkpoint cannot be read now, which says nothing of its content.
-    """
+    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed, which is logged. Raises
+    OSError: a checkpoint cannot be read now, which says nothing of its content."""
     discard_unfinished(folder)
     for checkpoint in _by_step(folder):
         if _verifies(checkpoint, fingerprint):

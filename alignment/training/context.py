@@ -25,11 +25,7 @@ from alignment.training.trackers.all_trackers import Trackers
 
 
 def own_device() -> torch.device:
-    """This process's own GPU, or the CPU.
-
-    Raises:
-        ConfigError: the launcher and PyTorch disagree about the device.
-    """
+    """This process's own GPU, or the CPU. Raises ConfigError: the launcher and PyTorch disagree about the device."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = os.environ.get(DEVICE, "cuda" if count else "cpu")
@@ -59,11 +55,9 @@ _RESET_PEAK = "5"
 
 
 class PhasePeaks:
-    """Peaks by phase, in bytes: resident memory on Linux, and allocated memory of a GPU where there is one.
-
-    Memory that a phase leaves to the allocator counts in later phases too. ``engine`` is the peak of an engine that the
-    stage started, of all its processes together; None without one.
-    """
+    """Peaks by phase, in bytes: resident memory on Linux, and allocated memory of a GPU where there is one. Memory that
+    a phase leaves to the allocator counts in later phases too. ``engine`` is the peak of an engine that the stage
+    started, of all its processes together; None without one."""
 
     def __init__(self) -> None:
         self.resident: dict[str, float] = {}
@@ -124,11 +118,9 @@ class Search(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended.
-
-    With a ``search`` the stage only gets ready to train; its models are thrown away then, and nothing that it computes
-    may be stored for later. ``chosen_tokens`` is the size of micro-batches if the stage chose it.
-    """
+    """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended. With a
+    ``search`` the stage only gets ready to train; its models are thrown away then, and nothing that it computes may be
+    stored for later. ``chosen_tokens`` is the size of micro-batches if the stage chose it."""
 
     spec: StageSpec
     rank: int
@@ -143,7 +135,6 @@ class StageContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files."""
         return self.rank == 0
 
     @property

@@ -1,9 +1,7 @@
-"""Cuts weights into the shares of the processes, one module at a time, so that no process holds a whole model.
-
-A weight that is memory-mapped (alignment/models/assembly/weight_file.py) is copied right before it is cut. DeepSpeed
-and accelerate would do the rest, but DeepSpeed writes into every weight before it cuts the first one, which would copy
-the whole file (docs/design/0043).
-"""
+"""Cuts weights into the shares of the processes, one module at a time, so that no process holds a whole model. A weight
+that is memory-mapped (alignment/models/assembly/weight_file.py) is copied right before it is cut. DeepSpeed and
+accelerate would do the rest, but DeepSpeed writes into every weight before it cuts the first one, which would copy the
+whole file (docs/design/0043)."""
 
 from __future__ import annotations
 

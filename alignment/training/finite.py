@@ -1,8 +1,6 @@
-"""Ends a stage on a non-finite loss, gradient or weight, and on divergence.
-
-A loss can stay finite while a model breaks: when its activations overflow, a normalisation turns them into zeros, the
-prediction becomes uniform, and no gradient is left.
-"""
+"""Ends a stage on a non-finite loss, gradient or weight, and on divergence. A loss can stay finite while a model
+breaks: when its activations overflow, a normalisation turns them into zeros, the prediction becomes uniform, and no
+gradient is left."""
 
 from __future__ import annotations
 
@@ -31,12 +29,10 @@ _LOWER_RATE = "lower the learning rate, or check the rows of this step"
 
 
 class FiniteSteps(TrainerCallback):
-    """Ends the stage on NaN or infinity before the optimiser's step; the last good checkpoint stays.
-
-    The trainer provides the step's loss (``step_loss``). The norm of the gradients is that from before the trainer
-    scales them: an overflowed norm scales all of them to zero, which would look fine. Both are read together, because
-    each reading makes the host wait for the device.
-    """
+    """Ends the stage on NaN or infinity before the optimiser's step; the last good checkpoint stays. The trainer
+    provides the step's loss (``step_loss``). The norm of the gradients is that from before the trainer scales them: an
+    overflowed norm scales all of them to zero, which would look fine. Both are read together, because each reading
+    makes the host wait for the device."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -52,14 +48,9 @@ class FiniteSteps(TrainerCallback):
 
         self._trainer._get_grad_norm = get_and_note_norm
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Checks norm and loss.
-
-        Gradients are summed over processes already, so all processes see the same fault. A loss belongs to one process;
-        the launcher ends the others.
-        """
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        """Checks norm and loss. Gradients are summed over processes already, so all processes see the same fault. A
+        loss belongs to one process; the launcher ends the others."""
         step = state.global_step + 1
         engine = getattr(self._trainer, "deepspeed", None)
         # DeepSpeed has taken the step by now, and only the norm of its gradients is left.
@@ -90,11 +81,8 @@ class FiniteSteps(TrainerCallback):
 
 
 def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
-    """Ends a stage whose logged loss, held-out loss or gradient norm is not finite.
-
-    Raises:
-        NonFiniteError: one of them is not.
-    """
+    """Ends a stage whose logged loss, held-out loss or gradient norm is not finite. Raises NonFiniteError: one of them
+    is not."""
     for name, value in metrics.items():
         watched = name in ("loss", "grad_norm", VALIDATION_LOSS) or name.startswith("loss/")
         if watched and isinstance(value, float) and not math.isfinite(value):
@@ -102,11 +90,8 @@ def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
 
 
 def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
-    """Ends a stage whose last losses are ``MARGIN`` times as high as both ``ceiling`` and its first loss.
-
-    Raises:
-        StageError: they are; the error names the bound.
-    """
+    """Ends a stage whose last losses are ``MARGIN`` times as high as both ``ceiling`` and its first loss. Raises
+    StageError: they are; the error names the bound."""
     if not losses:
         return
     judged = sorted(losses[-max(1, min(LAST_STEPS, len(losses) // 3)) :])
@@ -121,13 +106,8 @@ def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
 
 
 def refuse_weights(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Ends a stage with a non-finite trained weight, such as after the last step, which no loss follows.
-
-    All processes must call this.
-
-    Raises:
-        NonFiniteError: a weight is not finite.
-    """
+    """Ends a stage with a non-finite trained weight, such as after the last step, which no loss follows. All processes
+    must call this. Raises NonFiniteError: a weight is not finite."""
     fault = _first_not_finite(named)
     name = next((name for name in everyones(fault) if name is not None), None)
     if name is not None:
@@ -146,11 +126,7 @@ def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def refuse_results(metrics: Mapping[str, float]) -> None:
-    """Ends a stage with a non-finite metric of its result.
-
-    Raises:
-        NonFiniteError: a metric is not finite.
-    """
+    """Ends a stage with a non-finite metric of its result. Raises NonFiniteError: a metric is not finite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value} after the last step", remedy="lower the learning rate")

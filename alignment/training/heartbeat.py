@@ -1,10 +1,8 @@
-"""Heartbeats of every process, so that a stuck process can be named: ``heartbeats/RANK.json`` in the work folder.
-
-A thread checks once a second where the main thread is. A process is at work as long as that location changes or the
+"""Heartbeats of every process, so that a stuck process can be named: ``heartbeats/RANK.json`` in the work folder. A
+thread checks once a second where the main thread is. A process is at work as long as that location changes or the
 process and its children use the processor. Two kinds of waiting spin, so processor time says nothing there: waiting for
 other processes in a collective operation, and waiting for a GPU in any call that reads its result. The driver reads the
-files (pipeline/execute/workers.py). Times are of the monotonic clock, and are only compared with each other.
-"""
+files (pipeline/execute/workers.py). Times are of the monotonic clock, and are only compared with each other."""
 
 from __future__ import annotations
 
@@ -28,7 +26,6 @@ IDLE = 0.05
 """Share of a processor's time below which a process counts as idle."""
 _OURS = f"{os.sep}alignment{os.sep}"
 _COLLECTIVE = f"{os.sep}torch{os.sep}distributed{os.sep}"
-
 CodeLocation = tuple[str, int, str]
 """A file, a line and a function."""
 
@@ -119,7 +116,6 @@ def _seconds(processes: list[psutil.Process]) -> float:
 
 
 def _described(stack: list[CodeLocation]) -> str:
-    """The innermost location in this package, and the innermost of all."""
     own_location = next((location for location in stack if _OURS in location[0]), stack[0])
     names = [f"{Path(file).name}:{line} in {name}" for file, line, name in dict.fromkeys((own_location, stack[0]))]
     return ", at ".join(names)

@@ -61,18 +61,14 @@ def longest_sequences(rows: Dataset) -> NDArray[np.int64]:
 
 
 def refuse_long_rows(model: PreTrainedModel, rows: Dataset, origin: Callable[[int], str]) -> None:
-    """Checks that the model can read every row; ``origin`` says where a row is from, by its number.
-
-    Raises:
-        ModelError: a row is longer than the model's positions; the error names the longest.
-    """
+    """Checks that the model can read every row; ``origin`` says where a row is from, by its number. Raises ModelError:
+    a row is longer than the model's positions; the error names the longest."""
     tokens = longest_sequences(rows)
     longest = int(tokens.argmax())
     refuse_too_long(unwrapped(model).base_model, int(tokens[longest]), where=origin(longest))
 
 
 def _columns(rows: Dataset) -> list[str]:
-    """The columns of token ids."""
     return [
         field.name
         for field in rows.features.arrow_schema
@@ -83,11 +79,8 @@ def _columns(rows: Dataset) -> list[str]:
 def _measured(
     rows: Dataset, columns: Sequence[str], measure: Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
-    """``[rows]``: what ``measure`` makes of the lengths of these columns, by their names.
-
-    Lengths are read of all rows of the table in their order, because to gather selected rows takes a hundred times as
-    long.
-    """
+    """``[rows]``: what ``measure`` makes of the lengths of these columns, by their names. Lengths are read of all rows
+    of the table in their order, because to gather selected rows takes a hundred times as long."""
     table = rows.data.table
     every = measure({name: pc.list_value_length(table[name]).to_numpy() for name in columns})
     return every if rows._indices is None else every[rows._indices.column(0).to_numpy()]
@@ -105,11 +98,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest(tokens: NDArray[np.int64], *, limit: int, most: int, padded: bool) -> list[int]:
-    """Rows of the largest micro-batch of at most ``limit`` tokens and ``most`` rows; a longer row is alone.
-
-    It has the longest row and, one after another, the longest of those that still fit. Where rows are ``padded``, the
-    shortest ones: then as many as possible are as long as the longest.
-    """
+    """Rows of the largest micro-batch of at most ``limit`` tokens and ``most`` rows; a longer row is alone. It has the
+    longest row and, one after another, the longest of those that still fit. Where rows are ``padded``, the shortest
+    ones: then as many as possible are as long as the longest."""
     order = np.argsort(tokens, kind="stable")
     chosen, left = [int(order[-1])], limit - int(tokens[order[-1]])
     if padded:
@@ -137,21 +128,16 @@ def counted_tokens(trainer: MicroBatches) -> NDArray[np.int64]:
 
 
 class LongestBatch(TrainerCallback):
-    """Tries it before the first step; with several processes, all try the same rows.
-
-    Not with sharded weights: DeepSpeed and FSDP hold the gradients of a micro-batch where nothing can clear them.
-    """
+    """Tries it before the first step; with several processes, all try the same rows. Not with sharded weights:
+    DeepSpeed and FSDP hold the gradients of a micro-batch where nothing can clear them."""
 
     def __init__(self, trainer: MicroBatches, context: StageContext) -> None:
         self._trainer = trainer
         self._context = context
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs once the optimiser is there and a checkpoint was loaded.
-
-        Raises:
-            StageError: there is not enough memory; the error says which setting would fit.
-        """
+        """Runs once the optimiser is there and a checkpoint was loaded. Raises StageError: there is not enough memory;
+        the error says which setting would fit."""
         if self._context.spec.sharding is not Sharding.none:
             return
         tokens = counted_tokens(self._trainer)

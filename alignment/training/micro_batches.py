@@ -1,8 +1,6 @@
-"""Splits an optimiser batch into micro-batches that fit in memory, by tokens, which determine the cost of a stream.
-
-The trainer passes the process's whole share of an optimiser batch. Gradients are accumulated over its micro-batches,
-and the loss is that of the whole: the mean over the learned tokens, pairs or rows of all micro-batches and processes.
-"""
+"""Splits an optimiser batch into micro-batches that fit in memory, by tokens, which determine the cost of a stream. The
+trainer passes the process's whole share of an optimiser batch. Gradients are accumulated over its micro-batches, and
+the loss is that of the whole: the mean over the learned tokens, pairs or rows of all micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -33,10 +31,8 @@ WITHOUT_ROUTER_LOSS = {_COEFFICIENT: 0.0}
 
 @contextmanager
 def own_coefficient(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Puts the coefficient in the model's configuration back after a ``with`` block.
-
-    TRL's SFT trainer writes its own there, with which the model would be saved.
-    """
+    """Puts the coefficient in the model's configuration back after a ``with`` block. TRL's SFT trainer writes its own
+    there, with which the model would be saved."""
     config = model.config.get_text_config()
     before = getattr(config, _COEFFICIENT, None)
     yield
@@ -62,9 +58,7 @@ def outside_of_data_loaders(accelerator: Accelerator) -> Iterator[None]:
 
 def same_number_everywhere(micro_batches: list[range], accelerator: Accelerator) -> list[range]:
     """Splits further, to as many micro-batches as any process has, because each is a collective call in TRL's trainers.
-
-    Some may be empty.
-    """
+    Some may be empty."""
     if accelerator.num_processes == 1:
         return micro_batches
     number = torch.tensor(len(micro_batches), device=accelerator.device)
@@ -73,11 +67,9 @@ def same_number_everywhere(micro_batches: list[range], accelerator: Accelerator)
 
 
 def cut_alike(tokens: Tensor, limit: int, accelerator: Accelerator) -> list[range]:
-    """The same micro-batches on every process, by ``[rows]`` tokens, so that none is too large on any process.
-
-    All processes have equally many rows. TRL's trainers of pairs and of rows gather metrics in each micro-batch, so it
-    must hold equally many on every process.
-    """
+    """The same micro-batches on every process, by ``[rows]`` tokens, so that none is too large on any process. All
+    processes have equally many rows. TRL's trainers of pairs and of rows gather metrics in each micro-batch, so it must
+    hold equally many on every process."""
     if accelerator.num_processes > 1:
         tokens = tokens.to(accelerator.device, copy=True)
         torch.distributed.all_reduce(tokens, op=torch.distributed.ReduceOp.MAX)
@@ -90,10 +82,8 @@ def as_many_as_most(shares: Sequence[list[range]], rank: int) -> list[range]:
 
 
 def divided(micro_batches: list[range], wanted: int) -> list[range]:
-    """The rows of ``micro_batches`` in ``wanted`` micro-batches, at least as many.
-
-    The longest are halved, so none grows; the last ones are empty if there are too few rows.
-    """
+    """The rows of ``micro_batches`` in ``wanted`` micro-batches, at least as many. The longest are halved, so none
+    grows; the last ones are empty if there are too few rows."""
     ranges = list(micro_batches)
     while len(ranges) < wanted:
         at = max(range(len(ranges)), key=lambda number: len(ranges[number]), default=None)
@@ -108,20 +98,16 @@ def divided(micro_batches: list[range], wanted: int) -> list[range]:
 
 @contextlib.contextmanager
 def accumulating(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Context for forward and backward of one micro-batch; only the last one reduces gradients across processes.
-
-    DDP decides in the forward pass whether the backward pass synchronises, DeepSpeed in the backward pass by the flag.
-    """
+    """Context for forward and backward of one micro-batch; only the last one reduces gradients across processes. DDP
+    decides in the forward pass whether the backward pass synchronises, DeepSpeed in the backward pass by the flag."""
     accelerator.gradient_state._set_sync_gradients(last)
     with contextlib.nullcontext() if last else accelerator.no_sync(model):
         yield
 
 
 class Unit(Enum):
-    """What a trainer's loss is a mean over: learned tokens, pairs, or rows.
-
-    A batch of pairs holds the chosen rows, then the rejected ones.
-    """
+    """What a trainer's loss is a mean over: learned tokens, pairs, or rows. A batch of pairs holds the chosen rows,
+    then the rejected ones."""
 
     tokens = "tokens"
     pairs = "pairs"
@@ -129,15 +115,11 @@ class Unit(Enum):
 
 
 class MicroBatches(ShardedTrainer):
-    """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
-
-    They stay on the host, where tokens are counted and streams are built. Their micro-batches are sent to the device,
-    and remember what they were (shown_rows.py).
-
-    ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
-    share of pairs, or of learned tokens, on which the model is right. ``row_origin`` says where a row is from, by its
-    number in ``train_dataset``.
-    """
+    """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT). They stay on the host, where tokens
+    are counted and streams are built. Their micro-batches are sent to the device, and remember what they were
+    (shown_rows.py). ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is
+    TRL's name of the share of pairs, or of learned tokens, on which the model is right. ``row_origin`` says where a row
+    is from, by its number in ``train_dataset``."""
 
     micro_batch_tokens: int
     row_origin: Callable[[int], str] = staticmethod(lambda row: f"row {row + 1} of its training rows")
@@ -165,10 +147,8 @@ class MicroBatches(ShardedTrainer):
         return batches, on_device(num_tokens, device) if isinstance(num_tokens, Tensor) else num_tokens
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the whole batch; returns its loss.
-
-        The count of tokens continues from the trainer's state, which is in checkpoints; TRL would restart at 0.
-        """
+        """Gradients of the whole batch; returns its loss. The count of tokens continues from the trainer's state, which
+        is in checkpoints; TRL would restart at 0."""
         self._total_train_tokens = self.state.num_input_tokens_seen
         micro_batches = self._micro_batches(inputs)
         metrics = self._metrics["train"]
@@ -187,10 +167,8 @@ class MicroBatches(ShardedTrainer):
         return total
 
     def try_rows(self, rows: Sequence[int]) -> None:
-        """Computes a step's gradients of these rows and forgets them, with all else that a step leaves behind.
-
-        Every process must call this, with equally many rows.
-        """
+        """Computes a step's gradients of these rows and forgets them, with all else that a step leaves behind. Every
+        process must call this, with equally many rows."""
         batch, num_tokens = self._batch_of(rows)
         metrics = {name: list(values) for name, values in self._metrics["train"].items()}
         tokens_seen, self._keeps_gradients = self.state.num_input_tokens_seen, False
@@ -229,12 +207,10 @@ class MicroBatches(ShardedTrainer):
         return loss if self.unit is Unit.tokens else loss * self._share
 
     def held_out_loss(self, model: nn.Module, inputs: Batch) -> tuple[float, float, float]:
-        """The loss of one micro-batch of held-out rows, with TRL's loss and masks as in training.
-
-        Every process must call this, with equally many rows. Returns this process's loss, whose mean over all processes
-        is that of all their rows; their accuracy; and how many pairs or learned tokens all processes have together. The
-        model must be in evaluation mode.
-        """
+        """The loss of one micro-batch of held-out rows, with TRL's loss and masks as in training. Every process must
+        call this, with equally many rows. Returns this process's loss, whose mean over all processes is that of all
+        their rows; their accuracy; and how many pairs or learned tokens all processes have together. The model must be
+        in evaluation mode."""
         if "attention_mask" not in inputs:  # packed rows are delimited by their position ids alone
             inputs = {name: inputs[name] for name in PACKED_COLUMNS}
         _, num_tokens = self.get_batch_samples(iter([inputs]), 1, self.args.device)
@@ -248,9 +224,7 @@ class MicroBatches(ShardedTrainer):
 
     def _micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
         """Micro-batches on the device, with their shares of the pairs or rows, or of all processes' learned tokens.
-
-        Every process must call this.
-        """
+        Every process must call this."""
         return [(sent(micro_batch, self.args.device), share) for micro_batch, share in self._divided(inputs)]
 
     def _divided(self, inputs: Batch) -> list[tuple[Batch, float]]:
@@ -307,10 +281,8 @@ class MicroBatches(ShardedTrainer):
 
 
 def shared_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[pairs]``: tokens that both rows of a pair share in a stream; chosen rows come before rejected rows.
-
-    All tensors are on the CPU.
-    """
+    """``[pairs]``: tokens that both rows of a pair share in a stream; chosen rows come before rejected rows. All
+    tensors are on the CPU."""
     counts = []
     rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
     for chosen, rejected in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
@@ -326,7 +298,6 @@ def _cut(value: Any, span: range, number: int) -> Any:
 
 
 def _rows_of(inputs: Batch, span: range, number: int) -> Batch:
-    """The rows in ``span`` of a batch of ``number`` rows."""
     return {name: _cut(value, span, number) for name, value in inputs.items()}
 
 

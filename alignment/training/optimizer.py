@@ -30,12 +30,8 @@ def adamw(
     weights: Iterable[Tensor], context: StageContext, *, lr: float, eps: float, moments: Moments
 ) -> tuple[type[Any], dict[str, Any]]:
     """The optimiser's class and its keyword arguments, without weight decay, which each parameter group has.
-
-    ``weights`` are those of the models that are trained, also the frozen ones.
-
-    Raises:
-        ConfigError: moments in eight bits, for weights that are trained in bfloat16.
-    """
+    ``weights`` are those of the models that are trained, also the frozen ones. Raises ConfigError: moments in eight
+    bits, for weights that are trained in bfloat16."""
     kwargs = {"lr": lr, "betas": BETAS, "eps": eps}
     if context.spec.sharding is Sharding.none and _any_in_bfloat16(weights):
         if moments is not Moments.full:
@@ -58,12 +54,10 @@ def _any_in_bfloat16(weights: Iterable[Tensor]) -> bool:
 
 
 class RandomlyRoundedAdamW(torch.optim.Optimizer):
-    """AdamW that computes in float32, with stochastic rounding of bfloat16 weights and their second moments.
-
-    Weights of another dtype take the same steps without rounding. Random numbers depend on ``seed``, the step and the
-    index of the parameter, so all processes draw the same ones, and a resumed run continues the same sequence. Weights
-    must be contiguous.
-    """
+    """AdamW that computes in float32, with stochastic rounding of bfloat16 weights and their second moments. Weights of
+    another dtype take the same steps without rounding. Random numbers depend on ``seed``, the step and the index of the
+    parameter, so all processes draw the same ones, and a resumed run continues the same sequence. Weights must be
+    contiguous."""
 
     def __init__(
         self,
@@ -125,27 +119,19 @@ def _step(chunk: tuple[Tensor, ...], group: dict[str, Any], step: float, random:
 
 
 def rounded_at_random(values: Tensor, bits: Tensor) -> Tensor:
-    """Rounds ``values`` (float32, finite; overwritten) to one of the two neighbouring bfloat16 numbers.
-
-    ``bits`` are random integers from 0 to 2¹⁶ − 1. The probabilities of the neighbours make the mean right.
-    """
+    """Rounds ``values`` (float32, finite; overwritten) to one of the two neighbouring bfloat16 numbers. ``bits`` are
+    random integers from 0 to 2¹⁶ − 1. The probabilities of the neighbours make the mean right."""
     whole = values.view(torch.int32)
     whole.add_(bits).bitwise_and_(-(2**CUT))
     return values
 
 
-SCHEDULES = {
-    Schedule.constant: "constant_with_warmup",
-    Schedule.linear: "linear",
-    Schedule.cosine: "cosine",
-}
+SCHEDULES = {Schedule.constant: "constant_with_warmup", Schedule.linear: "linear", Schedule.cosine: "cosine"}
 
 
 def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: int, save_every: int) -> dict[str, Any]:
-    """Keyword arguments that all ``TrainingArguments`` here share.
-
-    A process gets its whole share of an optimiser batch at once, and splits it into micro-batches (MicroBatches).
-    """
+    """Keyword arguments that all ``TrainingArguments`` here share. A process gets its whole share of an optimiser batch
+    at once, and splits it into micro-batches (MicroBatches)."""
     return {
         **quiet_arguments(context),
         "per_device_train_batch_size": share_of(optim.batch_size, context.world_size),
@@ -193,11 +179,8 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
 
 
 def share_of(batch_size: int, world_size: int) -> int:
-    """The number of rows of a global batch for one process.
-
-    Raises:
-        ConfigError: the batch is not divisible by the number of processes.
-    """
+    """The number of rows of a global batch for one process. Raises ConfigError: the batch is not divisible by the
+    number of processes."""
     if batch_size % world_size:
         raise ConfigError(
             f"a global batch of {batch_size} is not divisible by {world_size} processes",

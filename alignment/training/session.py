@@ -18,17 +18,7 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder, on_shadows, recorder
 from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
-from alignment.training.callbacks import (
-    AdaptersAtWork,
-    Checkpoints,
-    CurrentIntervals,
-    NoStepTooMany,
-    NothingLeft,
-    StepLog,
-    StopOnSignal,
-    WarmupEnds,
-    WeightsAreSharded,
-)
+from alignment.training.callbacks import Checkpoints, NothingLeft, StepLog, StopOnSignal, WeightsAreSharded, WellBegun
 from alignment.training.context import Search, StageContext
 from alignment.training.cutting import cut_by_module
 from alignment.training.finite import FiniteSteps, refuse_divergence
@@ -49,28 +39,20 @@ class FewSteps(TrainerCallback):
         self._tokens = 0.0
         self._before = ""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Runs once the number of steps is known."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         assert isinstance(model, nn.Module)
         self._recorder.begin_steps(state.max_steps, model, period=self._period)
         if isinstance(self._trainer, MicroBatches):
             tokens = row_tokens(self._trainer.train_dataset, prompts_twice=self._trainer.unit is Unit.pairs)
             self._recorder.mean_tokens = float(tokens.mean()) * args.per_device_train_batch_size
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What the optimiser takes in its first step are its moments."""
         self._before = self._recorder.name
         self._recorder.phase("optimising")
         self._recorder.memory.label = OPTIMIZER
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Runs after the optimiser's step."""
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._recorder.memory.label = ACTIVATIONS
         self._recorder.phase(self._before)
 
@@ -91,12 +73,10 @@ PEAK, GPU_PEAK, ENGINE_PEAK = "peak_rss_bytes", "peak_gpu_bytes", "peak_engine_b
 
 
 class Preempted(BaseException):
-    """The stage was asked to stop, saved a checkpoint and stopped.
-
-    A signal may raise it anywhere in the stage; as a BaseException it is not mistaken for a fault by ``except
-    Exception``. Outside of training nothing is ``saved``, and the next attempt continues from the earlier checkpoint.
-    ``trained`` says that the request came during the last step, which ends the training in any case.
-    """
+    """The stage was asked to stop, saved a checkpoint and stopped. A signal may raise it anywhere in the stage; as a
+    BaseException it is not mistaken for a fault by ``except Exception``. Outside of training nothing is ``saved``, and
+    the next attempt continues from the earlier checkpoint. ``trained`` says that the request came during the last step,
+    which ends the training in any case."""
 
     def __init__(self, *, saved: bool = True, trained: bool = False) -> None:
         super().__init__()
@@ -115,20 +95,13 @@ def train(
     trials: Trials | None = None,
 ) -> dict[str, float]:
     """Trains, resuming where an earlier attempt stopped; returns the metrics of the last step, which is always logged.
-
-    ``headline`` names the metric beside the progress bar. Every ``period`` steps of the trainer, such as those of
-    a PPO update, are one step of metrics and progress, and checkpoints are exact between them. A loss that rises above
-    ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that
-    it hands on, the metrics are those of that step, and later losses are not judged. Where a size of micro-batches is
-    sought, ``trials`` are taken in place of the training; a trainer of rows has its own.
-
-    Raises:
-        SizeChosen: a size was sought.
-        Preempted: a signal asked to stop; the checkpoint is written.
-        NonFiniteError: a loss or gradient was not finite.
-        StageError: the training diverged.
-        ModelError: a row is longer than the model's positions.
-    """
+    ``headline`` names the metric beside the progress bar. Every ``period`` steps of the trainer, such as those of a PPO
+    update, are one step of metrics and progress, and checkpoints are exact between them. A loss that rises above
+    ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that it hands on, the
+    metrics are those of that step, and later losses are not judged. Where a size of micro-batches is sought, ``trials``
+    are taken in place of the training; a trainer of rows has its own. Raises SizeChosen: a size was sought. Raises
+    Preempted: a signal asked to stop; the checkpoint is written. Raises NonFiniteError: a loss or gradient was not
+    finite. Raises StageError: the training diverged. Raises ModelError: a row is longer than the model's positions."""
     if isinstance(trainer, MicroBatches):
         refuse_long_rows(trainer.model, trainer.train_dataset, trainer.row_origin)
     if context.search is not None:
@@ -137,21 +110,12 @@ def train(
     log = _log_up_to(resumed, context, period)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline, period=period)
-    checks = (WeightsAreSharded(context), WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
     if (estimate := recorder()) is not None:  # before others that take a step
         trainer.add_callback(FewSteps(estimate, trainer, period=period))
     longest = (LongestBatch(trainer, context),) if isinstance(trainer, MicroBatches) else ()
-    for callback in (
-        *looks,
-        CurrentIntervals(),
-        AdaptersAtWork(),
-        steps,
-        Checkpoints(context),
-        *checks,
-        *longest,
-        stop,
-    ):
+    checks = (WeightsAreSharded(context), WellBegun(), FiniteSteps(trainer))
+    for callback in (*looks, steps, Checkpoints(context), *checks, *longest, stop):
         trainer.add_callback(callback)
     if validation is not None and resumed is not None:
         validation.resume(resumed)
@@ -168,11 +132,8 @@ def train(
 def _metrics_of(
     log: MetricsLog, context: StageContext, *, validation: Validation | None, ceiling: float
 ) -> dict[str, float]:
-    """The metrics of the last step, or of the one that validation hands on, whose weights are put back.
-
-    Raises:
-        StageError: the training diverged.
-    """
+    """The metrics of the last step, or of the one that validation hands on, whose weights are put back. Raises
+    StageError: the training diverged."""
     rows = everyones(log.rows() if context.is_main else [])[0]  # only the main process has written them
     outcome: dict[str, float] = {}
     if validation is not None:
@@ -186,12 +147,8 @@ def _metrics_of(
 
 
 def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
-    """Takes trials of sizes on the weights as the training would have them.
-
-    Raises:
-        SizeChosen: the outcome.
-        StageError: no size fits, or the weights are not sharded as the launch says.
-    """
+    """Takes trials of sizes on the weights as the training would have them. Raises SizeChosen: the outcome. Raises
+    StageError: no size fits, or the weights are not sharded as the launch says."""
     if trials is None:
         assert isinstance(trainer, MicroBatches), "a trainer of other rows passes its trials"
         trials = RowTrials(trainer)
@@ -224,11 +181,8 @@ def _newest_checkpoint(context: StageContext) -> Path | None:
 
 
 def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
-    """Checks the layout: shards written by one number of processes are useless to another.
-
-    Raises:
-        ConfigError: the checkpoint has another layout.
-    """
+    """Checks the layout: shards written by one number of processes are useless to another. Raises ConfigError: the
+    checkpoint has another layout."""
     stored, expected = checkpoints.layout_of(checkpoint), layout(context)
     if stored != expected:
         raise ConfigError(

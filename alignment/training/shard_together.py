@@ -1,9 +1,7 @@
-"""PyTorch's ``fully_shard`` for models that share weights, as PPO's roles do (docs/design/0042).
-
-``fully_shard`` makes a unit of one module or of several: their weights are gathered, and their gradients reduced, in
-one call. A weight must belong to one unit. So a layer is a unit with the layers of other models that share its
-weights, and each process holds one shard of what they share.
-"""
+"""PyTorch's ``fully_shard`` for models that share weights, as PPO's roles do (docs/design/0042). ``fully_shard`` makes
+a unit of one module or of several: their weights are gathered, and their gradients reduced, in one call. A weight must
+belong to one unit. So a layer is a unit with the layers of other models that share its weights, and each process holds
+one shard of what they share."""
 
 from __future__ import annotations
 
@@ -33,11 +31,7 @@ class ShardedTrainer(Trainer):
     """A mix-in: on CPUs, accelerate passes over FSDP without a word, and every process would hold everything."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator, which must shard if the arguments say so.
-
-        Raises:
-            StageError: it does not.
-        """
+        """Makes the accelerator, which must shard if the arguments say so. Raises StageError: it does not."""
         shards = bool(self.args.fsdp)
         processes = PartialState()
         if shards and processes.distributed_type is DistributedType.MULTI_CPU:
@@ -55,20 +49,16 @@ class ShardedTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if _MAGNITUDES not in name]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """In a checkpoint; DeepSpeed's engine writes the weights itself, sharded.
-
-        transformers would gather them and write them once more, and with a prefix it would wait for ever: PEFT calls a
-        sharded module to save one, on the main process alone (https://github.com/huggingface/transformers/pull/29980).
-        """
+        """In a checkpoint; DeepSpeed's engine writes the weights itself, sharded. transformers would gather them and
+        write them once more, and with a prefix it would wait for ever: PEFT calls a sharded module to save one, on the
+        main process alone (https://github.com/huggingface/transformers/pull/29980)."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights of a whole model under the names that they have in memory.
-
-        transformers would write experts under the names that they have on a hub. When it resumes, it looks for those in
-        memory, does not find them, and goes on with the weights that the stage started from.
-        """
+        """Weights of a whole model under the names that they have in memory. transformers would write experts under the
+        names that they have on a hub. When it resumes, it looks for those in memory, does not find them, and goes on
+        with the weights that the stage started from."""
         if state_dict is not None or not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
             return
@@ -78,11 +68,9 @@ class ShardedTrainer(Trainer):
 
 
 def shard_together(root: nn.Module, frozen: Sequence[nn.Module], plugin: FullyShardedDataParallelPlugin) -> None:
-    """Shards ``root`` and the models in it, and ``frozen`` models that may share weights with them.
-
-    The frozen models become part of ``root``. They may only be called while ``whole_units`` gathers weights. The state
-    of ``root`` holds the trained weights alone.
-    """
+    """Shards ``root`` and the models in it, and ``frozen`` models that may share weights with them. The frozen models
+    become part of ``root``. They may only be called while ``whole_units`` gathers weights. The state of ``root`` holds
+    the trained weights alone."""
     shard = functools.partial(
         fully_shard,
         reshard_after_forward=plugin.reshard_after_forward,
@@ -104,17 +92,14 @@ def _ids(model: nn.Module) -> set[int]:
 
 
 def _layers(root: nn.Module) -> list[nn.Module]:
-    """The layers of all models in ``root``."""
     models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
     kinds = {name for model in models for name in model._no_split_modules or ()}
     return [module for module in root.modules() if type(module).__name__ in kinds]
 
 
 def sharing(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """The layers in groups: those that share a weight are in one group.
-
-    Example: of two models with the same two frozen layers, ``[a0, a1, b0, b1]`` gives ``[[a0, b0], [a1, b1]]``.
-    """
+    """The layers in groups: those that share a weight are in one group. Example: of two models with the same two frozen
+    layers, ``[a0, a1, b0, b1]`` gives ``[[a0, b0], [a1, b1]]``."""
     groups: list[list[nn.Module]] = []
     group_of: dict[int, list[nn.Module]] = {}
     for layer in layers:
@@ -163,9 +148,7 @@ def _leave_frozen_out(root: nn.Module) -> None:
 @contextmanager
 def whole_units(*models: nn.Module) -> Iterator[None]:
     """Gathers the weights of sharded modules for passes without gradients, in which calls gather and free nothing.
-
-    Every process must enter the block; inside it, each may make as many calls as it likes.
-    """
+    Every process must enter the block; inside it, each may make as many calls as it likes."""
     units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
     for unit in units:
@@ -180,9 +163,7 @@ def whole_units(*models: nn.Module) -> Iterator[None]:
 
 
 def put_sharded(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
-    """Gives an optimiser its weights again after accelerate has prepared it.
-
-    accelerate finds a sharded weight by the address of its shard, and all empty shards have the address 0.
-    """
+    """Gives an optimiser its weights again after accelerate has prepared it. accelerate finds a sharded weight by the
+    address of its shard, and all empty shards have the address 0."""
     for group, named in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = named["params"]

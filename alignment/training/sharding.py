@@ -1,9 +1,7 @@
-"""Sharded weights, gradients and optimiser state, and how stages work with them.
-
-Every process loads the whole model, and its trainer shards it at the start. From then on a sharded weight (ZeRO-3,
-FSDP) is complete only while its module is called. Code that reads weights without a call must gather them: ``gathered``
-for passes without gradients, ``whole_state`` for saving (docs/design/0009).
-"""
+"""Sharded weights, gradients and optimiser state, and how stages work with them. Every process loads the whole model,
+and its trainer shards it at the start. From then on a sharded weight (ZeRO-3, FSDP) is complete only while its module
+is called. Code that reads weights without a call must gather them: ``gathered`` for passes without gradients,
+``whole_state`` for saving (docs/design/0009)."""
 
 from __future__ import annotations
 
@@ -37,10 +35,8 @@ T = TypeVar("T")
 
 
 def begin(context: StageContext) -> None:
-    """Makes the process group before any model is loaded.
-
-    Stages communicate before their trainers do, and DeepSpeed would otherwise assume a single process.
-    """
+    """Makes the process group before any model is loaded. Stages communicate before their trainers do, and DeepSpeed
+    would otherwise assume a single process."""
     on_gpu = context.heartbeat.on_gpu = context.device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
     if moves_shares_to_host(context):
@@ -67,11 +63,8 @@ def everyones(value: T) -> list[T]:
 
 
 def shared(make: Callable[[], T]) -> list[T]:
-    """The value that each process makes, by rank.
-
-    If ``make`` fails on some of them, all raise the error of the first that failed, with its rank. Otherwise the others
-    would wait for a process that has ended.
-    """
+    """The value that each process makes, by rank. If ``make`` fails on some of them, all raise the error of the first
+    that failed, with its rank. Otherwise the others would wait for a process that has ended."""
     value, error = None, None
     try:
         value = make()
@@ -125,11 +118,9 @@ def sharding_arguments(context: StageContext) -> dict[str, Any]:
 
 
 def prepare(model: nn.Module, context: StageContext, *models: PreTrainedModel) -> None:
-    """Prepares a model for sharding, after its fast forward is installed.
-
-    ``models`` are the language models and scorers in it, without wrappers; by default the model itself. Products use an
-    autocast that this module sets up, because those of DeepSpeed and FSDP would round adapters.
-    """
+    """Prepares a model for sharding, after its fast forward is installed. ``models`` are the language models and
+    scorers in it, without wrappers; by default the model itself. Products use an autocast that this module sets up,
+    because those of DeepSpeed and FSDP would round adapters."""
     sharding = context.spec.sharding
     if sharding is Sharding.none:
         return
@@ -151,11 +142,9 @@ def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
 
 
 def _gather_by_layer(model: PreTrainedModel) -> None:
-    """Gathers a layer's weights together, because its blocks read those of its modules (models/kernels/blocks.py).
-
-    The first layer's input must require a gradient, because DeepSpeed reduces a layer's gradients when its input gets
-    one.
-    """
+    """Gathers a layer's weights together, because its blocks read those of its modules (models/kernels/blocks.py). The
+    first layer's input must require a gradient, because DeepSpeed reduces a layer's gradients when its input gets
+    one."""
     from deepspeed.utils import set_z3_leaf_modules
 
     names = set(model._no_split_modules or ())
@@ -172,10 +161,8 @@ def load_whole_again() -> None:
 
 @contextlib.contextmanager
 def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
-    """Gathers whole weights on every process, for passes without gradients that do not call their modules.
-
-    Every process must enter the block.
-    """
+    """Gathers whole weights on every process, for passes without gradients that do not call their modules. Every
+    process must enter the block."""
     if trainer.is_fsdp_enabled:
         with whole_units(*models):
             yield
@@ -231,10 +218,8 @@ def put(held: Tensor, values: Tensor | None) -> None:
 
 
 def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
-    """A model's whole weights on the CPU; empty except on the main process.
-
-    Every process must call this. Weights are gathered one at a time.
-    """
+    """A model's whole weights on the CPU; empty except on the main process. Every process must call this. Weights are
+    gathered one at a time."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     known: dict[int, Tensor] = {}  # a tied weight stays one tensor
     weights: dict[str, Tensor] = {}
@@ -250,10 +235,8 @@ def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
 
 
 def leave_frozen_out(engine: Any) -> None:
-    """Makes DeepSpeed's engine save checkpoints without frozen weights, which are the base's.
-
-    transformers does so only if the whole model is PEFT's, and not for weights that two models share.
-    """
+    """Makes DeepSpeed's engine save checkpoints without frozen weights, which are the base's. transformers does so only
+    if the whole model is PEFT's, and not for weights that two models share."""
     state_dict, load = engine.module_state_dict, engine.load_checkpoint
     named = engine.module.named_parameters(remove_duplicate=False)
     frozen = {name for name, parameter in named if not parameter.requires_grad}

@@ -1,8 +1,6 @@
-"""Tries sizes of micro-batches before a stage's first step and chooses one that fits (docs/design/0044).
-
-Each size is tried by an optimiser step on the largest micro-batch that the rows can make. These steps spoil weights,
-optimiser and random numbers. So the models are thrown away afterwards, and the stage begins anew with the number.
-"""
+"""Tries sizes of micro-batches before a stage's first step and chooses one that fits (docs/design/0044). Each size is
+tried by an optimiser step on the largest micro-batch that the rows can make. These steps spoil weights, optimiser and
+random numbers. So the models are thrown away afterwards, and the stage begins anew with the number."""
 
 from __future__ import annotations
 
@@ -71,22 +69,15 @@ class SizeSearch:
     where: str
 
     def run(self, trainer: Trainer, trials: Trials) -> NoReturn:
-        """Tries sizes where the training would begin.
-
-        Raises:
-            SizeChosen: the outcome.
-            StageError: not even the longest row fits.
-        """
+        """Tries sizes where the training would begin. Raises SizeChosen: the outcome. Raises StageError: not even the
+        longest row fits."""
         trainer.add_callback(_AtBegin(lambda: self.choice(trials)))
         trainer.train()
         raise AssertionError("the callback ends it")
 
     def choice(self, trials: Trials) -> Choice:
         """The largest size that fits; on a CPU, the last that is faster than the one before. The same on every process.
-
-        Raises:
-            StageError: not even the longest row fits.
-        """
+        Raises StageError: not even the longest row fits."""
         longest, largest = trials.bounds()
         memory = SAFE_SHARE * self.memory(self.device)
         outcomes = [self._outcome(trials.least_step)]
@@ -163,10 +154,8 @@ def sizes(longest: int, largest: int) -> Iterator[int]:
 
 
 def expected(outcomes: Sequence[Outcome | None], tokens: int) -> float:
-    """Bytes that so many tokens will take, on the line through the last two different outcomes.
-
-    The line goes through 0 if all are alike. The last outcome is there.
-    """
+    """Bytes that so many tokens will take, on the line through the last two different outcomes. The line goes through 0
+    if all are alike. The last outcome is there."""
     points = [outcome for outcome in outcomes if outcome is not None]
     last = points[-1]
     before = next((point for point in reversed(points) if point.tokens < last.tokens), Outcome())
@@ -197,8 +186,6 @@ def attainable(device: torch.device) -> float:
 
 
 class _AtBegin(TrainerCallback):
-    """Runs once optimiser and models are ready."""
-
     def __init__(self, choose: Callable[[], Choice]) -> None:
         self._choose = choose
 

@@ -30,10 +30,8 @@ from alignment.training.sharding import everyones, put, whole_state
 
 
 class BestWeights:
-    """Copies of a model's trained weights. ``file`` is their name in a checkpoint's folder.
-
-    The main process holds one copy of all trained weights in its memory, whole; the other processes hold none.
-    """
+    """Copies of a model's trained weights. ``file`` is their name in a checkpoint's folder. The main process holds one
+    copy of all trained weights in its memory, whole; the other processes hold none."""
 
     def __init__(self, model: nn.Module, *, file: str) -> None:
         self._model = model
@@ -72,22 +70,18 @@ class HeldOutRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """The rows that a process computes in a micro-batch while each other process computes as many.
-
-    ``by_all``: all processes compute the same rows.
-    """
+    """The rows that a process computes in a micro-batch while each other process computes as many. ``by_all``: all
+    processes compute the same rows."""
 
     rows: Sequence[int]
     by_all: bool
 
 
 def rounds(tokens: Sequence[int], *, limit: int, rank: int, world_size: int) -> Iterator[Round]:
-    """Divides rows of so many tokens among processes, into micro-batches of at most ``limit`` tokens on each.
-
-    All processes have as many micro-batches, with as many rows, because each is a collective call in TRL's trainers.
-    Rows that cannot be divided evenly are computed by all processes. Example: of five rows, rank 0 of 2 computes rows 0
-    and 2, rank 1 computes rows 1 and 3, then both compute row 4.
-    """
+    """Divides rows of so many tokens among processes, into micro-batches of at most ``limit`` tokens on each. All
+    processes have as many micro-batches, with as many rows, because each is a collective call in TRL's trainers. Rows
+    that cannot be divided evenly are computed by all processes. Example: of five rows, rank 0 of 2 computes rows 0 and
+    2, rank 1 computes rows 1 and 3, then both compute row 4."""
     even = len(tokens) // world_size * world_size
     largest = [max(tokens[first : first + world_size]) for first in range(0, even, world_size)]
     for span in by_tokens(largest, limit):
@@ -98,10 +92,8 @@ def rounds(tokens: Sequence[int], *, limit: int, rank: int, world_size: int) -> 
 
 @torch.no_grad()
 def held_out_metrics(trainer: MicroBatches, held_out: HeldOutRows) -> dict[str, float]:
-    """The held-out loss and accuracy of the trainer's model, the same on every process, which must all call this.
-
-    Both are means over all pairs, or over all learned tokens. There is no dropout, and no random number is drawn.
-    """
+    """The held-out loss and accuracy of the trainer's model, the same on every process, which must all call this. Both
+    are means over all pairs, or over all learned tokens. There is no dropout, and no random number is drawn."""
     accelerator, model = trainer.accelerator, trainer.model_wrapped
     loss = accuracy = count = 0.0
     with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):
@@ -139,9 +131,7 @@ STATE, BEST = "validation.json", "validation_best.safetensors"
 @dataclass(kw_only=True, slots=True)
 class Looks:
     """What the looks so far have shown. ``since_best`` counts the looks after that of the least loss, ``best_loss``.
-
-    The loss of a look that was not below ``best_loss`` is no improvement.
-    """
+    The loss of a look that was not below ``best_loss`` is no improvement."""
 
     best_step: int = 0
     best_loss: float = math.inf
@@ -163,11 +153,8 @@ class Looks:
 
 
 class Validation(TrainerCallback):
-    """Judges the model after every ``every`` steps and after the last, on every process alike.
-
-    Raises:
-        ModelError: a held-out row is longer than the model's positions.
-    """
+    """Judges the model after every ``every`` steps and after the last, on every process alike. Raises ModelError: a
+    held-out row is longer than the model's positions."""
 
     def __init__(
         self, config: ValidationConfig, context: StageContext, trainer: MicroBatches, held_out: HeldOutRows
@@ -217,14 +204,7 @@ class Validation(TrainerCallback):
             return due
         return state.global_step % self._config.every == 0 or state.global_step == state.max_steps
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Adds the figures to the line of the step, so that there is one line a step."""
         if logs is not None and "loss" in logs and self.looks.last_step == state.global_step:
             logs.update(self._metrics)
@@ -248,10 +228,8 @@ class Validation(TrainerCallback):
         return self.looks.best_step if self._config.keep_best else self.looks.last_step
 
     def finish(self) -> dict[str, float]:
-        """Puts the weights of ``handed_on`` into the model; returns what a manifest says of the looks.
-
-        Every process must call this. The figures of the step itself are in its line of metrics.jsonl.
-        """
+        """Puts the weights of ``handed_on`` into the model; returns what a manifest says of the looks. Every process
+        must call this. The figures of the step itself are in its line of metrics.jsonl."""
         if self.handed_on != self.looks.last_step:
             self._best.restore()
         return {

@@ -1,8 +1,6 @@
-"""``python -m tests.simulated_device -m pytest tests/unit/models``: runs Python with a simulated CUDA device.
-
-The arguments are Python's own. Its child processes have the device too. Exit code: that of what runs, or 2 where no
-device can be simulated.
-"""
+"""``python -m tests.simulated_device -m pytest tests/unit/models``: runs Python with a simulated CUDA device. The
+arguments are Python's own. Its child processes have the device too. Exit code: that of what runs, or 2 where no device
+can be simulated."""
 
 from __future__ import annotations
 
@@ -17,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a Python with the device."""
     paths = [str(SITE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 

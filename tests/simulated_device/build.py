@@ -1,7 +1,5 @@
-"""Builds the device's library once for each version of its source and each torch, which takes some seconds.
-
-It needs a C++ compiler and a torch without CUDA. Nothing here imports torch.
-"""
+"""Builds the device's library once for each version of its source and each torch, which takes some seconds. It needs a
+C++ compiler and a torch without CUDA. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -21,7 +19,6 @@ _FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-w")
 
 
 def missing() -> str:
-    """What this machine lacks to simulate a device, or nothing."""
     if sys.platform != "linux":
         return "a device is simulated on Linux only"
     if shutil.which(COMPILER) is None:
@@ -81,7 +78,6 @@ def _version(torch: Path) -> str:
 
 
 def _write_operators(torch: Path, path: Path) -> None:
-    """A line for each operator: 1 if CUDA has it, plus 2 if it takes tensors of two devices."""
     import yaml
 
     text = (torch.parent / "torchgen/packaged/ATen/native/native_functions.yaml").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
-"""What a test asks of the device, and what a piece of work left: its error, and the events that it caused.
-
-The other end is server.py; requests and outcomes travel as lines of JSON.
-"""
+"""What a test asks of the device, and what a piece of work left: its error, and the events that it caused. The other
+end is server.py; requests and outcomes travel as lines of JSON."""
 
 from __future__ import annotations
 
@@ -37,34 +35,28 @@ class Outcome:
 
     @property
     def faults(self) -> list[str]:
-        """What no device would do, or should be asked to do."""
         return [f"{count} × {event}" for event, count in self.events.items() if event.kind == FAULT]
 
     def count(self, kind: str) -> int:
-        """How many events of a kind there were."""
         return sum(number for event, number in self.events.items() if event.kind == kind)
 
     def to_json(self) -> str:
-        """One line."""
         steps = [_listed(step) for step in self.steps]
         values = {"error": self.error, "events": _listed(self.events), "steps": steps}
         return json.dumps({**values, "decoded": self.decoded, "result": self.result})
 
 
 def outcome_of(line: str) -> Outcome:
-    """From ``to_json``."""
     values = json.loads(line)
     steps = [_counts(step) for step in values.pop("steps")]
     return Outcome(events=_counts(values.pop("events")), steps=steps, **values)
 
 
 def waits(counts: Counts, *, own: bool) -> int:
-    """How often the host waited because a line of the package asked for it, or because a library did."""
     return sum(count for event, count in counts.items() if event.kind == WAIT and event.is_own is own)
 
 
 def listing(counts: Counts) -> str:
-    """The waits, most frequent first, for a message."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return "\n".join(f"{count:4} × {event}" for event, count in ordered if event.kind == WAIT)
 
@@ -78,8 +70,6 @@ def _counts(listed: Sequence[tuple[dict[str, Any], int]]) -> Counter[Event]:
 
 
 class Device:
-    """A process that has imported everything, with the device, and forks for each piece of work."""
-
     def __init__(self, *, devices: int = 1) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.simulated_device", "-m", "tests.simulated_device.server"],
@@ -90,11 +80,9 @@ class Device:
         )
 
     def run(self, cell: Cell, *, processes: int = 1) -> Outcome:
-        """Runs a stage in a folder of its own, on as many processes, each with its own device."""
         return self._ask({"cell": asdict(cell), "processes": processes})
 
     def execute(self, code: str) -> Outcome:
-        """Runs a piece of Python, in which torch is imported."""
         return self._ask({"code": code})
 
     def _ask(self, request: dict[str, Any]) -> Outcome:
@@ -106,6 +94,5 @@ class Device:
         return outcome_of(line)
 
     def close(self) -> None:
-        """Ends it."""
         with self._process:
             pass

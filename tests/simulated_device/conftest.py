@@ -12,14 +12,11 @@ from tests.simulated_device.stages import Cell
 
 
 class Stages:
-    """Outcomes of cells, each of which runs once."""
-
     def __init__(self, device: Device) -> None:
         self._device = device
         self._outcomes: dict[Cell, Outcome] = {}
 
     def outcome(self, cell: Cell) -> Outcome:
-        """What the stage left."""
         if cell not in self._outcomes:
             self._outcomes[cell] = self._device.run(cell)
         return self._outcomes[cell]

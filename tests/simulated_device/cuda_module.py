@@ -33,7 +33,6 @@ _PROPERTIES = {
 
 
 def replace_functions(library: Library) -> None:
-    """Replaces the functions of ``torch.cuda`` and its modules, and the storage's copy."""
     functions = {**_facts(library), **_memory(), **_waiting(), **_devices(library), **_random(library)}
     for name, function in functions.items():
         for module in (torch.cuda, torch.cuda.random, torch.cuda.memory):
@@ -91,7 +90,6 @@ def _waiting() -> dict[str, Any]:
 
 
 def _index(device: Any) -> int:
-    """The index of a device in any form; −1 for none, which is the current one."""
     if device is None:
         return -1
     if isinstance(device, int):
@@ -134,29 +132,23 @@ def _devices(library: Library) -> dict[str, Any]:
 
 
 class _Generator:
-    """A device's own generator, which operators without one draw from; as in ``torch.cuda.default_generators``."""
-
     def __init__(self, library: Library, index: int) -> None:
         self._library = library
         self._index = index
         self._seed = 0
 
     def manual_seed(self, seed: int) -> _Generator:
-        """Seeds it."""
         self._library.seed(self._index, int(seed))
         self._seed = int(seed)
         return self
 
     def initial_seed(self) -> int:
-        """The last seed."""
         return self._seed
 
     def get_state(self) -> Tensor:
-        """``[bytes]`` on the CPU."""
         return torch.frombuffer(bytearray(self._library.state(self._index)), dtype=torch.uint8)
 
     def set_state(self, state: Tensor) -> None:
-        """Continues from a state that ``get_state`` gave."""
         assert state.device.type == "cpu", "a state is a tensor of the CPU"
         assert state.dtype is torch.uint8
         self._library.set_state(self._index, state.contiguous().numpy().tobytes())
@@ -188,7 +180,6 @@ def _random(library: Library) -> dict[str, Any]:
 
 
 def _replace_storage_copy() -> None:
-    """``copy.deepcopy`` asks for a storage by device, which is compiled in only with CUDA."""
     storage: Any = torch.storage._StorageBase
     otherwise = storage.clone
 
@@ -215,7 +206,6 @@ def use_gloo(library: Library) -> None:
         otherwise("gloo" if backend == "nccl" else backend, *arguments, **options)
 
     def all_gather_into_tensor(output: Tensor, own: Tensor, group: Any = None, async_op: bool = False) -> Any:
-        """NCCL takes an output of any shape with as many numbers; gloo wants a part for each process."""
         parts = output.view(-1, *own.shape).unbind(0)
         return distributed.all_gather(list(parts), own, group=group, async_op=async_op)
 

@@ -38,7 +38,6 @@ def _launches(layers: int, tokens: int, *, has_adapter: bool) -> int:
 
 
 def launches_of_a_token(*, has_adapter: bool, copies: bool = True) -> tuple[int, int]:
-    """Of each layer, and beside the layers; weights may be copied or not."""
     layout.COPIED_BYTES *= copies
     _launches(2, 3, has_adapter=has_adapter)  # the first call makes what others find
     two, three = (
@@ -49,6 +48,5 @@ def launches_of_a_token(*, has_adapter: bool, copies: bool = True) -> tuple[int,
 
 
 def greedy_answers(device: str, *, has_adapter: bool) -> list[list[int]]:
-    """In float32."""
     policy = _policy(device, 2, has_adapter=has_adapter, dtype=torch.float32)
     return generate(policy, PROMPTS, max_new_tokens=12, end_ids=[], batch_size=3)

@@ -36,7 +36,6 @@ class Event:
 
     @property
     def is_own(self) -> bool:
-        """Whether a line of the package asked for it, not a library that it called."""
         return bool(self.lines) and not self.library
 
     def __str__(self) -> str:
@@ -51,7 +50,6 @@ _quiet = threading.local()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is counted that this thread does in the block."""
     before = getattr(_quiet, "on", False)
     _quiet.on = True
     try:
@@ -61,7 +59,6 @@ def quiet() -> Iterator[None]:
 
 
 def count(kind: str, name: str) -> None:
-    """Counts an event, with the lines that called the caller."""
     if not getattr(_quiet, "on", False):
         lines, library = _lines(sys._getframe(1))
         events[Event(kind=kind, name=name, lines=lines, library=library)] += 1

@@ -15,8 +15,6 @@ Execute = Callable[[Callable[[], None]], None]
 
 
 class _Finder:
-    """Runs a function around the import of one module: it receives the function that executes the module."""
-
     def __init__(self, name: str, around: Execute) -> None:
         self._name = name
         self._around = around
@@ -24,7 +22,6 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's own specification, whose execution is ours."""
         if name != self._name:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -41,7 +38,6 @@ class _Finder:
 
 
 def simulate() -> None:
-    """From here on ``import torch`` imports a torch with the device."""
     for name, around in (("torch", _around_torch), ("bitsandbytes", _around_bitsandbytes)):
         sys.meta_path.insert(0, _Finder(name, around))  # type: ignore[arg-type]
 
@@ -65,7 +61,6 @@ def _listen(library: Library) -> None:
 
 
 def _around_bitsandbytes(execute: Callable[[], None]) -> None:
-    """It is imported as on a machine without CUDA, because its binaries for CUDA need a driver."""
     import torch
 
     is_available: Any = torch.cuda.is_available

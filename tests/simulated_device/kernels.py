@@ -1,9 +1,7 @@
 """Kernels of the device: variable-length attention (FlashAttention 2), and those of bitsandbytes for four bits.
-
 Attention is a loop over rows in float32, which refuses what the kernel refuses: other dtypes, head widths, offsets,
 devices. Those of bitsandbytes are the CPU's, because its binaries for CUDA need a driver; what they would refuse by
-shape or dtype, the CPU's refuse or not.
-"""
+shape or dtype, the CPU's refuse or not."""
 
 from __future__ import annotations
 
@@ -23,7 +21,6 @@ _ALIGNED = 8
 
 
 def add_attention() -> None:
-    """Adds the kernel and its backward pass to the device's operators."""
     _LIBRARY.impl("_flash_attention_forward", _forward, "CUDA")
     _LIBRARY.impl("_flash_attention_backward", _backward, "CUDA")
 
@@ -95,7 +92,6 @@ def _backward(
 def _row_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a row's queries, keys and values; autograd is switched off inside a kernel."""
     group, factor = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
     scores, wide_value = _scores(query, key, value, causal, scale)
     shares = scores.softmax(-1).nan_to_num()
@@ -112,7 +108,6 @@ def _row_gradients(
 
 
 def _scores(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """``[heads, queries, keys]`` scores of a row, and its values for each query head."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -125,7 +120,6 @@ def _scores(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: floa
 def _checked(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, longest: int, longest_key: int
 ) -> list[tuple[slice, slice]]:
-    """The rows' queries and keys, after the kernel's own checks."""
     half = (torch.float16, torch.bfloat16)
     assert {held.device for held in (query, key, value, starts, key_starts)} == {query.device}, "tensors of one device"
     assert query.is_cuda, "tensors of CUDA"
@@ -161,7 +155,6 @@ _FOUR_BITS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequant
 
 
 def add_four_bits() -> None:
-    """Adds them to the device's operators; bitsandbytes has been imported."""
     for name in _FOUR_BITS:
         operator = getattr(torch.ops.bitsandbytes, name).default
         torch.library.impl(f"bitsandbytes::{name}", "cuda", func=_on_host(operator))

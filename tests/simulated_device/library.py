@@ -14,8 +14,6 @@ _LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_lo
 
 
 class Library:
-    """The functions of native/device.cpp. It must be made before torch is imported, whose operators it adds to."""
-
     def __init__(self) -> None:
         path, operators = built()
         os.environ[OPERATORS] = str(operators)
@@ -28,39 +26,31 @@ class Library:
 
     @property
     def devices(self) -> int:
-        """How many devices there are."""
         return int(os.environ.get(DEVICES, "1"))
 
     def listen(self) -> Callable[[], None]:
-        """Counts events from here on, until the function that it returns is called."""
         self._library.simulated_listen(self._listener)
         return lambda: self._library.simulated_listen(ctypes.cast(None, _LISTENER))
 
     def current_device(self) -> int:
-        """The index of this thread's device."""
         return int(self._library.simulated_current_device())
 
     def set_device(self, index: int) -> None:
-        """Makes another device this thread's."""
         if index >= 0:
             self._library.simulated_set_device(index)
 
     def replace_collectives(self) -> None:
-        """Sends collective operations on tensors of the device to the CPU's backend."""
         self._library.simulated_replace_collectives()
 
     def seed(self, index: int, seed: int) -> None:
-        """Seeds a device's own generator."""
         self._library.simulated_seed(index, seed & 0xFFFF_FFFF_FFFF_FFFF)
 
     def state(self, index: int) -> bytes:
-        """The state of a device's own generator."""
         buffer = ctypes.create_string_buffer(self._library.simulated_state_bytes())
         self._library.simulated_get_state(index, buffer)
         return buffer.raw
 
     def set_state(self, index: int, state: bytes) -> None:
-        """Sets the state of a device's own generator."""
         self._library.simulated_set_state(index, state, ctypes.c_longlong(len(state)))
 
 

@@ -1,7 +1,5 @@
-"""All stages on the CUDA device that torch finds, in one process: ``python -m tests.simulated_device.on_card``.
-
-Prints a line for each; ``--only sft`` runs those whose names hold the text. Exit code: 0, or 1 if one failed.
-"""
+"""All stages on the CUDA device that torch finds, in one process: ``python -m tests.simulated_device.on_card``. Prints
+a line for each; ``--only sft`` runs those whose names hold the text. Exit code: 0, or 1 if one failed."""
 
 from __future__ import annotations
 
@@ -17,7 +15,6 @@ from tests.simulated_device.stages import Cell, all_cells, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs them one after another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of the names")
     options = parser.parse_args(argv)
@@ -29,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fault(cell: Cell) -> str:
-    """The error that the stage ended with, or nothing."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,8 +1,6 @@
-"""Stages on the simulated device: ``python -m tests.simulated_device -m tests.simulated_device.server``.
-
-Reads requests from stdin, each a line of JSON, and answers each with the line of an ``Outcome``. Each has a process of
-its own, forked from this one, which has imported everything and computed nothing.
-"""
+"""Stages on the simulated device: ``python -m tests.simulated_device -m tests.simulated_device.server``. Reads requests
+from stdin, each a line of JSON, and answers each with the line of an ``Outcome``. Each has a process of its own, forked
+from this one, which has imported everything and computed nothing."""
 
 from __future__ import annotations
 
@@ -33,23 +31,17 @@ from tests.simulated_device.stages import KINDS, Cell, run_spec, run_stage, spec
 
 
 class Steps(TrainerCallback):
-    """Notes all events so far after each optimiser step of the process, before other callbacks of the step."""
-
     after: ClassVar[list[Counter[Event]]] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Runs first, because the trainer's own callbacks do."""
         self.after.append(events.copy())
 
 
 class Decoding:
-    """Counts how often a batch of answers chooses its next tokens."""
-
     tokens: ClassVar[int] = 0
 
     @classmethod
     def begin(cls) -> None:
-        """From here on they are counted."""
         next_tokens = DecodingRows.next_tokens
 
         def counted(rows: DecodingRows, temperature: float) -> torch.Tensor:
@@ -97,7 +89,6 @@ def _outcome(request: dict[str, Any], folder: Path) -> Outcome:
 
 
 def _of_several(spec: StageSpec, folder: Path, world_size: int) -> Outcome:
-    """The stage on several processes, each with a device of its own, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,12 +120,10 @@ def _of_rank(spec: StageSpec, rank: int, world_size: int, variables: dict[str, A
 
 
 def _in_child(work: Callable[[], Outcome], answer: Path) -> None:
-    """Runs ``work`` in a process of its own, which writes its outcome to ``answer``."""
     os.waitpid(_begun(work, answer), 0)
 
 
 def _begun(work: Callable[[], Outcome], answer: Path) -> int:
-    """The number of a process that runs ``work`` and writes its outcome to ``answer``."""
     sys.stdout.flush()
     child = os.fork()
     if child:

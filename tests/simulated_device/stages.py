@@ -44,8 +44,6 @@ _NEVER = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """A stage under an adapter. ``bare`` is full training without master weights."""
-
     stage: str
     adapter: str = "lora"
     dtype: str = "bfloat16"
@@ -55,17 +53,14 @@ class Cell:
 
 
 def run_stage(cell: Cell, folder: Path) -> None:
-    """Runs the stage of a cell in an empty folder, on the device that torch finds."""
     run_spec(spec_of(cell, folder))
 
 
 def spec_of(cell: Cell, folder: Path) -> StageSpec:
-    """What the worker is told. A stage that measures a policy has that policy trained first."""
     return _SPECS.get(cell.stage, _trained)(Chained(folder), cell)
 
 
 def run_spec(spec: StageSpec, *, rank: int = 0, world_size: int = 1) -> None:
-    """Runs a stage as the worker does."""
     worker._run(spec, StageContext(spec=spec, rank=rank, world_size=world_size))
 
 
@@ -75,12 +70,10 @@ def _adapter(name: str) -> Any:
 
 
 def _changes(cell: Cell) -> dict[str, Any]:
-    """What differs from the default specification of a tiny stage."""
     return {"model": ModelConfig(source=BASE_SOURCE, dtype=Dtype(cell.dtype))}
 
 
 def _config(kind: str, adapter: Any, **changes: Any) -> Any:
-    """Two optimiser steps on eight rows, without a checkpoint before the last."""
     changes = {"data": DataConfig(source=str(DATA), limit=4 * _STEPS), **changes}
     config: Any = config_of(kind, adapter, **changes)
     if kind == "ppo":
@@ -114,7 +107,6 @@ _RL: dict[str, dict[str, Any]] = {
 
 
 def _rl(chained: Chained, cell: Cell) -> StageSpec:
-    """PPO against a reward model that was trained with the same adapter."""
     adapter = _adapter(cell.adapter)
     chained.inputs["reward"] = tiny_reward(
         chained.folder / "made", adapter, start=_base(chained), base_path=chained.base, **_changes(cell)
@@ -145,7 +137,6 @@ def _distilled(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _measured(chained: Chained, cell: Cell, config: Any, **changes: Any) -> StageSpec:
-    """What a stage is told that measures an SFT of the base, which is trained here."""
     sft = _trained(chained, Cell(stage="sft", dtype=cell.dtype), config=_config("sft", LORA))
     run_spec(sft)
     assert sft.artifact == _sft(chained).path
@@ -154,7 +145,6 @@ def _measured(chained: Chained, cell: Cell, config: Any, **changes: Any) -> Stag
 
 
 def _sft(chained: Chained) -> Any:
-    """A reference to the SFT that ``_measured`` trains."""
     return StageInput(ref="stage:sft", path=chained.folder / "artifacts" / "sft-0123abcd")
 
 
@@ -229,12 +219,10 @@ _SPECS: dict[str, Callable[[Chained, Cell], StageSpec]] = {
 
 
 def usual_cells() -> list[Cell]:
-    """Those of ``make test``: every kind of stage with LoRA, one in float32, and each other adapter."""
     return [cell for cell in all_cells() if str(cell) in ADAPTED or (cell.adapter == "lora" and str(cell) != FLOAT32)]
 
 
 def all_cells() -> list[Cell]:
-    """Every kind of stage with every adapter that it takes, its variants, and some in float32."""
     trained = [
         Cell(stage=stage, adapter=adapter)
         for stage in TRAINED

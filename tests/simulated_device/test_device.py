@@ -15,8 +15,6 @@ device = torch.device("cuda", 0)
 ids, mask, real = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, dtype=torch.bool)
 events.clear()
 """
-
-
 SETUP = """
 host, device = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).cuda()
 from tests.simulated_device.events import events

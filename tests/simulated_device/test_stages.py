@@ -1,9 +1,7 @@
-"""Every kind of stage runs on the device, waits no more often than its budget allows, and decodes with few kernels.
-
-A new read of a value in a step, such as ``.item()``, or a new call in a layer goes red. Counts depend on tiny models
-and their rows only where a line is called for each micro-batch. The adapters that ``usual_cells`` leaves out are tried
-by on_card.py, also on the simulated device.
-"""
+"""Every kind of stage runs on the device, waits no more often than its budget allows, and decodes with few kernels. A
+new read of a value in a step, such as ``.item()``, or a new call in a layer goes red. Counts depend on tiny models and
+their rows only where a line is called for each micro-batch. The adapters that ``usual_cells`` leaves out are tried by
+on_card.py, also on the simulated device."""
 
 from __future__ import annotations
 
@@ -84,8 +82,6 @@ BUDGETS = {
     "ppo_guarded": Budget(own=2, libraries=0, collected=4),
     "grpo": Budget(own=1, libraries=0, collected=3),
 }
-
-
 _GENERATE = "alignment/models/forward/generate.py"
 
 
@@ -94,7 +90,6 @@ def _is_of_decoding(event: Event) -> bool:
 
 
 def _split(outcome: Outcome) -> tuple[Counter[Event], Counter[Event]]:
-    """A step, and what an update collects before its first step. Events of decoding are left out."""
     without = [Counter({event: n for event, n in step.items() if not _is_of_decoding(event)}) for step in outcome.steps]
     cheapest = min(without, key=lambda step: (waits(step, own=True), waits(step, own=False)))
     return cheapest, max(without, key=lambda step: waits(step, own=True)) - cheapest
@@ -126,11 +121,7 @@ def test_no_adapter_costs_a_wait(stages: Stages, cell: Cell) -> None:
     assert [waits(part, own=True) for part in other] == [waits(part, own=True) for part in plain], listing(other[0])
 
 
-LAUNCHES = {
-    "has_adapter=True": (23, 35),
-    "has_adapter=True, copies=False": (30, 35),
-    "has_adapter=False": (19, 35),
-}
+LAUNCHES = {"has_adapter=True": (23, 35), "has_adapter=True, copies=False": (30, 35), "has_adapter=False": (19, 35)}
 """For each token of a batch in each layer, and beside the layers, where weights may be copied or not."""
 
 

@@ -27,8 +27,6 @@ QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SER
 
 @dataclass(kw_only=True)
 class Server:
-    """``mlflow server`` with a SQLite file, which can be killed and started again with what it has stored."""
-
     python: Path
     folder: Path
     port: int
@@ -36,11 +34,9 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Its address."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
         self.folder.mkdir(exist_ok=True)
         argv = [str(self.python), "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         argv += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
@@ -48,12 +44,7 @@ class Server:
         own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         with (self.folder / "log.txt").open("ab") as sink:
             self.process = subprocess.Popen(
-                argv,
-                stdout=sink,
-                stderr=sink,
-                cwd=self.folder,
-                env=own | QUIET,
-                start_new_session=True,
+                argv, stdout=sink, stderr=sink, cwd=self.folder, env=own | QUIET, start_new_session=True
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
@@ -69,7 +60,6 @@ class Server:
             return False
 
     def kill(self) -> None:
-        """Kills it and its workers, as when its machine is switched off."""
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -78,7 +68,6 @@ class Server:
 
 @pytest.fixture(scope="session")
 def mlflow_python() -> Path:
-    """The interpreter of the environment with MLflow's server."""
     named = os.environ.get(SERVER)
     python = Path(named) if named else engines_folder() / "mlflow" / "bin" / "python"
     if not python.is_file():
@@ -95,7 +84,6 @@ def _clients() -> None:
 
 @pytest.fixture(scope="session")
 def new_server(mlflow_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
-    """Makes servers that are not started yet, and ends them all."""
     servers: list[Server] = []
 
     def make() -> Server:
@@ -112,7 +100,6 @@ def new_server(mlflow_python: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def server(new_server: Callable[[], Server]) -> Server:
-    """A server that runs as long as the tests."""
     running = new_server()
     running.start()
     return running

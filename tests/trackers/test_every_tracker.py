@@ -40,19 +40,14 @@ STEP_NUMBERS = set(range(1, STEPS + 1))
 
 @pytest.fixture(autouse=True)
 def _own_variables(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    """Variables that trackers set are put back; MLflow's server is the one of the tests."""
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "")  # to be put back afterwards, whatever becomes of it
         monkeypatch.delenv(name)
     monkeypatch.setenv(SERVER, server.url)
 
 
-# ---- the same in all of them ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, server: Server) -> tuple[Path, dict[tuple[str, int], float]]:
-    """The folder of a stage that was killed twice and of one that was not, and the curves of the latter."""
     folder = tmp_path_factory.mktemp("twice")
     return folder, run_twice(folder, list(LABELS), **{SERVER: server.url})
 
@@ -98,11 +93,7 @@ def test_trackio_holds_curves_settings_samples_and_headline_figures_once(tmp_pat
     connection.close()
 
 
-# ---- MLflow alone ---------------------------------------------------------------------------------------------------
-
-
 def _published(context: StageContext) -> Manifest:
-    """The stage's result, as the worker publishes it."""
     (context.content / "model.safetensors").write_text("weights")
     spec = context.spec
     manifest = Manifest(
@@ -172,8 +163,6 @@ def test_a_request_whose_answer_was_lost_is_stored_once(tmp_path: Path) -> None:
 
 
 class _At(TrainerCallback):
-    """Calls functions as steps begin, and measures how long each step takes."""
-
     def __init__(self, calls: dict[int, Callable[[], None]]) -> None:
         self._calls = calls
         self._begun = 0.0
@@ -188,13 +177,10 @@ class _At(TrainerCallback):
 
 
 def _steps_of(curves: Curves) -> dict[int, int]:
-    """How many values of the loss each step has."""
     return {step: len(values) for (key, step), values in sorted(curves.items()) if key == "loss"}
 
 
 def _killer(server: Server, context: StageContext) -> Callable[[], None]:
-    """Kills the server once it has two steps."""
-
     def kill() -> None:
         deadline = time.monotonic() + 60
         while last_step("mlflow", context.spec) < 2 and time.monotonic() < deadline:
@@ -247,8 +233,6 @@ def test_what_a_dead_server_did_not_get_is_named_and_sent_later_once(
         assert _steps_of(curves_of("mlflow", context.spec)) == dict.fromkeys(STEP_NUMBERS, 1)
     server.kill()
 
-
-# ---- through the command --------------------------------------------------------------------------------------------
 
 STAGES = ("sft", "reward", "ppo", "report")
 FEW = (

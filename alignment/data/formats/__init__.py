@@ -80,23 +80,16 @@ def _named_like(row: Any) -> Format | None:
 
 
 def _meant(fits: Format, row: Any, present: set[str]) -> Format:
-    """The format that a row is meant for.
-
-    If the row has the columns of a format that needs more of them, and other rows fit that format, then this row is a
-    faulty row of that format.
-    """
+    """The format that a row is meant for. If the row has the columns of a format that needs more of them, and other
+    rows fit that format, then this row is a faulty row of that format."""
     more = _IN_ORDER[: _IN_ORDER.index(fits)]
     return next((form for form in more if form.name in present and set(json.loads(form.row)) <= set(row)), fits)
 
 
 def detect(rows: Sequence[Any], *, where: str, mapped: Collection[str] = ()) -> Format:
-    """The format that fits most of the rows; if none fits any, the format whose columns most of the rows have.
-
-    A column that the user ``mapped`` to ``label`` is one, and not a class, whatever its values are.
-
-    Raises:
-        UnknownColumns: no format has the columns of any row; the error names the columns.
-    """
+    """The format that fits most of the rows; if none fits any, the format whose columns most of the rows have. A column
+    that the user ``mapped`` to ``label`` is one, and not a class, whatever its values are. Raises UnknownColumns: no
+    format has the columns of any row; the error names the columns."""
     fitting = [format_of(row) for row in rows]
     present = {form.name for form in fitting if form is not None}
     for guesses in (fitting, [_named_like(row) for row in rows]):

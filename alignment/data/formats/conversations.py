@@ -8,13 +8,13 @@ from typing import Any
 
 from alignment.data.fields import Fields, is_text
 from alignment.data.formats.form import (
-    PROMPTS,
     Format,
     answer_text,
     answers_of_whole,
     asked,
+    example,
+    has_question,
     holds,
-    is_question,
     preferred,
     question_turns,
     starts_with_turn,
@@ -38,16 +38,6 @@ question the label may be a class, such as a topic, so it must be true or false.
 the number of a class, so 1 and 0 do not count there."""
 _ANSWERS = {"instruction": "output", "question": "answer"}
 """The column of the labelled answer, if it is not ``completion``."""
-
-
-def _conversation(column: str) -> Callable[[Fields], Example]:
-    """A reader for rows with all turns in one column."""
-
-    def read(fields: Fields) -> Example:
-        turns, field = asked(fields, column)
-        return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
-
-    return read
 
 
 def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
@@ -80,17 +70,15 @@ MESSAGES = Format(
     summary="OpenAI's messages, with tools and tool calls",
     row='{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
     fits=lambda row: _has_turns(row, "messages", "role"),
-    read=_conversation("messages"),
+    read=lambda fields: example(fields, "messages"),
 )
-
 SHAREGPT = Format(
     name="sharegpt",
     summary="ShareGPT's conversations, with from and value, system and tools",
     row='{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
     fits=lambda row: _has_turns(row, "conversations", "from") or _has_turns(row, "conversations", "role"),
-    read=_conversation("conversations"),
+    read=lambda fields: example(fields, "conversations"),
 )
-
 KTO = Format(
     name="kto",
     summary="one answer with a label: good or bad",
@@ -98,22 +86,10 @@ KTO = Format(
     fits=lambda row: _labelled_prompt(row) is not None,
     read=_labelled,
 )
-
-
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _PAIR = ("chosen", "rejected")
 _PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
-
-
-def _preference(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected"))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
-
-
-def _is_preference(row: Mapping[str, Any]) -> bool:
-    return holds(row, "chosen", "rejected") and any(is_question(row.get(name)) for name in PROMPTS)
 
 
 def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
@@ -129,10 +105,8 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
 
 
 def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns before the answers, with a system text and a prompt that stand in columns of their own.
-
-    The prompt is added if the conversations continue it with an answer, and do not have it as a turn.
-    """
+    """The turns before the answers, with a system text and a prompt that stand in columns of their own. The prompt is
+    added if the conversations continue it with an answer, and do not have it as a turn."""
     system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
     value = fields.row.get("prompt")
     if (not rest or rest[0].role == "assistant") and (is_text(value) or starts_with_turn(value)):
@@ -167,24 +141,15 @@ def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _is_transcripts(row: Mapping[str, Any]) -> bool:
-    return all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR)
-
-
-def _paired(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = preferred(fields.text("response_j"), fields.text("response_k"))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
-
-
 PREFERENCE = Format(
     name="preference",
     summary="a prompt, and a chosen and a rejected answer to it",
     row='{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}',
-    fits=_is_preference,
-    read=_preference,
+    fits=lambda row: holds(row, "chosen", "rejected") and has_question(row),
+    read=lambda fields: example(
+        fields, answers=lambda: preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected"))
+    ),
 )
-
 WHOLE = Format(
     name="chosen_rejected",
     summary="two whole conversations that differ in the last turn (UltraFeedback)",
@@ -195,7 +160,6 @@ WHOLE = Format(
     fits=lambda row: _has_whole(row, _PAIR),
     read=_whole(_PAIR),
 )
-
 WHOLE_MESSAGES = Format(
     name="chosen_messages",
     summary="two whole conversations in the columns chosen_messages and rejected_messages, with content in parts or "
@@ -209,45 +173,42 @@ WHOLE_MESSAGES = Format(
     fits=lambda row: _has_whole(row, _PAIR_OF_MESSAGES),
     read=_whole(_PAIR_OF_MESSAGES),
 )
-
 TRANSCRIPTS = Format(
     name="hh",
     summary="two transcripts of Human and Assistant (Anthropic HH)",
     row=(r'{"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5."}'),
-    fits=_is_transcripts,
+    fits=lambda row: all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR),
     read=_transcripts,
 )
-
 PAIRED = Format(
     name="stack_exchange",
     summary="a question with a better answer (response_j) and a worse one (response_k)",
     row='{"question": "2 + 2?", "response_j": "4.", "response_k": "5."}',
     fits=lambda row: holds(row, "question", "response_j", "response_k"),
-    read=_paired,
+    read=lambda fields: example(
+        fields, answers=lambda: preferred(fields.text("response_j"), fields.text("response_k"))
+    ),
 )
 
 
-def _voted(fields: Fields) -> Example:
-    turns, field = asked(fields)
+def _votes(fields: Fields) -> list[Answer]:
     answers = fields.required("answers")
     if not isinstance(answers, Mapping) or len(answers) != 2:
         fields.fail("answers", f"must map the names of two arms to their answers; it is {answers!r:.60}")
     for arm, text in answers.items():
         if not is_text(text):
             fields.set_aside(f"answers.{arm}", "is empty")
-    preferred = fields.text("preferred")
-    if preferred == TIE:
+    better = fields.text("preferred")
+    if better == TIE:
         fields.set_aside("preferred", "says that the answers are tied")
-    if preferred not in answers:
-        fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {preferred!r:.60}")
-    ranked = tuple(Answer(text=text, rank=float(arm == preferred)) for arm, text in answers.items())
-    return Example(fields=fields, turns=turns, answers=ranked, tools=tools_of(fields), field=field)
+    if better not in answers:
+        fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {better!r:.60}")
+    return [Answer(text=text, rank=float(arm == better)) for arm, text in answers.items()]
 
 
 def _is_vote(row: Mapping[str, Any]) -> bool:
     answers = row.get("answers")
-    two = isinstance(answers, Mapping) and len(answers) == 2
-    return two and holds(row, "preferred") and any(is_question(row.get(name)) for name in PROMPTS)
+    return isinstance(answers, Mapping) and len(answers) == 2 and holds(row, "preferred") and has_question(row)
 
 
 VOTES = Format(
@@ -259,6 +220,6 @@ VOTES = Format(
         '"preferred": "dpo"}'
     ),
     fits=_is_vote,
-    read=_voted,
+    read=lambda fields: example(fields, answers=lambda: _votes(fields)),
     author="annotator",
 )

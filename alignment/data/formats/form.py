@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
 from alignment.data.list_texts import TURNS, begins_turns
 from alignment.data.records import Answer, Example
-from alignment.data.turns import Message, turn_of, turns_of
+from alignment.data.turns import Message, tools_of, turn_of, turns_of
 
 PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
 """Columns that may hold the prompt; the first that is present is used."""
@@ -17,12 +17,9 @@ PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A format of rows.
-
-    ``fits`` checks the columns of a row and their types, but not all of its content. ``read`` turns the row into an
-    ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON. ``author`` is the column that
-    names the person whose opinion a row is; rows of two people are never duplicates.
-    """
+    """A format of rows. ``fits`` checks the columns of a row and their types, but not all of its content. ``read``
+    turns the row into an ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON.
+    ``author`` is the column that names the person whose opinion a row is; rows of two people are never duplicates."""
 
     name: str
     summary: str
@@ -48,52 +45,52 @@ def is_question(value: Any) -> bool:
     return isinstance(value, str) or starts_with_turn(value)
 
 
+def has_question(row: Mapping[str, Any]) -> bool:
+    """Whether a column of the row can hold its prompt."""
+    return any(is_question(row.get(name)) for name in PROMPTS)
+
+
 def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...], str]:
-    """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them.
-
-    A format that is recognised by its prompt names that ``column``. In other columns such rows may have the whole text
-    of an example, with its answer.
-
-    Raises:
-        DataError: no column holds a prompt, or its content is neither text nor turns.
-    """
+    """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them. A format that
+    is recognised by its prompt names that ``column``. In other columns such rows may have the whole text of an example,
+    with its answer. Raises DataError: no column holds a prompt, or its content is neither text nor turns."""
     field = fields.first_of(*(PROMPTS if column is None else (column,)))
     turns = question_turns(fields, field)
     return with_system(fields, (*_history(fields), *turns) if field == "instruction" else turns), field
 
 
 def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
-    """The turns of a column that holds a prompt, or its text as a turn of the user.
-
-    Raises:
-        DataError: the content is neither text nor turns.
-    """
+    """The turns of a column that holds a prompt, or its text as a turn of the user: to Alpaca's ``instruction`` its
+    ``input`` is appended. Raises DataError: the content is
+    neither text nor turns."""
     value = fields.row[field]
     if isinstance(value, list):
         return turns_of(fields, field)
     if field in TURNS and begins_turns(value):
         fields.fail(field, f"must be a list of turns, or JSON of one, and not its text in Python; it is {value!r:.60}")
-    return (Message(role="user", content=_question(fields, field)),)
+    text = fields.text(field)
+    more = fields.optional_text("input") if field == "instruction" else ""
+    return (Message(role="user", content=f"{text}\n\n{more}" if is_text(more) else text),)
 
 
 def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns after the text of the column ``system``, unless they begin with a system turn.
-
-    Raises:
-        DataError: the column holds something else than text.
-    """
+    """The turns after the text of the column ``system``, unless they begin with a system turn. Raises DataError: the
+    column holds something else than text."""
     system = fields.optional_text("system")
     if not system.strip() or not turns or turns[0].role == "system":
         return turns
     return (Message(role="system", content=system), *turns)
 
 
-def answer_text(fields: Fields, field: str) -> str:
-    """The text of an answer, which may also be an assistant's turn, or a list of one such turn.
+def example(fields: Fields, column: str | None = None, *, answers: Callable[[], Sequence[Answer]] = tuple) -> Example:
+    """A row with a prompt and perhaps ``answers`` to it, which are read after the prompt (``asked``)."""
+    turns, field = asked(fields, column)
+    return Example(fields=fields, turns=turns, answers=tuple(answers()), tools=tools_of(fields), field=field)
 
-    Raises:
-        DataError: the field holds something else.
-    """
+
+def answer_text(fields: Fields, field: str) -> str:
+    """The text of an answer, which may also be an assistant's turn, or a list of one such turn. Raises DataError: the
+    field holds something else."""
     value = fields.required(field)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -113,12 +110,9 @@ def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
 def answers_of_whole(
     fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...], *, names: tuple[str, str]
 ) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
-    """The common prompt and the two last turns of two whole conversations in the columns ``names``.
-
-    Raises:
-        DataError: a conversation does not end with an assistant's text.
-        SetAside: they differ before their last turns, so they answer different prompts.
-    """
+    """The common prompt and the two last turns of two whole conversations in the columns ``names``. Raises DataError: a
+    conversation does not end with an assistant's text. Raises SetAside: they differ before their last turns, so they
+    answer different prompts."""
     for name, turns in zip(names, (chosen, rejected), strict=True):
         if turns[-1].role != "assistant":
             fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")
@@ -128,12 +122,6 @@ def answers_of_whole(
         reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
         fields.set_aside(names[1], reason)
     return chosen[:-1], preferred(chosen[-1].whole, rejected[-1].whole)
-
-
-def _question(fields: Fields, field: str) -> str:
-    """The text of the prompt; Alpaca's ``input`` is appended to its ``instruction``."""
-    more = fields.optional_text("input") if field == "instruction" else ""
-    return f"{fields.text(field)}\n\n{more}" if is_text(more) else fields.text(field)
 
 
 def _history(fields: Fields) -> list[Message]:

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.fields import Fields, finite, is_number, is_text
-from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question, with_system
+from alignment.data.formats.form import (
+    Format,
+    answer_text,
+    asked,
+    example,
+    has_question,
+    holds,
+    is_question,
+    with_system,
+)
 from alignment.data.list_texts import begins_texts
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
@@ -17,22 +26,12 @@ _SCORES = ("score", "overall_score", "rating", "rank")
 
 
 def _answered(name: str, *, prompt: str) -> Any:
-    """A reader for rows with the answer in the column ``name`` and the prompt in the column ``prompt``."""
-
     def read(fields: Fields) -> Example:
         turns, field = asked(fields, prompt)
         turns = (*turns, Message(role="assistant", content=answer_text(fields, name)))
         return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
 
     return read
-
-
-def _ranked(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    answers = tuple(
-        _answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))
-    )
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
 
 
 def _answer(fields: Fields, number: int, completion: Any) -> Answer:
@@ -53,8 +52,7 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     return Answer(text=text, rank=-score) if name == "rank" else Answer(text=text, rank=score, score=score)
 
 
-def _chosen(fields: Fields) -> Example:
-    turns, field = asked(fields)
+def _chosen(fields: Fields) -> list[Answer]:
     if isinstance(value := fields.required("choices"), str):
         fields.fail("choices", f"must be a list, or JSON of one; it is {value!r:.60}")
     choices = fields.items("choices")
@@ -62,8 +60,7 @@ def _chosen(fields: Fields) -> Example:
         if not is_text(choice):
             fields.fail(f"choices[{number}]", f"must be text and not empty; it is {choice!r:.60}")
     right = _right_index(fields, [choice.strip() for choice in choices])
-    answers = tuple(Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices))
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
+    return [Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices)]
 
 
 def _right_index(fields: Fields, choices: list[str]) -> int:
@@ -80,11 +77,6 @@ def _right_index(fields: Fields, choices: list[str]) -> int:
     return texts.index(text)
 
 
-def _asked_only(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
-
-
 def _questions(fields: Fields) -> Example:
     questions = fields.items("turns")
     for number, question in enumerate(questions):
@@ -99,10 +91,11 @@ RANKED = Format(
     name="ranked",
     summary="a prompt and several answers with scores (higher is better) or ranks (1 is best): every pair of them",
     row='{"prompt": "2 + 2?", "completions": [{"text": "4.", "score": 9}, {"text": "5.", "score": 1}]}',
-    fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
-    read=_ranked,
+    fits=lambda row: isinstance(row.get("completions"), list) and has_question(row),
+    read=lambda fields: example(
+        fields, answers=lambda: [_answer(fields, *completion) for completion in enumerate(fields.items("completions"))]
+    ),
 )
-
 CHOICES = Format(
     name="choices",
     summary="a question, answers to choose from, and the right one or its index from 0 (MMLU)",
@@ -110,11 +103,10 @@ CHOICES = Format(
     fits=lambda row: (
         (isinstance(row.get("choices"), list) or begins_texts(row.get("choices")))
         and holds(row, "answer")
-        and any(is_question(row.get(name)) for name in PROMPTS)
+        and has_question(row)
     ),
-    read=_chosen,
+    read=lambda fields: example(fields, answers=lambda: _chosen(fields)),
 )
-
 PROMPT_COMPLETION = Format(
     name="prompt_completion",
     summary="a prompt and its answer",
@@ -122,7 +114,6 @@ PROMPT_COMPLETION = Format(
     fits=lambda row: holds(row, "completion") and is_question(row.get("prompt")),
     read=_answered("completion", prompt="prompt"),
 )
-
 ALPACA = Format(
     name="alpaca",
     summary="an instruction and its output, optionally with input, system and history",
@@ -130,7 +121,6 @@ ALPACA = Format(
     fits=lambda row: holds(row, "instruction", "output"),
     read=_answered("output", prompt="instruction"),
 )
-
 QUESTION_ANSWER = Format(
     name="question_answer",
     summary="a question and its answer, which may end in a number that can be checked (gsm8k)",
@@ -138,7 +128,6 @@ QUESTION_ANSWER = Format(
     fits=lambda row: all(isinstance(row.get(name), str) for name in ("question", "answer")),
     read=_answered("answer", prompt="question"),
 )
-
 QUESTIONS = Format(
     name="turns",
     summary="questions to ask one after another: an evaluation asks all, other stages the first (MT-Bench)",
@@ -146,15 +135,13 @@ QUESTIONS = Format(
     fits=lambda row: isinstance(row.get("turns"), list),
     read=_questions,
 )
-
 PROMPT = Format(
     name="prompt",
     summary="a prompt without an answer",
     row='{"prompt": "Summarise: the shop is closed on Monday."}',
-    fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
-    read=_asked_only,
+    fits=has_question,
+    read=example,
 )
-
 TEXT = Format(
     name="text",
     summary="plain text",

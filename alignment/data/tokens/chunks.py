@@ -33,17 +33,13 @@ CHUNK = 1_000
 """Rows that a process receives at once."""
 FEW = 8
 """With fewer chunks it is not worth starting processes."""
-
 _BY_TEMPLATE = "the chat template leaves it out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Token rows of some rows of the source.
-
-    ``batch`` holds the token rows of ``records`` records, which came from ``rows`` rows of the source. ``longest`` is
-    the number of tokens of the longest record, also if it was dropped.
-    """
+    """Token rows of some rows of the source. ``batch`` holds the token rows of ``records`` records, which came from
+    ``rows`` rows of the source. ``longest`` is the number of tokens of the longest record, also if it was dropped."""
 
     batch: pa.RecordBatch
     notes: Sequence[Note]
@@ -118,15 +114,16 @@ def note_of_error(error: DataError) -> Note:
 
 
 def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int) -> Iterator[Chunk]:
-    """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all.
-
-    Raises:
-        ModelError: a process was killed because a template did not terminate.
-        StageError: a process died.
-    """
-    chunks = _chunks(rows)
+    """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all. Raises
+    ModelError: a process was killed because a template did not terminate. Raises StageError: a process died."""
+    left = iter(rows)
+    chunks = iter(lambda: list(islice(left, CHUNK)), [])
     if limit is not None:
-        yield from _limited(job, chunks, limit)
+        for some in chunks:
+            yield (chunk := job(some, limit))
+            limit -= chunk.records
+            if limit == 0:
+                return
         return
     first = list(islice(chunks, FEW))
     few = len(first) < FEW
@@ -138,21 +135,6 @@ def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int
         yield from _in_parallel(job, chunks, processes)
 
 
-def _chunks(rows: Iterable[Unparsed]) -> Iterator[list[Unparsed]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
-def _limited(job: Job, chunks: Iterable[Sequence[Unparsed]], limit: int) -> Iterator[Chunk]:
-    for rows in chunks:
-        chunk = job(rows, limit)
-        yield chunk
-        limit -= chunk.records
-        if limit == 0:
-            return
-
-
 def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int) -> Iterator[Chunk]:
     """Limits the chunks in flight to what keeps the processes busy, so memory does not grow with the source."""
     fork = get_context("fork")
@@ -161,7 +143,9 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
     workers: set[BaseProcess] = set()
     try:
         for rows in chunks:
-            under_way.append(pool.submit(_work, [_packed(row) for row in rows]))
+            under_way.append(
+                pool.submit(_work, [(row.where, row.text) if isinstance(row, JsonLine) else row for row in rows])
+            )
             workers = workers or set(active_children())  # the first chunk starts all of them
             if len(under_way) > 2 * processes:
                 yield under_way.popleft().result()
@@ -175,8 +159,7 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
                 remedy="set model.chat_template=chatml, or path:FILE of another template",
             ) from error
         raise StageError(
-            "a process that tokenised rows died",
-            remedy="check whether memory ran out, then run the stage again",
+            "a process that tokenised rows died", remedy="check whether memory ran out, then run the stage again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -207,10 +190,6 @@ def _end_with(parent: int) -> None:
 
 _Packed = tuple[str, bytes] | Unparsed
 """A line as a tuple, which crosses to another process in a fraction of the time of a dataclass."""
-
-
-def _packed(row: Unparsed) -> _Packed:
-    return (row.where, row.text) if isinstance(row, JsonLine) else row
 
 
 def _work(rows: Sequence[_Packed]) -> Chunk:

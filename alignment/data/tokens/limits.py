@@ -16,10 +16,8 @@ class RowTooLong(DataError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Maximum numbers of tokens: of a whole row (with the longer of two answers), of its prompt and of an answer.
-
-    In a conversation the answer is the last turn of the assistant, and the prompt is everything before it.
-    """
+    """Maximum numbers of tokens: of a whole row (with the longer of two answers), of its prompt and of an answer. In a
+    conversation the answer is the last turn of the assistant, and the prompt is everything before it."""
 
     row: int
     prompt: int | None = None
@@ -34,11 +32,8 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """A row's prompt, and its answers by name.
-
-    The first ``head`` tokens of the prompt (BOS) and its last ``tail`` tokens (what the template appends to the last
-    turn's content) are never cut.
-    """
+    """A row's prompt, and its answers by name. The first ``head`` tokens of the prompt (BOS) and its last ``tail``
+    tokens (what the template appends to the last turn's content) are never cut."""
 
     prompt: Tokens
     answers: Mapping[str, Tokens] = field(default_factory=dict)
@@ -63,11 +58,8 @@ def excess(parts: Parts, limits: Limits) -> str:
 
 
 def cut_to(parts: Parts, limits: Limits) -> Parts:
-    """The parts, cut to their limits.
-
-    Raises:
-        RowTooLong: cutting would leave no prompt, nothing to learn, or two equal answers.
-    """
+    """The parts, cut to their limits. Raises RowTooLong: cutting would leave no prompt, nothing to learn, or two equal
+    answers."""
     over = excess(parts, limits)
     answers = {name: tokens[: limits.answer] for name, tokens in parts.answers.items()}
     room = limits.row - max(map(len, answers.values()), default=0)
@@ -93,11 +85,8 @@ def _shortened(parts: Parts, room: int, side: Side) -> Tokens:
 
 
 def refuse_losses(limits: Limits, *, dropped: int, cut: int, records: int, longest: int, where: str) -> None:
-    """Accepts a data set of which few enough records were dropped or cut.
-
-    Raises:
-        DataError: too many were, or all were dropped. The error gives the length of the longest.
-    """
+    """Accepts a data set of which few enough records were dropped or cut. Raises DataError: too many were, or all were
+    dropped. The error gives the length of the longest."""
     share = limits.too_long.max_share
     nothing_left = dropped == records > 0
     if not records or ((dropped + cut) / records <= share and not nothing_left):

@@ -1,16 +1,11 @@
-"""Renders messages with the tokenizer's chat template and cuts the text where the assistant's turns begin and end.
-
-A turn is found by rendering prefixes: the text of the messages up to and including the turn, minus the text of the
+"""Renders messages with the tokenizer's chat template and cuts the text where the assistant's turns begin and end. A
+turn is found by rendering prefixes: the text of the messages up to and including the turn, minus the text of the
 messages before it with a generation prompt. The turn ends with its control token. Nothing is inferred from token ids,
-because pad may equal EOS.
-
-Templates of thinking models change earlier turns when later ones follow: they drop thoughts, or end a turn with another
-token. A conversation then becomes several texts, so that each answer is learned behind the text that it is generated
-from.
-
-Control tokens that somebody wrote into a message stay text. A private-use character replaces each of them before the
-template renders, so that all control tokens in the result are the template's own (``encode`` restores the others).
-"""
+because pad may equal EOS. Templates of thinking models change earlier turns when later ones follow: they drop thoughts,
+or end a turn with another token. A conversation then becomes several texts, so that each answer is learned behind the
+text that it is generated from. Control tokens that somebody wrote into a message stay text. A private-use character
+replaces each of them before the template renders, so that all control tokens in the result are the template's own
+(``encode`` restores the others)."""
 
 from __future__ import annotations
 
@@ -42,10 +37,8 @@ _KEEPS_TURNS = (
 
 
 def other_opening(templates: Templates, before: str, after: str, helps: Callable[[Templates], bool]) -> DataError:
-    """The fault of a prompt ``before`` that is not the beginning of ``after``, the same turns with an answer.
-
-    ``helps`` says whether the answer could follow its prompt if these templates rendered both.
-    """
+    """The fault of a prompt ``before`` that is not the beginning of ``after``, the same turns with an answer. ``helps``
+    says whether the answer could follow its prompt if these templates rendered both."""
     start = max(0, in_common(before, after) - _SHOWN // 2)
     working = [setting for setting, candidate in _candidates(templates) if helps(candidate)]
     remedies = [f"set {setting}" for setting in working] or [_KEEPS_TURNS]
@@ -58,7 +51,6 @@ def other_opening(templates: Templates, before: str, after: str, helps: Callable
 
 
 def _candidates(templates: Templates) -> Iterator[tuple[str, Templates]]:
-    """Settings that may help, with the templates that they give."""
     for name in sorted(name for name in options_of(templates) if "thinking" in name):
         for value in (False, True):
             yield f"model.template_options.{name}={str(value).lower()}", with_options(templates, {name: value})
@@ -68,13 +60,10 @@ def _candidates(templates: Templates) -> Iterator[tuple[str, Templates]]:
 
 Tools = Sequence[Mapping[str, Any]]
 """The tools that the assistant may call, in the form for chat templates."""
-
 _PROBE = "[an answer]"
 """Shows what a template writes around an answer."""
 LAST_STAND_IN = 0x10FFFD
 """The end of Unicode's last private-use area; icon fonts use the other areas."""
-
-
 _ENDLESS = ModelError(
     f"the chat template ran for more than {SECONDS:g} s for one rendering",
     remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",
@@ -104,11 +93,8 @@ class ControlTokens:
         self._used = re.compile("[" + "".join(self._stand_ins.values()) + "]" if ids else "(?!)")
 
     def escaped(self, value: Any) -> Any:
-        """The value with control tokens replaced in every text inside it.
-
-        Raises:
-            DataError: the value contains one of the private-use characters.
-        """
+        """The value with control tokens replaced in every text inside it. Raises DataError: the value contains one of
+        the private-use characters."""
         if isinstance(value, str):
             if value.isascii() and not self.pattern.search(value):
                 return value
@@ -144,15 +130,10 @@ def render(
     tools: Tools = (),
     templates: Templates | None = None,
 ) -> str:
-    """The messages rendered by the chat template, or by other ``templates``.
-
-    ``answering`` adds the opening of an assistant turn.
-
-    Raises:
-        DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or tool
-            calls, or a message contains a reserved character.
-        ModelError: the template does not terminate. That is not the row's fault, so no other row is tried.
-    """
+    """The messages rendered by the chat template, or by other ``templates``. ``answering`` adds the opening of an
+    assistant turn. Raises DataError: the tokenizer has no chat template, the template refuses these messages or leaves
+    out tools or tool calls, or a message contains a reserved character. Raises ModelError: the template does not
+    terminate. That is not the row's fault, so no other row is tried."""
     control, templates = control_tokens(tokenizer), templates or tokenizer.chat_template
     if not templates:
         raise DataError(
@@ -208,14 +189,10 @@ def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> 
 
 
 def conversation_texts(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[ConversationText]:
-    """The texts that a conversation is learned from, which are one unless the template changes earlier turns.
-
-    Each has alternating segments, up to the end of its last assistant turn: text before a turn, and the turn itself.
-    Every assistant turn is learned in one of them.
-
-    Raises:
-        DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
-    """
+    """The texts that a conversation is learned from, which are one unless the template changes earlier turns. Each has
+    alternating segments, up to the end of its last assistant turn: text before a turn, and the turn itself. Every
+    assistant turn is learned in one of them. Raises DataError: there is no assistant turn to learn from, or the
+    rendered text cannot be cut at turns."""
     texts = [_Text()]
     for index, message in enumerate(messages):
         if message.role != "assistant":
@@ -250,7 +227,6 @@ class ConversationText:
 
     @property
     def text(self) -> str:
-        """The whole text."""
         return "".join(segment.text for segment in self.segments)
 
 
@@ -274,7 +250,6 @@ class _Text:
         self.learned += [index] if learned else []
 
     def complete(self, messages: Sequence[Message]) -> ConversationText:
-        """The text, of a conversation with these ``messages``."""
         before = messages[: self._last]
         return ConversationText(
             segments=self._segments,
@@ -293,10 +268,7 @@ def prompt_and_answers(
     tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = ()
 ) -> list[str]:
     """A rendered prompt, and behind it each of several ``answers`` to it, up to and including the end of the turn.
-
-    Raises:
-        DataError: the template renders the prompt differently once an answer follows, or never ends the turn.
-    """
+    Raises DataError: the template renders the prompt differently once an answer follows, or never ends the turn."""
     before = prompt_text(tokenizer, messages, tools)
     return [before, *(_answer_behind(before, tokenizer, messages, answer, tools) for answer in answers)]
 
@@ -304,14 +276,10 @@ def prompt_and_answers(
 def prompt_and_bare_answers(
     tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()
 ) -> list[str]:
-    """A rendered prompt, and behind it the text alone of each of several ``answers`` to it.
-
-    What the template writes before an answer, such as an empty thought, belongs to the prompt; a space belongs to the
-    answer, whose first token it begins. What ends the turn is left out.
-
-    Raises:
-        DataError: as ``prompt_and_answers``; or the template writes something else around each of the answers.
-    """
+    """A rendered prompt, and behind it the text alone of each of several ``answers`` to it. What the template writes
+    before an answer, such as an empty thought, belongs to the prompt; a space belongs to the answer, whose first token
+    it begins. What ends the turn is left out. Raises DataError: as ``prompt_and_answers``; or the template writes
+    something else around each of the answers."""
     turns = [Message(role="assistant", content=content) for content in (_PROBE, *answers)]
     prompt, probe, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
     opening, _, ending = probe.partition(_PROBE)
@@ -345,7 +313,6 @@ def _without_thoughts(before: str, tokenizer: Any, messages: Sequence[Message], 
 
 
 def _follows(tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools, templates: Templates) -> bool:
-    """Whether the answer follows its prompt in the rendering of other templates."""
     try:
         before = render(tokenizer, messages, answering=True, tools=tools, templates=templates)
         after = render(tokenizer, [*messages, answer], answering=False, tools=tools, templates=templates)
@@ -355,11 +322,8 @@ def _follows(tokenizer: Any, messages: Sequence[Message], answer: Message, tools
 
 
 def turn_end_token(tokenizer: Any) -> str:
-    """The control token that ends an assistant's turn, also if no answer can follow the generation prompt.
-
-    Raises:
-        DataError: see ``render``; or the template never ends the turn.
-    """
+    """The control token that ends an assistant's turn, also if no answer can follow the generation prompt. Raises
+    DataError: see ``render``; or the template never ends the turn."""
     answer = "Hello."
     turns = [Message(role="user", content="Hi."), Message(role="assistant", content=answer)]
     _, _, text = render(tokenizer, turns, answering=False).rpartition(answer)
@@ -367,10 +331,8 @@ def turn_end_token(tokenizer: Any) -> str:
 
 
 def _turn_end(tokenizer: Any, text: str) -> int:
-    """The end of the turn: after EOS, or after the control token that the template uses instead (Gemma).
-
-    Text after it (a line break in ChatML) does not belong to the answer.
-    """
+    """The end of the turn: after EOS, or after the control token that the template uses instead (Gemma). Text after it
+    (a line break in ChatML) does not belong to the answer."""
     matches = list(control_tokens(tokenizer).pattern.finditer(text))
     for match in reversed(matches):
         if match[0] == tokenizer.eos_token:
@@ -382,10 +344,7 @@ def _turn_end(tokenizer: Any, text: str) -> int:
 
 def prompt_tail(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str | None:
     """The text that the template appends to the last turn's content, found with a marker; None if the marker is lost.
-
-    Raises:
-        DataError: see ``render``.
-    """
+    Raises DataError: see ``render``."""
     mark = control_tokens(tokenizer).unused
     rendered = prompt_text(tokenizer, [*messages[:-1], replace(messages[-1], content=mark)], tools)
     before, mark_in_text, tail = rendered.partition(mark)

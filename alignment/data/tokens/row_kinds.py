@@ -28,7 +28,6 @@ DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 """The names of labelled answers."""
 MARGIN = "margin"
 """The column with a pair's difference of scores, which no model takes."""
-
 Texts = dict[str, list[Segment]]
 Row = dict[str, list[int]]
 
@@ -46,14 +45,9 @@ class Rendered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """How records of one type become rows.
-
-    ``sequences`` renders a record, ``rows`` makes rows of token ids with the ``columns`` of a sequence's parts.
-    ``numbers`` are further columns, with a number of the record in each.
-
-    Raises:
-        DataError: from ``sequences``, if the record cannot be rendered or lacks a number.
-    """
+    """How records of one type become rows. ``sequences`` renders a record, ``rows`` makes rows of token ids with the
+    ``columns`` of a sequence's parts. ``numbers`` are further columns, with a number of the record in each. Raises
+    DataError: from ``sequences``, if the record cannot be rendered or lacks a number."""
 
     name: str
     record: type[Any]
@@ -71,11 +65,8 @@ class Kind:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenized:
     """A tokenised record: the ``parts`` of each sequence within the limits and their ``rows``, or the ``fault`` for
-    which it has no rows.
-
-    ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what was cut. ``lost`` names
-    what the chat template left out (``template_losses.LOSSES``).
-    """
+    which it has no rows. ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what
+    was cut. ``lost`` names what the chat template left out (``template_losses.LOSSES``)."""
 
     record: Any
     rows: Sequence[Row] = ()
@@ -128,11 +119,7 @@ def _before(sequence: Texts, name: str) -> str:
 
 
 def _rendered(tokenizer: Any, kind: Kind, record: Any) -> list[Rendered] | DataError:
-    """The record's sequences, or its fault.
-
-    Raises:
-        ModelError: the template does not terminate.
-    """
+    """The record's sequences, or its fault. Raises ModelError: the template does not terminate."""
     try:
         return kind.sequences(tokenizer, record)
     except DataError as fault:
@@ -142,11 +129,8 @@ def _rendered(tokenizer: Any, kind: Kind, record: Any) -> list[Rendered] | DataE
 
 
 def _fitted(tokenizer: Any, kind: Kind, sequence: Rendered, whole: Parts, limits: Limits) -> tuple[Parts, str]:
-    """The parts within their limits, and a description of what was cut; a text may have any length.
-
-    Raises:
-        RowTooLong: the parts are too long, and rows are not cut or this row cannot be.
-    """
+    """The parts within their limits, and a description of what was cut; a text may have any length. Raises RowTooLong:
+    the parts are too long, and rows are not cut or this row cannot be."""
     over = "" if kind is TEXTS else excess(whole, limits)
     if not over:
         return whole, ""
@@ -202,7 +186,6 @@ def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
 def _asked(
     tokenizer: Any, record: PreferencePair | LabelledAnswer | Prompt, answers: Mapping[str, str]
 ) -> list[Rendered]:
-    """The prompt with its ``answers`` by name."""
     turns = [Message(role="assistant", content=answer) for answer in answers.values()]
     prompt, *texts = prompt_and_answers(tokenizer, record.messages, turns, record.tools)
     learned = {name: [Segment(text=text, learned=True)] for name, text in zip(answers, texts, strict=True)}
@@ -261,18 +244,10 @@ def _plain_rows(tokenizer: Any, parts: Parts, limits: Limits) -> list[Row]:
 
 _LEARNED = ("input_ids", "labels")
 CONVERSATIONS = Kind(
-    name="conversation",
-    record=Conversation,
-    columns=_LEARNED,
-    sequences=_conversation,
-    rows=_conversation_rows,
+    name="conversation", record=Conversation, columns=_LEARNED, sequences=_conversation, rows=_conversation_rows
 )
 PAIRS = Kind(
-    name="pair",
-    record=PreferencePair,
-    columns=(PROMPT, "chosen", "rejected"),
-    sequences=_pair,
-    rows=_pair_rows,
+    name="pair", record=PreferencePair, columns=(PROMPT, "chosen", "rejected"), sequences=_pair, rows=_pair_rows
 )
 LABELLED_ANSWERS = Kind(
     name="labelled answer",
@@ -282,18 +257,6 @@ LABELLED_ANSWERS = Kind(
     rows=_labelled_rows,
 )
 SCORED_PAIRS = replace(PAIRS, name="scored pair", sequences=_scored_pair, numbers={MARGIN: PreferencePair.margin})
-PROMPTS = Kind(
-    name="prompt",
-    record=Prompt,
-    columns=(PROMPT,),
-    sequences=_prompt,
-    rows=_pair_rows,
-)
-TEXTS = Kind(
-    name="text",
-    record=PlainText,
-    columns=_LEARNED,
-    sequences=_plain,
-    rows=_plain_rows,
-)
+PROMPTS = Kind(name="prompt", record=Prompt, columns=(PROMPT,), sequences=_prompt, rows=_pair_rows)
+TEXTS = Kind(name="text", record=PlainText, columns=_LEARNED, sequences=_plain, rows=_plain_rows)
 """A text may have any length, because it is cut into rows."""

@@ -1,9 +1,7 @@
-"""An assistant's thoughts in the form that a chat template reads.
-
-A row has a thought in a field of its own, or between ``<think>`` and ``</think>`` in the content. Templates read a
-field (``reasoning_content`` of Qwen and Nemotron, ``thinking`` of gpt-oss), or look for the tags in the content, or
-render the content as it is. A thought is moved to where the template reads it.
-"""
+"""An assistant's thoughts in the form that a chat template reads. A row has a thought in a field of its own, or between
+``<think>`` and ``</think>`` in the content. Templates read a field (``reasoning_content`` of Qwen and Nemotron,
+``thinking`` of gpt-oss), or look for the tags in the content, or render the content as it is. A thought is moved to
+where the template reads it."""
 
 from __future__ import annotations
 
@@ -17,14 +15,10 @@ from alignment.data.turns import CLOSE, OPEN, THOUGHTS, Message, tagged
 
 
 def with_readable_thought(templates: Templates, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn in the form of ``Message.as_dict``, with its thought where ``templates`` read it.
-
-    Example: ``{"content": "4.", "reasoning_content": "2 + 2"}`` becomes ``{"content": "4.", "thinking": "2 + 2"}`` for
-    gpt-oss, and ``{"content": "<think>\\n2 + 2\\n</think>\\n\\n4."}`` for a template that reads no such field.
-
-    Raises:
-        DataError: a template is not valid Jinja.
-    """
+    """A turn in the form of ``Message.as_dict``, with its thought where ``templates`` read it. Example: ``{"content":
+    "4.", "reasoning_content": "2 + 2"}`` becomes ``{"content": "4.", "thinking": "2 + 2"}`` for gpt-oss, and
+    ``{"content": "<think>\\n2 + 2\\n</think>\\n\\n4."}`` for a template that reads no such field. Raises DataError: a
+    template is not valid Jinja."""
     if turn["role"] != "assistant":
         return dict(turn)
     read = fields_of(templates)
@@ -116,11 +110,9 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _is_in(part: str, text: str) -> bool:
-    return part in text or all(_line_is_in(line.strip(), text) for line in part.splitlines())
-
-
-def _line_is_in(line: str, text: str) -> bool:
-    return line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
+    return part in text or all(
+        line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in map(str.strip, part.splitlines())
+    )
 
 
 def lost_words(loss: str, count: int, records: int) -> str:

@@ -18,10 +18,8 @@ WIDTH = 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSpan:
-    """The text of neighbouring tokens that agree in all properties.
-
-    They are all ``learned`` or not, all ``control`` tokens or not, and all in the part where two answers differ or not.
-    """
+    """The text of neighbouring tokens that agree in all properties. They are all ``learned`` or not, all ``control``
+    tokens or not, and all in the part where two answers differ or not."""
 
     text: str
     learned: bool
@@ -32,11 +30,8 @@ class TokenSpan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordSpans:
     """The token spans of a record as the stage reads it: one sequence, several sequences of a conversation, or a prompt
-    and its answers by name.
-
-    ``tokens`` counts the longest sequence before anything was ``cut``, ``learned`` all learned tokens. With
-    ``has_lookalikes`` some of the text looks like a control token but is ordinary text.
-    """
+    and its answers by name. ``tokens`` counts the longest sequence before anything was ``cut``, ``learned`` all learned
+    tokens. With ``has_lookalikes`` some of the text looks like a control token but is ordinary text."""
 
     where: str
     sequences: dict[str, list[TokenSpan]]

@@ -1,9 +1,8 @@
-"""A source as rows of token ids on disk, cached by content and memory-mapped.
-
-Everything that could change a row is part of the folder's name: the content of the rows, how they are read, the limits,
-tokenizer and template, and this code's version. An exception is a template that asks for today's date: its rows keep
-the day on which they were made. If two processes want the same table, the second waits until the first has made it. A
-process that was interrupted leaves what it has made, and the next one goes on from there."""
+"""A source as rows of token ids on disk, cached by content and memory-mapped. Everything that could change a row is
+part of the folder's name: the content of the rows, how they are read, the limits, tokenizer and template, and this
+code's version. An exception is a template that asks for today's date: its rows keep the day on which they were made. If
+two processes want the same table, the second waits until the first has made it. A process that was interrupted leaves
+what it has made, and the next one goes on from there."""
 
 from __future__ import annotations
 
@@ -43,17 +42,14 @@ EVERY_SECONDS = 30.0
 """Seconds of work that an interruption loses at most."""
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end of a stream of Arrow."""
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Counts:
-    """What a table holds. ``read`` rows of the source gave ``records`` records of at most ``longest`` tokens.
-
-    ``notes`` counts the entries of the ledger by kind, and ``first`` holds the first entries of each kind. ``affected``
-    counts the rows that were left out or cut; a row of several records may have several entries.
-    """
+    """What a table holds. ``read`` rows of the source gave ``records`` records of at most ``longest`` tokens. ``notes``
+    counts the entries of the ledger by kind, and ``first`` holds the first entries of each kind. ``affected`` counts
+    the rows that were left out or cut; a row of several records may have several entries."""
 
     read: int = 0
     records: int = 0
@@ -80,11 +76,8 @@ class Counts:
 def write(
     folder: Path, schema: pa.Schema, chunks: Callable[[Counts], Iterable[Chunk]], progress: Callable[[int], None] | None
 ) -> None:
-    """Writes a table, or the rest of one.
-
-    ``chunks`` gives those that follow the rows and records that are counted already. ``progress`` receives the number
-    of rows read.
-    """
+    """Writes a table, or the rest of one. ``chunks`` gives those that follow the rows and records that are counted
+    already. ``progress`` receives the number of rows read."""
     counts, sizes = _unfinished(folder)
     if sizes is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,17 +129,14 @@ def _unfinished(folder: Path) -> tuple[Counts, list[int] | None]:
 
 VERSION = 7
 """Raised when the rows change, so that older tables are not used."""
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTable:
-    """Token rows with the kind's columns and ``where``.
-
-    ``notes`` counts the entries of the file ``ledger`` by kind, and ``first`` holds the first entries of each kind.
-    ``read`` rows gave ``records`` records of at most ``longest`` tokens. ``affected`` rows were left out or cut.
-    """
+    """Token rows with the kind's columns and ``where``. ``notes`` counts the entries of the file ``ledger`` by kind,
+    and ``first`` holds the first entries of each kind. ``read`` rows gave ``records`` records of at most ``longest``
+    tokens. ``affected`` rows were left out or cut."""
 
     path: Path
     rows: Dataset
@@ -181,16 +171,10 @@ def token_table(
     setting: str = DATA,
     progress: Callable[[int], None] | None = None,
 ) -> TokenTable:
-    """The source's table from the folder ``cache``; made there if it is missing.
-
-    ``progress`` is called with the number of rows read, which is 0 while another process makes the table. Errors name
-    the ``setting`` that holds ``data``.
-
-    Raises:
-        DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
-            no row is left.
-        StageError: the table cannot be written, or a process that makes it died.
-    """
+    """The source's table from the folder ``cache``; made there if it is missing. ``progress`` is called with the number
+    of rows read, which is 0 while another process makes the table. Errors name the ``setting`` that holds ``data``.
+    Raises DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long;
+    or no row is left. Raises StageError: the table cannot be written, or a process that makes it died."""
     form = start(path, data).format
     job = Job(tokenizer=tokenizer, kind=kind, reader=Reader(format=form, record=kind.record, data=data), limits=limits)
     folder = cache / f"tokens-{_key(path, data, job)}"
@@ -230,7 +214,6 @@ def token_table(
 
 
 def _chunks(path: Path, data: SourceConfig, job: Job, processes: int, before: Counts) -> Iterator[Chunk]:
-    """The chunks of the rows that are not counted yet."""
     rows = islice(unparsed_source_rows(path, data), before.read, None)
     left = None if data.limit is None else data.limit - before.records
     return iter(()) if left == 0 else run(job, rows, limit=left, processes=processes)
@@ -284,7 +267,6 @@ def _make(
 
 
 def _open(path: Path, folder: Path) -> TokenTable | None:
-    """The table in a folder, or None if it is missing or damaged."""
     try:
         stored = parse_json((folder / COUNTS).read_text(encoding="utf-8"))
         if stored["sizes"] != file_sizes(folder):

@@ -26,17 +26,14 @@ _PASSES_ON = ("transformers.tokenization_utils_base", "transformers.tokenization
 """The modules of ``__call__`` and ``_encode_plus`` of a tokenizer that passes texts on."""
 STOPS = "alignment_stop_ids"
 """The attribute of a tokenizer that holds the tokens, beside EOS, at which its model stops."""
-
 R = TypeVar("R", bound=Record)
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedConversation:
-    """``labels`` equal ``input_ids`` on learned tokens and are -100 elsewhere.
-
-    Example (turns of one token): ``input_ids [1 7 2 1 9 2]``, ``labels [-100 -100 -100 -100 9 2]``.
-    """
+    """``labels`` equal ``input_ids`` on learned tokens and are -100 elsewhere. Example (turns of one token):
+    ``input_ids [1 7 2 1 9 2]``, ``labels [-100 -100 -100 -100 9 2]``."""
 
     input_ids: list[int]
     labels: list[int]
@@ -50,15 +47,12 @@ class Tokens:
     learned: list[bool]
 
     def __len__(self) -> int:
-        """Number of tokens."""
         return len(self.ids)
 
     def __add__(self, other: Tokens) -> Tokens:
-        """Concatenation."""
         return Tokens(ids=self.ids + other.ids, learned=self.learned + other.learned)
 
     def __getitem__(self, part: slice) -> Tokens:
-        """A slice of the tokens."""
         return Tokens(ids=self.ids[part], learned=self.learned[part])
 
     @property
@@ -89,12 +83,10 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_after(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """``encode`` of each second text as it is behind the first, which may be empty.
-
-    Tokenizers of SentencePiece put a space before every text that they are given. Behind another text of the same row,
-    that space would be in no text that is tokenised whole, such as a prompt or a row of another program. Where a token
-    reaches into both texts, the second is encoded by itself.
-    """
+    """``encode`` of each second text as it is behind the first, which may be empty. Tokenizers of SentencePiece put a
+    space before every text that they are given. Behind another text of the same row, that space would be in no text
+    that is tokenised whole, such as a prompt or a row of another program. Where a token reaches into both texts, the
+    second is encoded by itself."""
     alone = encode_all(tokenizer, [text for _, text in texts])
     if not _changes_beginnings(tokenizer):
         return alone
@@ -119,11 +111,9 @@ def _changes_beginnings(tokenizer: Any) -> bool:
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids that ``tokenizer(texts, add_special_tokens=False)`` gives.
-
-    transformers asks the library ``tokenizers`` for them, with the position of every token in its text, and copies the
-    answer several times. Asked directly and for ids alone, the library takes about two thirds of the time.
-    """
+    """The ids that ``tokenizer(texts, add_special_tokens=False)`` gives. transformers asks the library ``tokenizers``
+    for them, with the position of every token in its text, and copies the answer several times. Asked directly and for
+    ids alone, the library takes about two thirds of the time."""
     if not _only_asks_backend(type(tokenizer)):
         ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **ids_only)["input_ids"]
@@ -139,10 +129,8 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _only_asks_backend(kind: Any) -> bool:
-    """Whether tokenizers of this class do nothing else with a text than to pass it on.
-
-    Then both methods are those of transformers' own class, which is told by its module: this one must not import it.
-    """
+    """Whether tokenizers of this class do nothing else with a text than to pass it on. Then both methods are those of
+    transformers' own class, which is told by its module: this one must not import it."""
     methods = (getattr(kind, "__call__", None), getattr(kind, "_encode_plus", None))  # noqa: B004 - the function itself
     return tuple(getattr(method, "__module__", "") for method in methods) == _PASSES_ON
 
@@ -188,22 +176,16 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -
 
 
 def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: Tools = ()) -> list[int]:
-    """Token ids of an assistant's answer to ``messages``, up to and including the end of the turn.
-
-    Raises:
-        DataError: as ``prompt_and_answers``.
-    """
+    """Token ids of an assistant's answer to ``messages``, up to and including the end of the turn. Raises DataError: as
+    ``prompt_and_answers``."""
     return prompt_and_answer_ids(tokenizer, messages, [answer], tools)[1][0]
 
 
 def prompt_and_answer_ids(
     tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt and of several answers to it, as in ``prompt_ids`` and ``answer_ids``.
-
-    Raises:
-        DataError: as ``answer_ids``.
-    """
+    """Token ids of a prompt and of several answers to it, as in ``prompt_ids`` and ``answer_ids``. Raises DataError: as
+    ``answer_ids``."""
     turns = [Message(role="assistant", content=answer) for answer in answers]
     prompt, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
     return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
@@ -213,43 +195,28 @@ def prompt_and_choice_ids(
     tokenizer: Any, messages: Sequence[Message], choices: Sequence[str], tools: Tools = ()
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of a prompt and of the text alone of each of several answers to it (``prompt_and_bare_answers``).
-
-    Raises:
-        DataError: as ``prompt_and_bare_answers``.
-    """
+    Raises DataError: as ``prompt_and_bare_answers``."""
     prompt, *texts = prompt_and_bare_answers(tokenizer, messages, choices, tools)
     return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
 
 
 @functools.lru_cache(maxsize=16)
 def turn_end_id(tokenizer: Any) -> int:
-    """The token that ends an answer, which is EOS in most chat templates and ``<end_of_turn>`` in Gemma's.
-
-    Raises:
-        DataError: see ``turn_end_token``.
-    """
+    """The token that ends an answer, which is EOS in most chat templates and ``<end_of_turn>`` in Gemma's. Raises
+    DataError: see ``turn_end_token``."""
     return control_tokens(tokenizer).ids[turn_end_token(tokenizer)]
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer.
-
-    They are the one that ends a turn, EOS, which a base model may emit instead, and those that the model's
-    generation_config.json names.
-
-    Raises:
-        DataError: see ``turn_end_token``.
-    """
+    """The tokens that end an answer. They are the one that ends a turn, EOS, which a base model may emit instead, and
+    those that the model's generation_config.json names. Raises DataError: see ``turn_end_token``."""
     return frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})
 
 
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
     """A whole conversation with every assistant turn and its end learned, except turns that are not to be learned. The
-    template must keep earlier turns as they were.
-
-    Raises:
-        DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
-    """
+    template must keep earlier turns as they were. Raises DataError: there is no assistant turn to learn from, or the
+    rendered text cannot be cut at turns."""
     (row,) = tokens_of(tokenizer, [text.segments for text in conversation_texts(tokenizer, messages, tools)])
     return TokenizedConversation(input_ids=row.ids, labels=row.labels)
 
@@ -274,11 +241,8 @@ def front(tokenizer: Any) -> tuple[int, ...]:
 
 
 def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Row]) -> list[Row]:
-    """``tokenize`` applied to each record.
-
-    Raises:
-        DataError: a row cannot be tokenised; the error gives the location of the first one.
-    """
+    """``tokenize`` applied to each record. Raises DataError: a row cannot be tokenised; the error gives the location of
+    the first one."""
     rows = []
     for record in records:
         try:

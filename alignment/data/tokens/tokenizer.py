@@ -19,17 +19,11 @@ from alignment.data.tokens.tokenize import STOPS
 
 
 def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, model: Path | None = None) -> Any:
-    """The tokenizer of a model folder, with a pad token: EOS if it has none that the model knows.
-
-    Masks never depend on the pad token. A tokenizer class of transformers may add one that is no token of the model.
-
-    ``template`` replaces its own template or gives it options (alignment/data/chat_template.py). ``model`` is the
-    folder of the model if it is another one.
-
-    Raises:
-        ModelError: there is no usable tokenizer, it has no EOS token, or generation_config.json cannot be read.
-        DataError: the template cannot be read, or does not read an option.
-    """
+    """The tokenizer of a model folder, with a pad token: EOS if it has none that the model knows. Masks never depend on
+    the pad token. A tokenizer class of transformers may add one that is no token of the model. ``template`` replaces
+    its own template or gives it options (alignment/data/chat_template.py). ``model`` is the folder of the model if it
+    is another one. Raises ModelError: there is no usable tokenizer, it has no EOS token, or generation_config.json
+    cannot be read. Raises DataError: the template cannot be read, or does not read an option."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -46,11 +40,8 @@ def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, mode
 
 
 def stop_ids(folder: Path) -> frozenset[int]:
-    """The tokens at which generation_config.json ends an answer (Llama 3 has three); empty without that file.
-
-    Raises:
-        ModelError: the file cannot be read, or does not hold token ids.
-    """
+    """The tokens at which generation_config.json ends an answer (Llama 3 has three); empty without that file. Raises
+    ModelError: the file cannot be read, or does not hold token ids."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return frozenset()
@@ -70,10 +61,8 @@ def stops_alike(first: Any, second: Any) -> bool:
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of the vocabulary with its special tokens, and of the chat template, or of several with their names.
-
-    A template that is alone is hashed as its text also if it has the name ``default``, which saving it drops.
-    """
+    """SHA-256 of the vocabulary with its special tokens, and of the chat template, or of several with their names. A
+    template that is alone is hashed as its text also if it has the name ``default``, which saving it drops."""
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens])
     templates = tokenizer.chat_template or ""
     if not isinstance(templates, str) and list(templates) == ["default"]:

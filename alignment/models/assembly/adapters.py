@@ -1,8 +1,6 @@
-"""Adds adapters to a model, switches between them, and merges them into its weights.
-
-The adapter that a stage trains is PEFT's ``default``. Other adapters are frozen: those of earlier stages below it, or
-a copy of it as it was when the stage began.
-"""
+"""Adds adapters to a model, switches between them, and merges them into its weights. The adapter that a stage trains is
+PEFT's ``default``. Other adapters are frozen: those of earlier stages below it, or a copy of it as it was when the
+stage began."""
 
 from __future__ import annotations
 
@@ -48,14 +46,10 @@ _HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
-    """The model with a new adapter that does not change its outputs yet, or the model itself for full training.
-
-    A new prefix does change them: its keys and values are zero, but take a share of the attention.
-
-    Raises:
-        ModelError: the target modules or the modules to save do not exist in this model, or the target modules are its
-            head or its embeddings.
-    """
+    """The model with a new adapter that does not change its outputs yet, or the model itself for full training. A new
+    prefix does change them: its keys and values are zero, but take a share of the attention. Raises ModelError: the
+    target modules or the modules to save do not exist in this model, or the target modules are its head or its
+    embeddings."""
     if config.kind is AdapterKind.full:
         return model
     if config.kind is AdapterKind.prefix:
@@ -71,7 +65,9 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     if config.target_modules == [_ALL_LINEAR]:
         targets = _ALL_LINEAR
     is_head_gone = task is not TaskType.CAUSAL_LM
-    _refuse_unknown(model, [name for name in config.modules_to_save if not (is_head_gone and _ends_in_head(name))])
+    _refuse_unknown(
+        model, [name for name in config.modules_to_save if not (is_head_gone and name.rpartition(".")[2] in _HEADS)]
+    )
     is_tied = _are_tied(model, config.modules_to_save)
     lora = LoraConfig(
         r=config.rank,
@@ -102,16 +98,9 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     return adapted
 
 
-def _ends_in_head(name: str) -> bool:
-    return name.rpartition(".")[2] in _HEADS
-
-
 def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Refuses modules that the model lacks, which PEFT would leave out.
-
-    Raises:
-        ModelError: no module of the model has such a name.
-    """
+    """Refuses modules that the model lacks, which PEFT would leave out. Raises ModelError: no module of the model has
+    such a name."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     known = dict.fromkeys(own for path in paths if (own := path.rpartition(".")[2]) and not own.isdigit())
     for name in names:
@@ -124,7 +113,6 @@ def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def _are_tied(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether the embeddings or the head are among these modules, and share their weights."""
     head = model.get_output_embeddings()
     if head is None or not model.config.tie_word_embeddings:
         return False
@@ -134,9 +122,7 @@ def _are_tied(model: PreTrainedModel, names: Iterable[str]) -> bool:
 
 def _recognised(names: Iterable[str]) -> list[str]:
     """The names of modules with tied weights, which PEFT ties only if one of them is ``embed_tokens`` or ``lm_head``.
-
-    Other models may lack that module; PEFT finds the head by its weights.
-    """
+    Other models may lack that module; PEFT finds the head by its weights."""
     names = list(names)
     return names if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names) else [*names, "lm_head"]
 
@@ -146,11 +132,9 @@ def _path_of(module: nn.Module | None, model: PreTrainedModel) -> str:
 
 
 def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
-    """The target that is the model's head or its embeddings; empty without one.
-
-    The fast forward leaves out factors on the head. Embeddings with factors lack attributes that stages read, and
-    change a tied head too when they are merged.
-    """
+    """The target that is the model's head or its embeddings; empty without one. The fast forward leaves out factors on
+    the head. Embeddings with factors lack attributes that stages read, and change a tied head too when they are
+    merged."""
     targets = list(targets)
     for module in (model.get_output_embeddings(), model.get_input_embeddings()):
         path = _path_of(module, model)
@@ -160,12 +144,9 @@ def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
-    """The model with a saved adapter that will be trained further, and an inactive frozen copy of that adapter.
-
-    Raises:
-        ConfigError: the adapter has another kind or shape than ``config``.
-        ModelError: it was made for another architecture.
-    """
+    """The model with a saved adapter that will be trained further, and an inactive frozen copy of that adapter. Raises
+    ConfigError: the adapter has another kind or shape than ``config``. Raises ModelError: it was made for another
+    architecture."""
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
     saved.task_type, saved.inference_mode = task, False
@@ -179,11 +160,8 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
 
 
 def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
-    """Adds saved, frozen adapters below the model's own.
-
-    Raises:
-        ModelError: an adapter was made for another architecture.
-    """
+    """Adds saved, frozen adapters below the model's own. Raises ModelError: an adapter was made for another
+    architecture."""
     for number, folder in enumerate(folders):
         _with_frozen(model, folder, f"{_BELOW}{number}")
     return with_own(model)
@@ -191,33 +169,26 @@ def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
 
 def with_own(model: PeftModel) -> PeftModel:
     """Activates the adapters below the model's own, and its own last, as it is trained and used."""
-    _activate(model, [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN])
+    for layer in _layers(model):  # PEFT's own method would also change which adapters are trained
+        layer._active_adapter = [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN]
     return model
 
 
 def put_in_order(folder: Path, *, base: Path | None = None) -> None:
-    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order.
-
-    ``base`` is where the model will be that the adapter belongs to, if not where it was loaded from.
-    """
+    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order. ``base``
+    is where the model will be that the adapter belongs to, if not where it was loaded from."""
     file = folder / ADAPTER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
-    names = {key: sorted(value) for key, value in settings.items() if _are_names(value)}
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+    names = {key: sorted(value) for key, value in lists.items() if all(isinstance(item, str) for item in value)}
     write_text(file, json.dumps(settings | names, indent=2, sort_keys=True))
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:
-    """The model with saved adapters on the weights that they were trained on, bottom first; the last is its own.
-
-    Raises:
-        ModelError: an adapter was made for another architecture.
-    """
+    """The model with saved adapters on the weights that they were trained on, bottom first; the last is its own. Raises
+    ModelError: an adapter was made for another architecture."""
     if is_prefix(folders[-1]):
         return _put_back_prefix(model, folders[-1], trainable=trainable)
     try:
@@ -247,62 +218,33 @@ def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
         with prefix.at_start():
             yield base
         return
-    if START in model.peft_config:
-        with _start_instead(model):
-            yield base
+    changes: list[tuple[Any, str, Any]]
+    if START in model.peft_config:  # the frozen copy of the own adapter in its place
+        named = [
+            (layer, [START if name == OWN else name for name in layer.active_adapters]) for layer in _layers(model)
+        ]
+        changes = [(layer, "_active_adapter", names) for layer, names in named]
     elif any(name.startswith(_BELOW) for name in model.peft_config):
-        with _own_times_zero(model):
-            yield base
-    else:
-        with _switched_off(model):
-            yield base
-
-
-@contextmanager
-def _switched_off(model: PeftModel) -> Iterator[None]:
-    """Like PEFT's context, but without setting again which weights are trained, which costs time at every step."""
-    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for layer in layers:
-        layer._disable_adapters = True
+        # Scaled by zero instead of switched off, so that at first both outputs are bitwise equal.
+        own = [layer for layer in _layers(model) if OWN in layer.scaling]
+        changes = [(layer, "scaling", {**layer.scaling, OWN: 0.0}) for layer in own]
+    else:  # PEFT's own context would set again which weights are trained, which costs time at every step
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        changes = [(layer, "_disable_adapters", True) for layer in model.modules() if isinstance(layer, kinds)]
+    before = [(layer, name, getattr(layer, name)) for layer, name, _ in changes]
     try:
-        yield
+        for layer, name, value in changes:
+            setattr(layer, name, value)
+        yield base
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-@contextmanager
-def _start_instead(model: PeftModel) -> Iterator[None]:
-    """Uses the frozen copy of the own adapter in its place."""
-    before = [(layer, layer.active_adapters) for layer in _layers(model)]
-    for layer, names in before:
-        layer._active_adapter = [START if name == OWN else name for name in names]
-    try:
-        yield
-    finally:
-        for layer, names in before:
-            layer._active_adapter = names
-
-
-@contextmanager
-def _own_times_zero(model: PeftModel) -> Iterator[None]:
-    """Scales the own adapter by zero instead of switching it off, so that at first both outputs are bitwise equal."""
-    before = [(layer, layer.scaling[OWN]) for layer in _layers(model) if OWN in layer.scaling]
-    for layer, _ in before:
-        layer.scaling[OWN] = 0.0
-    try:
-        yield
-    finally:
-        for layer, scale in before:
-            layer.scaling[OWN] = scale
+        for layer, name, value in before:
+            setattr(layer, name, value)
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
-    """Lets autocast choose the dtype of the products; the factors stay float32 for the optimiser.
-
-    PEFT would convert every activation to float32 and back around each adapter, which costs a third of a step on CPU.
-    Plain low-rank layers become one function each (alignment/models/kernels/products.py).
-    """
+    """Lets autocast choose the dtype of the products; the factors stay float32 for the optimiser. PEFT would convert
+    every activation to float32 and back around each adapter, which costs a third of a step on CPU. Plain low-rank
+    layers become one function each (alignment/models/kernels/products.py)."""
     for module in _layers(model):
         module.cast_input_dtype_enabled = False
     fuse_adapters(model)
@@ -315,11 +257,8 @@ def _with_saved(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pef
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a saved adapter merged into its weights; a prefix cannot be merged and stays.
-
-    Raises:
-        ModelError: the adapter was made for another architecture.
-    """
+    """The model with a saved adapter merged into its weights; a prefix cannot be merged and stays. Raises ModelError:
+    the adapter was made for another architecture."""
     if is_prefix(folder):
         return put_back(model, [folder], trainable=False).get_base_model()
     try:
@@ -329,29 +268,23 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def saved_config(folder: Path) -> Any:
-    """PEFT's configuration of a saved adapter.
-
-    Raises:
-        ModelError: there is no adapter in safetensors.
-    """
+    """PEFT's configuration of a saved adapter. Raises ModelError: there is no adapter in safetensors."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"no {ADAPTER_WEIGHTS} here", where=str(folder), remedy="pickled adapters are not read")
     return PeftConfig.from_pretrained(str(folder))
 
 
 def is_prefix(folder: Path) -> bool:
-    """Whether a saved adapter is a prefix.
-
-    Raises:
-        ModelError: there is no adapter in safetensors.
-    """
+    """Whether a saved adapter is a prefix. Raises ModelError: there is no adapter in safetensors."""
     return bool(saved_config(folder).is_prompt_learning)
 
 
 def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
     """A stage that continues an adapter changes its weights, not its shape."""
-    saved_kind = _kind_of(saved)
-    wanted_and_saved: dict[str, tuple[Any, Any]] = {"kind": (_family(config.kind).value, saved_kind.value)}
+    low_rank = AdapterKind.dora if getattr(saved, "use_dora", False) else AdapterKind.lora
+    saved_kind = AdapterKind.prefix if saved.is_prompt_learning else low_rank
+    kind = AdapterKind.lora if config.kind is AdapterKind.qlora else config.kind  # LoRA on quantised weights
+    wanted_and_saved: dict[str, tuple[Any, Any]] = {"kind": (kind.value, saved_kind.value)}
     if saved_kind is AdapterKind.prefix:
         wanted_and_saved["virtual_tokens"] = (config.virtual_tokens, saved.num_virtual_tokens)
     else:
@@ -378,9 +311,7 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """The model with another saved adapter, inactive, frozen and without dropout, so that its output is deterministic.
-
-    ``PeftModel.add_adapter`` is called directly, because a sequence classifier's own method would copy its head too.
-    """
+    ``PeftModel.add_adapter`` is called directly, because a sequence classifier's own method would copy its head too."""
     saved = saved_config(folder)
     saved.lora_dropout = 0.0
     PeftModel.add_adapter(model, name, saved)
@@ -389,17 +320,6 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
     return compute_in_base_dtype(model)
-
-
-def _family(kind: AdapterKind) -> AdapterKind:
-    """QLoRA adapters are LoRA adapters, on quantised weights."""
-    return AdapterKind.lora if kind is AdapterKind.qlora else kind
-
-
-def _kind_of(saved: Any) -> AdapterKind:
-    if saved.is_prompt_learning:
-        return AdapterKind.prefix
-    return AdapterKind.dora if saved.use_dora else AdapterKind.lora
 
 
 def _load(model: PeftModel, folder: Path, name: str) -> None:
@@ -427,9 +347,3 @@ def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:
 
 def _layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _activate(model: PeftModel, names: list[str]) -> None:
-    """Activates these adapters. PEFT's own method would also change which of them are trained."""
-    for layer in _layers(model):
-        layer._active_adapter = names

@@ -1,7 +1,5 @@
-"""Converts a GGUF file into a transformers folder with safetensors: ``convert FILE.gguf FOLDER``.
-
-It runs once, when the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model.
-"""
+"""Converts a GGUF file into a transformers folder with safetensors: ``convert FILE.gguf FOLDER``. It runs once, when
+the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model."""
 
 from __future__ import annotations
 

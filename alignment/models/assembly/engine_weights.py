@@ -21,10 +21,8 @@ from alignment.models.kernels.nf4 import round_trunk
 
 
 def write_base(start: Lineage, adapter: AdapterConfig, dtype: torch.dtype, folder: Path) -> Path:
-    """The folder of the weights below the adapter that a stage trains, merged; for full training, of the start.
-
-    It is that of the base if nothing has to be merged, else ``folder``, which is written.
-    """
+    """The folder of the weights below the adapter that a stage trains, merged; for full training, of the start. It is
+    that of the base if nothing has to be merged, else ``folder``, which is written."""
     if adapter.kind is AdapterKind.full:
         model = load_policy(start, dtype)
         return write_model(model, dict(model.named_parameters(remove_duplicate=False)), dtype, folder)
@@ -44,9 +42,7 @@ def write_base(start: Lineage, adapter: AdapterConfig, dtype: torch.dtype, folde
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedWeights:
     """A policy as an engine takes it: the lineage of weights that have to be merged, and at most one LoRA adapter.
-
-    Policies with equal ``below`` can be served side by side. ``rank`` is the adapter's, 0 without one.
-    """
+    Policies with equal ``below`` can be served side by side. ``rank`` is the adapter's, 0 without one."""
 
     below: Lineage
     adapter: Path | None = None
@@ -55,11 +51,7 @@ class ServedWeights:
 
 def served_weights(policy: Lineage, *, highest_rank: int) -> ServedWeights:
     """How an engine takes a policy: its topmost adapter apart if it is a plain LoRA adapter of at most this rank, else
-    all merged.
-
-    Raises:
-        ModelError: the policy has a prefix.
-    """
+    all merged. Raises ModelError: the policy has a prefix."""
     if any(is_prefix(adapter.path) for adapter in policy.adapters):
         raise ModelError("vLLM does not support prefix adapters", remedy="use sampling.engine=own")
     if len(policy.beside) == 1 and not policy.beside[0].nf4:
@@ -78,10 +70,8 @@ def write_merged(below: Lineage, dtype: torch.dtype, folder: Path) -> Path:
 
 
 def write_model(model: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype, folder: Path) -> Path:
-    """Writes all weights of ``state``, by their names in ``model``.
-
-    The head is written apart from the embeddings even if both are one matrix: vLLM would replace only one of them.
-    """
+    """Writes all weights of ``state``, by their names in ``model``. The head is written apart from the embeddings even
+    if both are one matrix: vLLM would replace only one of them."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     config.dtype = dtype

@@ -30,16 +30,10 @@ AT_TURN_END = "scored_at_turn_end"
 def load_reward_model(
     spec: StageSpec, stage_input: StageInput, *, device: torch.device, trained: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
-    """The reward model behind a reference; with ``trained``, a value model that starts from it.
-
-    ``trained`` is the dtype of its weights if they are all trained; under an adapter they are frozen. Weights in four
-    bits are quantised on ``device``; the caller moves the rest.
-
-    Its own adapter, the top one, is applied as in training, so that the scores are the same.
-
-    Raises:
-        ModelError: the artifact has no scalar head.
-    """
+    """The reward model behind a reference; with ``trained``, a value model that starts from it. ``trained`` is the
+    dtype of its weights if they are all trained; under an adapter they are frozen. Weights in four bits are quantised
+    on ``device``; the caller moves the rest. Its own adapter, the top one, is applied as in training, so that the
+    scores are the same. Raises ModelError: the artifact has no scalar head."""
     assert stage_input.path is not None, "the plan refuses 'base' in a reward slot"
     head = stage_input.path / HEAD
     if not head.exists():
@@ -80,17 +74,14 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, states: Tensor) -> Tensor:
-        """The values."""
         with torch.autocast(states.device.type, enabled=False):
             return states.float() @ self.weight
 
 
 class ActorCritic(nn.Module):
     """Policy and value. ``value`` is a separate model, or a ``ValueHead`` on the policy's trunk; then one pass serves
-    both. With None there is no critic.
-
-    With ``joint_backward`` both forward passes come before a joint backward pass.
-    """
+    both. With None there is no critic. With ``joint_backward`` both forward passes come before a joint backward
+    pass."""
 
     def __init__(
         self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead | None
@@ -112,14 +103,10 @@ class ActorCritic(nn.Module):
         policy_learns: bool = True,
         entropy_gradient: bool = False,
     ) -> tuple[TokenStatistics, Tensor]:
-        """Statistics of the answer tokens, ``[answer tokens]``, and the scalar ``value_loss`` of their values.
-
-        Without a critic that loss is 0.
-
-        The loss is only for the backward pass; its value is 0. A separate value model runs its forward pass during the
-        backward pass, so that only one model's activations are in memory at a time. If the policy does not learn, a
-        head on its trunk must not train the trunk either.
-        """
+        """Statistics of the answer tokens, ``[answer tokens]``, and the scalar ``value_loss`` of their values. Without
+        a critic that loss is 0. The loss is only for the backward pass; its value is 0. A separate value model runs its
+        forward pass during the backward pass, so that only one model's activations are in memory at a time. If the
+        policy does not learn, a head on its trunk must not train the trunk either."""
         assert torch.is_grad_enabled(), "without gradients, call look"
         if self.value is None or isinstance(self.value, ValueHead):
             statistics, states = self._statistics(micro_batch, temperature, entropy_gradient)
@@ -131,14 +118,13 @@ class ActorCritic(nn.Module):
             statistics, _ = self._statistics(micro_batch, temperature, entropy_gradient)
             return statistics, value_loss(answer_values(model, micro_batch))
         # It comes before the policy's graph, because the backward pass visits the earliest node last.
-        deferred = _deferred(lambda: value_loss(answer_values(model, micro_batch)), micro_batch.labels.device)
+        start = torch.zeros((), device=micro_batch.labels.device, requires_grad=True)
+        deferred = _DeferredLoss.apply(start, lambda: value_loss(answer_values(model, micro_batch)))
         return self._statistics(micro_batch, temperature, entropy_gradient)[0], deferred
 
     def look(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor | None]:
-        """Statistics and values of the answer tokens, both ``[answer tokens]``, without gradients.
-
-        Without a critic the values are None.
-        """
+        """Statistics and values of the answer tokens, both ``[answer tokens]``, without gradients. Without a critic the
+        values are None."""
         statistics, states = self._statistics(micro_batch, temperature)
         if self.value is None:
             return statistics, None
@@ -157,16 +143,9 @@ class ActorCritic(nn.Module):
         return statistics, states
 
 
-def _deferred(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    deferred: Tensor = _DeferredLoss.apply(torch.zeros((), device=device, requires_grad=True), loss)
-    return deferred
-
-
 class _DeferredLoss(torch.autograd.Function):
-    """A loss whose forward pass runs in the backward pass, under the autocast that was active when it was created.
-
-    The first argument is only for autograd, which skips a function without an input that needs a gradient.
-    """
+    """A loss whose forward pass runs in the backward pass, under the autocast that was active when it was created. The
+    first argument is only for autograd, which skips a function without an input that needs a gradient."""
 
     @staticmethod
     def forward(ctx: Any, asks: Tensor, loss: Callable[[], Tensor]) -> Tensor:

@@ -43,11 +43,9 @@ _FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedAdapter:
-    """A folder that PEFT wrote, and how the adapter was applied when it was trained.
-
-    ``merged``: the adapters below it were merged into the weights; otherwise they were active beside them. ``nf4``: the
-    linear weights were quantised to four bits.
-    """
+    """A folder that PEFT wrote, and how the adapter was applied when it was trained. ``merged``: the adapters below it
+    were merged into the weights; otherwise they were active beside them. ``nf4``: the linear weights were quantised to
+    four bits."""
 
     path: Path
     merged: bool = True
@@ -56,11 +54,9 @@ class SavedAdapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """A policy as a base folder and the adapters on it, bottom first.
-
-    ``source`` names the base as the user wrote it. Example: ``Lineage(source="bundled:smollm2-135m",
-    base=Path("…/smollm2-135m"), adapters=(SavedAdapter(path=Path("…/sft-5f0e9b1c/adapters/0-sft")),))``.
-    """
+    """A policy as a base folder and the adapters on it, bottom first. ``source`` names the base as the user wrote it.
+    Example: ``Lineage(source="bundled:smollm2-135m", base=Path("…/smollm2-135m"),
+    adapters=(SavedAdapter(path=Path("…/sft-5f0e9b1c/adapters/0-sft")),))``."""
 
     source: str
     base: Path
@@ -82,12 +78,8 @@ class Lineage:
 
 
 def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
-    """Resolves a reference to its base and adapters. The base of an adapter from outside is the run's.
-
-    Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: its base is another model than the run's.
-    """
+    """Resolves a reference to its base and adapters. The base of an adapter from outside is the run's. Raises
+    ArtifactError: the artifact is missing or damaged. Raises ModelError: its base is another model than the run's."""
     if stage_input.path is None:
         return Lineage(source=spec.model.source, base=spec.base_path, adapters=())
     if read_manifest(stage_input.path) is None:  # a folder that PEFT or transformers saved
@@ -104,11 +96,8 @@ def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
 
 
 def saved_adapters(artifact: Path, manifest: Manifest) -> tuple[SavedAdapter, ...]:
-    """The adapters in an artifact's folder, bottom first.
-
-    Raises:
-        ArtifactError: the manifest names an adapter outside the folder.
-    """
+    """The adapters in an artifact's folder, bottom first. Raises ArtifactError: the manifest names an adapter outside
+    the folder."""
     return tuple(
         SavedAdapter(path=inside(artifact, name), **manifest.adapters_stood.get(name, {})) for name in manifest.adapters
     )
@@ -141,11 +130,8 @@ def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Pa
 
 
 def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: Any) -> None:
-    """Token ids are shared between the models of a stage, so their tokenizers must agree.
-
-    Raises:
-        ModelError: the input was made with another vocabulary or chat template.
-    """
+    """Token ids are shared between the models of a stage, so their tokenizers must agree. Raises ModelError: the input
+    was made with another vocabulary or chat template."""
     if stage_input.path is None:
         return
     manifest = read_manifest(stage_input.path)
@@ -165,11 +151,8 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
 
 
 def _refuse_other_tokenizer_of_adapter(spec: StageSpec, stage_input: StageInput, tokenizer: Any) -> None:
-    """The same for an adapter from outside, if a tokenizer was saved with it; other padding does not matter.
-
-    Raises:
-        ModelError: it was trained with another vocabulary or chat template.
-    """
+    """The same for an adapter from outside, if a tokenizer was saved with it; other padding does not matter. Raises
+    ModelError: it was trained with another vocabulary or chat template."""
     folder = stage_input.path
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return
@@ -192,12 +175,9 @@ def _refuse_other_tokenizer_of_adapter(spec: StageSpec, stage_input: StageInput,
 
 def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
     """A causal language model with all adapters merged, in evaluation mode; every weight is trainable, except in parts
-    for images or sounds.
-
-    An adapter that was trained on weights in four bits is merged into the dequantised weights. With ``mapped``, weights
-    stay in their file until they are copied (weight_file.py), unless adapters are merged into them. Models that nothing
-    uses any more are freed first.
-    """
+    for images or sounds. An adapter that was trained on weights in four bits is merged into the dequantised weights.
+    With ``mapped``, weights stay in their file until they are copied (weight_file.py), unless adapters are merged into
+    them. Models that nothing uses any more are freed first."""
     if not lineage.adapters:
         free_unused()
         model = _mapped_from_folder(lineage.base, dtype) if mapped else _from_folder(lineage.base, dtype)
@@ -214,14 +194,10 @@ def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
 
 
 def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
-    """The policy's trunk under a new scalar head, drawn with std 1/√(width + 1) and no bias (Huang et al. 2024).
-
-    The head is float32; ``score_offset`` is subtracted from its output, and is zero until set. Adapters are merged
-    while the trunk is still part of the language model that they were trained on.
-
-    Raises:
-        ModelError: transformers has no scalar head for this architecture, or one of more than one layer.
-    """
+    """The policy's trunk under a new scalar head, drawn with std 1/√(width + 1) and no bias (Huang et al. 2024). The
+    head is float32; ``score_offset`` is subtracted from its output, and is zero until set. Adapters are merged while
+    the trunk is still part of the language model that they were trained on. Raises ModelError: transformers has no
+    scalar head for this architecture, or one of more than one layer."""
     policy = load_policy(lineage, dtype, mapped=mapped)
     refuse_without_scores(policy.config.model_type, where=lineage.source)
     config = copy.deepcopy(policy.config)
@@ -268,11 +244,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its part without the head as ``base_model``.
-
-    Text models of Llama 4 and Llama 3.2 Vision name an attribute for it that only their model for images has, and so
-    ``base_model`` would be the whole model.
-    """
+    """The model with its part without the head as ``base_model``. Text models of Llama 4 and Llama 3.2 Vision name an
+    attribute for it that only their model for images has, and so ``base_model`` would be the whole model."""
     if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
         model.base_model_prefix = "model"
     return model
@@ -280,11 +253,8 @@ def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
 
 def _with_plain_head(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model, whose logits are made from its trunk's states by one layer, because stages apply only that layer's
-    weight and bias. In ModernBERT decoders, and BERT with a head for language, another layer comes before it.
-
-    Raises:
-        ModelError: the model has other weights outside its trunk.
-    """
+    weight and bias. In ModernBERT decoders, and BERT with a head for language, another layer comes before it. Raises
+    ModelError: the model has other weights outside its trunk."""
     head = model.get_output_embeddings()
     of_head = (getattr(head, "weight", None), getattr(head, "bias", None))
     known = {id(weight) for weight in (*model.base_model.parameters(), *of_head)}
@@ -313,12 +283,10 @@ _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", 
 
 
 def _writable(settings: GenerationConfig) -> GenerationConfig:
-    """The settings in a form that transformers writes also after a token has changed, if there is one.
-
-    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Settings that have no
-    effect in transformers are removed: those of sampling if ``do_sample`` is false, of a beam search without beams, and
-    a negative padding token.
-    """
+    """The settings in a form that transformers writes also after a token has changed, if there is one. Sampling
+    settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Settings that have no effect in
+    transformers are removed: those of sampling if ``do_sample`` is false, of a beam search without beams, and a
+    negative padding token."""
     corrected = copy.deepcopy(settings)
     if corrected.num_beams in (None, 1):
         corrected.early_stopping = corrected.length_penalty = None
@@ -353,7 +321,6 @@ def _mapped_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTrainedModel:
-    """The model as shadows, for which its configuration is enough."""
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     stored = config.dtype  # which the next call replaces
     is_converted = stored is not None and stored is not dtype  # else the file's own pages are the weights
@@ -396,10 +363,8 @@ def compute_in(model: nn.Module, compute: Dtype, device: torch.device) -> None:
 
 
 def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:
-    """A frozen copy of the model, whose linear weights have the dtype of the products.
-
-    Autocast rounds the original's weights to the same numbers at each use, so both models give exactly the same output.
-    """
+    """A frozen copy of the model, whose linear weights have the dtype of the products. Autocast rounds the original's
+    weights to the same numbers at each use, so both models give exactly the same output."""
     with memory_for(WEIGHTS):
         copied = copy.deepcopy(model, same_file(model)).requires_grad_(False)
         tied = copied.get_input_embeddings().weight

@@ -50,11 +50,8 @@ def pattern_beside_text(model: PreTrainedModel) -> str | None:
 
 
 def refuse_without_scores(model_type: str, *, where: str) -> None:
-    """Checks that an architecture has a model with a scalar head, as reward models and separate critics need it.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Checks that an architecture has a model with a scalar head, as reward models and separate critics need it. Raises
+    ModelError: it has none."""
     if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return
     raise ModelError(
@@ -67,12 +64,10 @@ def refuse_without_scores(model_type: str, *, where: str) -> None:
 
 
 def free_unused() -> None:
-    """Frees models and trainers that only refer to themselves, and on a GPU also returns PyTorch's cached memory.
-
-    A layer whose ``forward`` was replaced holds itself, and a trainer and its callbacks hold each other. Python frees
+    """Frees models and trainers that only refer to themselves, and on a GPU also returns PyTorch's cached memory. A
+    layer whose ``forward`` was replaced holds itself, and a trainer and its callbacks hold each other. Python frees
     such objects only in a collection, which may be long after the last use: without this call, two models would be in
-    memory where a stage loads one at a time.
-    """
+    memory where a stage loads one at a time."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -83,11 +78,8 @@ _OF_LAYERS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 def keep_first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """Removes all decoder layers after the first ``layers`` from a causal language model; returns the model.
-
-    Raises:
-        ModelError: its layers are not one list of modules, as in all architectures of decoders.
-    """
+    """Removes all decoder layers after the first ``layers`` from a causal language model; returns the model. Raises
+    ModelError: its layers are not one list of modules, as in all architectures of decoders."""
     config = model.config.get_text_config()
     name, available = _decoder_layers(model)
     setattr(model.base_model, name, nn.ModuleList(list(available)[:layers]))
@@ -99,7 +91,6 @@ def keep_first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The attribute of the trunk that holds the decoder layers, and the list."""
     number = model.config.get_text_config().num_hidden_layers
     lists = [
         (name, module)
@@ -120,10 +111,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def recompute(model: nn.Module) -> None:
-    """Makes checkpointed layers count as in training, but nothing inside them, so that dropout stays off.
-
-    Call it after each change to evaluation mode. Passes without gradients are as they were.
-    """
+    """Makes checkpointed layers count as in training, but nothing inside them, so that dropout stays off. Call it after
+    each change to evaluation mode. Passes without gradients are as they were."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True

@@ -1,9 +1,7 @@
-"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens precede every row.
-
-PEFT holds them as one embedding and passes them to a model as a cache. Here the trunk has its prefix as an attribute,
-and attention puts it before a row's own keys (alignment/models/forward/attention.py), so rows stay one stream. As in
-PEFT, the positions of a row's own tokens begin after the prefix.
-"""
+"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens precede every row. PEFT holds
+them as one embedding and passes them to a model as a cache. Here the trunk has its prefix as an attribute, and
+attention puts it before a row's own keys (alignment/models/forward/attention.py), so rows stay one stream. As in PEFT,
+the positions of a row's own tokens begin after the prefix."""
 
 from __future__ import annotations
 
@@ -70,12 +68,10 @@ def prefix_of(trunk: PreTrainedModel) -> Prefix | None:
 
 
 def positions_of(trunk: PreTrainedModel) -> int:
-    """The maximum number of tokens in a row: the model's positions minus those of its prefix.
-
-    With LongRoPE (Ding et al. 2024) they are those of the first training. A single longer row would change the
-    frequencies of positions for all rows of its pass, so that results would depend on how rows are put together.
-    Without a limit it is more than any row has.
-    """
+    """The maximum number of tokens in a row: the model's positions minus those of its prefix. With LongRoPE (Ding et
+    al. 2024) they are those of the first training. A single longer row would change the frequencies of positions for
+    all rows of its pass, so that results would depend on how rows are put together. Without a limit it is more than any
+    row has."""
     prefix = prefix_of(trunk)
     config = trunk.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -88,11 +84,8 @@ def _before_longer(config: PreTrainedConfig) -> list[int]:
 
 
 def refuse_too_long(trunk: PreTrainedModel, tokens: int, *, where: str = "") -> None:
-    """Checks that a row of ``tokens`` tokens, which is ``where``, fits the model's positions.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Checks that a row of ``tokens`` tokens, which is ``where``, fits the model's positions. Raises ModelError: it
+    does not."""
     if tokens > (positions := positions_of(trunk)):
         reason = BEFORE_LONGER if _before_longer(trunk.config.get_text_config()) else ""
         raise row_too_long(tokens, positions, reason, where=where)

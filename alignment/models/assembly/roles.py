@@ -53,17 +53,12 @@ def load_start(
     device: torch.device,
     sharded: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """The policy ``start``, ready to be trained with ``adapter``; under a scalar head for ``SEQ_CLS``.
-
-    Adapters of earlier stages are merged into the weights or stay beside them, as configured by ``adapter.chain``.
-    Weights in four bits are quantised on ``device``; the caller moves the rest. If the weights will be ``sharded`` and
-    all are trained, they stay mapped until they are cut (weight_file.py). Frozen weights in the compute dtype are
-    mapped anyway.
-
-    Raises:
-        ConfigError: there is no adapter to continue, it has another shape, or adapters cannot stay beside the weights.
-        ModelError: an adapter does not fit the model.
-    """
+    """The policy ``start``, ready to be trained with ``adapter``; under a scalar head for ``SEQ_CLS``. Adapters of
+    earlier stages are merged into the weights or stay beside them, as configured by ``adapter.chain``. Weights in four
+    bits are quantised on ``device``; the caller moves the rest. If the weights will be ``sharded`` and all are trained,
+    they stay mapped until they are cut (weight_file.py). Frozen weights in the compute dtype are mapped anyway. Raises
+    ConfigError: there is no adapter to continue, it has another shape, or adapters cannot stay beside the weights.
+    Raises ModelError: an adapter does not fit the model."""
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
     if not continues and any(is_prefix(saved.path) for saved in start.adapters):
         raise ConfigError(
@@ -85,10 +80,9 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
-    _refuse_whole_weights(beside, adapter)
+    _refuse_other_weights(beside, adapter)
     model = load(below, dtype)
     _refuse_unmerged(model, beside, adapter)
-    _refuse_dora_in_four_bits(beside, adapter)
     if adapter.kind is AdapterKind.qlora:
         refuse_mostly_whole(model)
         quantize_trunk(model, device)
@@ -101,11 +95,8 @@ def load_start(
 
 def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
     """Refuses adapters that stay beside the weights, but have parts that would be left out there: modules that were
-    trained whole, except the head of a reward model, and factors on the head or the embeddings.
-
-    Raises:
-        ConfigError: there is such an adapter.
-    """
+    trained whole, except the head of a reward model, and factors on the head or the embeddings. Raises ConfigError:
+    there is such an adapter."""
     for saved in beside:
         config = saved_config(saved.path)
         whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()}.difference(SEQ_CLS_HEAD_NAMES)
@@ -120,37 +111,23 @@ def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], ada
             )
 
 
-def _refuse_whole_weights(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
-    """Refuses an adapter that was trained on weights in four bits beside whole ones: that is another policy.
-
-    Raises:
-        ConfigError: there is such an adapter.
-    """
-    if beside and beside[-1].nf4 and adapter.kind is not AdapterKind.qlora:
-        raise ConfigError(
-            f"{beside[-1].path.name} was trained on weights in four bits, but adapter.kind is {adapter.kind.value!r} "
-            f"and adapter.chain {adapter.chain.value!r}",
-            where="adapter.chain",
-            remedy="set it to merge, or use adapter=qlora",
-        )
-
-
-def _refuse_dora_in_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
-    """Refuses DoRA beside weights in four bits, from whose packed bytes PEFT would compute its norms.
-
-    Raises:
-        ConfigError: there is such an adapter.
-    """
-    if adapter.kind is not AdapterKind.qlora:
-        return
-    for saved in beside:
+def _refuse_other_weights(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Refuses adapters beside weights of another kind than they were trained on: after weights in four bits, whole ones
+    are another policy; and from the packed bytes of weights in four bits PEFT would compute wrong norms for DoRA."""
+    in_four_bits = adapter.kind is AdapterKind.qlora
+    fault = ""
+    if beside and beside[-1].nf4 and not in_four_bits:
+        name = beside[-1].path.name
+        fault = f"{name} was trained on weights in four bits, but adapter.kind is {adapter.kind.value!r} and"
+    for saved in beside if in_four_bits else ():
         if getattr(saved_config(saved.path), "use_dora", False):
-            raise ConfigError(
-                f"{saved.path.name} is a DoRA adapter, which needs weights that are not in four bits, but "
-                f"adapter.chain is {adapter.chain.value!r}",
-                where="adapter.chain",
-                remedy="set it to merge",
-            )
+            fault = f"{saved.path.name} is a DoRA adapter, which needs weights that are not in four bits, but"
+    if fault:
+        raise ConfigError(
+            f"{fault} adapter.chain is {adapter.chain.value!r}",
+            where="adapter.chain",
+            remedy="set it to merge" if in_four_bits else "set it to merge, or use adapter=qlora",
+        )
 
 
 def turn_off_dropout(model: nn.Module) -> None:
@@ -159,14 +136,10 @@ def turn_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
-            rates = [name for name, value in vars(holder).items() if _is_dropout(name, value)] if holder else []
+            named = vars(holder).items() if holder else ()  # as attention_dropout of Llama, hidden_dropout of Falcon
+            rates = [name for name, value in named if name.endswith("dropout") and isinstance(value, float)]
             for name in rates:
                 setattr(holder, name, 0.0)
-
-
-def _is_dropout(name: str, value: object) -> bool:
-    """``attention_dropout`` of Llama, ``hidden_dropout`` of Falcon, ``activation_dropout`` of XGLM."""
-    return name.endswith("dropout") and isinstance(value, float)
 
 
 def adapters_below(start: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:
@@ -185,11 +158,8 @@ def saved_as(start: Lineage, adapter: AdapterConfig, folder: Path) -> SavedAdapt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """The models of PPO.
-
-    ``frozen_reference`` is None if the reference is the policy with other adapters active. ``reward`` is None if
-    answers are not scored by a reward model of a stage.
-    """
+    """The models of PPO. ``frozen_reference`` is None if the reference is the policy with other adapters active.
+    ``reward`` is None if answers are not scored by a reward model of a stage."""
 
     actor_critic: ActorCritic
     reward: PreTrainedModel | PeftModel | None
@@ -227,10 +197,8 @@ class Roles:
 
 
 def _matrices(model: nn.Module) -> dict[int, int]:
-    """The memory address of each matrix, with its size in bytes.
-
-    A matrix that is sharded over processes (ZeRO-3) counts whole, and is identified by its parameter.
-    """
+    """The memory address of each matrix, with its size in bytes. A matrix that is sharded over processes (ZeRO-3)
+    counts whole, and is identified by its parameter."""
     sizes = {}
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -249,14 +217,11 @@ def build_roles(
     critic: Critic = Critic.separate,
     values_are_scores: bool = True,
 ) -> Roles:
-    """Loads the models of PPO; ``reward`` is the reward model of a stage, if there is one.
-
-    A separate value model starts from the reward model and is trained in full or by adapter, as the reward model was.
-    Without ``values_are_scores`` its head starts at zero, because rewards are on another scale than the reward model's
-    scores. Without a reward model the value model starts from the policy, under a head of zeros.
-
-    Every model is on ``device`` before memory is shared, because moving a model later would copy its weights.
-    """
+    """Loads the models of PPO; ``reward`` is the reward model of a stage, if there is one. A separate value model
+    starts from the reward model and is trained in full or by adapter, as the reward model was. Without
+    ``values_are_scores`` its head starts at zero, because rewards are on another scale than the reward model's scores.
+    Without a reward model the value model starts from the policy, under a head of zeros. Every model is on ``device``
+    before memory is shared, because moving a model later would copy its weights."""
     trained = load_start(start, adapter, spec.model.dtype, task=TaskType.CAUSAL_LM, device=device).to(device)
     policy = unwrapped(trained)
     use_flat_attention(policy)
@@ -286,11 +251,8 @@ def _value_model(
 
 
 def share_frozen(model: nn.Module, owner: nn.Module) -> int:
-    """Replaces frozen weights of ``model`` by the owner's where these are equal and frozen; returns how many.
-
-    They become the same parameters, not only the same memory, so that they stay one when sharded over processes
-    (ZeRO-3).
-    """
+    """Replaces frozen weights of ``model`` by the owner's where these are equal and frozen; returns how many. They
+    become the same parameters, not only the same memory, so that they stay one when sharded over processes (ZeRO-3)."""
     owned = {name: p for name, p in owner.named_parameters(remove_duplicate=False) if not p.requires_grad}
     shared: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):

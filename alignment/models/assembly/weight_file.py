@@ -20,10 +20,8 @@ _DTYPE = "dtype_of_copy"
 
 
 def keep_mapped(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Leaves the weights as they were loaded, until they are copied in this dtype; returns the model.
-
-    Until then the model must be called inside ``copied_in_calls``.
-    """
+    """Leaves the weights as they were loaded, until they are copied in this dtype; returns the model. Until then the
+    model must be called inside ``copied_in_calls``."""
     for parameter in model.parameters():
         setattr(parameter, _DTYPE, dtype)
     model.config.dtype = dtype
@@ -65,10 +63,8 @@ def same_file(model: nn.Module) -> dict[int, Any]:
 @contextmanager
 def copied_in_calls(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Passes without gradients before the weights are cut: a mapped weight is copied for each call of its module.
-
     Outside of such a call its numbers are NaN, because the model must not read them there. What is not mapped is moved
-    to ``device``, as all of it will be once it is cut.
-    """
+    to ``device``, as all of it will be once it is cut."""
     mapped = [parameter for parameter in model.parameters() if is_mapped(parameter)]
     files = {id(parameter): parameter.data for parameter in mapped}
     trained = [parameter for parameter in mapped if parameter.requires_grad]
@@ -97,8 +93,6 @@ def copied_in_calls(model: PreTrainedModel, device: torch.device) -> Iterator[No
 
 
 class _Copies:
-    """The copies of a module's weights during a call."""
-
     def __init__(self, parameters: list[nn.Parameter], files: dict[int, Tensor], device: torch.device) -> None:
         self._weights = parameters
         self._files = files

@@ -16,12 +16,10 @@ from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerStream:
-    """Prompt + answer rows without padding.
-
-    ``indices`` are the indices in the stream of the states that predict each answer token, ``labels`` the tokens, and
-    ``lengths`` each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give indices ``[1 2]``
-    and labels ``[7 2]``. Answers to one prompt share its tokens in the stream.
-    """
+    """Prompt + answer rows without padding. ``indices`` are the indices in the stream of the states that predict each
+    answer token, ``labels`` the tokens, and ``lengths`` each answer's number of tokens. Example: prompt ``[5 6]`` and
+    answer ``[7 2]`` give indices ``[1 2]`` and labels ``[7 2]``. Answers to one prompt share its tokens in the
+    stream."""
 
     rows: FlatRows
     indices: Tensor
@@ -56,10 +54,8 @@ def batches(
 
 
 def micro_batches_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) -> list[range]:
-    """Ranges of rows, each a prompt and an answer, that make streams of at most ``tokens``.
-
-    A prompt that follows an equal one costs no tokens.
-    """
+    """Ranges of rows, each a prompt and an answer, that make streams of at most ``tokens``. A prompt that follows an
+    equal one costs no tokens."""
     alone: list[int] = []
     behind: list[int] = []
     before: Sequence[int] = ()
@@ -73,10 +69,7 @@ def micro_batches_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) ->
 
 def answer_statistics(model: PreTrainedModel, batch: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:
     """Log-probabilities and entropies of the answer tokens; ``model`` is a causal language model without wrappers.
-
-    Raises:
-        ModelError: its head does more than one matrix product and a factor.
-    """
+    Raises ModelError: its head does more than one matrix product and a factor."""
     return statistics_of(model, answer_states(model, batch), batch, temperature=temperature)
 
 
@@ -88,11 +81,8 @@ def answer_states(model: PreTrainedModel, batch: AnswerStream) -> Tensor:
 def statistics_of(
     model: PreTrainedModel, states: Tensor, batch: AnswerStream, *, temperature: float, entropy_gradient: bool = False
 ) -> TokenStatistics:
-    """Statistics of the answer tokens by the model's head, from their ``answer_states``.
-
-    Raises:
-        ModelError: the head does more than one matrix product and a factor.
-    """
+    """Statistics of the answer tokens by the model's head, from their ``answer_states``. Raises ModelError: the head
+    does more than one matrix product and a factor."""
     return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
 
 

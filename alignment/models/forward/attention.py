@@ -1,9 +1,6 @@
-"""Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
-
-On CUDA all rows are one call of the variable-length kernel; elsewhere, and with capped scores, they are some batched
-products (alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and
-values.
-"""
+"""Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface). On CUDA all
+rows are one call of the variable-length kernel; elsewhere, and with capped scores, they are some batched products
+(alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and values."""
 
 from __future__ import annotations
 
@@ -52,7 +49,6 @@ class _Ahead:
     read: int = 0
 
     def shifted(self, span: Range) -> Range:
-        """A range of the stream as a range of all keys."""
         return span[0] + self.prefix + self.read, span[1] + self.prefix + self.read
 
 
@@ -74,15 +70,10 @@ def flat_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and the standard function computes
-    it.
-
-    ``keys_values`` receives the layer's keys and values; ``earlier`` holds those of a stream before this one. With a
-    ``sliding_window`` a token sees that many tokens up to itself, and ``softcap`` bounds the scores.
-
-    Raises:
-        ValueError: the model needs a feature that this function lacks: dropout on attention weights, a bias or a
-            learned mask, sinks; or its window is not the one in its configuration.
-    """
+    it. ``keys_values`` receives the layer's keys and values; ``earlier`` holds those of a stream before this one. With
+    a ``sliding_window`` a token sees that many tokens up to itself, and ``softcap`` bounds the scores. Raises
+    ValueError: the model needs a feature that this function lacks: dropout on attention weights, a bias or a learned
+    mask, sinks; or its window is not the one in its configuration."""
     if segments is None and softcap is not None and not dropout:
         return capped_attention(query, key, value, attention_mask, scaling=scaling, cap=softcap), None
     if segments is None:
@@ -143,11 +134,9 @@ def _with_earlier(
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether CUDA's variable-length kernel supports these; batched products compute the rest.
-
-    It is FlashAttention 2 (Dao 2023): half precision, values as wide as keys, widths that are multiples of 8 up to 256,
-    on NVIDIA's GPUs from Ampere on. ROCm has another implementation, which is untested.
-    """
+    """Whether CUDA's variable-length kernel supports these; batched products compute the rest. It is FlashAttention 2
+    (Dao 2023): half precision, values as wide as keys, widths that are multiples of 8 up to 256, on NVIDIA's GPUs from
+    Ampere on. ROCm has another implementation, which is untested."""
     if is_on_cpu(query) or query.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return False
     width = query.shape[-1]
@@ -161,20 +150,18 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
     """The rows that have queries, with their ranges among all keys."""
+    first = ((0, ahead.prefix),) if ahead.prefix else ()
     return tuple(
-        Row(segment.own, _behind(segment.keys, ahead)) for segment in segments if segment.own[1] > segment.own[0]
+        Row(segment.own, (*first, *map(ahead.shifted, segment.keys)))
+        for segment in segments
+        if segment.own[1] > segment.own[0]
     )
-
-
-def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
-    """Ranges of a stream as ranges of all keys; the prefix comes first."""
-    return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _KernelArguments:
-    """Arguments of the variable-length kernel: indices of ``keys`` unless they are in the order of the stream,
-    ``[rows + 1]`` offsets of queries and keys, and the longest row's numbers of queries and keys."""
+    """Arguments of the variable-length kernel: indices of ``keys`` unless they are in the order of the stream, ``[rows
+    + 1]`` offsets of queries and keys, and the longest row's numbers of queries and keys."""
 
     keys: Tensor | None
     starts: Tensor

@@ -1,9 +1,6 @@
-"""The fast forward behind the calls that TRL's trainers make.
-
-SFT and DPO call ``model(..., labels=..., fused_lm_head=True)`` and read per-token statistics; the reward trainer calls
-``model(input_ids, attention_mask).logits``. Here one flat trunk pass serves both, with the head on labelled
-positions only.
-"""
+"""The fast forward behind the calls that TRL's trainers make. SFT and DPO call ``model(..., labels=...,
+fused_lm_head=True)`` and read per-token statistics; the reward trainer calls ``model(input_ids,
+attention_mask).logits``. Here one flat trunk pass serves both, with the head on labelled positions only."""
 
 from __future__ import annotations
 
@@ -24,16 +21,13 @@ from alignment.models.forward.head import label_statistics, scalar_at, scales_lo
 from alignment.models.forward.rows import FlatRows, flatten, on_host, sent, stream
 
 log = logging.getLogger(__name__)
-
 IGNORED = -100
 
 
 def install_causal(model: PreTrainedModel) -> None:
     """Serves ``fused_lm_head=True`` calls of a causal language model with the fast forward; other calls are unchanged.
-
     Call it after TRL's trainer has installed its own fused head. A model whose head scales its logits or has a bias
-    keeps TRL's.
-    """
+    keeps TRL's."""
     if scales_logits(model):
         log.warning(
             "%s scales its logits or adds a bias to them, so TRL's own forward pass is used, which also computes "
@@ -81,11 +75,9 @@ def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Learned:
-    """What is learned from a batch whose labels are ``[rows, columns]``, or packed as ``[1, tokens]``.
-
-    ``before`` are the indices in the stream of the states that predict ``labels``, and ``at`` where these stand in
-    ``mask``, flattened: ``[rows, columns - 1]`` or ``[1, tokens - 1]``, True where a token is learned.
-    """
+    """What is learned from a batch whose labels are ``[rows, columns]``, or packed as ``[1, tokens]``. ``before`` are
+    the indices in the stream of the states that predict ``labels``, and ``at`` where these stand in ``mask``,
+    flattened: ``[rows, columns - 1]`` or ``[1, tokens - 1]``, True where a token is learned."""
 
     before: Tensor
     labels: Tensor
@@ -116,13 +108,11 @@ def _causal_output(
 
 
 def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
-    """Found on the host; the state at column c predicts column c + 1.
-
-    Raises:
-        ValueError: padding has a label.
-    """
+    """Found on the host; the state at column c predicts column c + 1. Raises ValueError: padding has a label."""
     given, is_real, index = on_host(labels, rows.is_real, rows.index)
-    wanted = given if given.shape == is_real.shape else _in_rows(given, is_real)
+    wanted = given
+    if given.shape != is_real.shape:
+        wanted = given.new_full(is_real.shape, IGNORED).masked_scatter(is_real, given.flatten())
     has_label = wanted != IGNORED
     if bool((has_label & ~is_real).any()):
         raise ValueError("padding has a label")
@@ -132,11 +122,6 @@ def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
         mask = _packed(is_real, mask, given)
     tensors |= {"at": mask.flatten().nonzero().flatten(), "mask": mask}
     return _Learned(**sent(tensors, labels.device))
-
-
-def _in_rows(labels: Tensor, is_real: Tensor) -> Tensor:
-    """Packed ``[1, tokens]`` labels as ``[rows, columns]``."""
-    return labels.new_full(is_real.shape, IGNORED).masked_scatter(is_real, labels.flatten())
 
 
 def _packed(is_real: Tensor, label_mask: Tensor, labels: Tensor) -> Tensor:

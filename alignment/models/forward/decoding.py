@@ -40,7 +40,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 def may_see_room(model: PreTrainedModel) -> bool:
     """Whether the model may see the columns that its ``RowsCache`` allocates ahead, outside of ``decoding``."""
     # Other attention functions may mistake allocated columns for filled ones.
-    hides = _calls_the_interface(model) or _hides_by_its_mask(model)
+    hides_by_mask = model.config.model_type in MASKED and not getattr(model.config, "alibi", False)
+    hides = hides_by_mask or _calls_the_interface(model)
     return _gets_ours(model) or (model.config._attn_implementation in ("eager", "sdpa") and hides)
 
 
@@ -54,9 +55,7 @@ def next_logits(
     beginning: KeysValues | None = None,
 ) -> Tensor:
     """``[rows, vocabulary]`` logits of the token after the last column; ``ids [rows, new columns]`` enter the cache.
-
-    All rows see the tokens of ``beginning`` too, before those of the cache.
-    """
+    All rows see the tokens of ``beginning`` too, before those of the cache."""
     common = {} if beginning is None else {"beginning": beginning}
     output = model(
         input_ids=ids,
@@ -85,15 +84,9 @@ def _gets_ours(model: PreTrainedModel) -> bool:
 
 def _calls_the_interface(model: PreTrainedModel) -> bool:
     """Whether the model's layers call attention functions by name, with a mask, and leave scores and windows to them.
-
     GPT-Neo places its window by the number of columns; Bloom and Falcon have a bias (ALiBi, Press et al. 2022) with as
-    many columns as were filled. Doge adds to the mask what it computes from the values.
-    """
+    many columns as were filled. Doge adds to the mask what it computes from the values."""
     return model._can_set_attn_implementation() and not has_own_mask(model)
-
-
-def _hides_by_its_mask(model: PreTrainedModel) -> bool:
-    return model.config.model_type in MASKED and not getattr(model.config, "alibi", False)
 
 
 BLOCK = 256
@@ -102,11 +95,9 @@ BLOCK = 256
 
 def sampled_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """``[rows]`` tokens from ``[rows, vocabulary]`` logits: the first token whose cumulative probability exceeds the
-    row's number in ``uniform [rows]``, float64 in [0, 1).
-
-    Weights are exp(z − max z) in float32. Sums of blocks are accumulated in float64, so that no sum over the whole
-    vocabulary is rounded to float32. The search finds a block first, then the token in it.
-    """
+    row's number in ``uniform [rows]``, float64 in [0, 1). Weights are exp(z − max z) in float32. Sums of blocks are
+    accumulated in float64, so that no sum over the whole vocabulary is rounded to float32. The search finds a block
+    first, then the token in it."""
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
     weights = torch.empty(rows, blocks * BLOCK, dtype=torch.float32, device=logits.device)
@@ -123,10 +114,7 @@ def sampled_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tenso
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of ``[rows, choices]``: the choice whose share contains ``uniform``, and its position in it, in [0,
-    1].
-
-    A choice of weight 0 is never taken, not even for a ``uniform`` of 0 or 1.
-    """
+    1]. A choice of weight 0 is never taken, not even for a ``uniform`` of 0 or 1."""
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

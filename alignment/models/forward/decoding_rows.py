@@ -1,9 +1,7 @@
-"""The rows of a decoding batch, where a waiting prompt takes over the row of an answer that has ended.
-
-All rows share their last column. A prompt that enters is written right-aligned behind the last columns of the others,
-and its row sees nothing before it. Columns that no row sees any more are dropped when prompts enter. So the cache never
-holds more than the longest prompt with its answer, and about ``DROPPED + ROOM`` columns beside.
-"""
+"""The rows of a decoding batch, where a waiting prompt takes over the row of an answer that has ended. All rows share
+their last column. A prompt that enters is written right-aligned behind the last columns of the others, and its row sees
+nothing before it. Columns that no row sees any more are dropped when prompts enter. So the cache never holds more than
+the longest prompt with its answer, and about ``DROPPED + ROOM`` columns beside."""
 
 from __future__ import annotations
 
@@ -40,15 +38,10 @@ def write_prompts(
     beginning: Beginning | None = None,
 ) -> Tensor:
     """Writes the keys and values of prompts as the rows ``at [prompts]`` of a cache, and returns ``[prompts,
-    vocabulary]`` logits of the tokens after them.
-
-    Prompts are in ``reading_order``; equal ones are read once. The cache has ``rows`` rows and ``length`` filled
-    columns, and the rows end at the last of these. ``reading`` holds what the model computed for these prompts, which
-    are given without the tokens of a common ``beginning``.
-
-    Raises:
-        ModelError: the model has a prefix, but its attention is not the flat one.
-    """
+    vocabulary]`` logits of the tokens after them. Prompts are in ``reading_order``; equal ones are read once. The cache
+    has ``rows`` rows and ``length`` filled columns, and the rows end at the last of these. ``reading`` holds what the
+    model computed for these prompts, which are given without the tokens of a common ``beginning``. Raises ModelError:
+    the model has a prefix, but its attention is not the flat one."""
     base = unwrapped(model)
     if reading is None and can_read(base):
         reading = read(base, prompts, beginning=beginning)
@@ -63,7 +56,6 @@ def write_prompts(
 def _write_padded(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: RowsCache, *, at: Tensor, rows: int, length: int
 ) -> Tensor:
-    """Reads left-padded prompts, some at a time, with a model whose attention is not flat."""
     logits = []
     first = 0
     for batch, repeats in _prefill_batches(prompts):
@@ -102,10 +94,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tens
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entrants:
     """Prompts in ``reading_order`` with their numbers, and ``uniforms [prompts, steps]`` unless the likeliest token is
-    taken.
-
-    ``reading`` holds what the model computed for them, if it has.
-    """
+    taken. ``reading`` holds what the model computed for them, if it has."""
 
     numbers: Sequence[int]
     prompts: Sequence[Sequence[int]]
@@ -115,10 +104,8 @@ class Entrants:
 
 @dataclass(kw_only=True, slots=True)
 class WaitingPrompts:
-    """Prompts in ``reading_order``, of which the first ``begun`` have been read.
-
-    ``uniforms`` gives the random numbers of some prompts, ``[prompts, steps]``. ``reading`` is of all prompts.
-    """
+    """Prompts in ``reading_order``, of which the first ``begun`` have been read. ``uniforms`` gives the random numbers
+    of some prompts, ``[prompts, steps]``. ``reading`` is of all prompts."""
 
     prompts: Sequence[Sequence[int]]
     uniforms: Callable[[slice], Tensor] | None
@@ -127,7 +114,6 @@ class WaitingPrompts:
 
     @property
     def waiting(self) -> int:
-        """How many prompts have not been read."""
         return len(self.prompts) - self.begun
 
     def cut(self, tokens: int) -> None:
@@ -162,14 +148,11 @@ DROPPED = 32
 
 @dataclass(kw_only=True, slots=True)
 class DecodingRows:
-    """The rows of a batch between two steps.
-
-    ``numbers`` are the prompts that the rows answer. ``filled`` columns of the cache have been computed; ``prefix``
-    ones come first, and row i sees these and those from ``starts[i]`` on, which ``seen [rows, columns]`` marks with 1.
-    Before all of that it sees the ``beginning``. ``positions [rows, 1]`` are those of the last column. ``logits [rows,
-    vocabulary]`` are those of the next token, and ``uniforms [rows, steps]`` choose it, at ``steps [rows, 1]``; without
-    them the likeliest token is taken.
-    """
+    """The rows of a batch between two steps. ``numbers`` are the prompts that the rows answer. ``filled`` columns of
+    the cache have been computed; ``prefix`` ones come first, and row i sees these and those from ``starts[i]`` on,
+    which ``seen [rows, columns]`` marks with 1. Before all of that it sees the ``beginning``. ``positions [rows, 1]``
+    are those of the last column. ``logits [rows, vocabulary]`` are those of the next token, and ``uniforms [rows,
+    steps]`` choose it, at ``steps [rows, 1]``; without them the likeliest token is taken."""
 
     model: PreTrainedModel
     cache: RowsCache
@@ -225,10 +208,8 @@ class DecodingRows:
         )
 
     def enter(self, entrants: Entrants, rows: Sequence[int], *, unfinished: Sequence[int]) -> None:
-        """Has prompts take over ``rows`` beside the ``unfinished`` ones.
-
-        No prompt may be longer than one that entered before.
-        """
+        """Has prompts take over ``rows`` beside the ``unfinished`` ones. No prompt may be longer than one that entered
+        before."""
         seen_from = [*(self.starts[row] for row in unfinished), self.filled - len(entrants.prompts[0])]
         self._drop(min(seen_from) - self.prefix)
         device, at = self.model.device, on_device(torch.tensor(rows), self.model.device)

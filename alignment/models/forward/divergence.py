@@ -22,10 +22,8 @@ from alignment.models.forward.rows import FlatRows, flatten, on_device, on_host
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teaching:
-    """What a teacher says at some positions: hidden ``states [tokens, width]``, and its head's ``weight``.
-
-    Student and teacher have the same vocabulary; their widths may differ.
-    """
+    """What a teacher says at some positions: hidden ``states [tokens, width]``, and its head's ``weight``. Student and
+    teacher have the same vocabulary; their widths may differ."""
 
     states: Tensor
     weight: Tensor
@@ -33,11 +31,8 @@ class Teaching:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Of the student from the teacher at each position, ``[tokens]``.
-
-    ``forward_kl`` carries gradients for the student (nats). ``acceptance`` is Σ min(p, q), and ``is_same_top`` says
-    whether both find the same token most likely.
-    """
+    """Of the student from the teacher at each position, ``[tokens]``. ``forward_kl`` carries gradients for the student
+    (nats). ``acceptance`` is Σ min(p, q), and ``is_same_top`` says whether both find the same token most likely."""
 
     forward_kl: Tensor
     acceptance: Tensor
@@ -47,10 +42,8 @@ class Divergence:
 def divergence_from(
     student: PreTrainedModel, states: Tensor, teaching: Teaching, *, temperature: float = 1.0
 ) -> Divergence:
-    """The divergence of the student, given its hidden ``states [tokens, width]``, under its own head.
-
-    Logits of both are divided by ``temperature``.
-    """
+    """The divergence of the student, given its hidden ``states [tokens, width]``, under its own head. Logits of both
+    are divided by ``temperature``."""
     fields = through_head(
         student,
         states,
@@ -60,12 +53,9 @@ def divergence_from(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """``[tokens]`` divergences, acceptances and agreements.
-
-    The gradient in the student's logits is (q − p) / temperature. With a frozen head its part of the backward pass is
-    done while a chunk's probabilities are in memory. The gradient of a trained head mixes the factors of all tokens, so
-    the probabilities are computed again.
-    """
+    """``[tokens]`` divergences, acceptances and agreements. The gradient in the student's logits is (q − p) /
+    temperature. With a frozen head its part of the backward pass is done while a chunk's probabilities are in memory.
+    The gradient of a trained head mixes the factors of all tokens, so the probabilities are computed again."""
 
     @staticmethod
     def forward(
@@ -135,7 +125,6 @@ class _Chunks:
             yield rows, products, log_q, _log_softmax(self._teacher_memory, teacher_products, self._temperature)
 
     def shares(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """q and p of these log-probabilities, until the next rows."""
         return (
             torch.exp(log_q, out=self._memory.shares[: len(log_q)]),
             torch.exp(log_p, out=self._teacher_memory.shares[: len(log_p)]),
@@ -174,10 +163,8 @@ def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def install_divergence(model: PreTrainedModel) -> None:
-    """Lets a call ``model(rows=…, indices=…, teaching=…, temperature=…)`` compute a ``Divergence``, as a tuple.
-
-    Other calls are unchanged. A trainer reaches a model through wrappers, which have to see a call.
-    """
+    """Lets a call ``model(rows=…, indices=…, teaching=…, temperature=…)`` compute a ``Divergence``, as a tuple. Other
+    calls are unchanged. A trainer reaches a model through wrappers, which have to see a call."""
     use_flat_attention(model)
     otherwise = model.forward
 
@@ -215,11 +202,8 @@ def teaching_at(teacher: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Te
 
 
 def refuse_other_heads(student: PreTrainedModel, teacher: PreTrainedModel, *, where: str) -> None:
-    """Checks that the distributions of both models can be compared.
-
-    Raises:
-        ModelError: a head does more than one matrix product, or they have other numbers of tokens.
-    """
+    """Checks that the distributions of both models can be compared. Raises ModelError: a head does more than one matrix
+    product, or they have other numbers of tokens."""
     for name, model in (("student", student), ("teacher", teacher)):
         if scales_logits(model) or logit_cap(model) is not None:
             raise ModelError(

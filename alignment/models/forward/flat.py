@@ -1,8 +1,6 @@
 """The trunk over real tokens only: a batch as one stream (alignment/models/forward/rows.py), padding never computed.
-
 Position ids restart with every row, and attention stays inside a row (models/forward/attention.py). Models whose
-attention cannot be restricted to rows run on the padded batch, with one warning.
-"""
+attention cannot be restricted to rows run on the padded batch, with one warning."""
 
 from __future__ import annotations
 
@@ -25,12 +23,9 @@ from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.norms import fuse_norms
 
 log = logging.getLogger(__name__)
-
-
 MULTIPLE = 64
 """Streams on a CPU in bfloat16 are padded to a multiple of this number of tokens. oneDNN generates code for every new
 shape of a product, and otherwise every step would have new shapes (docs/LOG.md, 2026-11-26)."""
-
 WINDOWED = {"cohere2", "gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "starcoder2"}
 """Architectures that are seen to give attention their window and cap, and to equal their padded forward
 (tests/unit/models/test_architectures.py). Others window by their mask alone, or ignore the setting."""
@@ -70,11 +65,8 @@ def has_window(model: PreTrainedModel) -> bool:
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
-    """Selects the flat attention function if the model allows it, else warns once; returns whether it did.
-
-    Norms are fused in either case (models/kernels/norms.py), blocks only with flat attention
-    (models/kernels/blocks.py).
-    """
+    """Selects the flat attention function if the model allows it, else warns once; returns whether it did. Norms are
+    fused in either case (models/kernels/norms.py), blocks only with flat attention (models/kernels/blocks.py)."""
     fuse_norms(model)
     if not can_run_flat(model):
         log.warning(
@@ -90,15 +82,11 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
 def trunk_states(
     trunk: PreTrainedModel, rows: FlatRows, *, keys_values: KeysValues | None = None, earlier: KeysValues | None = None
 ) -> Tensor:
-    """``[tokens, width]`` last hidden states of the stream.
-
-    ``trunk`` is the model without its head (such as ``LlamaModel``), with flat attention selected or not. Flat
-    attention puts its keys and values into ``keys_values``, and reads those of an earlier stream from ``earlier``.
-
-    Raises:
-        ModelError: a row is longer than the model's positions.
-        ValueError: ``keys_values`` or ``earlier`` is given, but the model's attention is not the flat one.
-    """
+    """``[tokens, width]`` last hidden states of the stream. ``trunk`` is the model without its head (such as
+    ``LlamaModel``), with flat attention selected or not. Flat attention puts its keys and values into ``keys_values``,
+    and reads those of an earlier stream from ``earlier``. Raises ModelError: a row is longer than the model's
+    positions. Raises ValueError: ``keys_values`` or ``earlier`` is given, but the model's attention is not the flat
+    one."""
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     refuse_too_long(trunk, max(rows.lengths))
@@ -140,17 +128,13 @@ def _flat_states(trunk: PreTrainedModel, rows: FlatRows, *, ahead: int = 0, **of
 
 
 def _multiple(trunk: PreTrainedModel) -> int:
-    """The number that the length of a stream must be a multiple of."""
     weight = trunk.get_input_embeddings().weight
     return MULTIPLE if is_on_cpu(weight) and products_dtype(weight) is torch.bfloat16 else 1
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:
-    """Checks that a model without flat attention, or with a sliding window, has no prefix.
-
-    Raises:
-        ModelError: it has one.
-    """
+    """Checks that a model without flat attention, or with a sliding window, has no prefix. Raises ModelError: it has
+    one."""
     if prefix_of(trunk) is not None:
         raise ModelError(
             f"{type(trunk).__name__} has a sliding window, or attention that the padding-free path does not "

@@ -1,11 +1,9 @@
-"""Batched answers with a key-value cache: greedy, or pure ancestral sampling at a temperature.
-
-No top-k, top-p or repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative
-distribution at one uniform number per row and step, drawn beforehand. So the same seed gives the same answers for any
-batch size and any set of finished rows, except for the rounding of bfloat16 products of other shapes. Equal prompts are
-read once. Waiting prompts take over the rows of finished answers; when no prompt waits, finished rows leave the batch
-and the cache. Either happens when finished rows are numerous enough to pay for it.
-"""
+"""Batched answers with a key-value cache: greedy, or pure ancestral sampling at a temperature. No top-k, top-p or
+repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative distribution at one
+uniform number per row and step, drawn beforehand. So the same seed gives the same answers for any batch size and any
+set of finished rows, except for the rounding of bfloat16 products of other shapes. Equal prompts are read once. Waiting
+prompts take over the rows of finished answers; when no prompt waits, finished rows leave the batch and the cache.
+Either happens when finished rows are numerous enough to pay for it."""
 
 from __future__ import annotations
 
@@ -26,16 +24,12 @@ from alignment.models.kernels.layout import prepacked
 
 FULL_ENOUGH = 0.75
 """Share of unfinished rows above which finished rows stay, because a few rows less hardly make a step cheaper."""
-
 ASSUMED_LENGTHS = 8
 """How many lengths the answers of a batch have where no token is computed."""
-
 STEPS_ALIKE = 64
 """Steps of a batch that are at most taken as one where no token is computed."""
-
 OnToken = Callable[[int, int], None]
 """Called with the index of the prompt and the token id for each token as it is generated."""
-
 Ends = Callable[[Sequence[int]], bool]
 """Called with an answer's tokens after each new one; returns whether the answer ends there."""
 
@@ -61,17 +55,12 @@ def generate(
     on_token: OnToken | None = None,
     ends: Ends | None = None,
 ) -> list[list[int]]:
-    """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
-
-    At most ``batch_size`` prompts are answered at once. Without ``sampling`` the most likely token is taken.
-    ``progress`` is called with the number of prompts done, ``on_token`` with each new token. ``ends`` is a further
-    condition for the end of an answer. On CPU in bfloat16 the linear weights are meanwhile in memory twice.
-
-    Raises:
-        ValueError: a prompt is empty.
-        ModelError: the model has layers that cache something else than keys and values, or a prompt and its answer may
-            be longer than the model's positions.
-    """
+    """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit. At
+    most ``batch_size`` prompts are answered at once. Without ``sampling`` the most likely token is taken. ``progress``
+    is called with the number of prompts done, ``on_token`` with each new token. ``ends`` is a further condition for the
+    end of an answer. On CPU in bfloat16 the linear weights are meanwhile in memory twice. Raises ValueError: a prompt
+    is empty. Raises ModelError: the model has layers that cache something else than keys and values, or a prompt and
+    its answer may be longer than the model's positions."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     order = reading_order(prompts)
@@ -79,7 +68,7 @@ def generate(
         ids=[[] for _ in prompts],
         max_new_tokens=max_new_tokens,
         end_ids=frozenset(end_ids),
-        on_token=None if on_token is None else _of_prompts(on_token, order),
+        on_token=None if on_token is None else lambda number, token: on_token(order[number], token),
         ends=ends,
     )
     with prepacked(model, min(batch_size, len(prompts))):
@@ -117,9 +106,7 @@ def answer_batch(
     ends: Ends | None = None,
 ) -> list[list[int]]:
     """Like ``generate`` for one batch of prompts in ``reading_order``; samples if given ``uniforms [prompts, steps]``.
-
-    ``reading`` holds what the model computed for these prompts; without it they are read here.
-    """
+    ``reading`` holds what the model computed for these prompts; without it they are read here."""
     answers = _Answers(
         ids=[[] for _ in prompts],
         max_new_tokens=max_new_tokens,
@@ -131,10 +118,6 @@ def answer_batch(
     queue = WaitingPrompts(prompts=prompts, uniforms=drawn, reading=reading)
     _answer(model, queue, answers, batch_size=len(prompts), temperature=temperature)
     return answers.ids
-
-
-def _of_prompts(on_token: OnToken, order: Sequence[int]) -> OnToken:
-    return lambda number, token: on_token(order[number], token)
 
 
 def _in_order(uniforms: Tensor, order: Sequence[int]) -> Callable[[slice], Tensor]:
@@ -174,7 +157,6 @@ def _answer(
     temperature: float,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Answers all prompts of the queue, at most ``batch_size`` at once."""
     if not queue.prompts or not answers.max_new_tokens:
         return
     base = unwrapped(model)
@@ -204,9 +186,7 @@ def _answer(
 
 def _advance(rows: DecodingRows, answers: _Answers, temperature: float, *, refilled: bool) -> list[int]:
     """Takes steps until no answer is unfinished, or if rows are to be ``refilled``, until finished rows are numerous.
-
-    Returns the rows whose answers are unfinished.
-    """
+    Returns the rows whose answers are unfinished."""
     while True:
         tokens = rows.next_tokens(temperature)
         if on_shadows():

@@ -1,8 +1,6 @@
-"""Log-probabilities from hidden states without holding all logits in memory.
-
-The states are multiplied with the head in chunks: matrix products in the weights' dtype, log-sum-exp and probabilities
-in float32. The gradient of log softmax is exact and is computed chunk by chunk too, so memory stays at one chunk.
-"""
+"""Log-probabilities from hidden states without holding all logits in memory. The states are multiplied with the head in
+chunks: matrix products in the weights' dtype, log-sum-exp and probabilities in float32. The gradient of log softmax is
+exact and is computed chunk by chunk too, so memory stays at one chunk."""
 
 from __future__ import annotations
 
@@ -24,16 +22,13 @@ from alignment.models.forward.two_threads import has_two_threads, in_two_threads
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
-
 IN_CACHE = 2**19
 """Float32 numbers that a pass over logits handles at once on a CPU; 2 MB fit into a core's cache."""
 
 
 class ChunkMemory:
-    """Memory for one chunk's products, and for the float32 rows of them that are handled at once.
-
-    It is reused for the next chunk, because new pages for 100 MB cost as much as the arithmetic on them.
-    """
+    """Memory for one chunk's products, and for the float32 rows of them that are handled at once. It is reused for the
+    next chunk, because new pages for 100 MB cost as much as the arithmetic on them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         count, vocabulary = _whole(min(CHUNK, hidden.shape[0])), weight.shape[0]
@@ -86,11 +81,9 @@ HeadFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenStatistics:
     """Statistics of the next-token distribution at each labelled position, ``[labels]``, in the order of the labels.
-
     ``logprobs`` carries gradients (nats); ``mean_logits`` and ``is_top1`` do not. ``entropy`` (nats, of the whole
     distribution) carries them only if the caller asks for it. ``is_top1``: greedy decoding would take the label, which
-    of several tokens with the largest logit takes the first.
-    """
+    of several tokens with the largest logit takes the first."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -121,18 +114,10 @@ def token_statistics(
 
 
 def label_statistics(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy_gradient: bool = False,
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> TokenStatistics:
-    """``token_statistics`` under the model's own head, whose factor of logits counts as a temperature.
-
-    Raises:
-        ModelError: the head does more.
-    """
+    """``token_statistics`` under the model's own head, whose factor of logits counts as a temperature. Raises
+    ModelError: the head does more."""
     cap, temperature = logit_cap(model), temperature / logit_factor(model)
     fields = through_head(
         model,
@@ -150,10 +135,8 @@ def through_head(model: PreTrainedModel, hidden: Tensor, function: HeadFunction)
 
 
 def read_in_calls_only(head: nn.Module) -> None:
-    """Makes ``through_head`` call the head module.
-
-    Sharded weights are gathered only while their module is called, and while gradients flow through its outputs.
-    """
+    """Makes ``through_head`` call the head module. Sharded weights are gathered only while their module is called, and
+    while gradients flow through its outputs."""
     head.forward = types.MethodType(_forward, head)
     setattr(head, _CALLED, True)
 
@@ -179,11 +162,8 @@ def logit_cap(model: PreTrainedModel) -> float | None:
 
 
 def logit_factor(model: PreTrainedModel) -> float:
-    """By what the model multiplies its logits, as Cohere and Granite do; else 1.
-
-    Raises:
-        ModelError: it changes them in another way, beside a cap.
-    """
+    """By what the model multiplies its logits, as Cohere and Granite do; else 1. Raises ModelError: it changes them in
+    another way, beside a cap."""
     config = model.config.get_text_config()
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     others = any(getattr(config, name, None) is not None for name in _SCALES if name not in _FACTORS)
@@ -214,13 +194,10 @@ def scalar_at(model: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Tensor
 
 
 class _ChunkedLogSoftmax(torch.autograd.Function):
-    """``[tokens]`` log-probabilities, entropies, mean logits and hits of the labels.
-
-    The gradient of a log-probability is onehot(label) − p, up to the incoming factor. With a frozen head its part of
-    the backward pass is therefore done while a chunk's probabilities are in memory. The gradient of a trained head
-    mixes the factors of all tokens, and an entropy has a gradient of its own, −p·(log p + entropy); in both cases the
-    probabilities are computed again.
-    """
+    """``[tokens]`` log-probabilities, entropies, mean logits and hits of the labels. The gradient of a log-probability
+    is onehot(label) − p, up to the incoming factor. With a frozen head its part of the backward pass is therefore done
+    while a chunk's probabilities are in memory. The gradient of a trained head mixes the factors of all tokens, and an
+    entropy has a gradient of its own, −p·(log p + entropy); in both cases the probabilities are computed again."""
 
     @staticmethod
     def forward(
@@ -291,8 +268,6 @@ def _mean_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Statistics:
-    """Statistics of ``[tokens]``, filled chunk by chunk."""
-
     def __init__(self, count: int, device: torch.device) -> None:
         self.logprobs = torch.empty(count, device=device)
         self.entropy = torch.empty(count, device=device)

@@ -1,9 +1,7 @@
-"""Rows of token ids as one stream without padding, in which a common beginning of rows appears once.
-
-Under causal attention a token's state depends only on the tokens before it. So if two rows begin alike (the two answers
-of a preference pair, n answers to one prompt, one system message), the common part is computed once, and the later row
-attends to it there.
-"""
+"""Rows of token ids as one stream without padding, in which a common beginning of rows appears once. Under causal
+attention a token's state depends only on the tokens before it. So if two rows begin alike (the two answers of a
+preference pair, n answers to one prompt, one system message), the common part is computed once, and the later row
+attends to it there."""
 
 from __future__ import annotations
 
@@ -21,10 +19,8 @@ _ORIGINAL = "alignment_original"
 
 
 def on_device(made: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor of the host to ``device``. A GPU copies from pinned memory asynchronously.
-
-    PyTorch holds the pinned memory until the copy is done. ``made`` must not change afterwards.
-    """
+    """Copies a tensor of the host to ``device``. A GPU copies from pinned memory asynchronously. PyTorch holds the
+    pinned memory until the copy is done. ``made`` must not change afterwards."""
     if device.type != "cuda" or made.is_cuda:
         return made.to(device)
     return _remembering(made.pin_memory().to(device, non_blocking=True), made)
@@ -45,7 +41,6 @@ def sent(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _sent_together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of one dtype, as views of one copy."""
     joint = torch.cat([tensor.flatten() for tensor in tensors.values()]).pin_memory().to(device, non_blocking=True)
     parts = joint.split([tensor.numel() for tensor in tensors.values()])
     return {
@@ -55,10 +50,8 @@ def _sent_together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[
 
 
 def on_host(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same numbers on the host; all that nobody remembers are read in one wait.
-
-    What is read has the dtype of the first tensor that is.
-    """
+    """The same numbers on the host; all that nobody remembers are read in one wait. What is read has the dtype of the
+    first tensor that is."""
     known = [_original(tensor) for tensor in tensors]
     unknown = [tensor for tensor, original in zip(tensors, known, strict=True) if original is None]
     if not unknown:
@@ -84,7 +77,6 @@ def _original(tensor: Tensor) -> Tensor | None:
 
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice, because attending elsewhere costs more than it saves."""
-
 Range = tuple[int, int]
 """First index in the stream, and one past the last."""
 
@@ -92,10 +84,8 @@ Range = tuple[int, int]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """The tokens of a row that no earlier row has, at ``own`` in the stream, which follow those at ``before``.
-
     ``before`` is in the row's order, and empty if the row shares nothing. Negative indices are in another stream, which
-    was read earlier and whose last token has index −1.
-    """
+    was read earlier and whose last token has index −1."""
 
     own: Range
     before: tuple[Range, ...]
@@ -108,13 +98,10 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatRows:
-    """A batch as one stream of ``[tokens]``.
-
-    ``index`` is ``[rows, columns]``: the index in the stream of the token at a row and column (0 on padding).
-    ``is_real`` is the mask of real tokens, of the same shape. ``lengths`` counts the rows' real tokens, including those
-    that were read earlier. Example: rows ``[7 8 9 ·]`` and ``[5 6 · ·]`` give ``input_ids [7 8 9 5 6]``, ``position_ids
-    [0 1 2 0 1]``, ``index [[0 1 2 0] [3 4 0 0]]``, ``lengths (3, 2)``.
-    """
+    """A batch as one stream of ``[tokens]``. ``index`` is ``[rows, columns]``: the index in the stream of the token at
+    a row and column (0 on padding). ``is_real`` is the mask of real tokens, of the same shape. ``lengths`` counts the
+    rows' real tokens, including those that were read earlier. Example: rows ``[7 8 9 ·]`` and ``[5 6 · ·]`` give
+    ``input_ids [7 8 9 5 6]``, ``position_ids [0 1 2 0 1]``, ``index [[0 1 2 0] [3 4 0 0]]``, ``lengths (3, 2)``."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -144,11 +131,8 @@ class FlatRows:
 
 
 def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) -> FlatRows:
-    """Drops padding from ``[rows, columns]`` ids on either side; the mask decides, never the ids.
-
-    Raises:
-        ValueError: a row has no real token, or has padding between two real tokens.
-    """
+    """Drops padding from ``[rows, columns]`` ids on either side; the mask decides, never the ids. Raises ValueError: a
+    row has no real token, or has padding between two real tokens."""
     ids, mask = on_host(input_ids, attention_mask)
     is_real = mask.bool()
     lengths = is_real.sum(-1)
@@ -162,11 +146,8 @@ def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) ->
 
 
 def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool = True) -> FlatRows:
-    """Unpadded rows of token ids as one stream. ``index`` has a column for each position.
-
-    Raises:
-        ValueError: a row has no token.
-    """
+    """Unpadded rows of token ids as one stream. ``index`` has a column for each position. Raises ValueError: a row has
+    no token."""
     lengths = torch.tensor([len(row) for row in rows])
     if int(lengths.min()) == 0:
         raise ValueError(f"row {int(lengths.argmin())} of the batch has no real token")
@@ -175,13 +156,14 @@ def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool =
 
 
 def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int]]) -> FlatRows:
-    """A stream of non-empty texts; text i continues row ``which[i]`` of an earlier stream.
-
-    ``index`` and ``is_real`` have columns only for the tokens of the texts, not for those that were read earlier.
-    """
+    """A stream of non-empty texts; text i continues row ``which[i]`` of an earlier stream. ``index`` and ``is_real``
+    have columns only for the tokens of the texts, not for those that were read earlier."""
     device, read = earlier.input_ids.device, len(earlier.input_ids)
     ends = [0, *itertools.accumulate(len(text) for text in texts)]
-    before = {row: tuple((start - read, end - read) for start, end in _ranges_of(earlier, row)) for row in set(which)}
+    before = {
+        row: tuple((start - read, end - read) for start, end in earlier.segments[row].keys if start < end)
+        for row in set(which)
+    }
     lengths = torch.tensor([len(text) for text in texts])
     columns = torch.arange(int(lengths.max()))
     is_real = columns < lengths[:, None]
@@ -212,32 +194,23 @@ def behind_one(tokens: int, rows: FlatRows) -> FlatRows:
     )
 
 
-def _ranges_of(rows: FlatRows, row: int) -> tuple[Range, ...]:
-    """The ranges of a row's tokens in the stream, in the row's order."""
-    return tuple((start, end) for start, end in rows.segments[row].keys if start < end)
-
-
 def next_multiple(count: int, multiple: int) -> int:
     """The smallest multiple that is at least ``count``."""
     return -(-count // multiple) * multiple
 
 
 def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | None = None) -> list[range]:
-    """Ranges of consecutive rows whose tokens add up to at most ``limit``; a longer row is a range of its own.
-
-    The number of ranges is minimal, and the largest range is then as small as possible: a small remainder would take
-    more than its share of time, and a full range more memory than necessary. ``behind`` holds each row's number of
-    tokens if the row before is in the same range, where that differs. Examples: lengths ``[3, 3, 9, 1]`` with limit 6
-    give rows 0-1, 2, 3; lengths ``[2, 2, 2, 2]`` with limit 6 give rows 0-1, 2-3.
-    """
+    """Ranges of consecutive rows whose tokens add up to at most ``limit``; a longer row is a range of its own. The
+    number of ranges is minimal, and the largest range is then as small as possible: a small remainder would take more
+    than its share of time, and a full range more memory than necessary. ``behind`` holds each row's number of tokens if
+    the row before is in the same range, where that differs. Examples: lengths ``[3, 3, 9, 1]`` with limit 6 give rows
+    0-1, 2, 3; lengths ``[2, 2, 2, 2]`` with limit 6 give rows 0-1, 2-3."""
     return _most_even(lengths, len(_filled(lengths, limit, behind)), limit, behind)
 
 
 def evenly(lengths: Sequence[int], count: int) -> list[range]:
-    """At most ``count`` ranges of consecutive rows, the largest of them with as few tokens as possible.
-
-    Example: lengths ``[3, 3, 9, 1]`` in two ranges are rows 0-1 and 2-3.
-    """
+    """At most ``count`` ranges of consecutive rows, the largest of them with as few tokens as possible. Example:
+    lengths ``[3, 3, 9, 1]`` in two ranges are rows 0-1 and 2-3."""
     return _most_even(lengths, count, sum(lengths), None)
 
 
@@ -251,7 +224,6 @@ def _most_even(lengths: Sequence[int], count: int, limit: int, behind: Sequence[
 
 
 def _filled(lengths: Sequence[int], limit: int, behind: Sequence[int] | None) -> list[range]:
-    """Fills each range with rows until the next row would exceed the limit."""
     ranges: list[range] = []
     start, tokens = 0, 0
     for row, length in enumerate(lengths):
@@ -286,7 +258,6 @@ def _flat_rows(rows: Sequence[Sequence[int]], is_real: Tensor, device: torch.dev
 
 
 def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
-    """The first ``count`` indices of ``ranges``."""
     taken_ranges: list[Range] = []
     for start, end in ranges:
         if count == 0:

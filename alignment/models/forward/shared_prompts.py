@@ -1,8 +1,6 @@
-"""Prompts that a model reads once, to sample answers or to score texts that follow them.
-
-A reading holds the keys and values of every layer and the last state of each prompt, from the flat forward. Later
-streams continue them as an earlier stream (models/forward/rows.py).
-"""
+"""Prompts that a model reads once, to sample answers or to score texts that follow them. A reading holds the keys and
+values of every layer and the last state of each prompt, from the flat forward. Later streams continue them as an
+earlier stream (models/forward/rows.py)."""
 
 from __future__ import annotations
 
@@ -38,11 +36,9 @@ from alignment.models.kernels.kv_cache import RowsCache
 READ_TOKENS = 8192
 """Tokens that are read or scored at once, by all threads; a longer text is read alone. Each pass has a cost of its own
 beside that of its tokens, and without gradients a token needs little memory (docs/LOG.md, 2026-11-29)."""
-
 _CACHES_OTHERWISE = {"diffllama", "dory", "hrm_text", "jetmoe"}
 """Architectures that repeat heads after the cache, call attention twice with halves of the values, or run their layers
 several times, with a cache for each time."""
-
 _Output = TypeVar("_Output")
 
 
@@ -57,9 +53,7 @@ class Beginning:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch:
     """Distinct prompts read together: their stream, its keys and values, and ``[prompts, width]`` last states.
-
-    ``asked`` holds, for each prompt of the reading in this batch, the row of the stream that it is.
-    """
+    ``asked`` holds, for each prompt of the reading in this batch, the row of the stream that it is."""
 
     rows: FlatRows
     keys_values: KeysValues
@@ -80,20 +74,16 @@ class Reading:
         return torch.cat([capped(head(batch.ends), logit_cap(model))[batch.asked] for batch in self.batches])
 
     def write(self, cache: RowsCache, *, at: Tensor, rows: int, length: int) -> None:
-        """Writes the keys and values of the prompts as the rows ``at [prompts]`` of a decoding batch.
-
-        The batch has ``rows`` rows, and ``length`` filled columns. Rows are right-aligned.
-        """
+        """Writes the keys and values of the prompts as the rows ``at [prompts]`` of a decoding batch. The batch has
+        ``rows`` rows, and ``length`` filled columns. Rows are right-aligned."""
         for batch, batch_at in zip(self.batches, at.split([len(batch.asked) for batch in self.batches]), strict=True):
             indices = _right_aligned(batch.rows)[batch.asked]
             cache.write_stream(batch.keys_values, indices, at=batch_at, rows=rows, length=length)
 
     @torch.no_grad()
     def logprobs(self, model: PreTrainedModel, texts: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Sums of log p(token | everything before it), in nats, of any number of texts after each prompt.
-
-        ``model`` is the one that has read the prompts. No text may be empty.
-        """
+        """Sums of log p(token | everything before it), in nats, of any number of texts after each prompt. ``model`` is
+        the one that has read the prompts. No text may be empty."""
         sums_of_prompts: list[list[float]] = []
         for batch in self.batches:
             of_batch = texts[len(sums_of_prompts) : len(sums_of_prompts) + len(batch.asked)]
@@ -111,10 +101,8 @@ def can_read(model: PreTrainedModel) -> bool:
 
 
 def _caches_what_it_sees(model: PreTrainedModel) -> bool:
-    """Whether each layer calls attention once, with the keys and values that it caches under its own number.
-
-    Latent attention (DeepSeek-AI 2024) caches what keys and values are computed from.
-    """
+    """Whether each layer calls attention once, with the keys and values that it caches under its own number. Latent
+    attention (DeepSeek-AI 2024) caches what keys and values are computed from."""
     config = model.config.get_text_config()
     return getattr(config, "kv_lora_rank", None) is None and config.model_type not in _CACHES_OTHERWISE
 
@@ -129,13 +117,9 @@ def read_beginning(model: PreTrainedModel, tokens: Sequence[int]) -> Beginning:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning: Beginning | None = None) -> Reading:
-    """Reads non-empty prompts (token ids) with a model that ``can_read``; adjacent equal prompts are read once.
-
-    Prompts continue the ``beginning``, and are given without its tokens. Texts after such prompts cannot be scored.
-
-    Raises:
-        ModelError: a prompt is longer than the model's positions.
-    """
+    """Reads non-empty prompts (token ids) with a model that ``can_read``; adjacent equal prompts are read once. Prompts
+    continue the ``beginning``, and are given without its tokens. Texts after such prompts cannot be scored. Raises
+    ModelError: a prompt is longer than the model's positions."""
     different = [(prompt, len(list(equal))) for prompt, equal in groupby(prompts, key=tuple)]
 
     def read_batch(span: range) -> PromptBatch:
@@ -190,17 +174,13 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
 FEWEST_TOKENS = 64
 """Tokens below which a common beginning is read and held with each prompt, because attending elsewhere costs more than
 it saves (docs/LOG.md, 2026-11-28)."""
-
 FEWEST_ROWS = 8
 """Rows of a batch below which it is."""
 
 
 def shared_beginning(model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: int) -> Beginning | None:
     """What all of the prompts begin with, or None if it is short, if there are few ``rows``, or if the model's decoding
-    attention cannot attend to it; ``model`` has no wrapper.
-
-    Every prompt has at least one more token.
-    """
+    attention cannot attend to it; ``model`` has no wrapper. Every prompt has at least one more token."""
     if rows < FEWEST_ROWS or not _can_share(model):
         return None
     # What the first and the last in lexical order begin with, all do.

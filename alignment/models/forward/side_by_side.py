@@ -1,7 +1,5 @@
-"""A stream's states in two parts side by side (two_threads.py): with two cores a pass takes less time.
-
-The results do not depend on which thread is faster: the sum of each part's gradients is complete before they are added.
-"""
+"""A stream's states in two parts side by side (two_threads.py): with two cores a pass takes less time. The results do
+not depend on which thread is faster: the sum of each part's gradients is complete before they are added."""
 
 from __future__ import annotations
 
@@ -35,10 +33,9 @@ class DividedRows:
 
 
 def divided(rows: FlatRows) -> DividedRows | None:
-    """The rows in two streams; None if one of these would be too large, as with a single row.
-
-    Rows with a beginning in common stay together if possible. Else the shortest common beginnings, such as a system
-    turn, are computed in both parts.
+    """The rows in two streams; None if one of these would be too large, as with a single row. Rows with a beginning in
+    common stay together if possible. Else the shortest common beginnings, such as a system turn, are computed in both
+    parts.
 
     Args:
         rows: on the CPU, and not behind an earlier stream.
@@ -85,7 +82,6 @@ def _families(segments: tuple[Segment, ...], twice: list[bool]) -> list[list[int
 
 
 def _overlaps(segment: Segment, other: Segment) -> bool:
-    """Whether the first reads tokens of the other."""
     return any(start < other.own[1] and other.own[0] < end for start, end in segment.before)
 
 
@@ -105,41 +101,32 @@ def _source(rows: FlatRows, which: tuple[list[int], list[int]], parts: tuple[Fla
 WORTH_DIVIDING = 2**30
 """Tokens times weights per layer from which two parts are faster; below it Python takes most of the time
 (SmolLM2-135M, docs/LOG.md, 2026-11-29)."""
-
 FEW = 0.2
 """The share of weights up to which trained ones are few. Each part has gradients of all of them, before they are
 added."""
-
 _WHOLE = "alignment_in_one_stream"
 """The attribute of a trunk whose rows are never divided."""
-
 _RANDOM = ("dropout", "layerdrop", "jitter_noise")
 """Endings of the names of rates with which modules of transformers draw random numbers in training."""
-
 _ALONE = (Nf4Linear, ParamWrapper)
 """Modules of which only one thread may run a pass, or gains by it."""
-
 States = Callable[[FlatRows], Tensor]
 """Computes ``[tokens, width]`` states of a stream."""
 
 
 def keep_in_one_stream(model: PreTrainedModel) -> None:
-    """Divides rows neither here nor in copies, if more than a few weights are trained.
-
-    Passes with gradients would not be divided then, and in bfloat16, passes without gradients that are would give other
-    log-probabilities than those that they are compared with.
-    """
+    """Divides rows neither here nor in copies, if more than a few weights are trained. Passes with gradients would not
+    be divided then, and in bfloat16, passes without gradients that are would give other log-probabilities than those
+    that they are compared with."""
     parameters = list(model.base_model.parameters())
     if sum(each.numel() for each in parameters if each.requires_grad) > FEW * sum(each.numel() for each in parameters):
         setattr(model.base_model, _WHOLE, True)
 
 
 def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> Tensor | None:
-    """``states_of(rows)``, computed in two parts; None if the rows had better be computed at once.
-
-    That is: for models that ``can_divide`` refuses, with little to compute, if more than a few weights are trained, or
-    with rows that cannot be divided into two parts of about equal work.
-    """
+    """``states_of(rows)``, computed in two parts; None if the rows had better be computed at once. That is: for models
+    that ``can_divide`` refuses, with little to compute, if more than a few weights are trained, or with rows that
+    cannot be divided into two parts of about equal work."""
     if not can_divide(trunk) or not _is_worth_it(trunk, len(rows.input_ids)) or (division := divided(rows)) is None:
         return None
     trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
@@ -151,12 +138,10 @@ def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> T
 
 
 def can_divide(trunk: PreTrainedModel) -> bool:
-    """Whether two threads may run passes of the model at once, and gain by it.
-
-    They may not if modules draw random numbers, whose order would depend on the threads; if frequencies of positions
-    are chosen anew by each pass (LongRoPE, Ding et al. 2024); or if weights are made for a call and dropped afterwards,
-    by hooks or by PEFT's adapters on experts. They gain nothing if each would convert all weights for itself.
-    """
+    """Whether two threads may run passes of the model at once, and gain by it. They may not if modules draw random
+    numbers, whose order would depend on the threads; if frequencies of positions are chosen anew by each pass
+    (LongRoPE, Ding et al. 2024); or if weights are made for a call and dropped afterwards, by hooks or by PEFT's
+    adapters on experts. They gain nothing if each would convert all weights for itself."""
     weight: Tensor = trunk.get_input_embeddings().weight
     if not has_two_threads(weight) or products_dtype(weight) is not weight.dtype or hasattr(trunk, _WHOLE):
         return False

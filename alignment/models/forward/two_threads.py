@@ -1,9 +1,7 @@
-"""Two independent pieces of work on a CPU side by side, each on a thread of its own.
-
-When two threads share every operation, each of some ten thousand operations of a pass ends with one waiting for the
-other, and on a virtual machine waking a thread takes as long as a small operation. Here each thread computes operations
-of its own, and they meet once. More than two threads were not measured (docs/design/0058-two-threads.md).
-"""
+"""Two independent pieces of work on a CPU side by side, each on a thread of its own. When two threads share every
+operation, each of some ten thousand operations of a pass ends with one waiting for the other, and on a virtual machine
+waking a thread takes as long as a small operation. Here each thread computes operations of its own, and they meet once.
+More than two threads were not measured (docs/design/0058-two-threads.md)."""
 
 from __future__ import annotations
 
@@ -23,26 +21,19 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows
 
 THREADS = 2
-
 LARGEST = 0.6
 """The larger share of the work from which two threads are no faster than before: a pass takes a fifth less time if the
 shares are equal (docs/LOG.md, 2026-11-29), so what one of them gets more is lost beyond .6."""
-
 _SWITCH_SECONDS = 0.0005
 """How soon a thread that runs Python lets the other one run it; by default ten times as long."""
-
 _Input = TypeVar("_Input")
 _Output = TypeVar("_Output")
 
 
 def has_two_threads(tensor: Tensor) -> bool:
-    """Whether two threads of this CPU, and of this process alone, would share an operation on the tensor.
-
-    In a part it is false, since its thread computes alone. So nothing is divided twice.
-
-    Raises:
-        ConfigError: the variable of ``launch.divide_rows`` is neither 0 nor 1.
-    """
+    """Whether two threads of this CPU, and of this process alone, would share an operation on the tensor. In a part it
+    is false, since its thread computes alone. So nothing is divided twice. Raises ConfigError: the variable of
+    ``launch.divide_rows`` is neither 0 nor 1."""
     is_alone = not torch.distributed.is_initialized()  # else weights may be gathered for each module, in an order
     is_on_two = tensor.device.type == "cpu" and torch.get_num_threads() == THREADS
     return is_on_two and is_alone and not on_shadows() and _is_wanted()
@@ -56,11 +47,9 @@ def _is_wanted() -> bool:
 
 
 def in_two_threads(function: Callable[[_Input], _Output], inputs: Sequence[_Input]) -> list[_Output]:
-    """The function of both inputs, under this thread's settings of gradients and autocast, and no other modes.
-
-    An error is raised when both have ended, so nobody computes with what the caller then puts back. If both fail, it is
-    that of the first.
-    """
+    """The function of both inputs, under this thread's settings of gradients and autocast, and no other modes. An error
+    is raised when both have ended, so nobody computes with what the caller then puts back. If both fail, it is that of
+    the first."""
     futures = [_part_threads(os.getpid()).submit(_in_same_mode(function), argument) for argument in inputs]
     try:
         try:

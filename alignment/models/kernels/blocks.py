@@ -1,10 +1,8 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
-
 The differences: layers of one input are multiplied together (products.py). A gated product is computed again in the
 backward pass instead of stored (products.py). Rotary positions (Su et al. 2021) take one pass over all numbers and two
 over half of them, forward and backward, instead of a dozen over all. A block is replaced only after a test on fixed
-numbers shows that it computes the expected function.
-"""
+numbers shows that it computes the expected function."""
 
 from __future__ import annotations
 
@@ -53,7 +51,6 @@ def read_together(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _replacement(module: nn.Module) -> Any:
-    """The function that computes the same as the module, or None."""
     parameters = list(module.parameters())
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return None
@@ -116,7 +113,6 @@ def _attention(
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
-    """Like ``LlamaMLP.forward``."""
     gate, up = products(x, (self.gate_proj, self.up_proj))
     if not torch.is_grad_enabled() or next(self.act_fn.parameters(), None) is not None:
         out: Tensor = self.down_proj(self.act_fn(gate) * up)

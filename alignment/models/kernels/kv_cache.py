@@ -1,9 +1,7 @@
-"""The cache of a decoding batch: keys and values, written in place.
-
-transformers' ``DynamicCache`` copies everything at every step, and again whenever a row finishes. Here columns are
-allocated ahead, and rows move only when the caller asks. The attention of one new token per row reads the cache in
-place, once for all query heads that share a key head (Ainslie et al. 2023, grouped-query attention).
-"""
+"""The cache of a decoding batch: keys and values, written in place. transformers' ``DynamicCache`` copies everything at
+every step, and again whenever a row finishes. Here columns are allocated ahead, and rows move only when the caller
+asks. The attention of one new token per row reads the cache in place, once for all query heads that share a key head
+(Ainslie et al. 2023, grouped-query attention)."""
 
 from __future__ import annotations
 
@@ -24,7 +22,6 @@ from alignment.models.forward.attention import KeysValues
 from alignment.models.kernels.sdpa import capped_attention
 
 ATTENTION = "decoding"
-
 ROOM = 64
 """Columns allocated ahead. With more of them, more empty columns would enter products; with fewer, the cache would grow
 more often, and writing to new memory is slow."""
@@ -35,11 +32,9 @@ more often, and writing to new memory is slow."""
 
 class RowsLayer(CacheLayerMixin):
     """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
-
     ``room`` columns are allocated ahead. With ``shows_room``, ``update`` returns them too, because the model's mask
     hides them, like columns outside a sliding window. Keys and values have the dtype of the products, which is
-    autocast's if it is enabled.
-    """
+    autocast's if it is enabled."""
 
     is_sliding = False
 
@@ -78,7 +73,6 @@ class RowsLayer(CacheLayerMixin):
         return self._returned_after(query_length), 0
 
     def get_seq_length(self) -> int:
-        """Number of filled columns."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -87,9 +81,7 @@ class RowsLayer(CacheLayerMixin):
 
     def write(self, keys: Tensor, values: Tensor, *, at: Tensor, rows: int, length: int) -> None:
         """Writes ``[some rows, key heads, columns, width]`` as the rows ``at``, right-aligned at column ``length``.
-
-        ``rows`` is the number of rows in the whole cache.
-        """
+        ``rows`` is the number of rows in the whole cache."""
         if not self.is_initialized:
             with memory_for(CACHE):
                 self.keys, self.values = (
@@ -110,8 +102,8 @@ class RowsLayer(CacheLayerMixin):
                 states[:, :, start:end] = states[:, :, start + columns : end + columns]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only ``rows``, in this order."""
-        self.keys, self.values = _moved_up(self.keys, rows), _moved_up(self.values, rows)
+        # It reuses memory, because writing to new memory is slow.
+        self.keys, self.values = (states[: len(rows)].copy_(states[rows]) for states in (self.keys, self.values))
 
     def _columns_after(self, new: int) -> int:
         allocated = self.keys.shape[2] if self.is_initialized else 0
@@ -123,22 +115,17 @@ class RowsLayer(CacheLayerMixin):
 
 
 class RowsCache(Cache):
-    """A ``RowsLayer`` for every layer of a model that has its own keys and values.
-
-    Raises:
-        ModelError: a layer caches something else, such as the state of a recurrence.
-    """
+    """A ``RowsLayer`` for every layer of a model that has its own keys and values. Raises ModelError: a layer caches
+    something else, such as the state of a recurrence."""
 
     def __init__(self, config: PreTrainedConfig, *, room: int, shows_room: bool = True) -> None:
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[_layer_like(layer, room, shows_room=shows_room) for layer in layers])
 
     def write(self, source: RowsCache, rows_of_source: Tensor, *, at: Tensor, rows: int, length: int) -> None:
-        """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``.
-
-        This cache has ``rows`` rows, and ``length`` filled columns. Rows are right-aligned. A row of the source may be
-        written several times.
-        """
+        """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``. This cache has ``rows``
+        rows, and ``length`` filled columns. Rows are right-aligned. A row of the source may be written several
+        times."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if isinstance(layer, RowsLayer) and other.is_initialized:
                 keys, values = (states[rows_of_source, :, : other.length] for states in (other.keys, other.values))
@@ -175,7 +162,6 @@ class RowsCache(Cache):
                 layer.skip(new)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only ``rows``, in this order."""
         for layer in self.layers:
             if isinstance(layer, RowsLayer) and layer.is_initialized:
                 layer.select(rows)
@@ -191,11 +177,6 @@ def _layer_like(layer: Any, room: int, *, shows_room: bool) -> Any:
         where="model.source",
         remedy="use a model whose layers have full or sliding-window attention",
     )
-
-
-def _moved_up(states: Tensor, rows: Tensor) -> Tensor:
-    # It reuses memory, because writing to new memory is slow.
-    return states[: len(rows)].copy_(states[rows])
 
 
 def _widened(old: Tensor, columns: int) -> Tensor:
@@ -222,16 +203,12 @@ def decoding_attention(
     beginning: KeysValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row.
-
-    Scores and weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores.
-    ``beginning`` holds the keys and values of tokens that every row sees before those of the cache. In other cases
-    transformers' function is called.
-
-    Raises:
-        ValueError: ``beginning`` is given, but scores are capped or more than one token per row is new.
-    """
-    is_one_step = _is_one_step(query.shape[2], query.device)
+    """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row. Scores and
+    weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores. ``beginning`` holds
+    the keys and values of tokens that every row sees before those of the cache. In other cases transformers' function
+    is called. Raises ValueError: ``beginning`` is given, but scores are capped or more than one token per row is
+    new."""
+    is_one_step = query.shape[2] == 1 and query.device.type == "cpu"
     if beginning is not None and not (is_one_step and softcap is None):
         raise ValueError(f"{type(module).__name__} does not support rows that share a beginning")
     unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
@@ -298,10 +275,6 @@ def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs
     if seen is None or q_length != 1:
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-
-
-def _is_one_step(new_tokens: int, device: torch.device) -> bool:
-    return new_tokens == 1 and device.type == "cpu"
 
 
 AttentionInterface.register(ATTENTION, decoding_attention)

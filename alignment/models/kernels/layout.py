@@ -1,11 +1,8 @@
-"""Prepacked linear weights for products without gradients: sampling, scoring, evaluation.
-
-The weights get the dtype and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and
-oneDNN would reorder it at every call. Layers that read the same input become one product, with oneDNN's layout and, for
-few rows of a small model, on a GPU, where a decoding step takes about as long as the host needs to launch its kernels
-(not yet run on a GPU). A low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small
-updates.
-"""
+"""Prepacked linear weights for products without gradients: sampling, scoring, evaluation. The weights get the dtype
+and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and oneDNN would reorder it at
+every call. Layers that read the same input become one product, with oneDNN's layout and, for few rows of a small model,
+on a GPU, where a decoding step takes about as long as the host needs to launch its kernels (not yet run on a GPU). A
+low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small updates."""
 
 from __future__ import annotations
 
@@ -26,15 +23,11 @@ from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight, 
 from alignment.models.kernels.products import JOINT, LowRank, Products, has_plain_adapters, is_hooked, low_rank
 
 Forward = Callable[[Tensor], Tensor]
-
 FEW_ROWS = 512
 """Rows of a product up to which launching it on a GPU is taken to cost more than its arithmetic (an estimate)."""
 COPIED_BYTES = 2 << 30
 """Largest copy of a model's weights on a GPU. With larger models, each weight is a product of its own."""
-
 _PREPACKED = "alignment_prepacked"
-
-
 ALIGNED = 16
 """Rows of a joint product have a multiple of so many numbers: attention's kernel reads keys and values where they are,
 and needs rows that begin at a multiple of 16 bytes."""
@@ -52,11 +45,9 @@ class _Way:
 
 @contextmanager
 def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
-    """Prepacks a model's linear weights for products with about ``rows`` rows, and undoes that.
-
-    It holds a second copy of those weights meanwhile. Layers that are prepacked already stay as they are. Neither
-    weights nor adapters may change in the block.
-    """
+    """Prepacks a model's linear weights for products with about ``rows`` rows, and undoes that. It holds a second copy
+    of those weights meanwhile. Layers that are prepacked already stay as they are. Neither weights nor adapters may
+    change in the block."""
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         with reused_norms(model):
@@ -71,10 +62,8 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any]]) -> None:
-    """Gives linear layers functions on a copy of their weights.
-
-    It appends each module and attribute that it sets, and the value before or None, to ``before``.
-    """
+    """Gives linear layers functions on a copy of their weights. It appends each module and attribute that it sets, and
+    the value before or None, to ``before``."""
 
     def put(module: nn.Module, name: str, value: Any) -> None:
         before.append((module, name, vars(module).get(name)))
@@ -150,12 +139,10 @@ def _is_stackable(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stacked:
-    """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters.
-
-    ``low`` is ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``change`` and ``bias`` are
-    ``[sum of out]``: outputs without their bias are multiplied by 1 + change (DoRA). Both are 0 for a layer without
-    one, and None if no layer has one.
-    """
+    """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters. ``low`` is
+    ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``change`` and ``bias`` are ``[sum of
+    out]``: outputs without their bias are multiplied by 1 + change (DoRA). Both are 0 for a layer without one, and None
+    if no layer has one."""
 
     weights: list[Tensor]
     low: Tensor | None
@@ -165,7 +152,6 @@ class _Stacked:
 
     @property
     def widths(self) -> list[int]:
-        """The number of each layer's outputs."""
         return [len(weight) for weight in self.weights]
 
 
@@ -201,7 +187,6 @@ def _concatenated(vectors: Sequence[Tensor | None], weights: Sequence[Tensor]) -
 
 
 def _finished(out: Tensor, change: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Changes magnitudes, and adds biases, in place."""
     if change is not None:
         out.addcmul_(out, change)
     return out if bias is None else out.add_(bias)

@@ -1,9 +1,6 @@
-"""Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes.
-
-A layer class of this project holds them, because bitsandbytes' layer reorders its weight at the first call without
-gradients on some CPUs, and roles that share memory would then read another layout. The weight is dequantised for each
-product.
-"""
+"""Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes. A layer
+class of this project holds them, because bitsandbytes' layer reorders its weight at the first call without gradients on
+some CPUs, and roles that share memory would then read another layout. The weight is dequantised for each product."""
 
 from __future__ import annotations
 
@@ -30,10 +27,8 @@ per weight in total."""
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen linear layer whose ``weight`` is ``[out · in / 2, 1]`` pairs of four-bit numbers.
-
-    ``weight`` and the scales move with the module; ``dtype`` is the original dtype of the weight.
-    """
+    """A frozen linear layer whose ``weight`` is ``[out · in / 2, 1]`` pairs of four-bit numbers. ``weight`` and the
+    scales move with the module; ``dtype`` is the original dtype of the weight."""
 
     def __init__(self, layer: nn.Linear) -> None:
         from bitsandbytes.functional import quantize_4bit
@@ -81,7 +76,6 @@ class Nf4Linear(nn.Linear):
         return written_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[…, out]``."""
         flat: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]).to(computes_in(self)), self)
         return flat.view(*x.shape[:-1], self.out_features)
 
@@ -120,10 +114,8 @@ def frozen_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 
 def frozen_product(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``[tokens, out]`` x Wᵀ + b, rounded once.
-
-    Layers with and without adapters share it, so that an adapter of zeros changes no bit.
-    """
+    """``[tokens, out]`` x Wᵀ + b, rounded once. Layers with and without adapters share it, so that an adapter of zeros
+    changes no bit."""
     weight = frozen_weight(layer, x.dtype)
     return x @ weight.T if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight.T)
 
@@ -139,11 +131,8 @@ def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def refuse_mostly_whole(model: PreTrainedModel) -> None:
-    """Refuses a trunk that would need about as much memory as before, as with experts or GPT-2's convolutions.
-
-    Raises:
-        ModelError: linear layers hold less than half of what its matrices hold, without embeddings.
-    """
+    """Refuses a trunk that would need about as much memory as before, as with experts or GPT-2's convolutions. Raises
+    ModelError: linear layers hold less than half of what its matrices hold, without embeddings."""
     trunk = model.base_model
     quantised = [layer.weight for _, layer in _linear_layers(trunk)]
     embeddings = [module.weight for module in trunk.modules() if isinstance(module, nn.Embedding)]
@@ -186,10 +175,8 @@ _NORMS = "alignment_norms"
 
 @contextmanager
 def reused_norms(model: nn.Module) -> Iterator[None]:
-    """Computes the norms of each layer when they are first needed, and then takes those.
-
-    Neither weights nor adapters may change in the block. Blocks may be nested.
-    """
+    """Computes the norms of each layer when they are first needed, and then takes those. Neither weights nor adapters
+    may change in the block. Blocks may be nested."""
     layers = [module for module in model.modules() if type(module) is DoraLinearLayer and _NORMS not in vars(module)]
     try:
         for layer in layers:
@@ -202,10 +189,8 @@ def reused_norms(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def start_at_norms(model: nn.Module) -> None:
-    """Makes a new adapter's magnitudes the exact norms of the rows, so that it changes no output.
-
-    PEFT computes them in the dtype of the weights, and bfloat16 numbers differ from the norms by up to .4 %.
-    """
+    """Makes a new adapter's magnitudes the exact norms of the rows, so that it changes no output. PEFT computes them in
+    the dtype of the weights, and bfloat16 numbers differ from the norms by up to .4 %."""
     layers: list[LoraLinear] = [module for module in model.modules() if type(module) is LoraLinear]
     for layer in layers:
         if type(layer.get_base_layer()) in (nn.Linear, Nf4Linear):

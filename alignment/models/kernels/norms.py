@@ -1,10 +1,8 @@
-"""Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
-
-The models' code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step.
-Here autograd stores the input and one number per token, and the result carries its origin (products.py). A layer is
-replaced only after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or
-(1 + weight) · x/rms.
-"""
+"""Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers. The models'
+code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step. Here autograd
+stores the input and one number per token, and the result carries its origin (products.py). A layer is replaced only
+after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or (1 + weight) ·
+x/rms."""
 
 from __future__ import annotations
 
@@ -108,11 +106,9 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``x [..., width]`` times a float32 ``factor [..., 1]``, rounded once.
-
-    On CPU a product of two dtypes first copies both. For many numbers it takes twice as long as batch normalisation
-    with given statistics, in which tokens are the channels, of mean 0 and variance 1.
-    """
+    """``x [..., width]`` times a float32 ``factor [..., 1]``, rounded once. On CPU a product of two dtypes first copies
+    both. For many numbers it takes twice as long as batch normalisation with given statistics, in which tokens are the
+    channels, of mean 0 and variance 1."""
     if x.device.type != "cpu" or x.dtype == factor.dtype or x.numel() < _MANY:
         return torch.mul(x, factor, out=torch.empty_like(x))
     channels = factor.reshape(-1)

@@ -1,15 +1,11 @@
-"""A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
-
-PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
-small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin,
-only what that reads is stored in its place. Several adapters on one layer become one adapter with the sum
-of their ranks. Layers that read the same input (queries, keys and values; gate and up) share the products with small
-factors, whose few columns would leave a processor idle.
-
-DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (nf4.py). The product is stored once more then.
-It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too far apart for a factor that is
-learned.
-"""
+"""A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3). PEFT's
+layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the small
+factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin, only what
+that reads is stored in its place. Several adapters on one layer become one adapter with the sum of their ranks. Layers
+that read the same input (queries, keys and values; gate and up) share the products with small factors, whose few
+columns would leave a processor idle. DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (nf4.py). The
+product is stored once more then. It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too
+far apart for a factor that is learned."""
 
 from __future__ import annotations
 
@@ -44,10 +40,8 @@ class Origin:
 
 
 def with_origin(tensor: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The same tensor, which carries its origin from now on if gradients flow through it.
-
-    Autograd then stores ``inputs`` anyway, for the function that computed the tensor, and refuses changes to them.
-    """
+    """The same tensor, which carries its origin from now on if gradients flow through it. Autograd then stores
+    ``inputs`` anyway, for the function that computed the tensor, and refuses changes to them."""
     if tensor.requires_grad:
         setattr(tensor, _NAME, Origin(compute, tuple(states.detach() for states in inputs), tensor._version))
     return tensor
@@ -93,10 +87,7 @@ def whole_products(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 class _WholeProducts(torch.autograd.Function):
     """Products in ``dtype``; ``trained`` are the weights ``[out, in]`` of all layers, then their biases ``[out]`` or
-    None.
-
-    Gradients are summed as autograd does it: in the input's dtype, those of the last layer first.
-    """
+    None. Gradients are summed as autograd does it: in the input's dtype, those of the last layer first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, origin: Origin | None, *trained: Any) -> tuple[Tensor, ...]:
@@ -150,7 +141,6 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 Products = Callable[[Tensor], tuple[Tensor, ...]]
 """Computes the outputs of several layers for one input."""
-
 JOINT = "alignment_products"
 """The attribute in which the first of several layers holds a function for all, while weights are prepacked
 (layout.py)."""
@@ -183,9 +173,7 @@ def _is_fused(layer: nn.Module) -> bool:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
     """``a [rank, in]`` and ``b [out, rank]`` of a layer, and ``scale``, by which their product is multiplied.
-
-    ``change``, with DoRA, is ``[out]``: an output without its bias is multiplied by 1 + change.
-    """
+    ``change``, with DoRA, is ``[out]``: an output without its bias is multiplied by 1 + change."""
 
     a: Tensor
     b: Tensor
@@ -225,12 +213,9 @@ def _low_rank(layer: LoraLinear, names: list[str]) -> LowRank:
 
 
 def _plain_adapters(layer: LoraLinear) -> list[str]:
-    """The active adapters if all are unmerged and without active dropout or bias; else an empty list.
-
-    One adapter may be DoRA. Several may not be, nor may one be another variant of LoRA.
-
-    A base layer whose forward was replaced (by layout.py, which prepacks weights, or by offloading) must be called.
-    """
+    """The active adapters if all are unmerged and without active dropout or bias; else an empty list. One adapter may
+    be DoRA. Several may not be, nor may one be another variant of LoRA. A base layer whose forward was replaced (by
+    layout.py, which prepacks weights, or by offloading) must be called."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):
         return []
@@ -247,11 +232,8 @@ def _is_plain(layer: LoraLinear, name: str, *, alone: bool) -> bool:
 
 class _LowRankProducts(torch.autograd.Function):
     """Several layers of one input ``x [..., in]``: their frozen products, and the products with all their factors at
-    once.
-
-    ``trained`` are ``a [rank, in]``, ``b [out, rank]`` and ``change [out]`` (None without DoRA) of each layer; they and
-    ``x`` get gradients.
-    """
+    once. ``trained`` are ``a [rank, in]``, ``b [out, rank]`` and ``change [out]`` (None without DoRA) of each layer;
+    they and ``x`` get gradients."""
 
     @staticmethod
     def forward(

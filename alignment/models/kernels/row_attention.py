@@ -1,15 +1,12 @@
-"""Attention inside the rows of a stream on a CPU, with rows of similar sizes in one product.
-
-A single row is too little work for two cores, and its many small calls take longer than the arithmetic. So spans of
-rows are put into groups and padded to the most queries and keys in the group: two batched matrix products with a
-softmax between. The softmax of short rows is stored for the backward pass. A long row is one forward call of
-scaled-dot-product attention, and its softmax is computed again in the backward pass, span by span. That is written out
-here, because PyTorch's flash kernel for CPU took four times as long as the matrix products that it consists of. Query
-heads that share keys (Ainslie et al. 2023, grouped-query attention) are in one product.
-
-With a sliding window (Beltagy et al. 2020) a query sees only the last keys up to its own; spans leave the others out.
-Capped scores (Gemma Team 2024, section 2) are c·tanh(s / c). Long rows then go span by span in the forward pass, too.
-"""
+"""Attention inside the rows of a stream on a CPU, with rows of similar sizes in one product. A single row is too little
+work for two cores, and its many small calls take longer than the arithmetic. So spans of rows are put into groups and
+padded to the most queries and keys in the group: two batched matrix products with a softmax between. The softmax of
+short rows is stored for the backward pass. A long row is one forward call of scaled-dot-product attention, and its
+softmax is computed again in the backward pass, span by span. That is written out here, because PyTorch's flash kernel
+for CPU took four times as long as the matrix products that it consists of. Query heads that share keys (Ainslie et al.
+2023, grouped-query attention) are in one product. With a sliding window (Beltagy et al. 2020) a query sees only the
+last keys up to its own; spans leave the others out. Capped scores (Gemma Team 2024, section 2) are c·tanh(s / c). Long
+rows then go span by span in the forward pass, too."""
 
 from __future__ import annotations
 
@@ -26,17 +23,13 @@ from alignment.models.forward.rows import Range, next_multiple, on_device
 
 QUERIES = 256
 """Number of queries up to which a row is short; its stored softmax grows with their square."""
-
 SPAN = 128
 """Maximum number of a row's queries in one span; with fewer queries, fewer scores are masked."""
-
 MULTIPLE = 16
 """Queries, and keys before them, are padded to multiples of it, because a product's shape costs less the second
 time."""
-
 SCORES = 2**18
 """Maximum number of a head's scores in a product of several spans."""
-
 CALL = 2**14
 """Estimated cost of one more product, as the number of a head's scores that could be computed meanwhile."""
 
@@ -69,9 +62,8 @@ class Scores:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], scores: Scores) -> Tensor:
-    """``[heads, tokens, value width]``: softmax(scores) v inside rows; a query sees no key after its own.
-
-    In bfloat16 scores are rounded before the softmax, as in transformers' eager attention.
+    """``[heads, tokens, value width]``: softmax(scores) v inside rows; a query sees no key after its own. In bfloat16
+    scores are rounded before the softmax, as in transformers' eager attention.
 
     Args:
         query: ``[heads, tokens, width]``; every token is in one of ``rows``.
@@ -91,10 +83,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], sco
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Group:
     """Rows, or spans of rows, in one batched product: one matrix per row and key head; those of a head are adjacent.
-
     ``queries`` and ``keys`` are their slices of the lines of all groups. ``hidden`` is ``[1 or rows, queries, keys]``:
-    −∞ where a query does not see a key, else 0.
-    """
+    −∞ where a query does not see a key, else 0."""
 
     matrices: int
     queries: slice
@@ -106,21 +96,16 @@ class _Group:
         return lines[self.queries].view(self.matrices, -1, width)
 
     def of_keys(self, lines: Tensor) -> Tensor:
-        """``[matrices, keys, width]``."""
         return lines[self.keys].view(self.matrices, -1, lines.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """The products for a stream.
-
-    ``stored`` groups hold short rows, whose softmax is stored; ``recomputed`` groups hold spans of long rows. They are
-    only for the backward pass if ``long`` has these rows, and else for both.
-
-    A line is a token under one key head, with the number ``token · key heads + head``. ``queries`` and ``keys`` are the
-    lines in the groups, including those that pad rows. ``padding`` holds the indices in the groups of padding queries,
-    and ``indices`` the index in the groups of each line of the stream.
-    """
+    """The products for a stream. ``stored`` groups hold short rows, whose softmax is stored; ``recomputed`` groups hold
+    spans of long rows. They are only for the backward pass if ``long`` has these rows, and else for both. A line is a
+    token under one key head, with the number ``token · key heads + head``. ``queries`` and ``keys`` are the lines in
+    the groups, including those that pad rows. ``padding`` holds the indices in the groups of padding queries, and
+    ``indices`` the index in the groups of each line of the stream."""
 
     stored: tuple[_Group, ...]
     recomputed: tuple[_Group, ...]
@@ -160,8 +145,6 @@ def forget_plans() -> None:
 
 
 class _GroupBuilder:
-    """Builds groups, and the lines in them, one after another."""
-
     def __init__(self, tokens: int, heads: int, dtype: torch.dtype, device: torch.device, window: int | None) -> None:
         self._heads, self._dtype, self._device, self._window = heads, dtype, device, window
         self._indices = torch.zeros(tokens, heads, dtype=torch.long)
@@ -169,7 +152,6 @@ class _GroupBuilder:
         self._ends = 0, 0
 
     def groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
-        """Groups spans of rows of similar sizes."""
         spans = sorted(
             (span for row in rows for span in _spans(row, self._window)), key=lambda row: (row.queries, row.earlier)
         )
@@ -199,7 +181,6 @@ class _GroupBuilder:
         )
 
     def lines(self) -> dict[str, Tensor]:
-        """The fields of a plan about the lines in all groups built so far."""
         lines_of_groups = {"queries": self._queries, "keys": self._keys, "padding": self._padding}
         joined = {name: torch.cat(lines) for name, lines in lines_of_groups.items()} | {
             "indices": self._indices.flatten()
@@ -208,7 +189,6 @@ class _GroupBuilder:
 
 
 def _spans(row: Row, window: int | None) -> Iterator[Row]:
-    """Yields spans of a row's queries, with the keys that they see."""
     start, end = row.own
     own_keys = row.keys[-1][0]
     for first in range(start, end, SPAN):
@@ -219,7 +199,6 @@ def _spans(row: Row, window: int | None) -> Iterator[Row]:
 
 
 def _without_first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
-    """Ranges without their first ``count`` indices."""
     left = []
     for start, end in ranges:
         dropped = min(count, end - start)
@@ -253,10 +232,8 @@ def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
 
 def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """``[rows, queries]`` tokens, ``[rows, earlier + queries]`` keys, and a mask of the tokens that are not padding.
-
     Padding follows queries and their keys, and precedes earlier keys. It repeats the row's own first token, so that NaN
-    stays in its row.
-    """
+    stays in its row."""
     most, earlier = _whole(max(row.queries for row in rows)), _whole(max(row.earlier for row in rows))
     own = torch.zeros(len(rows), most, dtype=torch.long)
     seen = torch.zeros(len(rows), earlier + most, dtype=torch.long)
@@ -269,7 +246,6 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lines_of(tokens: Tensor, heads: int) -> Tensor:
-    """The lines of ``[rows, columns]`` tokens; those of a head are adjacent."""
     return (tokens.flatten() * heads + torch.arange(heads)[:, None]).flatten()
 
 
@@ -279,10 +255,7 @@ def _whole(count: int) -> int:
 
 def _hidden(earlier: Sequence[int], shape: tuple[int, int], dtype: torch.dtype, window: int | None = None) -> Tensor:
     """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys, on those before its ``window``, and
-    on padding of earlier keys, else 0.
-
-    It has one row if all rows have equally many earlier keys.
-    """
+    on padding of earlier keys, else 0. It has one row if all rows have equally many earlier keys."""
     queries, keys = shape
     most, columns = keys - queries, torch.arange(keys)
     padding = most - torch.tensor(earlier if len(set(earlier)) > 1 else earlier[:1])
@@ -357,13 +330,11 @@ def _lines(states: Tensor, heads: int) -> Tensor:
 
 
 def _gathered(lines: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
-    """The lines of queries, keys and values in the groups."""
     indices = (plan.queries, plan.keys, plan.keys)
     return [states.index_select(0, at) for states, at in zip(lines, indices, strict=True)]
 
 
 def _spread(lines: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
-    """``[heads, tokens, width]`` from the lines in the groups."""
     heads, tokens = shape
     return lines.index_select(0, plan.indices).view(tokens, heads, -1).transpose(0, 1)
 
@@ -406,7 +377,6 @@ def _gradients(
 
 
 def _long(query: Tensor, key: Tensor, value: Tensor, row: Row, hidden: Tensor | None, scale: float) -> Tensor:
-    """``[heads, queries, value width]`` of a single row."""
     keys, values = (torch.cat([states[:, start:end] for start, end in row.keys], dim=1) for states in (key, value))
     return nn.functional.scaled_dot_product_attention(
         query[None, :, slice(*row.own)],

@@ -1,7 +1,5 @@
-"""All trackers of a stage as one.
-
-A tracker never stops a training: its first fault is reported once, and the stage continues without it.
-"""
+"""All trackers of a stage as one. A tracker never stops a training: its first fault is reported once, and the stage
+continues without it."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ log = logging.getLogger(__name__)
 
 class Trackers:
     """Forwards everything to each tracker. Before ``start``, and on processes that never call it, there are none.
-
-    ``faults`` holds the messages about trackers that failed.
-    """
+    ``faults`` holds the messages about trackers that failed."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
@@ -53,14 +49,11 @@ class Trackers:
             self._open["the copy of tables"] = TableFiles(spec)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Sends one step."""
         self.catch_up([{**metrics, "step": step}])
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends steps as ``metrics.jsonl`` has them.
-
-        A resumed stage sends those that it already has, because a killed attempt may not have sent all of them.
-        """
+        """Sends steps as ``metrics.jsonl`` has them. A resumed stage sends those that it already has, because a killed
+        attempt may not have sent all of them."""
         now = time.time()
         steps = [
             Row(step=row["step"], curves=curves({key: row[key] for key in row if key != "step"}), time=now)

@@ -69,7 +69,6 @@ def _cell(value: Cell) -> str:
 
 
 def _block(value: Any) -> str:
-    """YAML, indented as a code block of Markdown."""
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     return "\n".join(f"    {line}" for line in text.splitlines())
 
@@ -123,11 +122,8 @@ class TrackioTracker(Tracker):
         self._log_once({RESULT + curve_name(name): value for name, value in manifest.metrics.items()})
 
     def close(self, *, done: bool) -> None:
-        """Waits until trackio has written everything. It cannot record how a stage ended.
-
-        Raises:
-            OSError: it has not. trackio only warns of what it cannot write.
-        """
+        """Waits until trackio has written everything. It cannot record how a stage ended. Raises OSError: it has not.
+        trackio only warns of what it cannot write."""
         self._trackio.finish()
         written = max((row["step"] for row in self._stored()), default=0)
         if written < self._step:
@@ -145,10 +141,7 @@ class TrackioTracker(Tracker):
 
 def _folder(spec: StageSpec) -> Path:
     """The folder of all projects: the user's, or ``trackio`` beside ``runs``, so that one page compares all runs.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    Raises OSError: it cannot be written."""
     folder = Path(os.environ.get(FOLDER_VARIABLE) or spec.run_folder.parents[2] / "trackio").expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

@@ -9,7 +9,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core import child_processes
@@ -28,7 +27,6 @@ from alignment.training.trackers.tracker import (
 )
 
 log = logging.getLogger(__name__)
-
 END_SECONDS = 60.0
 """How long the end of a stage waits at most until everything is sent."""
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0
@@ -39,25 +37,15 @@ class NotSentError(Exception):
     """The server lacks something of the stage."""
 
 
-def _nothing(_: Tracker) -> None:
-    """The first task, so that the server learns of a stage before its first step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Task:
-    """Something to be sent: a step, or else a call."""
-
-    row: Row | None = None
-    call: Callable[[Tracker], None] = _nothing
+_Task = Row | Callable[[Tracker], object]
+"""Something to be sent: a step, or else a call."""
 
 
 class Sender(Tracker):
     """A tracker that forwards everything to the one that ``connect`` makes, in order, and repeats what failed.
-
     ``server`` names it in messages. ``connect`` is called in the thread. ``may_pass`` says whether an exception may be
     gone at the next attempt, as that of an unreachable server. After any other one nothing more is sent, and the next
-    method that is called raises NotSentError. The tracker has to bear that a call is repeated whose answer was lost.
-    """
+    method that is called raises NotSentError. The tracker has to bear that a call is repeated whose answer was lost."""
 
     def __init__(
         self,
@@ -71,7 +59,9 @@ class Sender(Tracker):
         self._connect = connect
         self._may_pass = may_pass
         self._end_seconds = end_seconds
-        self._tasks: deque[_Task] = deque([_Task()])
+        self._tasks: deque[_Task] = deque(
+            [lambda _: None]
+        )  # so that the server learns of a stage before its first step
         self._changed = threading.Condition()
         self._ending = threading.Event()
         self._failure: Exception | None = None
@@ -80,24 +70,18 @@ class Sender(Tracker):
         self._thread.start()
 
     def log(self, rows: Sequence[Row]) -> None:
-        """Queues steps."""
-        self._add(*(_Task(row=row) for row in rows))
+        self._add(*rows)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Queues a table."""
-        self._add(_Task(call=lambda tracker: tracker.table(name, columns, rows)))
+        self._add(lambda tracker: tracker.table(name, columns, rows))
 
     def result(self, manifest: Manifest, folder: Path) -> None:
-        """Queues the result."""
-        self._add(_Task(call=lambda tracker: tracker.result(manifest, folder)))
+        self._add(lambda tracker: tracker.result(manifest, folder))
 
     def close(self, *, done: bool) -> None:
-        """Waits until everything is sent, but not for a server that does not answer.
-
-        Raises:
-            NotSentError: something was not sent; the message says which steps.
-        """
-        self._add(_Task(call=lambda tracker: tracker.close(done=done)))
+        """Waits until everything is sent, but not for a server that does not answer. Raises NotSentError: something was
+        not sent; the message says which steps."""
+        self._add(lambda tracker: tracker.close(done=done))
         self._ending.set()
         self._thread.join(self._end_seconds)
         with self._changed:
@@ -120,11 +104,10 @@ class Sender(Tracker):
         while batch := self._next():
             try:
                 tracker = tracker or self._connect()
-                rows = [task.row for task in batch if task.row is not None]
-                if rows:
-                    tracker.log(rows)
+                if isinstance(batch[0], Row):
+                    tracker.log([row for row in batch if isinstance(row, Row)])
                 else:
-                    batch[0].call(tracker)
+                    batch[0](tracker)
             except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
                 if self._ending.is_set() or not self._may_pass(error):
                     self._failure = error
@@ -143,7 +126,7 @@ class Sender(Tracker):
                 if self._ending.is_set():
                     return []
                 self._changed.wait(1.0)
-            steps = itertools.takewhile(lambda task: task.row is not None, self._tasks)
+            steps = itertools.takewhile(lambda task: isinstance(task, Row), self._tasks)
             return list(itertools.islice(steps, _ROWS_AT_ONCE)) or [self._tasks[0]]
 
     def _sent(self, batch: Sequence[_Task]) -> None:
@@ -166,15 +149,12 @@ class Sender(Tracker):
 
 
 def _described(tasks: Sequence[_Task]) -> str:
-    steps = [task.row.step for task in tasks if task.row is not None]
+    steps = [task.step for task in tasks if isinstance(task, Row)]
     return f"steps {steps[0]} to {steps[-1]} and everything after them" if steps else "the end of the stage"
 
 
 URL_VARIABLE = "MLFLOW_TRACKING_URI"
-_VARIABLES = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-}
+_VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 """Seconds and repetitions of a request. MLflow's own, 120 seconds and 7 times, would outlast a stage; the sender
 repeats requests itself. Variables that the user has set stay."""
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE, _LONGEST_PARAM = 1000, 100, 500
@@ -185,11 +165,8 @@ _TABLES = "mlflow.loggedArtifacts"
 
 
 def mlflow_sender(spec: StageSpec) -> Sender:
-    """The tracker of a stage, behind a thread. It imports MLflow, which takes a second or two.
-
-    Raises:
-        KeyError: neither the settings nor the environment name a server.
-    """
+    """The tracker of a stage, behind a thread. It imports MLflow, which takes a second or two. Raises KeyError: neither
+    the settings nor the environment name a server."""
     url = spec.tracking.mlflow_url or os.environ[URL_VARIABLE]
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
@@ -307,25 +284,21 @@ def may_pass(error: Exception) -> bool:
     from requests.exceptions import HTTPError, RequestException
 
     if isinstance(error, MlflowException):
-        return _is_passing(error.get_http_status_code())
-    if isinstance(error, HTTPError) and error.response is not None:
-        return _is_passing(error.response.status_code)
-    return isinstance(error, RequestException)
-
-
-def _is_passing(status: int) -> bool:
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, RequestException)
     return status >= 500 or status in (408, 429)
 
 
 def _within_limit(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The rows in parts that one request can hold. A row is never divided."""
     part: list[Row] = []
-    size = 0
     for row in rows:
-        if part and size + len(row.curves) > _METRICS_AT_ONCE:
+        if part and sum(len(each.curves) for each in (*part, row)) > _METRICS_AT_ONCE:
             yield part
-            part, size = [], 0
+            part = []
         part.append(row)
-        size += len(row.curves)
     if part:
         yield part

@@ -27,10 +27,8 @@ TOKEN = "tracking-token.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One step: its curves by name (tracker.py), and when it was logged, in seconds since 1970.
-
-    ``Row(step=3, curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``
-    """
+    """One step: its curves by name (tracker.py), and when it was logged, in seconds since 1970. ``Row(step=3,
+    curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``"""
 
     step: int
     curves: Mapping[str, float]
@@ -58,10 +56,8 @@ class Tracker(ABC):
 
 
 def stable_id(spec: StageSpec) -> str:
-    """The id of a stage in every tracker, which stays the same when the stage is resumed in its folder.
-
-    A token that is drawn once and stored there distinguishes it from the same stage of other users of the project.
-    """
+    """The id of a stage in every tracker, which stays the same when the stage is resumed in its folder. A token that is
+    drawn once and stored there distinguishes it from the same stage of other users of the project."""
     token = spec.run_folder / TOKEN
     if not token.exists():
         write_json(token, secrets.token_hex(16))
@@ -116,7 +112,6 @@ def _flat(row: Mapping[str, Any], prefix: str) -> dict[str, Cell]:
 
 RESULT = "result/"
 """Begins the names of a result's headline metrics, apart from W&B, whose summary and sweeps have them bare."""
-
 _RESERVED = frozenset({"step", "time", "timestamp", "run", "project", "metrics"})
 """trackio would put ``__`` before them; ``step`` is the axis of W&B's plots."""
 _OTHER = re.compile(r"[^A-Za-z0-9_./ -]")

@@ -68,10 +68,8 @@ _AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class WandbTracker(Tracker):
-    """One W&B run, online if the user is logged in, offline otherwise and if the server does not answer.
-
-    ``warn`` takes a message for the user.
-    """
+    """One W&B run, online if the user is logged in, offline otherwise and if the server does not answer. ``warn`` takes
+    a message for the user."""
 
     def __init__(self, spec: StageSpec, warn: Callable[[str], None]) -> None:
         folder = _own_folder(spec)
@@ -166,11 +164,8 @@ class WandbTracker(Tracker):
 
 
 def _own_folder(spec: StageSpec) -> Path:
-    """The folder for all files of W&B for this stage.
-
-    Raises:
-        OSError: it cannot be written; W&B would use the machine's temporary folder instead.
-    """
+    """The folder for all files of W&B for this stage. Raises OSError: it cannot be written; W&B would use the machine's
+    temporary folder instead."""
     folder = spec.run_folder / "wandb"
     folder.mkdir(exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -186,11 +181,7 @@ def _belonging(spec: StageSpec) -> dict[str, Any]:
         return {}
     for name in _AGENTS:
         os.environ.pop(name, None)
-    return {
-        "project": spec.tracking.project,
-        "entity": spec.tracking.entity,
-        "id": stable_id(spec),
-    }
+    return {"project": spec.tracking.project, "entity": spec.tracking.entity, "id": stable_id(spec)}
 
 
 def _mode() -> Any:

@@ -1,7 +1,5 @@
-"""Each function of ``alignment.algos`` against its oracle, as a check.
-
-The functions are looked up in their modules at call time, so that a test can put a faulty one in their place.
-"""
+"""Each function of ``alignment.algos`` against its oracle, as a check. The functions are looked up in their modules at
+call time, so that a test can put a faulty one in their place."""
 
 from __future__ import annotations
 
@@ -119,7 +117,6 @@ def _compared(method: str, compare: Callable[[torch.Tensor, int], torch.Tensor],
 
 
 def _counted(batch: Batch, *figures: torch.Tensor) -> list[list[list[float]]]:
-    """Each figure's rows, without padding."""
     return [[row[:length] for row, length in zip(each.tolist(), batch.lengths, strict=True)] for each in figures]
 
 
@@ -141,7 +138,6 @@ def explained_variance(batch: Batch) -> None:
 
 
 def whole_update(batch: Batch) -> None:
-    """Scores and log-probabilities to both losses, the way an update chains the functions."""
     costs = ppo.k1(batch.old_logprobs, batch.reference) * batch.mask
     rewards = ppo.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
     raw, returns = ppo.advantages_and_returns(rewards, batch.old_values, batch.mask, gamma=1.0, gae_lambda=0.95)

@@ -13,8 +13,6 @@ WIDTH = 7
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Random figures, float64; ``mask`` follows from ``lengths``. Outside it stands noise, not zeros."""
-
     lengths: list[int]
     mask: Tensor
     scores: Tensor
@@ -38,12 +36,10 @@ LENGTHS = {
 
 @pytest.fixture(params=LENGTHS)
 def batch(request: pytest.FixtureRequest) -> Batch:
-    """A batch of each kind."""
     return random_batch(LENGTHS[request.param], seed=len(request.param))
 
 
 def random_batch(lengths: list[int], *, seed: int) -> Batch:
-    """Figures drawn from ``seed``; lengths as well where none are given."""
     rng = torch.Generator().manual_seed(seed)
     lengths = lengths or torch.randint(1, WIDTH + 1, (6,), generator=rng).tolist()
 

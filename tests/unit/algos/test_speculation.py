@@ -16,10 +16,6 @@ def test_expected_tokens_and_speed_up_are_those_of_the_paper(acceptance: float, 
     assert expected_speed_up(acceptance, gamma, 0.2) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_closed_form_of_the_paper() -> None:
-    assert tokens_per_step(0.8, 5) == pytest.approx((1 - 0.8**6) / (1 - 0.8), rel=1e-12)
-
-
 def test_a_perfect_draft_yields_all_tokens_and_a_useless_one_costs_time() -> None:
     assert tokens_per_step(1.0, 4) == 5.0
     assert tokens_per_step(0.0, 4) == 1.0

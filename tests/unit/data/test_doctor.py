@@ -9,7 +9,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +19,7 @@ from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.near_duplicates import KeySet, NearDuplicates
+from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
 from alignment.data.row_count import count_rows, fewer_of, times_as_many
@@ -31,12 +30,10 @@ WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9)))
 
 
 def some_text(count: int) -> str:
-    """So many words, drawn at random."""
     return " ".join(RNG.choices(WORDS, k=count))
 
 
 def changed(text: str, *positions: int) -> str:
-    """The text with another word at each of these positions."""
     words = text.split()
     for position in positions:
         words[position] = "altogether"
@@ -44,14 +41,10 @@ def changed(text: str, *positions: int) -> str:
 
 
 def _near(*texts: str) -> dict[tuple[int, int], float]:
-    """Numbers of a text and of the earlier one that it resembles, from 0, with what they share."""
     repeats = NearDuplicates()
     for number, text in enumerate(texts):
         repeats.add(LocatedText(where=str(number), text=text))
     return {(int(pair.where), int(pair.earlier)): pair.share for pair in repeats.pairs}
-
-
-# ---- nearly the same ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [0, 7, 15, 29])
@@ -75,29 +68,10 @@ def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
     assert _near("\ud800 lone", "\ud800 LONE") == {(1, 0): 1.0}
 
 
-# ---- a set of keys in little memory ---------------------------------------------------------------------------------
-
-
-def test_keys_are_new_once_whatever_the_batches() -> None:
-    rng, seen, keys = random.Random(0), set[int](), KeySet()
-    for size in [0, 1, 1, 500, *(rng.randint(0, 60) for _ in range(60))]:
-        batch = [rng.choice([0, 2**64 - 1, rng.randrange(1_500), rng.getrandbits(64)]) for _ in range(size)]
-        expected = []
-        for key in batch:
-            expected.append(key not in seen)
-            seen.add(key)
-        assert keys.add(np.array(batch, dtype=np.uint64)).tolist() == expected
-        assert len(keys) == len(seen)
-    assert len(seen) > 1_000
-
-
-# ---- held-out rows among those that are learned ---------------------------------------------------------------------
-
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
 
 
 def _share(learned: str, held_out: str) -> float:
-    """How much of a held-out text is in a learned one, or zero where that is too little to be named."""
     held = HeldOut([LocatedText(where="eval:1", text=held_out), LocatedText(where="eval:2", text="Something else")])
     texts = [LocatedText(where="train:7", text=learned), LocatedText(where="train:8", text="Quite another")]
     overlaps = list(held.overlaps(texts))
@@ -106,37 +80,25 @@ def _share(learned: str, held_out: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("learned", "held_out"),
+    ("learned", "held_out", "share"),
     [
-        (f"Please note: {TEXT.upper()}!", TEXT),
-        ("Two plus two", "two plus two?"),
-        ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。"),
-        (
-            "你好。フランスの首都はどこですか。詳しく答えてください。",
-            "フランスの首都はどこですか。詳しく答えてください。",
-        ),
-        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร"),
-        ("दुकान कब खुलती है?", "दुकान कब खुलती है"),
-        ("Where is İstanbul?", "where is istanbul"),
+        (f"Please note: {TEXT.upper()}!", TEXT, 1.0),
+        ("Two plus two", "two plus two?", 1.0),
+        ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。", 1.0),
+        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร", 1.0),
+        ("दुकान कब खुलती है?", "दुकान कब खुलती है", 1.0),
+        ("Where is İstanbul?", "where is istanbul", 1.0),
+        (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT, 0.0),
+        ("Two plus three", "two plus two?", 0.0),
+        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。", 0.0),
+        ("खाली", "खुला", 0.0),  # words that differ only in their vowel signs
+        ("?", "!", 0.0),
     ],
 )
-def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(learned: str, held_out: str) -> None:
-    assert _share(learned, held_out) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("learned", "held_out"),
-    [
-        (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT),
-        ("Two plus three", "two plus two?"),
-        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。"),
-        ("เยอรมนีมีกี่รัฐ", "เมืองหลวงของฝรั่งเศสคืออะไร"),
-        ("खाली", "खुला"),  # words that differ only in their vowel signs
-        ("?", "!"),
-    ],
-)
-def test_a_phrase_or_another_text_is_no_overlap(learned: str, held_out: str) -> None:
-    assert _share(learned, held_out) == 0.0
+def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(
+    learned: str, held_out: str, share: float
+) -> None:
+    assert _share(learned, held_out) == share
 
 
 def test_half_of_a_text_is_enough_and_the_first_of_equal_ones_is_named() -> None:
@@ -181,22 +143,16 @@ def _examined(folder: Path, rows: list[Any], settings: SourceConfig = ALL) -> Di
 
 
 def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
-    """The exit code, and what is printed."""
     screen = StringIO()
     code = show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file), format=form))
     return code, screen.getvalue()
 
 
 def _lines_of(pairs: Any) -> list[tuple[int, int]]:
-    """The line of each repeat, and that of the earlier row."""
     return [(int(pair.where.rpartition(":")[2]), int(pair.earlier.rpartition(":")[2])) for pair in pairs]
 
 
-# ---- counts ---------------------------------------------------------------------------------------------------------
-
-
 def _labelled(number: int) -> dict[str, Any]:
-    """Of no use for pairs, set aside by SFT for half of the rows, and faulty for everyone every tenth time."""
     label = "perhaps" if number % 10 == 9 else number % 2 == 0
     return {"prompt": f"What is {number} + 1?", "completion": f"It is {number + 1}.", "label": label}
 
@@ -260,9 +216,6 @@ def test_what_is_mixed_in_shrinks_with_the_stages_own_rows(tmp_path: Path) -> No
     assert fewer_of(MixedConfig(), tmp_path / "rows.json", 4.0) == MixedConfig()
 
 
-# ---- which stage can use a file -------------------------------------------------------------------------------------
-
-
 def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> None:
     pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
     diagnosis = _examined(tmp_path, [pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}])
@@ -304,9 +257,6 @@ def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> 
         assert "  set aside    1 row, in " in printed
         assert "  to use it    no stage can use it\n" in printed
         assert code == 3
-
-
-# ---- what may be wrong ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,14 +313,7 @@ def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Pat
     assert f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW_FILE\n" in _diagnosed(file)[1]
 
 
-# ---- rows that repeat others ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [1, 4_096])
-def test_exact_duplicates_and_contradictions_are_named_by_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
-    monkeypatch.setattr(near_duplicates, "BATCH", batch)
+def test_exact_duplicates_and_contradictions_are_named_by_line(tmp_path: Path) -> None:
     other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
     diagnosis = _examined(tmp_path, [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
     assert _lines_of(diagnosis.repeats.exact) == [(4, 1), (5, 3), (6, 2)]
@@ -430,23 +373,6 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     assert _lines_of(near.pairs) == [(4, 1)]
     assert (near.looked_at, near.passed_over) == (5, 3)
     assert "only the first 5 distinct rows were compared" in _diagnosed(tmp_path / "a.jsonl")[1]
-
-
-@pytest.mark.parametrize(("batch", "characters"), [(1_000, 1), (1_000, 1 << 24)])
-def test_what_repeats_does_not_depend_on_how_many_rows_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
-) -> None:
-    monkeypatch.setattr(near_duplicates, "BATCH", batch)
-    monkeypatch.setattr(near_duplicates, "BATCH_CHARACTERS", characters)
-    monkeypatch.setattr(near_duplicates, "TEXTS", 12)
-    long = " ".join(f"word{number}" for number in range(40))
-    pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
-    diagnosis = _examined(tmp_path, pairs)
-    assert diagnosis.uses["reward, dpo"].repeated == 40 - len({(n % 8, n % 6) for n in range(40)}) == 16
-    assert diagnosis.uses["ppo, distil"].repeated == 32
-    near = diagnosis.near_duplicates
-    assert (near.looked_at, near.passed_over) == (12, 12)
-    assert [line for line, _ in _lines_of(near.pairs)] == list(range(2, 13))
 
 
 def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:

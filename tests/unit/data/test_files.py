@@ -47,14 +47,12 @@ def _csv(path: Path, rows: list[dict[str, Any]], separator: str = ",") -> None:
 
 
 def _values(file: Path) -> list[Any]:
-    """The rows of a file without faults."""
     rows = list(rows_of(file))
     assert all(isinstance(row, RawRow) for row in rows)
     return [row.value for row in rows if isinstance(row, RawRow)]
 
 
 def _outcomes(file: Path) -> list[str]:
-    """``2`` for a row of the second line, and ``3: fault`` for one that cannot be read, or that ends the reading."""
     rows: list[Any] = []
     try:
         rows.extend(rows_of(file))
@@ -63,8 +61,6 @@ def _outcomes(file: Path) -> list[str]:
     outcomes = [row.where if isinstance(row, RawRow) else f"{row.where}: {row.message}" for row in rows]
     return [outcome.removeprefix(f"{file}:").strip() for outcome in outcomes]
 
-
-# ---- every kind of file ---------------------------------------------------------------------------------------------
 
 KINDS: dict[str, bytes] = {
     "a.jsonl": LINES.encode(),
@@ -103,8 +99,6 @@ def test_the_separator_of_a_csv_is_that_of_its_header(tmp_path: Path, separator:
     _csv(tmp_path / "b.csv", [{"text": "a; b"}])
     assert _values(tmp_path / "b.csv") == [{"text": "a; b"}]
 
-
-# ---- faults ---------------------------------------------------------------------------------------------------------
 
 FILE_FAULTS = [
     ("a.txt", b"x", "has an unknown file type"),
@@ -186,9 +180,6 @@ def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, target: str) -> N
     assert target in caught.value.remedy
 
 
-# ---- files that would fill the memory or never end ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
 def test_a_small_packed_file_cannot_fill_the_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caps, "ALWAYS_BYTES", 2 << 20)
@@ -263,12 +254,8 @@ def test_brackets_in_brackets_are_a_faulty_row_whatever_reads_them(levels: int, 
         read_records(tmp_path / "b.jsonl", Conversation, ALL)
 
 
-# ---- a data set as it lies in the cache of a hub --------------------------------------------------------------------
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder below which a hub's cache lies."""
     use_cache(monkeypatch, tmp_path)
     return tmp_path
 

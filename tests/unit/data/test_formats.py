@@ -56,11 +56,7 @@ def _texts(record: Any) -> list[str]:
     return [turn.content for turn in record.messages]
 
 
-# ---- every format ---------------------------------------------------------------------------------------------------
-
-
 def _cells(row: Any) -> list[str]:
-    """What the user guide's table says of a row, from the records that it gives."""
     texts, conversations, pairs, answers, prompts = (
         _or_none(record, row) for record in (PlainText, Conversation, PreferencePair, LabelledAnswer, Prompt)
     )
@@ -157,9 +153,6 @@ def test_files_in_public_shapes_are_what_they_are(
         assert file.name != "identity.json" or not any("{{" in text for record in records for text in _texts(record))
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("form", "row"),
     [
@@ -228,9 +221,6 @@ def test_answers_are_not_compared_by_what_is_no_finite_number(score: float) -> N
     assert [_texts(prompt) for prompt in _records(Prompt, row, "ranked")] == [["?"]]
 
 
-# ---- texts, labels, choices -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("row", "texts", "asked"),
     [
@@ -297,8 +287,6 @@ def test_an_evaluation_asks_every_turn_and_reads_a_reference_for_each(
     assert ((prompt.reference, *prompt.later_references), prompt.num_turns) == (references, 2)
 
 
-# ---- turns: tools, weights, thoughts --------------------------------------------------------------------------------
-
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 WRITTEN_CALL = '{"name": "add", "arguments": {"a": 2}}'
@@ -306,7 +294,6 @@ WRITTEN_TOOLS = '[{"name": "add", "parameters": {"type": "object"}}]'
 
 
 def _part(kind: str, value: Any, weight: float) -> dict[str, Any]:
-    """As the newest files of LLaMA-Factory have a turn: in parts, with a weight."""
     return {"content": [{"type": kind, "value": value}], "loss_weight": weight}
 
 
@@ -404,8 +391,6 @@ def test_a_thought_in_a_field_of_its_own_is_read(field: str) -> None:
     (labelled,) = _records(LabelledAnswer, {"messages": [ASKED, thought], "label": True}, "kto")
     assert labelled.answer == whole
 
-
-# ---- faults ---------------------------------------------------------------------------------------------------------
 
 FAULTS: list[tuple[type[Record], str, Any, str]] = [
     (Conversation, "alpaca", {"instruction": "Add.", "output": ""}, "'output'"),

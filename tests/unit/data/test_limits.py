@@ -21,15 +21,12 @@ from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
 from tests.tiny import tiny_tokenizer
 
-# ---- mixed rows and parts of rows -----------------------------------------------------------------------------------
-
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def _mixed(own: int, *parts: tuple[MixedConfig, int], seed: int = 0) -> list[str]:
-    """Rows such as ``a0``: those of a stage are ``a``, those of its sources ``b`` and ``c``."""
     sizes = [own, *(size for _, size in parts)]
     rows = [f"{name}{number}" for name, size in zip("abc", sizes, strict=False) for number in range(size)]
     return [rows[index] for index in mixed(own, list(parts), _generator(seed), where="s.data")]
@@ -79,8 +76,6 @@ def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, s
     assert len(subset(count, fraction, _generator())) == size
 
 
-# ---- rows that are too long -----------------------------------------------------------------------------------------
-
 DROP = TooLongConfig()
 LEFT = TooLongConfig(do=TooLong.cut)
 RIGHT = TooLongConfig(do=TooLong.cut, side=Side.right)
@@ -89,7 +84,6 @@ HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Byte-level BPE with ChatML turns."""
     return tiny_tokenizer()
 
 

@@ -19,10 +19,7 @@ from alignment.data.tokens.token_spans import RecordSpans, record_spans
 from alignment.data.turns import Message
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
-from tests.hub import PUBLIC, WRITTEN, needs_public_data
-from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
@@ -32,8 +29,6 @@ SHORT = {"prompt": "Hi.", "completion": "Hello."}
 LONG = {"prompt": "Why?" * 40, "completion": "So."}
 PAIR = {"prompt": "Hi.", "chosen": "Hello.", "rejected": "Go."}
 
-# ---- token spans ----------------------------------------------------------------------------------------------------
-
 
 def _spans(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
     (tokenized_record,) = tokenized(tokenizer, kind, [record], Limits(row=100))
@@ -41,7 +36,6 @@ def _spans(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
 
 
 def _learned_runs(spans: RecordSpans) -> dict[str, list[tuple[str, bool]]]:
-    """Runs of learned and unlearned tokens as text, by sequence."""
     return {
         name: [
             ("".join(run.text for run in group), learned)
@@ -68,9 +62,6 @@ def test_a_record_shows_which_tokens_of_its_sequences_are_learned() -> None:
     answer = len(tokenizer("Hello.<|im_end|>")["input_ids"])
     assert (prompt.learned, conversation.learned) == (0, answer)
     assert pair.tokens == conversation.tokens == prompt.tokens + answer
-
-
-# ---- the page of a stage --------------------------------------------------------------------------------------------
 
 
 def _spec(folder: Path, config: Any, rows: list[Any], **more: Any) -> Any:
@@ -158,35 +149,3 @@ def test_the_page_shows_what_the_terminal_shows(
     assert page.index("<head>") < page.index(policy) < page.index("<style>")
     assert "1 record, " in page
     assert "1 record, " in capsys.readouterr().out
-
-
-SHAPES: list[tuple[Path, type[Any]]] = [
-    (WRITTEN / "transcripts.jsonl", RewardConfig),
-    (WRITTEN / "toolcalls.json", SftConfig),
-    (WRITTEN / "identity.json", SftConfig),
-    (WRITTEN / "questions.jsonl", PpoConfig),
-    (WRITTEN / "whole_pairs.json", DpoConfig),
-    (PUBLIC / "hh-rlhf/harmless_base.jsonl", DpoConfig),
-    (PUBLIC / "llamafactory-demo/glaive_toolcall_en_demo.json", SftConfig),
-]
-
-
-@pytest.mark.parametrize(
-    ("file", "kind"),
-    [
-        pytest.param(file, kind, id=file.name, marks=[needs_public_data] if PUBLIC in file.parents else [])
-        for file, kind in SHAPES
-    ],
-)
-def test_files_in_public_shapes_are_shown_as_they_are(
-    file: Path, kind: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a template that knows tools."""
-    styled_tokenizer("qwen").save_pretrained(str(tmp_path / "base"))
-    data = DataConfig(source="", limit=300, placeholders={"name": "Ada", "author": "Bob"})
-    show_stage(Console(width=200), tiny_spec(tmp_path, kind(data=data), data_path=file), rows=2)
-    printed = capsys.readouterr().out
-    assert "record" in printed
-    assert "faulty" not in printed
-    assert "{{" not in printed or file.name != "identity.json"
-    assert ("<tools>" in printed) == ("toolcall" in file.name)

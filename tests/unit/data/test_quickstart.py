@@ -7,7 +7,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from statistics import mean
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.core.files import shipped
+from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
@@ -48,12 +48,8 @@ GOOD = "Mr Novak hands out keys in the laundry between 17:00 and 18:30. The lock
 
 
 def _scored(answer: str, key_facts: list[list[str]] = FACTS) -> tuple[float, float, float]:
-    """Both together, style and facts of an answer to ``NOTICE``."""
     arguments: Any = ([[{"role": "user", "content": NOTICE}]], [answer], [{"facts": key_facts}])
     return style_and_facts(*arguments)[0], style(*arguments)[0], facts(*arguments)[0]
-
-
-# ---- the whole ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,64 +93,41 @@ def test_answers_to_the_shipped_prompts_have_the_scores_that_they_had_when_the_r
     )
 
 
-# ---- the checks of the style ----------------------------------------------------------------------------------------
-
 KEYS = "the keys are in the laundry"
 CHECKS: dict[tuple[str, float], list[str]] = {
     ("filler", 0.5): [
-        *(f"{opening}, {KEYS}." for opening in ("Sure", "CERTAINLY", "Okay", "In summary", "To summarise", "Overall")),
-        *(
-            f"{opening} {KEYS}."
-            for opening in ("Of course.", "Great question!", "Here is a summary.", "As an AI I see")
-        ),
-        *(
-            f"{opening} {KEYS}."
-            for opening in ("Here's it.", "Based on the text", "According to the note", "Let me say")
-        ),
-        *(f"{opening} {KEYS}." for opening in ("Answer:", "Summary:\t", "The text says that", '"Sure,')),
-        *(
-            f"Here: {KEYS}. {closing}"
-            for closing in ("Let me know if you need more.", "I hope this helps!", "Feel free to go.")
-        ),
+        *(f"{opening}, {KEYS}." for opening in ("Sure", "CERTAINLY", "In summary", '"Sure')),
+        *(f"{opening} {KEYS}." for opening in ("Of course.", "As an AI I see", "Here's it.", "Based on the text")),
+        *(f"{opening} {KEYS}." for opening in ("Let me say", "Answer:", "Summary:\t", "The text says that")),
+        *(f"Here: {KEYS}. {closing}" for closing in ("Let me know if you need more.", "I hope this helps!")),
         *(f"Here: {KEYS}. {closing}" for closing in ("Please note that it closes.", "Is there anything else?")),
         *(f"Here: {KEYS}. {closing}" for closing in ("Don't hesitate to ask.", "If you have any questions, ask.")),
     ],
     ("filler", 1.0): [
         *(GOOD, "Make sure to bring 10 euros.", "The course of the river changes.", "Surely nobody minds."),
-        *("Oklahoma is far.", "The notes say nothing of it.", "Text the caretaker before noon."),
-        *("It hopes to open in May.", "If you need a key, go to the laundry.", "Hope sank when the answer came."),
+        *("The notes say nothing of it.", "Text the caretaker before noon.", "If you need a key, go to the laundry."),
     ],
     ("plain", 0.25): [
-        *(f"{mark} keys in the laundry" for mark in ("-", "*", "•", "#", ">", "1.", "2)")),
-        *("The **keys** are there.", "The __keys__ are there.", "The `keys` are there.", "```\nkeys\n```"),
-        *("| keys | laundry |", "The <b>keys</b> are there.", "The keys are there.<br/>Come."),
-        *("Keys: laundry.\nDeposit: 10 euros.", "Keys are there.\n\nBring 10 euros."),
+        *(f"{mark} keys in the laundry" for mark in ("-", "•", "#", ">", "1.", "2)")),
+        *("The **keys** are there.", "The `keys` are there.", "```\nkeys\n```", "| keys | laundry |"),
+        *("The <b>keys</b> are there.", "Keys: laundry.\nDeposit: 10 euros.", "Keys are there.\n\nBring 10 euros."),
     ],
     ("plain", 1.0): [
         *(GOOD, "The bike-room lock changes – on 3 May – at noon.", "3 May is the day.", "The lock costs 5 * 2 euros."),
         *("Fewer than 5 < 6 flats.", "Flat #3 and 1.5 hours.", "Write to a_b@example.org.", "It is 10.50 (ten)."),
     ],
     ("answered", 0.0): [
-        *("I'm sorry, but I cannot help with that.", "I am unable to answer.", "I'm not able to say."),
-        *("I can't assist with this.", "As an AI I have no access.", "I am a language model."),
+        "I'm sorry, but I cannot help with that.",
+        "I'm not able to say.",
+        "As an AI I have no access.",
     ],
-    ("answered", 1.0): [
-        *(GOOD, "Mr Novak cannot come on 3 May.", "I cannot come on Monday, so please leave the key."),
-        *("The shop is unable to deliver.", "I'm sorry that it came late, and I am unable to come on Friday."),
-    ],
-    ("finished", 1.0): [
-        "It is closed.",
-        "Is it closed?",
-        'She said "closed."',
-        "It is “closed.”",
-        "(It is closed.)",
-        "No.  ",
-    ],
+    ("answered", 1.0): [GOOD, "Mr Novak cannot come on 3 May.", "The shop is unable to deliver."],
+    ("finished", 1.0): ["Is it closed?", 'She said "closed."', "It is “closed.”", "(It is closed.)", "No.  "],
     ("finished", 0.5): ["It is closed", "It is closed,", "It is closed:"],
     ("grounded", 1.0): [GOOD],
     ("grounded", 0.5): ["Ask Ida."],
     ("grounded", 0.25): ["Ask Ida or Leon in Rome."],
-    ("sentences", 1.0): ["It rains.", "It rains. It rains."],
+    ("sentences", 1.0): ["It rains. It rains."],
     ("sentences", 0.5): ["It rains. It rains. It rains."],
     ("sentences", 0.0): ["It rains. " * 4, "It rains. " * 7],
     ("length", 1.0): ["word " * MAX_WORDS],
@@ -189,23 +162,13 @@ def test_sentences_are_counted_as_a_reader_would(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "unknown"),
-    [
-        ("The lock is new on 4 June.", ["4", "June"]),
-        ("Ask Mr Nowak, or Mr Novak's neighbour.", ["Nowak"]),
-        ("It opens at 17:15 and costs €10, 10 euros, 10% or 10.50.", ["17:15", "10.50"]),
-        ("Ask Ida and Leon on Monday.", ["Ida", "Leon", "Monday"]),
-        ("Keys and I agree, I'm sure, I'll go.", []),
-        ("Berlin opens a sentence. Paris does as well.", []),
-    ],
-)
-def test_numbers_and_names_that_the_text_lacks_are_found(answer: str, unknown: list[str]) -> None:
-    assert invented(answer, source=NOTICE) == unknown
-
-
-@pytest.mark.parametrize(
     ("answer", "source", "unknown"),
     [
+        ("The lock is new on 4 June.", NOTICE, ["4", "June"]),
+        ("Ask Mr Nowak, or Mr Novak's neighbour.", NOTICE, ["Nowak"]),
+        ("It opens at 17:15 and costs €10, 10 euros, 10% or 10.50.", NOTICE, ["17:15", "10.50"]),
+        ("Keys and I agree, I'm sure, I'll go.", NOTICE, []),
+        ("Berlin opens a sentence. Paris does as well.", NOTICE, []),
         ("There are 3 cats.", "There are three cats.", []),
         ("There are 13 or 30 cats.", "There are three cats.", ["13", "30"]),
         ("It costs 1200 euros.", "It costs 1,200 euros.", []),
@@ -215,9 +178,7 @@ def test_numbers_and_names_that_the_text_lacks_are_found(answer: str, unknown: l
         ("It was the Joneses' or the Jones' dog.", "The Jones family and the Joneses.", []),
     ],
 )
-def test_the_same_number_or_name_written_otherwise_is_not_invented(
-    answer: str, source: str, unknown: list[str]
-) -> None:
+def test_numbers_and_names_that_the_text_lacks_are_found(answer: str, source: str, unknown: list[str]) -> None:
     assert invented(answer, source=source) == unknown
 
 
@@ -227,8 +188,6 @@ def test_only_most_of_a_longer_text_in_its_order_is_a_copy() -> None:
     assert not copied(" ".join(reversed(words)), source=NOTICE)
     assert not copied("The shop is closed on Monday.", source="The shop is closed on Monday.")
 
-
-# ---- the data of the quickstart -------------------------------------------------------------------------------------
 
 ALL = DataConfig(source="")
 CONVERSATIONS = read_records(locate("bundled:quickstart/conversations"), Conversation, ALL)
@@ -247,7 +206,6 @@ def _style(answer: str, messages: Sequence[Message]) -> float:
 
 
 def _good_answers() -> Iterator[tuple[str, str, Sequence[Message]]]:
-    """Id, answer and the turns that it may draw on."""
     for row in CONVERSATIONS:
         for index, message in enumerate(row.messages):
             if message.role == "assistant":
@@ -296,8 +254,6 @@ def test_every_flaw_is_there_none_is_most_of_the_pairs_and_the_rule_sees_it() ->
     assert 0.1 < shorter < 0.9, "otherwise a length would be all there is to learn"
 
 
-# ---- variety, of the general files too ------------------------------------------------------------------------------
-
 TEXTS = read_records(locate("bundled:general/texts"), PlainText, ALL)
 QUESTIONS = read_records(locate("bundled:general/questions"), Question, ALL)
 TALKS = read_records(locate("bundled:general/conversations"), Conversation, ALL)
@@ -305,7 +261,6 @@ GENERAL: dict[str, list[Record]] = {"texts": [*TEXTS], "questions": [*QUESTIONS]
 
 
 def _all_of(rows: Sequence[Any]) -> list[LocatedText]:
-    """All that each row says, its choices too."""
     parts_of = [
         [
             *(turn.content for turn in getattr(row, "messages", ())),
@@ -317,21 +272,6 @@ def _all_of(rows: Sequence[Any]) -> list[LocatedText]:
     return [
         LocatedText(where=row.where, text="\n".join(filter(None, parts)))
         for row, parts in zip(rows, parts_of, strict=True)
-    ]
-
-
-def _grams(text: str) -> set[tuple[str, ...]]:
-    words = normalise(text).split()
-    size = min(5, len(words))
-    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
-
-
-def _near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of texts whose word 5-grams have a Jaccard index of at least 0.4."""
-    grams = [_grams(text) for text in texts]
-    pairs = combinations(range(len(texts)), 2)
-    return [
-        (i, j) for i, j in pairs if len(shared := grams[i] & grams[j]) and len(shared) >= 0.4 * len(grams[i] | grams[j])
     ]
 
 
@@ -347,11 +287,12 @@ def test_no_two_prompts_or_answers_are_nearly_the_same_and_they_begin_in_many_wa
     first_turns = [next(turn.content for turn in row.messages if turn.role == "user") for row in ROWS]
     good, rejected = [answer for _, answer, _ in _good_answers()], [pair.rejected for pair in PAIRS]
     for texts in (prompts, good, rejected):
-        assert _near_duplicates(texts) == []
+        repeats = NearDuplicates()
+        for number, text in enumerate(texts):
+            repeats.add(LocatedText(where=str(number), text=text))
+        assert repeats.pairs == []
     for texts in (first_turns, good, rejected):
         assert len({" ".join(normalise(text).split()[:4]) for text in texts}) / len(texts) > 0.9
-    text = "the quick brown fox jumps over the lazy dog and runs away from the hounds"
-    assert _near_duplicates([text, text.replace("hounds", "dogs"), text[::-1], text]) == [(0, 1), (0, 3), (1, 3)]
 
 
 def test_nothing_in_a_general_file_stands_in_another_or_in_the_quickstart() -> None:

@@ -35,7 +35,6 @@ def _lines(rows: list[Any]) -> str:
 
 
 def _written(file: Path, rows: list[Any]) -> Path:
-    """The file with these rows; the lists and objects of a CSV are the text of their JSON."""
     if file.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(rows), file)
     elif file.suffix == ".csv":
@@ -58,8 +57,6 @@ def _refused(file: Path, data: DataConfig, record: Any = Conversation, **options
     assert caught.value.exit_code == 3
     return caught.value
 
-
-# ---- lists and nested fields in files without them ------------------------------------------------------------------
 
 QUESTION, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "{{four}}"}
 LISTS: dict[str, dict[str, Any]] = {
@@ -138,8 +135,6 @@ def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: P
     assert [tool["function"] for tool in prompt.tools] == schemas
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
-
 ASKED = {"role": "user", "content": "a"}
 GOOD = {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
 BAD = {"messages": 3}
@@ -171,7 +166,6 @@ PLANTED: list[tuple[Any, str]] = [
 
 
 def _planted(folder: Path) -> Path:
-    """Three good rows, then each fault with a good row behind it."""
     lines = [json.dumps(GOOD).encode()] * 3
     for content, _ in PLANTED:
         lines += [content if isinstance(content, bytes) else json.dumps(content).encode(), json.dumps(GOOD).encode()]
@@ -261,9 +255,6 @@ def test_a_file_without_a_record_is_named(tmp_path: Path, name: str, content: st
     error = _refused(tmp_path / name, ALL, PreferencePair if "chosen" in content else Conversation)
     assert str(error).startswith(f"{tmp_path / name}{where}: ")
     assert message in error.message
-
-
-# ---- columns and placeholders ---------------------------------------------------------------------------------------
 
 
 def test_columns_of_other_names_are_read_and_one_that_no_row_has_is_named(tmp_path: Path) -> None:
@@ -400,9 +391,6 @@ def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) ->
     record = kinds()[kind].data(kinds()[kind].config())[0].record
     rows = read_records(locate(f"bundled:quickstart/{name}"), record, DataConfig(source=""))
     assert len({row.id for row in rows}) == len(rows) >= 100
-
-
-# ---- rows that give no record ---------------------------------------------------------------------------------------
 
 
 def _graded(**answers: float) -> dict[str, Any]:

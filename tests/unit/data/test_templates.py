@@ -51,9 +51,6 @@ def _learned(tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
 
 
-# ---- where templates come from --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("style", "end", "bos"), [("smollm2", "<|im_end|>", ""), ("gemma", "<eos>", "<bos>")])
 def test_chatml_for_a_base_model_ends_turns_with_its_control_token_or_with_eos(
     tmp_path: Path, style: str, end: str, bos: str
@@ -141,9 +138,6 @@ def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> Non
     assert "<|im_start|>tool 123456789 sum: 5<" in text
     with pytest.raises(DataError, match="an id has nine letters"):
         tokenize_conversation(tokenizer, [*turns[:2], Message(role="tool", content="4"), turns[-1]])
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -319,7 +313,6 @@ def _tokenized(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] =
 
 
 def _runs(row: Any) -> list[tuple[list[int], list[int]]]:
-    """Each run of learned tokens, with all tokens before it."""
     runs, end = [], 0
     for learned, run in groupby(row["labels"], key=lambda label: label != IGNORED):
         start, end = end, end + len(list(run))
@@ -328,7 +321,6 @@ def _runs(row: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def _check(case: Case, messages: list[Message], tools: tuple[Any, ...] = ()) -> Tokenized:
-    """Each answer is learned once, in order, behind the very tokens of its prompt."""
     tokenizer = _tokenizer(case)
     whole = _tokenized(tokenizer, messages, tools)
     runs = [run for row in whole.rows for run in _runs(row)]
@@ -384,9 +376,6 @@ def test_an_answer_behind_calls_is_learned_behind_the_thoughts_that_led_to_them(
     assert tokenizer.decode(learned).startswith("<|channel|>analysis<|message|>The tool says so.<|end|>")
 
 
-# ---- what is lost ---------------------------------------------------------------------------------------------------
-
-
 JSON_AND_TRIMMED = (
     "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>"
     "{{ message.content | trim if message.role == 'user' else message.content | tojson }}<|im_end|>{% endfor %}"
@@ -418,12 +407,8 @@ def test_what_a_template_drops_is_named(name: str, family: Any, messages: list[M
 
 
 def _learned_alone(tokenizer: Any, messages: list[Message]) -> str:
-    """The one answer that is learned of the messages."""
     ((_, learned),) = (run for row in _tokenized(tokenizer, messages).rows for run in _runs(row))
     return str(tokenizer.decode(learned))
-
-
-# ---- faults that say what to set ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -444,9 +429,6 @@ def test_an_answer_that_contradicts_its_prompt_names_what_helps(
         _tokenized(_real(name, family, options), messages)
     assert caught.value.remedy.startswith(remedy)
     assert "the prompt ends with" in caught.value.message
-
-
-# ---- thoughts that a model wrote ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_5_think", "qwen3_8_training"])

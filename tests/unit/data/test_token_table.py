@@ -42,7 +42,6 @@ WIDE = Limits(row=500)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Byte-level BPE with ChatML turns."""
     return tiny_tokenizer()
 
 
@@ -226,7 +225,6 @@ def test_a_pair_has_three_columns_and_a_text_several_rows(tmp_path: Path, tokeni
 
 
 def _files_of(folder: Path) -> dict[str, bytes]:
-    """The files of the one table in a cache."""
     (table,) = (folder / "cache").glob("tokens-*")
     return {path.name: path.read_bytes() for path in sorted(table.iterdir())}
 

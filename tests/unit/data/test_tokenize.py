@@ -42,20 +42,17 @@ every_style = pytest.mark.parametrize("name", STYLES)
 
 
 def _turns(*contents: str, first: str = "user") -> list[Message]:
-    """Turns of the user and of the assistant, one after the other."""
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
     return [Message(role=roles[number % 2], content=content) for number, content in enumerate(contents)]
 
 
 def _learned(tokenizer: Any, row: TokenizedConversation) -> list[str]:
-    """Runs of learned tokens as text."""
     assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
     runs = groupby(row.labels, key=lambda label: label != IGNORED)
     return [tokenizer.decode(list(run)) for learned, run in runs if learned]
 
 
 def _answers(name: str, messages: list[Message]) -> list[str]:
-    """What ought to be learned of them."""
     return [STYLES[name].learned(message) for message in messages if message.role == "assistant" and message.learned]
 
 
@@ -63,8 +60,6 @@ def _control(tokenizer: Any, ids: list[int]) -> list[int]:
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [token for token in ids if token in special]
 
-
-# ---- what is learned ------------------------------------------------------------------------------------------------
 
 HI = _turns("Hi.", "Hello.")
 MANY = _turns("Hi.", "Hello.", "Open?", "From nine.", "Thanks", "Bye.")
@@ -143,16 +138,12 @@ def test_a_system_turn_is_read_or_refused(name: str) -> None:
     assert _learned(tokenizer, row) == _answers(name, HI)
 
 
-# ---- tools ----------------------------------------------------------------------------------------------------------
-
-
 def _tool(description: str) -> dict[str, Any]:
     function = {"name": "add", "description": description, "parameters": {"type": "object"}}
     return {"type": "function", "function": function}
 
 
 def _calling(text: str, result: str) -> list[Message]:
-    """A call and what came back."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"text": text}}}
     return [Message(role="assistant", content="", tool_calls=(call,)), Message(role="tool", content=result)]
 
@@ -184,8 +175,6 @@ def test_calls_are_learned_and_tools_and_results_are_read(name: str) -> None:
     assert text.index("Adds numbers.") < text.index(call) < text.index(result)
 
 
-# ---- hostile rows ---------------------------------------------------------------------------------------------------
-
 NUM_ROWS = 100
 TOKENS = list(dict.fromkeys(token for style in STYLES.values() for token in (*style.control, *style.words)))
 PIECES = [
@@ -207,7 +196,6 @@ def _hostile(rng: random.Random) -> str:
 
 
 def _row(name: str, number: int, say: Callable[[], str]) -> tuple[list[Message], list[dict[str, Any]]]:
-    """Messages and tools that say what ``say`` gives; their shape follows from the number alone."""
     calls = name in CALLS and number % 3 == 0
     messages = [Message(role="system", content=say())] if STYLES[name].has_system and number % 2 else []
     for _ in range(1 + number // 6 % 3):
@@ -257,8 +245,6 @@ def test_text_around_a_written_control_token_is_tokenised_as_ever() -> None:
         tokenize_conversation(tokenizer, _turns(chr(LAST_STAND_IN), "Hello."))
 
 
-# ---- faults of templates --------------------------------------------------------------------------------------------
-
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 EACH = "{% for message in messages %}" + TURN + "{% endfor %}"
 OPEN = "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
@@ -302,9 +288,6 @@ def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
         prompt_ids(Stopped(), HI[:1])
 
 
-# ---- ends of answers ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("config", "ends"),
     [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {2, 7}), ({"eos_token_id": [0, 2, 9]}, {0, 2, 9})],
@@ -326,12 +309,7 @@ def test_a_generation_config_that_names_no_tokens_is_refused(tmp_path: Path, tex
         load_tokenizer(tmp_path)
 
 
-# ---- ids, and tokenizers that put a space before every text ---------------------------------------------------------
-
-
 class _Own(type(tiny_tokenizer())):  # type: ignore[misc]
-    """A tokenizer that does more with a text than to pass it on."""
-
     def _encode_plus(self, text: Any, **kwargs: Any) -> Any:
         return super()._encode_plus([sequence.upper() for sequence in text], **kwargs)
 
@@ -357,7 +335,6 @@ SPOKEN = _turns("Open on Monday?", "From nine.", "Thanks", "Bye.")
 
 @functools.cache
 def _sentencepiece(style: str) -> PreTrainedTokenizerFast:
-    """Like those of Llama 2 and Mistral 0.1: a space goes before each text, and after each special token."""
     specials = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -378,7 +355,6 @@ def _sentencepiece(style: str) -> PreTrainedTokenizerFast:
 
 
 def _whole(tokenizer: Any, text: str) -> list[int]:
-    """As a tokenizer gives them for a text in one piece."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

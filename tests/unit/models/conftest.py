@@ -61,19 +61,15 @@ ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Padded:
-    """A batch as a collator makes it; completions are labelled."""
-
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
 
     def arguments(self) -> dict[str, Tensor]:
-        """Keyword arguments of a forward."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
 
 def padded(rows: list[tuple[list[int], list[int]]], *, side: str = "right", extra: int = 0) -> Padded:
-    """Pads ``(prompt, completion)`` rows to the longest, and by ``extra`` columns beyond it."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows) + extra
     columns: tuple[list[list[int]], ...] = ([], [], [])
     for prompt, answer in rows:
@@ -87,7 +83,6 @@ def padded(rows: list[tuple[list[int], list[int]]], *, side: str = "right", extr
 
 
 def packed(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    """Arguments of a forward over one row that holds all these, one after the other."""
     labels = [token for prompt, answer in rows for token in [IGNORED] * len(prompt) + answer]
     positions = [torch.arange(len(prompt) + len(answer)) for prompt, answer in rows]
     return {
@@ -99,8 +94,6 @@ def packed(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What the plain forward says about each labelled token, in row order."""
-
     logprobs: Tensor
     entropy: Tensor
     mean_logits: Tensor
@@ -109,7 +102,6 @@ class Expected:
 
 
 def plain(model: PreTrainedModel, batch: Padded, *, temperature: float = 1.0) -> Expected:
-    """A padded forward through the model as transformers made it, and log_softmax over all logits."""
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions)
     wanted = batch.labels[:, 1:] != IGNORED
@@ -127,7 +119,6 @@ def plain(model: PreTrainedModel, batch: Padded, *, temperature: float = 1.0) ->
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy as transformers and PEFT made it, nothing fused, with the plainest attention there is."""
     other = copy.deepcopy(model)
     for module in other.modules():
         vars(module).pop("forward", None)
@@ -137,7 +128,6 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal language model with weights large enough that every part of it matters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -149,7 +139,6 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompt: list[int], *, limit: int, ends: Collection[int] = (PAD,)) -> list[int]:
-    """The likeliest token, one after another, each from a whole forward pass."""
     answer: list[int] = []
     while len(answer) < limit and (not answer or answer[-1] not in ends):
         logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits
@@ -158,21 +147,18 @@ def greedy(model: PreTrainedModel, prompt: list[int], *, limit: int, ends: Colle
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every gradient by name; at least one."""
     by_name = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert by_name
     return by_name
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module, tolerance: float = 1e-5) -> None:
-    """Both have gradients of the same parameters, and these agree."""
     own, expected = gradients(model), gradients(other)
     assert own.keys() == expected.keys()
     for name, gradient in own.items():
@@ -180,7 +166,6 @@ def assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module, tolera
 
 
 def assert_same_statistics(output: Any, expected: Expected) -> None:
-    """What TRL reads of a forward; outside of labelled tokens it is zero."""
     mask = output.label_mask
     for name in ("logprobs", "entropy", "mean_logits"):
         statistic = getattr(output, "log_probs" if name == "logprobs" else name)
@@ -191,7 +176,6 @@ def assert_same_statistics(output: Any, expected: Expected) -> None:
 
 
 def assert_learns_alike(model: Any, reference: Any, batch: Padded, arguments: dict[str, Tensor] | None = None) -> None:
-    """Our forward and the plain one agree in every statistic and every gradient."""
     output = model(**(batch.arguments() if arguments is None else arguments), fused_lm_head=True)
     expected = plain(reference, batch)
     assert_same_statistics(output, expected)
@@ -201,7 +185,6 @@ def assert_learns_alike(model: Any, reference: Any, batch: Padded, arguments: di
 
 
 def adapted(model: Any, adapter: AdapterConfig, task: TaskType = TaskType.CAUSAL_LM) -> Any:
-    """The model with an adapter that does change it."""
     wrapped = add_adapter(model, adapter, task)
     liven(wrapped)
     return wrapped
@@ -209,13 +192,11 @@ def adapted(model: Any, adapter: AdapterConfig, task: TaskType = TaskType.CAUSAL
 
 @pytest.fixture
 def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models of width 32 gain nothing from threads, and lose a lot where cores are shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

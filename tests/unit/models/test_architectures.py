@@ -1,8 +1,6 @@
-"""Architectures that public recipes name, and those that cache, window, mask or cap in ways of their own.
-
-Each is compared with the padded forward of transformers, in float32. Rows are shorter and longer than the windows of
-four tokens; some share beginnings of 18 tokens (conftest.ROWS).
-"""
+"""Architectures that public recipes name, and those that cache, window, mask or cap in ways of their own. Each is
+compared with the padded forward of transformers, in float32. Rows are shorter and longer than the windows of four
+tokens; some share beginnings of 18 tokens (conftest.ROWS)."""
 
 from __future__ import annotations
 
@@ -102,7 +100,6 @@ SCALED = {"cohere", "cohere2", "granite"}
 
 
 def model_of(name: str) -> PreTrainedModel:
-    """A model of random weights, large enough that windows, caps and experts matter."""
     return random_model(CONFIGS[name]())
 
 
@@ -172,7 +169,6 @@ CACHING_OTHERWISE: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def assert_answers_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """For prompts that take over rows at different steps."""
     free = [greedy(reference, prompt, limit=40, ends=()) for prompt in PROMPTS]
     ends = [free[0][9], free[3][20]]
     answers = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=2)
@@ -251,14 +247,12 @@ VISION |= {"image_size": 28, "patch_size": 14}
 
 
 def saved(folder: Path, model: PreTrainedModel) -> Lineage:
-    """The model as a base in a folder, with a tokenizer."""
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(str(folder))
     return Lineage(source="path:images", base=folder, adapters=())
 
 
 def gemma3(folder: Path) -> Lineage:
-    """As it is from 4B on: the text model is a part of its own."""
     text = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
     vision = {**VISION, "model_type": "siglip_vision_model"}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **SPECIAL)
@@ -266,7 +260,6 @@ def gemma3(folder: Path) -> Lineage:
 
 
 def phi4_multimodal(folder: Path) -> Lineage:
-    """The text model holds the encoders."""
     sound = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
     channels = ("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel")
     config = Phi4MultimodalConfig(
@@ -276,7 +269,6 @@ def phi4_multimodal(folder: Path) -> Lineage:
 
 
 def mllama(folder: Path) -> Lineage:
-    """Llama 3.2 Vision: only its text model is loaded, some of whose layers read only images."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     text = {**SIZES, "cross_attention_layers": [1], "rope_parameters": rope}
     tiles = {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "num_global_layers": 1}
@@ -288,7 +280,6 @@ def mllama(folder: Path) -> Lineage:
 
 
 def trained_without_gradient(model: nn.Module) -> list[str]:
-    """Names of trained weights that a backward pass has not reached; distributed training would wait for these."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("layers.0." in name for name in trained)
     return [name for name, parameter in trained.items() if parameter.grad is None]

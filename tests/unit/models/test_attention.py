@@ -48,7 +48,6 @@ HOW = {
 def _by_loops(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: tuple[Row, ...], how: Scores
 ) -> torch.Tensor:
-    """As the definition says it, one query at a time: it sees the keys before its own, and its own; the last ones."""
     parts = query.shape[0] // key.shape[0]
     out = []
     for head in range(query.shape[0]):
@@ -133,7 +132,6 @@ def _slow_varlen(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """What torch's documentation says of the kernel, token by token; queries end where their keys end."""
     left, right = window_size
     assert right == 0
     assert enable_gqa
@@ -327,7 +325,6 @@ def _decoded(
     seen: torch.Tensor,
     score: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """``[rows, tokens, heads, width]`` in float64, one query at a time; ``seen`` is ``[rows, 1, tokens, columns]``."""
     attended = torch.empty(query.shape[0], query.shape[2], query.shape[1], CACHE_WIDTH, dtype=torch.float64)
     for row, head, token in itertools.product(*map(range, query.shape[:3])):
         visible = seen[row, 0, token]

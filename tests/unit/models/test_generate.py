@@ -39,7 +39,6 @@ END = 2
 
 
 def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
-    """transformers' generate on one row by itself."""
     ids = torch.tensor([prompt])
     generated = model.generate(
         ids,
@@ -54,8 +53,6 @@ def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], l
 
 @pytest.fixture(params=["flat", "padded"])
 def made(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Makes tiny models whose prompts are read in one stream, as in the stages, or padded."""
-
     def make(*args: Any, **kwargs: Any) -> Any:
         model = tiny_model(*args, **kwargs)
         if request.param == "flat":
@@ -87,7 +84,6 @@ def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str
 
 @functools.cache
 def _forty_tokens(architecture: str) -> tuple[dict[str, int], list[int], list[list[int]]]:
-    """Changes of a model, tokens that end its answers at different steps, and these answers by transformers."""
     changes = {"sliding_window": 6} if architecture == "mistral" else {}
     reference = tiny_model(architecture, **changes)
     free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
@@ -215,8 +211,6 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
 
 @dataclass(kw_only=True, slots=True)
 class Steps:
-    """What each step saw: the prompts that its rows answer, log p of the chosen tokens, the columns of the cache."""
-
     numbers: list[list[int]] = field(default_factory=list)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
     columns: list[int] = field(default_factory=list)
@@ -224,7 +218,6 @@ class Steps:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Records the steps of the batches that are decoded from here on."""
     seen, next_tokens = Steps(), DecodingRows.next_tokens
 
     def recorded(rows: DecodingRows, temperature: float) -> Tensor:
@@ -241,7 +234,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 def _entered_beside_others(numbers: Sequence[Sequence[int]]) -> bool:
-    """Whether a prompt entered while another one was being answered."""
     return any(set(before) & set(after) and set(after) - set(before) for before, after in itertools.pairwise(numbers))
 
 
@@ -316,7 +308,6 @@ def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
 
 
 def _choice() -> list[SDPBackend]:
-    """The kernels that may be taken, in their order."""
     enabled = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -356,17 +347,6 @@ def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
         answers = generate(model, [[5, 6, 7]] * 10, max_new_tokens=12, end_ids=[END], batch_size=10)
     assert [len(answer) for answer in answers] == [12, 11, 10, 9, 8, 7, 6, 5, 12, 11]
     assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
-
-
-@pytest.mark.parametrize("tokens", [1, 9, 10_000])
-def test_answers_never_depend_on_how_prompts_are_read_together(
-    made: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = made()
-    expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
-    monkeypatch.setattr(decoding_rows, "PREFILL_TOKENS", tokens)
-    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
-    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
 
 
 def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:

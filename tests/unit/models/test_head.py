@@ -21,7 +21,6 @@ from tests.oracles.close import close
 
 @pytest.fixture
 def numbers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, head and labels: 7 tokens, width 5, vocabulary 11."""
     rng = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 5, generator=rng), torch.randn(VOCABULARY, 5, generator=rng)
     labels = torch.randint(0, VOCABULARY, (7,), generator=rng)
@@ -30,7 +29,6 @@ def numbers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def bounded(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """c·tanh(z / c)."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -133,8 +131,6 @@ VOCABULARY = 11
 
 @dataclass
 class Heads:
-    """Hidden states and heads of a student of width 5 and a teacher of width 4, for 7 tokens."""
-
     states: Tensor
     weight: Tensor
     teaching: Teaching

@@ -63,7 +63,6 @@ def _assert_same_bits(own: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 @contextmanager
 def _stored() -> Iterator[dict[int, Tensor]]:
-    """Collects what autograd stores in the block, by its place in memory."""
     tensors: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -240,14 +239,11 @@ def test_an_adapter_that_is_off_merged_or_one_of_two_counts_as_in_peft() -> None
 
 
 class OddMLP(LlamaMLP):
-    """Computes something else under the name of a block that is known."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
 
 
 def _lora(**changes: Any) -> Callable[[], Any]:
-    """An adapter with settings that only PEFT has."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM, **changes}
 
     def make() -> Any:
@@ -259,7 +255,6 @@ def _lora(**changes: Any) -> Callable[[], Any]:
 
 
 def _with_biases() -> Any:
-    """Qwen's queries, keys and values have some."""
     torch.manual_seed(0)
     model = tiny_model("qwen2")
     for name, parameter in model.named_parameters():

@@ -291,7 +291,6 @@ def _dora_layers(model: nn.Module) -> int:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The layers whose norms were computed, one entry each time."""
     layers: list[Any] = []
     own: Callable[..., Tensor] = nf4._norms
 

@@ -50,7 +50,6 @@ PAIRS = [[5, 6, 7, 2], [5, 6, 9, 9, 2], [8, 2], [8, 7, 2], [3, 3, 2], [3, 2], [1
 
 
 def _trained(start: Lineage, adapter: AdapterConfig) -> torch.nn.Module:
-    """A policy that differs from what it started from."""
     model = adapted(load_policy(start, torch.float32), adapter)
     if adapter.kind is AdapterKind.full:
         model.model.norm.weight.data.mul_(1.5)
@@ -242,7 +241,6 @@ def test_a_tokenizer_pads_with_eos_and_needs_one(base: Lineage) -> None:
 
 
 def _stored(folder: Path, dtype: torch.dtype, architecture: str = "llama") -> Lineage:
-    """A tiny model whose file has this dtype."""
     save_tiny_model(folder, architecture=architecture)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), torch.float32)
     model.to(dtype).save_pretrained(str(folder))
@@ -327,7 +325,6 @@ STACK, CONTINUED = AdapterConfig(rank=4, chain=Chain.stack), AdapterConfig(rank=
 
 @torch.no_grad()
 def _row_logits(model: torch.nn.Module) -> Tensor:
-    """``[tokens, vocabulary]``."""
     return model(IDS).logits[0]
 
 

@@ -83,7 +83,6 @@ def _row(number: int, length: int) -> list[int]:
 
 
 def _parts(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]] | None:
-    """The rows of each part, read from the part's own stream."""
     division = divided(stream(rows, CPU))
     if division is None:
         return None

@@ -67,7 +67,6 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _first_stage(folder: Path, base: Lineage, adapter: AdapterConfig) -> tuple[torch.Tensor, Lineage]:
-    """What a policy said that was trained, and where it lies."""
     model = _start(base, adapter)
     liven(model)
     spec = tiny_spec(folder, SftConfig(adapter=adapter))
@@ -315,7 +314,6 @@ def _ours(wrapped: Any) -> list[torch.Tensor]:
 
 
 def _pefts(wrapped: Any) -> list[torch.Tensor]:
-    """By the forward of PEFT's class, one row at a time, with a cache in front."""
     wrapped.get_base_model().set_attn_implementation("eager")
     logits = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
     wrapped.get_base_model().set_attn_implementation(ATTENTION)

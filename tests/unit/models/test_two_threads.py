@@ -132,7 +132,6 @@ BATCHES = {**ROWS, "equal rows": SIX}
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The thread and the number of rows of each pass; small work is divided, too."""
     monkeypatch.setattr(side_by_side, "WORTH_DIVIDING", 0)
     seen: list[tuple[str, int]] = []
     compute = flat._flat_states
@@ -147,7 +146,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def trained_passes(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """As many weights as there are may be trained."""
     monkeypatch.setattr(side_by_side, "FEW", 1.0)
     return passes
 
@@ -230,7 +228,6 @@ def _changed(change: Callable[[Any], object]) -> Any:
 
 
 def _residual_dropout(rate: float) -> Callable[[Any], object]:
-    """As Starcoder 2 and OPT have it."""
     return lambda model: setattr(model.base_model.layers[0].mlp, "residual_dropout", rate)
 
 

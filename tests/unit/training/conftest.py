@@ -17,7 +17,6 @@ from tests.unit.training.ppo_bench import Bench, bench_in
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models of width 32 gain nothing from threads, and lose a lot where cores are shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,24 +25,20 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
-    """A stage under way, alone."""
     return StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Callable[..., Bench]:
-    """Makes PPO stages on a tiny model."""
     return bench_in(tmp_path)
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> TrainingArguments:
-    """What a trainer hands to its callbacks."""
     return TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none")
 
 
 def at_step(step: int, max_steps: int = 100) -> TrainerState:
-    """The trainer's state after so many steps."""
     state = TrainerState()
     state.global_step, state.max_steps = step, max_steps
     return state

@@ -36,53 +36,41 @@ PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6, 4, 9, 2, 11], [4, 10], [17, 18, 19], [1,
 
 @dataclass(kw_only=True)
 class Bench:
-    """One PPO stage under way, with all that a test looks at."""
-
     context: StageContext
     config: PpoConfig
     roles: Roles
     trainer: PpoTrainer
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, as the stage does."""
         return train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """A JSON Lines file of the stage's content."""
         return [json.loads(line) for line in (self.context.content / name).read_text().splitlines()]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, a line an update."""
         return self.lines("metrics.jsonl")
 
 
 class TokenRewards(common.TokenRewards):
-    """Scores by a function of prompt and answer tokens."""
-
     def __init__(self, score: Callable[[Sequence[int], Sequence[int]], float], name: str = "rule") -> None:
         super().__init__(**{name: common.each(score)})
         self._name = name
 
     def named(self, scores: Sequence[float]) -> Scores:
-        """These scores as its own."""
         return Scores.of({self._name: torch.tensor(scores)})
 
 
 class OwnReward(TokenRewards):
-    """The reward model among the roles."""
-
     def __init__(self, roles: Roles) -> None:
         super().__init__(lambda prompt, answer: 0.0, name="reward")
         self._model = roles.reward
 
     def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
-        """Its scores at the last tokens."""
         parts = batches(prompts, answers, tokens=1000, device=next(self._model.parameters()).device)
         return self.named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
 
 
 def bench_in(folder: Path) -> Callable[..., Bench]:
-    """Makes stages in ``folder``; the same arguments give the same stage. ``reward=False`` has no reward model."""
     base = folder / "base"
     tiny_model(vocab_size=24).save_pretrained(str(base))
     tiny_tokenizer().save_pretrained(str(base))  # asked for its hashes only
@@ -117,12 +105,10 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
 
 
 def optim(**changes: Any) -> PpoOptimConfig:
-    """Eight episodes an update, all held at once."""
     return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000), **changes)
 
 
 def values_of(run: Bench, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
-    """``[answer tokens]`` values as the critic is now."""
     with torch.no_grad():
         (stream,) = batches(prompts, answers, tokens=1000, device=run.trainer.args.device)
         _, values = run.roles.actor_critic.look(stream, 1.0)
@@ -131,7 +117,6 @@ def values_of(run: Bench, prompts: Sequence[list[int]], answers: Sequence[list[i
 
 
 def sha256(parameters: Any) -> str:
-    """Of all weights together."""
     sha = hashlib.sha256()
     for parameter in parameters:
         sha.update(parameter.detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
@@ -139,7 +124,6 @@ def sha256(parameters: Any) -> str:
 
 
 def trained(roles: Roles) -> list[torch.Tensor]:
-    """What PPO trains: policy and critic."""
     return [parameter for parameter in roles.actor_critic.parameters() if parameter.requires_grad]
 
 
@@ -149,8 +133,6 @@ Rows = list[tuple[list[int], list[int]]]
 
 @dataclass
 class Taken:
-    """What a run left: weights before each step and gradients that its optimiser was given, and each update's rows."""
-
     before: list[Weights]
     gradients: list[Weights]
     rows: list[Rows]
@@ -179,8 +161,6 @@ def taken(run: Bench, monkeypatch: pytest.MonkeyPatch) -> Taken:
 
 
 class Plain:
-    """Policy and value model in float64 by transformers alone; both of them learn. Weights may be of a policy alone."""
-
     def __init__(self, weights: Weights) -> None:
         self.policy = tiny_model(vocab_size=24).double()
         self.value = tiny_scorer(vocab_size=24).double()
@@ -190,7 +170,6 @@ class Plain:
             assert not own or {name for name, _ in model.named_parameters()} <= own.keys()
 
     def distributions(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
-        """``[answer tokens, vocabulary]`` log-probabilities before each token of an answer."""
         distributions = []
         for prompt, answer in rows:
             logits = self.policy(torch.tensor([prompt + answer])).logits[0]
@@ -199,12 +178,10 @@ class Plain:
         return distributions
 
     def logprobs(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities of answer tokens."""
         pairs = zip(rows, self.distributions(rows, temperature), strict=True)
         return [each.gather(-1, torch.tensor(answer)[:, None])[:, 0] for (_, answer), each in pairs]
 
     def values(self, rows: Rows) -> list[Tensor]:
-        """Values before answer tokens."""
         values = []
         for prompt, answer in rows:
             at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -213,5 +190,4 @@ class Plain:
         return values
 
     def says(self, rows: Rows, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probabilities of answer tokens, and values before them."""
         return self.logprobs(rows, temperature), self.values(rows)

@@ -16,12 +16,10 @@ Curves = dict[tuple[str, int], list[float]]
 
 
 def curves_of(tracker: str, spec: StageSpec) -> Curves:
-    """All curves that a tracker has of a stage, without those of tables and results."""
     return READERS[tracker](spec)
 
 
 def last_step(tracker: str, spec: StageSpec) -> int:
-    """The last step that a tracker has, or 0."""
     return max((step for _, step in curves_of(tracker, spec)), default=0)
 
 
@@ -34,7 +32,6 @@ def _joined(points: Iterable[tuple[str, int, float]]) -> Curves:
 
 
 def _wandb(spec: StageSpec) -> Curves:
-    """W&B's transaction logs of all attempts. Keys that begin with ``_`` are W&B's own."""
     histories = [
         record.history
         for file in sorted((spec.run_folder / "wandb").rglob("*.wandb"))
@@ -50,14 +47,12 @@ def _wandb(spec: StageSpec) -> Curves:
 
 
 def _tensorboard(spec: StageSpec) -> Curves:
-    """What TensorBoard shows of all event files."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(spec.run_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return _joined((tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag))
 
 
 def _trackio(spec: StageSpec) -> Curves:
-    """The rows of the project's SQLite file, whose form trackio documents."""
     file = spec.run_folder.parents[2] / "trackio" / f"{spec.tracking.project}.db"
     if not file.is_file():
         return {}
@@ -69,7 +64,6 @@ def _trackio(spec: StageSpec) -> Curves:
 
 
 def _mlflow(spec: StageSpec) -> Curves:
-    """The whole history of every metric of the one run with the stage's id."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=spec.tracking.mlflow_url)

@@ -87,14 +87,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, sche
     context = _context(tmp_path, model=ModelConfig(source="path:tiny", dtype=Dtype.bfloat16))
     settings: dict[str, Any] = {"weight_decay": 0.125, "max_grad_norm": 0.5, "activation_checkpointing": True}
     optim = OptimConfig(
-        lr=3e-4,
-        batch_size=12,
-        epochs=2.5,
-        max_steps=7,
-        schedule=schedule,
-        warmup_ratio=0.25,
-        adam_eps=1e-6,
-        **settings,
+        lr=3e-4, batch_size=12, epochs=2.5, max_steps=7, schedule=schedule, warmup_ratio=0.25, adam_eps=1e-6, **settings
     )
     arguments = common_arguments(optim, context, log_every=3, save_every=9)
     names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}  # as transformers knows them
@@ -118,8 +111,6 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, sche
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets what the launcher says and how many GPUs PyTorch finds."""
-
     def set_up(launcher: str | None, gpus: int, *, rank: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -203,7 +194,6 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 def watched(
     tmp_path: Path, _often: None
 ) -> Iterator[Callable[[Callable[[HeartbeatWriter, threading.Event], None]], Any]]:
-    """Watches a thread that runs a function for a second; gives the last sign."""
     over = threading.Event()
     threads = []
 

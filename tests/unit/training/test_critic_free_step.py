@@ -1,8 +1,6 @@
-"""One optimiser step without a critic, against the papers' formulas in float64 and against TRL's own trainers.
-
-The oracle (tests/oracles/critic_free.py) has nothing of the trainer but the weights before each step, the prompts and
-the answers. TRL prepares its inputs as in training, advantages included; only its sampling gives our answers.
-"""
+"""One optimiser step without a critic, against the papers' formulas in float64 and against TRL's own trainers. The
+oracle (tests/oracles/critic_free.py) has nothing of the trainer but the weights before each step, the prompts and the
+answers. TRL prepares its inputs as in training, advantages included; only its sampling gives our answers."""
 
 from __future__ import annotations
 
@@ -25,8 +23,6 @@ from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, PROMPTS, Bench, Plain, Rows, Taken, TokenRewards, Weights, optim, taken
 
 BETA, CLIP, CLIP_HIGH, ENTROPY, TEMPERATURE, GROUP, NEW, MAX_NORM = 0.3, 0.02, 0.05, 0.1, 0.8, 4, 6, 0.01
-
-
 UNDECIDED = (PROMPTS[1], PROMPTS[4])
 """Prompts whose answers all score alike."""
 
@@ -65,8 +61,6 @@ def run_of(bench: Callable[..., Bench], method: str, apply_to: KlTerm, **changes
 
 @dataclass
 class Step:
-    """A step's loss without KL and entropy, the KL in the loss, gradients before and after clipping."""
-
     policy: float
     kl: float
     norm: float
@@ -75,7 +69,6 @@ class Step:
 
 
 def step_of(trace: Taken, number: int, method: str, apply_to: KlTerm, *, entropy: float, drop: bool) -> Step:
-    """The step ``number`` of the second update."""
     rows = trace.rows[1]
     scores = [score(*row) for row in rows]
     reference, old, new = (Plain(trace.before[at]) for at in (0, 2, number))
@@ -192,8 +185,6 @@ def test_a_tie_is_of_what_is_maximised(bench: Callable[..., Bench]) -> None:
 
 PAPER = {"entropy_coef": ENTROPY, "use_bias_correction_kl": False}
 """By default TRL multiplies the KL by the ratio, unlike Shao et al. 2024, eq. 4."""
-
-
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rloo": (RLOOTrainer, RLOOConfig, {}),
     "grpo": (GRPOTrainer, GRPOConfig, {"loss_type": "grpo", **PAPER}),
@@ -202,7 +193,6 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def _trl_run(bench: Callable[..., Bench], method: str) -> Bench:
-    """As TRL computes it: all ties count, and its RLOO has no bonus of entropy."""
     return run_of(
         bench,
         method,
@@ -215,7 +205,6 @@ def _trl_run(bench: Callable[..., Bench], method: str) -> Bench:
 
 
 def trl_trainer(folder: Path, base: Path, method: str, rows: Rows) -> Any:
-    """TRL's trainer, whose sampling gives our answers and which gives our scores."""
     kind, config, changes = TRAINERS[method]
     answers = [answer for _, answer in rows]
     trainer = kind(

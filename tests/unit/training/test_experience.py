@@ -94,7 +94,6 @@ def test_every_process_has_as_many_micro_batches_in_a_minibatch(world: int) -> N
 
 
 def _answers(rows: list[int]) -> Answers:
-    """Numbers that name their row."""
     ids = [[row] for row in rows]
     logprobs = [torch.tensor(float(row)) for row in rows]
     return Answers(rows=rows, prompts=ids, answers=ids, versions=rows, scores=_scores(rows), sampled_logprobs=logprobs)
@@ -106,7 +105,6 @@ def _scores(rows: list[int]) -> Scores:
 
 
 def plain(rollout: Answers) -> dict[str, Any]:
-    """For comparison: tensors do not compare as a whole."""
     lists = {field.name: getattr(rollout, field.name) for field in fields(Answers)}
     return lists | {"scores": [rollout.scores.of_answer(row) for row in range(len(rollout.rows))]}
 
@@ -217,8 +215,6 @@ def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() 
 
 
 LENGTHS, LONGEST = [2, 8], 10
-
-
 MASK = torch.arange(8) < torch.tensor(LENGTHS)[:, None]
 
 
@@ -238,7 +234,6 @@ def objective(average: Average, **changes: object) -> PolicyObjective:
 def loss_of(
     wanted: PolicyObjective, logprobs: Tensor, *, advantages: Tensor | None = None, kl: float = 0.0
 ) -> PolicyLoss:
-    """With the old policy and the reference as the policy is now, and an advantage of 1 for both answers."""
     old = logprobs.detach()
     sampled = Sampled(
         logprobs=old,
@@ -290,14 +285,8 @@ def test_an_endless_divisor_gives_zero_and_finite_gradients() -> None:
 
 
 ROW_LENGTHS, MOST, CAP, CLIP, CLIP_HIGH = [3, 6, 1, 4], 8, 1.1, 0.1, 0.2
-
-
 ROW_MASK = torch.arange(6) < torch.tensor(ROW_LENGTHS)[:, None]
-
-
 ADVANTAGES = [1.5, -0.7, 0.4, -2.0]
-
-
 METHODS = {
     "ppo": (Average.tokens, False),
     "grpo": (Average.token_means, False),
@@ -313,11 +302,7 @@ def drawn(seed: int, scale: float, around: Tensor | None = None) -> Tensor:
 
 
 OLD = drawn(0, 0.5)
-
-
 ENGINE = drawn(1, 0.3, OLD)
-
-
 NEW = drawn(2, 0.2, OLD)
 
 

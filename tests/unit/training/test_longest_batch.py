@@ -68,8 +68,6 @@ def test_it_has_the_longest_row_and_what_fits_beside_it(
 
 
 class Tried:
-    """What stages tried: rows, and the bytes held for moments meanwhile."""
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool] = lambda tokens: True) -> None:
         self.rows: list[list[int]] = []
         self.moments: list[int] = []
@@ -152,7 +150,6 @@ def test_a_short_training_meets_its_longest_batch_soon_enough(tmp_path: Path, mo
 def failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fits: Callable[[int], bool], **changes: Any
 ) -> StageError:
-    """What the stage raises if only micro-batches of so many tokens find memory that ``fits`` says so."""
     Tried(monkeypatch, fits)
     chained = Chained(tmp_path)
     with pytest.raises(StageError) as raised:
@@ -223,7 +220,6 @@ def written(spec: StageSpec) -> Path:
 
 
 def with_a_long_row(folder: Path, kind: str) -> Path:
-    """Eight of the shipped rows after the first eight; the third has a very long answer, or prompt for PPO."""
     file = folder / "rows.jsonl"
     shipped = (DATA / f"{FILES.get(kind, 'preferences')}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in shipped[8:16]]
@@ -275,7 +271,6 @@ def test_a_sequence_is_a_prompt_with_one_answer(monkeypatch: pytest.MonkeyPatch)
 
 
 def refusal(folder: Path, kind: str, **changes: Any) -> str:
-    """What the stage says of ``with_a_long_row`` before it takes a step, for a model of ``POSITIONS`` positions."""
     chained = Chained(folder)
     if kind == "ppo":
         chained.run("reward", LORA)
@@ -341,14 +336,10 @@ def test_held_out_rows_are_checked_before_training_too(tmp_path: Path) -> None:
 
 
 CPU = torch.device("cpu")
-
-
 MB = 1 << 20
 
 
 class Rows:
-    """Rows of 10 to 20 tokens, 70 in all, of which each token takes so many MB and so much time."""
-
     def __init__(
         self, *, mb: float = 0.0, seconds: Callable[[int], float] = lambda tokens: 0.0, most: int = 10**9
     ) -> None:
@@ -376,7 +367,6 @@ class Rows:
 
 
 def chosen(rows: Rows, monkeypatch: pytest.MonkeyPatch, *, memory: float = 1e15, faster: float = 0.0) -> Choice:
-    """The choice of a process that can have so much ``memory``."""
     monkeypatch.setattr(size_search, "FASTER", faster)
     return SizeSearch(device=CPU, memory=lambda _: memory, where="stages.sft.optim").choice(rows)
 

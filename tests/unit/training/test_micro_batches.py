@@ -35,27 +35,16 @@ from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared import reference
 from alignment.stages.shared.reference import OwnRows
 from alignment.training.context import StageContext
-from alignment.training.micro_batches import (
-    MicroBatches,
-    _weigh,
-    as_many_as_most,
-    cut_alike,
-    divided,
-    shared_tokens,
-)
+from alignment.training.micro_batches import MicroBatches, _weigh, as_many_as_most, cut_alike, divided, shared_tokens
 from alignment.training.optimizer import RandomlyRoundedAdamW
 from tests.chained import PREFIX
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import PROMPTS, greedy, padded, twin
 
 OPTIM = OptimConfig(lr=1e-3, batch_size=6, max_steps=3, schedule=Schedule.constant, warmup_ratio=0.0)
-
-
 ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
 BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
 HALF = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
-
-
 STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "sft": (SftConfig(optim=OPTIM, adapter=ADAPTER), sft.run),
     "sft packed": (SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160), sft.run),
@@ -63,18 +52,10 @@ STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "dpo": (DpoConfig(optim=OPTIM, adapter=ADAPTER), dpo.run),
     "kto": (KtoConfig(optim=OPTIM, adapter=ADAPTER), kto.run),
 }
-
-
 PAIRS = ("reward", "dpo", "kto")
-
-
 NOT_EXACT = {"seconds"}
-
-
 NOT_EXACT |= {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 """What TRL averages over tokens inside a piece of pairs."""
-
-
 TEXT = "the keys are with the caretaker in the hall and the shop is closed on Monday from now"
 
 
@@ -247,7 +228,6 @@ def test_weight_decay_leaves_the_magnitudes_of_dora_alone(tmp_path: Path, monkey
 
 
 def ready(folder: Path, config: Any, *, pairs: bool = False, rows: int = 12, model: Any = None, **base: Any) -> Any:
-    """A stage of this config in ``folder``, with a base and rows."""
     folder.mkdir(exist_ok=True)
     save_tiny_model(folder / "base", **base)
     write_rows(folder / "data.jsonl", pairs=pairs, rows=rows)
@@ -256,7 +236,6 @@ def ready(folder: Path, config: Any, *, pairs: bool = False, rows: int = 12, mod
 
 
 def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:
-    """Conversations or pairs of very different lengths."""
     words = TEXT.split()
     lines = []
     for number in range(1, rows + 1):
@@ -270,7 +249,6 @@ def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:
 
 
 def trained_weights(content: Path) -> torch.Tensor:
-    """All weights that a stage saved, as one vector."""
     (file,) = [*content.glob("adapters/*/adapter_model.safetensors"), *content.glob("model/*.safetensors")]
     return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(file).items())]).double()
 

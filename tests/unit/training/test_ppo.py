@@ -72,8 +72,6 @@ def score(answer: Sequence[int]) -> float:
 
 @dataclass
 class Figures:
-    """The losses of a step, each summed over tokens and divided by their number, the gradients of both, and the KL."""
-
     policy: float
     value: float
     kl: float
@@ -112,7 +110,6 @@ def oracle(reference: Plain, old: Plain, new: Plain, rows: Rows, *, whiten: bool
 def targets(
     rows: Rows, before: list[Tensor], at_start: list[Tensor], values: list[Tensor], *, whiten: bool
 ) -> tuple[Tensor, Tensor]:
-    """Whitened advantages and returns of all tokens, one answer after another."""
     lengths = [len(answer) for _, answer in rows]
     mask = [[position < length for position in range(max(lengths))] for length in lengths]
     scores = [score(answer) - (0.0 if answer[-1] == END else PENALTY) for _, answer in rows]
@@ -174,12 +171,6 @@ def test_a_step_is_what_the_papers_say(
             assert float((trace.gradients[step][name] - gradient).norm() / gradient.norm()) < 1e-3, name
 
 
-def test_updates_go_on_with_the_prompts_that_come_next(bench: Callable[..., Bench]) -> None:
-    run = bench(optim=optim(batch_size=4))
-    drawn = [run.trainer._collect(update).prompts for update in range(2)]
-    assert sorted(drawn[0] + drawn[1]) == sorted(PROMPTS)
-
-
 def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]) -> None:
     """Near zero they are the likeliest ones."""
     run = bench(temperature=1e-4)
@@ -193,8 +184,6 @@ def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]
 
 
 class Relative(TokenRewards):
-    """The length of an answer less the mean length so far."""
-
     def __init__(self) -> None:
         super().__init__(lambda prompt, answer: float(len(answer)))
         self._sum, self._count = 0.0, 0
@@ -262,7 +251,6 @@ def test_ppo_finds_the_optimum_of_one_token_answers(tmp_path: Path) -> None:
 
 
 def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
-    """Every rollout batch that is made from now on."""
     experiences: list[Experience] = []
     collect = PpoTrainer._collect
 
@@ -468,7 +456,6 @@ def test_an_answer_that_never_ended_scores_less_than_it_would_have(
     close(run.metrics()[0]["response_length"], sum(map(len, rollout.answers)) / 64, rtol=1e-4)
 
 
-# ---- what changes and what does not ---------------------------------------------------------------------------------
 @KINDS
 def test_policy_and_critic_change_and_nothing_else_does(bench: Callable[..., Bench], adapter: AdapterConfig) -> None:
     run = bench(adapter=adapter)
@@ -521,20 +508,7 @@ def test_computing_activations_again_changes_no_weight(
     assert weights[True] == weights[False]
 
 
-def test_another_seed_gives_other_weights(bench: Callable[..., Bench]) -> None:
-    """That the same one gives the same is what a resumed run shows."""
-    hashes = []
-    for seed in (0, 1):
-        run = bench(f"seed-{seed}", seed=seed, updates=1)
-        run.train()
-        hashes.append(sha256(run.roles.policy.parameters()))
-    assert hashes[0] != hashes[1]
-
-
-# ---- resuming -------------------------------------------------------------------------------------------------------
 class _SignalAt(TrainerCallback):
-    """Asks this process to stop during a step."""
-
     def __init__(self, step: int) -> None:
         self._step = step
 
@@ -579,7 +553,6 @@ def test_a_resumed_run_equals_the_straight_one(bench: Callable[..., Bench], sett
 
 
 def _untimed(run: Bench) -> list[dict[str, Any]]:
-    """The metrics without those that measure time."""
     return [
         {name: value for name, value in line.items() if not name.startswith("time/") and name != "seconds"}
         for line in run.metrics()

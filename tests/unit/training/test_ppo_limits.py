@@ -119,30 +119,21 @@ def test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it(
     assert over(resumed.trainer, 3.2) == [True]
 
 
-# ---- the guard ------------------------------------------------------------------------------------------------------
 class ScriptedRewards(TokenRewards):
-    """Gives the scores of one look after the other, whatever the answers are."""
-
     def __init__(self, looks: list[list[float]]) -> None:
         super().__init__(lambda prompt, answer: 0.0)
         self._looks = iter(looks)
 
     def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
-        """The next look's."""
         return self.named(next(self._looks))
 
 
 LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
-
-
 HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="held_out")
-
-
 WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_penalty": 0.0}
 
 
 def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
-    """A stage that likes low tokens, watched on prompts of its own by an opinion that dislikes them."""
     guard = GuardConfig(every=1, prompts=8, **changes.pop("guard", {}))
     scorer = changes.pop("scorer", HIGH)
     run = bench(name, rewards=LOW, guard=guard, **{**WATCHED, **changes})
@@ -212,15 +203,6 @@ def test_a_policy_that_is_better_by_chance_replaces_no_earlier_one(bench: Callab
     assert [line["guard/best_update"] for line in lines] == [0, 1, 1, 1]
 
 
-def test_without_keep_best_the_last_policy_is_handed_on(bench: Callable[..., Bench]) -> None:
-    run = _watched(bench, "run", guard={"keep_best": False})
-    run.train()
-    last = _policy(run)
-    metrics = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
-    assert _policy(run) == last
-    assert "guard/kept_update" not in metrics
-
-
 def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Callable[..., Bench]) -> None:
     alone = bench("alone", rewards=LOW, **WATCHED)
     alone.train()
@@ -262,7 +244,6 @@ def test_held_out_prompts_are_never_learned_from(bench: Callable[..., Bench]) ->
         hold_out(prompts, replace(config, guard=GuardConfig(every=1, prompts=8)), run.context)
 
 
-# ---- language modelling beside it -----------------------------------------------------------------------------------
 CONVERSATIONS = [
     TokenizedConversation(input_ids=[1, 5, 9, 6, END], labels=[-100, -100, 9, 6, END]),
     TokenizedConversation(input_ids=[1, 7, END, 1, 8, 3, 4, END], labels=[-100, 7, END, -100, -100, 3, 4, END]),
@@ -271,7 +252,6 @@ CONVERSATIONS = [
 
 
 def _ptx_loss(run: Bench) -> torch.Tensor:
-    """Mean of −log p over learned tokens of all conversations, one plain forward each."""
     losses = []
     for row in CONVERSATIONS:
         ids = torch.tensor([row.input_ids], device=run.context.device)
@@ -308,7 +288,6 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench]) -> None:
     assert after[5.0] < after[0.0]
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
 def test_answers_that_all_score_alike_are_warned_of(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,14 +32,11 @@ from tests.tiny import BASE_SOURCE, tiny_model
 from tests.unit.training.ppo_bench import END, FULL, LORA, PROMPTS, Plain, Taken, taken
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-
-
 GROUP, POWER, CAP, CLIP, LONGEST = 4, 1.5, 1.2, 0.05, 6
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of the bench, of 24 tokens."""
     folder = tmp_path_factory.mktemp("served") / "base"
     tiny_model(vocab_size=24).save_pretrained(str(folder))
     return folder
@@ -47,7 +44,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def untied(base: Path) -> Path:
-    """The same as full training gives it to an engine."""
     start = Lineage(source=BASE_SOURCE, base=base, adapters=())
     return write_base(start, FULL, torch.float32, base.parent / "untied")
 
@@ -60,7 +56,6 @@ def score(prompt: Any, answer: Any) -> float:
 def staged(
     folder: Path, base: Path, served: Path | None = None, *, planted: Planted | None = None, **changes: Any
 ) -> Iterator[tuple[FakeEngine, PpoStage]]:
-    """A stage with a server; ``sampling`` are settings beside its URL."""
     with engine_server(served or base, planted=planted or Planted()) as engine:
         sampling = {"engine": Engine.vllm, "url": engine.url, "retries": 0, "timeout": 20.0}
         sampling |= changes.pop("sampling", {})
@@ -92,7 +87,6 @@ def staged(
 
 
 def models_asked(engine: FakeEngine) -> list[str]:
-    """The names of the weights that answered, in order, each once; without what only this session adds."""
     names = [body["model"].rpartition("-")[0] or body["model"] for body in engine.paths(COMPLETIONS)]
     return list(dict.fromkeys(names))
 
@@ -130,7 +124,6 @@ def test_an_engine_that_is_off_changes_neither_the_ratio_nor_the_kl_at_step_0(tm
 
 
 def expected_gradients(trace: Taken, number: int, method: str, *, cap: float | None) -> dict[str, Tensor]:
-    """Those of a step of the second update, by the oracle; the engine samples from q ∝ p^POWER."""
     rows = trace.rows[1]
     old, new = (Plain(trace.before[at]) for at in (2, number))
     with torch.no_grad():
@@ -188,7 +181,6 @@ def test_a_step_on_an_engines_answers_is_what_the_paper_says(
             assert float((actual - gradient).norm() / gradient.norm()) < 1e-3, name
 
 
-# ---- versions -------------------------------------------------------------------------------------------------------
 def test_weights_follow_after_each_update_and_old_ones_are_removed(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +261,6 @@ def test_the_base_below_an_adapter_that_is_trained_on_has_the_ones_below_it(tmp_
     assert load_policy(start, torch.float32).config.vocab_size == 24
 
 
-# ---- one update ahead -----------------------------------------------------------------------------------------------
 def test_answers_sampled_ahead_are_those_of_the_policy_before_and_are_corrected(tmp_path: Path, base: Path) -> None:
     optim = PpoOptimConfig(lr=1e-2, batch_size=len(PROMPTS), micro_batch_tokens=1000)
     sampling = {"max_staleness": 1, "importance_cap": 2.0}
@@ -320,7 +311,6 @@ def test_a_guard_samples_from_the_policy_as_it_is_even_if_answers_come_ahead(tmp
     assert sorted(set(versions)) == ["policy-0", "policy-1", "policy-2", "policy-3"]
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
 def test_answers_under_another_versions_name_end_the_stage_before_anything_is_learned(
     tmp_path: Path, base: Path
 ) -> None:
@@ -339,8 +329,6 @@ def gap_of(**changes: Any) -> EngineGap:
 
 
 class Batch:
-    """What ``EngineGap`` reads of a scored batch: two answers, of three tokens and of one."""
-
     def __init__(self, gap: float, versions: list[int]) -> None:
         self.response_mask = torch.tensor([[True, True, True], [True, False, False]])
         self.logprobs = torch.full((2, 3), -1.0) * self.response_mask
@@ -374,8 +362,7 @@ def test_a_gap_is_measured_on_answer_tokens_alone_and_corrected_with_a_cap() -> 
 
 
 @pytest.mark.parametrize(
-    ("versions", "allowed", "refused"),
-    [([2, 2], 1, False), ([3, 2], 0, True), ([1, 1], 1, True), ([4, 4], 1, True)],
+    ("versions", "allowed", "refused"), [([2, 2], 1, False), ([3, 2], 0, True), ([1, 1], 1, True), ([4, 4], 1, True)]
 )
 def test_answers_that_are_too_old_or_too_new_are_refused(versions: list[int], allowed: int, refused: bool) -> None:
     gap = gap_of(max_staleness=allowed, importance_cap=2.0)

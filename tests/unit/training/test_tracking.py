@@ -32,16 +32,7 @@ from alignment.training.trackers import mlflow
 from alignment.training.trackers import wandb as wandb_tracker
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.mlflow import NotSentError, Sender
-from alignment.training.trackers.tracker import (
-    TOKEN,
-    Row,
-    Tracker,
-    columns_and_rows,
-    curves,
-    settings,
-    stable_id,
-    tags,
-)
+from alignment.training.trackers.tracker import TOKEN, Row, Tracker, columns_and_rows, curves, settings, stable_id, tags
 from alignment.training.trackers.wandb import _mode, records
 from tests.living import wait_until
 from tests.tiny import tiny_spec
@@ -53,7 +44,6 @@ AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "t
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B that reaches for no network, begun anew for the test."""
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT", "WANDB_DIR", *AGENT):
         monkeypatch.setenv(name, "")  # to be put back afterwards, whatever becomes of it
@@ -65,35 +55,28 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def unused_port() -> int:
-    """A port on which nobody listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """All that W&B's files hold by step, of all attempts in order."""
     files = sorted(folder.rglob("*.wandb"))
     lines = [record.history for file in files for record in records(file) if record.HasField("history")]
     return [{"/".join(entry.nested_key): json.loads(entry.value_json) for entry in line.item} for line in lines]
 
 
 def recorded(folder: Path, kind: str) -> list[Any]:
-    """What W&B's only file holds of a kind of record."""
     (file,) = folder.rglob("*.wandb")
     return [getattr(record, kind) for record in records(file) if record.HasField(kind)]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """The figures of the stage's result."""
     lines = recorded(folder, "summary")
     return {entry.key: json.loads(entry.value_json) for line in lines for entry in line.update}
 
 
-# ---- all of them as one ---------------------------------------------------------------------------------------------
 class _Server(Tracker):
-    """Stores what it gets; it fails as often as there are faults, and waits for ``open``."""
-
     def __init__(self, *faults: Exception) -> None:
         self.stored: list[Any] = []
         self.faults = list(faults)
@@ -195,7 +178,6 @@ def test_a_curve_has_one_name_in_all_trackers_whatever_one_of_them_reserves_or_r
     }
 
 
-# ---- in the way of a training ---------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("offline")
 def test_with_folders_that_cannot_be_written_training_goes_on_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -230,7 +212,6 @@ def test_a_stage_killed_twice_has_the_curves_of_one_that_was_not_in_every_tracke
     assert len(list((spec.run_folder / "wandb").rglob("*.wandb"))) == 3
 
 
-# ---- Weights & Biases -----------------------------------------------------------------------------------------------
 def test_the_id_is_the_same_for_a_stage_that_goes_on_in_its_folder_and_no_other(tmp_path: Path) -> None:
     """Two people may run the same recipe and track it in the same project."""
     spec, other = (tiny_spec(tmp_path / name, DpoConfig()) for name in ("mine", "theirs"))
@@ -253,7 +234,6 @@ def test_it_is_offline_without_a_login_and_whatever_the_user_says(monkeypatch: p
 
 
 def _published(folder: Path, manifest: Manifest) -> StageInput:
-    """An artifact with one file of weights."""
     content, target = folder / "content", folder / "artifacts" / f"{manifest.stage}-{manifest.fingerprint[:8]}"
     content.mkdir(exist_ok=True)
     (content / "model.safetensors").write_text("weights")
@@ -262,7 +242,6 @@ def _published(folder: Path, manifest: Manifest) -> StageInput:
 
 
 def _tracked_dpo(folder: Path) -> StageContext:
-    """A DPO stage on an SFT artifact that W&B followed from beginning to end."""
     sft = Manifest(stage="sft", kind="policy", fingerprint="5f" * 32, identity={})
     config = DpoConfig(beta=0.3, adapter=AdapterConfig(rank=4))
     spec = tiny_spec(folder, config, tracking=TRACKING, inputs={"init": _published(folder, sft)})
@@ -384,16 +363,12 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
     assert "sft-aaaaaaaa" in texts["lineage/text_summary"]
 
 
-# ---- trackio --------------------------------------------------------------------------------------------------------
-
-
 def _rows(*steps: int) -> list[Row]:
     return [Row(step=step, curves={"loss": 1.0}, time=0.0) for step in steps]
 
 
 @pytest.fixture
 def new_sender(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sender]:
-    """A sender to a server, which tries again soon; connections may come back."""
     monkeypatch.setattr(mlflow, "_FIRST_DELAY", 0.01)
     passing: dict[str, Any] = {"may_pass": lambda error: isinstance(error, ConnectionError)}
     return lambda server, **changes: Sender("MLflow at http://x", lambda: server, **passing, **changes)

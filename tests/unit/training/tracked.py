@@ -1,9 +1,7 @@
-"""A stage with trackers that is killed twice, and one that is not.
-
-Each attempt is a process of its own, forked from the caller's. In ``FOLDER/killed`` two are killed with all that they
-started: the first before W&B has written anything, the second once every tracker has a step after the last checkpoint.
-In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
-"""
+"""A stage with trackers that is killed twice, and one that is not. Each attempt is a process of its own, forked from
+the caller's. In ``FOLDER/killed`` two are killed with all that they started: the first before W&B has written anything,
+the second once every tracker has a step after the last checkpoint. In ``FOLDER/straight`` there is one attempt without
+trackers, which nobody kills."""
 
 from __future__ import annotations
 
@@ -35,20 +33,15 @@ SERVER = "TESTS_MLFLOW_URL"
 
 
 class Line(torch.nn.Module):
-    """One weight, and a loss that a step lowers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(2))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The mean of squares."""
         return {"loss": ((x * self.weight).sum(-1) ** 2).mean()}
 
 
 class _Killed(TrainerCallback):
-    """As when a machine is switched off, as it begins the step after ``step``."""
-
     def __init__(self, context: StageContext, trackers: Sequence[str], step: int, *, written: int) -> None:
         self._context = context
         self._trackers = trackers
@@ -56,7 +49,6 @@ class _Killed(TrainerCallback):
         self._written = written
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Once ``written`` steps are in every tracker."""
         if state.global_step == self._step:
             deadline = time.monotonic() + 60
             while not self._is_written() and time.monotonic() < deadline:
@@ -70,19 +62,16 @@ class _Killed(TrainerCallback):
 
 
 def tracking(trackers: Sequence[str]) -> TrackingConfig:
-    """These trackers; MLflow's server is in the environment."""
     return TrackingConfig(**dict.fromkeys(trackers, True), project="tests", mlflow_url=os.environ.get(SERVER, ""))
 
 
 def context_in(folder: Path, **changes: Any) -> StageContext:
-    """A stage under way whose trackers are not started."""
     return StageContext(spec=tiny_spec(folder, SftConfig(), **({"tracking": TRACKING} | changes)), rank=0, world_size=1)
 
 
 def line_trainer(
     context: StageContext, *, steps: int = STEPS, save_every: int = 3, model: torch.nn.Module | None = None
 ) -> Trainer:
-    """A trainer of the line, or of another model, on eight rows; each step is logged."""
     arguments = TrainingArguments(
         **quiet_arguments(context),
         max_steps=steps,
@@ -96,7 +85,6 @@ def line_trainer(
 
 
 def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
-    """Trains the line."""
     trainer = line_trainer(context)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -104,7 +92,6 @@ def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
 
 
 def _attempt(folder: Path, trackers: Sequence[str], *, killed_after: int | None = None, written: int = 0) -> int:
-    """Exit code of a process that goes on with the stage."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -123,7 +110,6 @@ def _attempt(folder: Path, trackers: Sequence[str], *, killed_after: int | None 
 
 
 def run(folder: Path, trackers: Sequence[str]) -> int:
-    """0 if both stages came to their ends."""
     killed = folder / "killed"
     codes = [_attempt(folder / "straight", []), _attempt(killed, trackers, killed_after=4)]
     os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.05"  # seconds; W&B's own default is 15
@@ -133,8 +119,6 @@ def run(folder: Path, trackers: Sequence[str]) -> int:
 
 
 def run_twice(folder: Path, trackers: Sequence[str], **variables: str) -> dict[tuple[str, int], float]:
-    """Both stages; returns the curves of the one that was not killed, from its file."""
-
     def attempts() -> int:
         for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
             del os.environ[name]
