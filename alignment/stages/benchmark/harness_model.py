@@ -41,11 +41,7 @@ class Answering:
 
 
 def answering(settings: Mapping[str, Any], *, default_tokens: int, where: str) -> Answering:
-    """Reads a task's ``generation_kwargs``, as the harness reads them for its own models.
-
-    Raises:
-        DataError: the task does not want the greedy answer.
-    """
+    """Reads a task's ``generation_kwargs``, as the harness reads them for its own models."""
     normal = normalize_gen_kwargs(dict(settings), default_tokens)
     if normal.get("do_sample") and normal.get("temperature", 0.0) > 0.0:
         raise DataError(
@@ -156,11 +152,7 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as text.
-
-        Raises:
-            DataError: the template refuses them.
-        """
+        """The turns as text."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -273,9 +265,6 @@ def score(
     """Of each text: Σ log p(label | tokens before it) in nats, and whether every label is the most likely token.
 
     About ``tokens`` tokens are read at once. Texts that are read alike, such as choices of one token, are read once.
-
-    Raises:
-        ModelError: a text is longer than the model's positions, or the head does more than one matrix product.
     """
     labels_of: dict[tuple[int, ...], list[ScoredText]] = {}
     counts: dict[ScoredText, int] = {}

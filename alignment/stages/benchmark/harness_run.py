@@ -35,11 +35,7 @@ Loaded = Any
 
 
 def load(chosen: Chosen, names: list[str], folder: Path, hub_data: Mapping[str, Path], *, where: str) -> Loaded:
-    """The tasks, with their data read. ``folder`` is for files of this stage; ``hub_data`` has the snapshots by source.
-
-    Raises:
-        DataError: a task's data or its functions cannot be used.
-    """
+    """The tasks, with their data read; ``folder`` is for files of this stage, ``hub_data`` has snapshots by source."""
     written = folder / "tasks"
     written.mkdir(parents=True, exist_ok=True)
     files = [*chosen.tasks.values(), *chosen.groups.values()]
@@ -172,13 +168,7 @@ class ArmRun:
 
 
 def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str) -> ArmRun:
-    """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors.
-
-    Raises:
-        DataError: the right answer of a row is not one of its choices.
-        NonFiniteError: a value is not finite.
-        StageError: the harness, or a function of a task, failed.
-    """
+    """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors."""
     prepare(loaded, num_fewshot=config.num_fewshot)
     try:
         results = evaluate(
@@ -385,12 +375,7 @@ class _SameAnswer(LM):
 
 
 def try_tasks(config: BenchmarkConfig, context: StageContext) -> None:
-    """Loads the tasks with their data and functions, and has their metrics score the first rows.
-
-    Raises:
-        DataError: a task cannot be loaded, or the right answer of a row is not one of its choices.
-        StageError: a function of a task failed; the remedy names a package or a file that is missing.
-    """
+    """Loads the tasks with their data and functions, and has their metrics score the first rows."""
     where = f"stages.{context.spec.stage}.tasks"
     chosen = selected(config)
     limit = min(config.limit or NUM_ROWS, NUM_ROWS)

@@ -239,12 +239,7 @@ def _folders(names: Sequence[str]) -> TaskFolders:
 
 
 def selected(config: BenchmarkConfig) -> Chosen:
-    """The tasks that the stage runs, and their groups.
-
-    Raises:
-        DataError: a file of a task cannot be read.
-        Unknown: there is no such task.
-    """
+    """The tasks that the stage runs, and their groups."""
     folders = _folders(config.task_folders)
     parts = [chosen(name, folders) for name in config.tasks]
     return Chosen(

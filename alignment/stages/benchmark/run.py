@@ -87,11 +87,7 @@ def _import_harness(where: str) -> None:
 
 
 def _refuse_changed_files(config: BenchmarkConfig, context: StageContext, where: str) -> None:
-    """Compares the tasks' files with their fingerprints from the plan.
-
-    Raises:
-        DataError: one of them has changed since, or is missing.
-    """
+    """Compares the tasks' files with their fingerprints from the plan."""
     planned = context.spec.identity.get("files")
     if planned is not None and dict(content(config, where)) != planned:
         raise DataError(
@@ -102,12 +98,7 @@ def _refuse_changed_files(config: BenchmarkConfig, context: StageContext, where:
 
 
 def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, name: str, *, phase: str) -> Any:
-    """The arm behind the harness's interface.
-
-    Raises:
-        ModelError: it cannot be loaded, or has no chat template and needs it.
-        ConfigError: ``max_length`` is more than its positions.
-    """
+    """The arm behind the harness's interface."""
     from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
 
     spec = context.spec

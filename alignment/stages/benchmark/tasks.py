@@ -110,11 +110,7 @@ def located(folder: str) -> Path:
 
 
 def read_folder(folder: Path) -> list[TaskFile]:
-    """The tasks and groups in a folder and the folders below it.
-
-    Raises:
-        DataError: a file is not YAML, or includes one that is missing.
-    """
+    """The tasks and groups in a folder and the folders below it."""
     files = (file for file in sorted(folder.glob("**/*.yaml")) if not set(SKIPPED) & set(file.parts))
     tasks = [_task_file(file) for file in files]
     return [task for task in tasks if task is not None]
@@ -135,11 +131,7 @@ def _task_file(file: Path) -> TaskFile | None:
 
 
 def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """The settings in a file over those of the files that it includes, and these files; data files have absolute paths.
-
-    Raises:
-        DataError: a file is missing, is not YAML or not a group of settings, or includes itself.
-    """
+    """The settings in a file over those of the files that it includes, and these files; data paths are absolute."""
     folder = file.resolve().parent  # a link is read where it leads to, as the harness reads it
     try:
         settings = yaml.load(small_text(file), Loader=_loader(folder))
@@ -241,12 +233,7 @@ class Chosen:
 
 
 def chosen(name: str, folders: TaskFolders) -> Chosen:
-    """The tasks behind a name: of a task, of a group, or a tag.
-
-    Raises:
-        Unknown: there is no such name, two files have it, or a group is defined in a way that is not supported; the
-            message says which.
-    """
+    """The tasks behind a name: of a task, of a group, or a tag."""
     tasks: dict[str, TaskFile] = {}
     groups: dict[str, TaskFile] = {}
     for file in _files_of(name, folders, above=()):

@@ -195,11 +195,7 @@ def timing(
     prompts: Sequence[Tokens],
     students: Sequence[tuple[Lineage, StudentFigures]],
 ) -> Timing:
-    """Times of the teacher alone, and with the student before and after it learned.
-
-    Raises:
-        StageError: in float32 an answer with a draft differs from that without, elsewhere than at a tie.
-    """
+    """Times of the teacher alone, and with the student before and after it learned."""
     greedy = Greedy(
         max_new_tokens=config.max_new_tokens, end_ids=sorted(end_ids(tokenizer)), pad_id=tokenizer.pad_token_id
     )

@@ -94,11 +94,6 @@ def answers_of_arms(
     """The arms' answers, on every process; every process must call this.
 
     ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
-
-    Raises:
-        ModelError: a conversation with its next answer may be longer than the policy's positions, or is with its
-            reference answer.
-        DataError: a row cannot be rendered with an arm's own answers.
     """
     per_prompt = config.answers.per_prompt
     turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}

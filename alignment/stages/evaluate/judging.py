@@ -49,10 +49,6 @@ def by_people(
     """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts.
 
     If the recipe does not configure the pairs, those that people judged are added to ``pairs``.
-
-    Raises:
-        StageError: the votes are not those that the run was planned with.
-        DataError: the file of votes is damaged.
     """
     votes = _votes(context)
     pairs = [*pairs, *(() if config.pairs else _other_pairs(votes, list(arms), pairs))]
@@ -178,11 +174,7 @@ class _Pair:
 
 
 def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None:
-    """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early.
-
-    Raises:
-        ConfigError: its client is not installed, or its key is not set.
-    """
+    """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early."""
     if config.kind is not JudgeKind.endpoint:
         return None
     return Endpoint(
@@ -204,11 +196,7 @@ def judge(
     reference: str,
     intervals: Intervals,
 ) -> Judged:
-    """Judges all pairs on the same prompts; the result is empty if no judge is configured.
-
-    Raises:
-        StageError: a call to the endpoint fails, or the votes of people have changed since the run was planned.
-    """
+    """Judges all pairs on the same prompts; the result is empty if no judge is configured."""
     if config.kind is JudgeKind.none:
         return Judged()
     pairs = pairs_of(config, list(arms), reference=reference)

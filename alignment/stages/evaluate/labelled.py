@@ -49,13 +49,7 @@ def judge_labelled(
     grader: Endpoint | None,
     intervals: Intervals,
 ) -> Labelled:
-    """The judge's verdicts on at most ``max_prompts`` pairs; empty if there are none to judge.
-
-    Raises:
-        DataError: a row is no pair, or lacks what the judge reads.
-        StageError: a call to an endpoint fails.
-        RewardError: a metric failed, or did not return one usable number per answer.
-    """
+    """The judge's verdicts on at most ``max_prompts`` pairs; empty if there are none to judge."""
     if not labels_pairs(config.judge):
         return Labelled()
     settings = config.judge.labelled

@@ -91,10 +91,6 @@ def scores_by_models(
     """Every arm's scores by the metrics that are reward models of their own, by source, on every process.
 
     The processes share the answers, and every process must call this.
-
-    Raises:
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a model did not give one usable number per answer.
     """
     parts = [part for of_arm in answers.values() for part in of_arm.parts(AT_ONCE)]
     by_source: dict[Source, dict[str, list[float]]] = {}
@@ -128,10 +124,6 @@ def scores_by_arm(
     A graded metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm
     has no grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has
     the metric.
-
-    Raises:
-        DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
-        RewardError: a metric failed, or did not return one usable number per answer.
     """
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
@@ -217,11 +209,7 @@ class Grades:
 
 
 def open_grader(config: EvaluateConfig, context: StageContext) -> Endpoint | None:
-    """The grader's endpoint, or None if no metric asks it. Call it first, so that errors come early.
-
-    Raises:
-        ConfigError: its client is not installed, or its key is not set.
-    """
+    """The grader's endpoint, or None if no metric asks it. Call it first, so that errors come early."""
     if not is_graded(config):
         return None
     return Endpoint(
@@ -239,11 +227,7 @@ def grade_answers(
     answers: Mapping[str, Answers],
     asked: Sequence[AskedTurn],
 ) -> Grades:
-    """All grades; ``asked`` are the turns that the answers belong to, ``per_prompt`` answers to each.
-
-    Raises:
-        StageError: a call to the endpoint fails.
-    """
+    """All grades; ``asked`` are the turns that the answers belong to, ``per_prompt`` answers to each."""
     grades = Grades()
     if grader is None:
         return grades

@@ -27,11 +27,7 @@ from alignment.training.context import StageContext
 
 
 def held_out_prompts(config: EvaluateConfig, context: StageContext) -> list[HeldOutPrompt]:
-    """The first row of each prompt; ``left_out.jsonl`` lists the others, and a note counts them.
-
-    Raises:
-        DataError: a row cannot be read.
-    """
+    """The first row of each prompt; ``left_out.jsonl`` lists the others, and a note counts them."""
     rows = rows_of(context, HeldOutPrompt, config.data)
     first: dict[str, HeldOutPrompt] = {}
     for row in rows:
@@ -65,11 +61,7 @@ def unchanged(row: HeldOutPrompt) -> Sequence[Message]:
 
 
 def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> dict[str, Shown]:
-    """How the arms are asked that get more than a row's own messages, by name.
-
-    Raises:
-        DataError: there are too few examples.
-    """
+    """How the arms are asked that get more than a row's own messages, by name."""
     system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
     shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
     if FEW_SHOT in config.arms:
@@ -79,11 +71,7 @@ def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequenc
 
 
 def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
-    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
-
-    Raises:
-        DataError: the reference cannot be rendered either way.
-    """
+    """A reference in tokens; without its thought if that cannot follow the prompt (``enable_thinking: false``)."""
     try:
         return answer_ids(tokenizer, messages, reference, tools)
     except DataError:
@@ -143,11 +131,7 @@ class TurnPrompts:
 
 
 def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, with_references: bool) -> TurnPrompts:
-    """The prompts of the rows, and their references if asked for.
-
-    Raises:
-        DataError: a row cannot be rendered.
-    """
+    """The prompts of the rows, and their references if asked for."""
 
     def reference(row: HeldOutPrompt) -> Reference | None:
         if not row.reference:
@@ -174,9 +158,6 @@ def later_turn(
     """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
 
     A reference answer follows the references of the turns before it, which makes it the same text for all arms.
-
-    Raises:
-        DataError: a row cannot be rendered with these answers.
     """
     asked = [index for index, row in enumerate(rows) if row.num_turns > number]
 
@@ -264,12 +245,7 @@ class ArmPrompts:
 def prompts_of_arms(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
 ) -> dict[str, ArmPrompts]:
-    """The prompts of every arm; ``tokenizer`` is the run's.
-
-    Raises:
-        ModelError: an artifact has another tokenizer, or an external model has no chat template.
-        DataError: a row cannot be rendered, or there are too few examples.
-    """
+    """The prompts of every arm; ``tokenizer`` is the run's."""
     otherwise, arms = shown_otherwise(config, context, rows), context.spec.arms
     return {name: _arm_prompts(context, arms[name], tokenizer, rows, otherwise.get(name)) for name in config.arms}
 

@@ -190,11 +190,7 @@ def _answers(
 def _choices(
     context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], rows: Sequence[HeldOutPrompt]
 ) -> dict[str, list[float]]:
-    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row.
-
-    Raises:
-        ModelError: a question with its choices is longer than an arm's positions.
-    """
+    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row."""
     asked = {name: letter_rows(arm.tokenizer, rows, arm.shown) for name, arm in arm_prompts.items()}
     rows_of_arms = {}
     for name, arm in arm_prompts.items():

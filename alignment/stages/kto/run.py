@@ -85,11 +85,7 @@ def _newest_figures(context: StageContext) -> dict[str, float]:
 
 
 def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> LabelWeights:
-    """The weights of the labels, given the number of rows of each.
-
-    Raises:
-        DataError: there are rows of one label only.
-    """
+    """The weights of the labels, given the number of rows of each."""
     if why := one_label(labels):
         raise DataError(why, where=where, remedy=ONE_LABEL_REMEDY)
     return label_weights(

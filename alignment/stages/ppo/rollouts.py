@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import AnswerStream, answer_statistics, answer_stream
+from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.kernels.nf4 import reused_norms
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo.engine import RolloutEngine, SampledAnswers
@@ -95,11 +95,7 @@ class Rollouts:
         self._ahead: dict[int, Future[SampledAnswers]] = {}
 
     def of_update(self, update: int, metrics: UpdateMetrics, partition_of: Cut) -> tuple[Rollout, Partition]:
-        """The episodes of an update, which do not depend on the number of processes, and how they were cut.
-
-        Raises:
-            StageError: the engine failed.
-        """
+        """The episodes of an update, which do not depend on the number of processes, and how they were cut."""
         draw, ahead = self._draw_of(update), self._ahead.get(update)
         return self._make(draw, self._episodes.group, update, metrics, partition_of, ahead=ahead)
 
@@ -195,45 +191,32 @@ class Rollouts:
         """The answers of these micro-batches, in their order."""
         lengths = [len(answers.answers[row]) for rows in micro_batches for row in rows]
         if not lengths:  # all of the prompts may be those of other processes
-            return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if self._has_critic else None)
+            has_critic = self._roles.actor_critic.value is not None
+            return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if has_critic else None)
         streams = [
             answer_stream(
                 [answers.prompts[row] for row in rows], [answers.answers[row] for row in rows], self._context.device
             )
             for rows in micro_batches
         ]
-        logprobs, entropy, values = self._policy_and_values(streams)
-        reference = self._reference_logprobs(streams)
-        columns = [logprobs, reference, entropy, *([] if values is None else [values])]
-        on_host = torch.stack([column.float() for column in columns]).cpu()  # a single wait for the GPU
+        temperature = self._episodes.temperature
+        # Log-probabilities are recomputed, because those from sampling differ from the training forward's.
+        looks = [self._roles.actor_critic.look(batch, temperature) for batch in streams]
+        policy, values = [statistics for statistics, _ in looks], [values for _, values in looks if values is not None]
+        with self._roles.reference() as reference:
+            reference_logprobs = [answer_statistics(reference, s, temperature=temperature).logprobs for s in streams]
+        parts = [
+            [s.logprobs for s in policy],
+            reference_logprobs,
+            [s.entropy for s in policy],
+            *([values] * bool(values)),
+        ]
+        on_host = torch.stack([torch.cat(column).float() for column in parts]).cpu()  # a single wait for the GPU
         # Copies, because a view would travel to other processes with all that it is a view of.
         by_answer = [[part.clone() for part in column.split(lengths)] for column in on_host]
         return Readings(
             logprobs=by_answer[0],
             reference_logprobs=by_answer[1],
             entropy=by_answer[2],
-            values=None if values is None else by_answer[3],
+            values=by_answer[3] if values else None,
         )
-
-    def _policy_and_values(self, streams: Sequence[AnswerStream]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities are recomputed, because those from sampling differ from the training forward's."""
-        look = self._roles.actor_critic.look
-        readings = [look(batch, self._episodes.temperature) for batch in streams]
-        statistics = [statistics for statistics, _ in readings]
-        values = [values for _, values in readings if values is not None]
-        return (
-            torch.cat([tokens.logprobs for tokens in statistics]),
-            torch.cat([tokens.entropy for tokens in statistics]),
-            torch.cat(values) if values else None,
-        )
-
-    def _reference_logprobs(self, streams: Sequence[AnswerStream]) -> Tensor:
-        temperature = self._episodes.temperature
-        with self._roles.reference() as reference:
-            return torch.cat(
-                [answer_statistics(reference, batch, temperature=temperature).logprobs for batch in streams]
-            )
-
-    @property
-    def _has_critic(self) -> bool:
-        return self._roles.actor_critic.value is not None

@@ -132,11 +132,7 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 
 
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any, policy: PreTrainedModel) -> Ptx | None:
-    """The loss of conversations beside PPO's, if it is wanted.
-
-    Raises:
-        ModelError: a conversation is longer than the policy's positions.
-    """
+    """The loss of conversations beside PPO's, if it is wanted."""
     if not config.ptx.coefficient:
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
@@ -182,11 +178,7 @@ def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Pro
 
 
 def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
-    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side.
-
-    Raises:
-        ConfigError: there are too few different prompts.
-    """
+    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side."""
     if not config.guard.every:
         return prompts, Prompts(ids=[], rows=[])
     different = sorted({tuple(prompt) for prompt in prompts.ids})

@@ -84,11 +84,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
 
 
 def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) -> tuple[Dataset, Dataset]:
-    """Pairs to learn from, and held-out pairs; all pairs of a prompt are on the same side.
-
-    Raises:
-        DataError: there are too few prompts to hold any out.
-    """
+    """Pairs to learn from, and held-out pairs; all pairs of a prompt are on the same side."""
     if fraction == 0:
         return pairs, pairs.select([])
     learned, held_out = split_by_prompt(pairs, fraction, rng, where=where, setting="eval_fraction=0")

@@ -42,12 +42,7 @@ from alignment.training.context import StageContext
 
 
 def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequence[PreferencePair]) -> list[float]:
-    """The rule's score of each chosen and rejected answer in turn.
-
-    Raises:
-        DataError: a row lacks what the rule needs, or a function's file changed since the run was planned.
-        RewardError: the rule failed, or did not return one usable number per answer.
-    """
+    """The rule's score of each chosen and rejected answer in turn."""
     prompts = [
         Prompt(messages=pair.messages, tools=pair.tools, row=pair.row, where=pair.where)
         for pair in pairs
@@ -140,11 +135,7 @@ def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
 def _without_learned(
     config: RewardCardConfig, context: StageContext, records: list[PreferencePair], learned: list[PreferencePair]
 ) -> tuple[list[PreferencePair], Learned | None]:
-    """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown.
-
-    Raises:
-        DataError: all pairs overlap, so none is left to judge.
-    """
+    """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown."""
     if not learned:
         return records, None
     part_known = _part_is_known(config, context)
@@ -204,12 +195,7 @@ class _Reading:
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """Loads the model and tokenises its rows.
-
-    Raises:
-        ModelError: it cannot be loaded, has another tokenizer than the run's base, or its rows cannot be cut.
-        DataError: too many pairs are too long.
-    """
+    """Loads the model and tokenises its rows."""
     reward = context.spec.inputs["reward"]
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if read_manifest(reward.path) is None:
@@ -262,11 +248,7 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """One score per row, on every process.
-
-    Raises:
-        RewardError: a score is not finite.
-    """
+    """One score per row, on every process."""
     parts = grouped(reading.rows, AT_ONCE)
 
     def scores_of(share: Sequence[Sequence[list[int]]]) -> list[float]:

@@ -49,11 +49,6 @@ def answer_scores(
     """The score of each answer by each scorer, and in total, prompt by prompt.
 
     ``records`` are all rows of the stage's data, ``tokenizer`` is the policy's.
-
-    Raises:
-        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a scorer failed, or did not return one usable number per answer.
     """
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
@@ -107,11 +102,7 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
 
 
 def _refuse_other_reward(context: StageContext, tokenizer: Any) -> None:
-    """Checks the stage's own reward model before anything is sampled.
-
-    Raises:
-        ModelError: it reads tokens of another tokenizer.
-    """
+    """Checks the stage's own reward model before anything is sampled."""
     reward = context.spec.inputs.get("reward")
     if reward is not None and reward.path is not None and read_manifest(reward.path) is not None:
         refuse_other_tokenizer(context.spec, reward, tokenizer)

@@ -107,11 +107,7 @@ class ServedPolicies:
             self._weights = shared(lambda: self._used(needed.adapter))[0]
 
     def _refuse_other_weights(self, needed: ServedWeights) -> None:
-        """A server at a url has one set of weights, those of a plain folder; only an adapter can be put on them.
-
-        Raises:
-            ConfigError: the policy has others.
-        """
+        """A server at a url has one set of weights, those of a plain folder; only an adapter can be put on them."""
         if needed.below.adapters or self._below not in (None, needed.below):
             names = " and ".join(adapter.path.name for adapter in needed.below.adapters) or needed.below.source
             raise ConfigError(
