@@ -160,7 +160,7 @@ def _call_problem(kind: StageKind, config: Any) -> str:
         called = f"rows({name}())"
         made = kind.rows(config)
         called = f"Outcome.metrics({name}())"
-        reported = kind.outcome.metrics(config)
+        reported: Any = kind.outcome.metrics(config)
         called = f"curves(settings of {name}())"
         charts = list(kind.curves(settings))
         called = "tokens(settings, {'step': 1})"

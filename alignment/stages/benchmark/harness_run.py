@@ -123,29 +123,23 @@ _CLOSE = 1e-9
 _PACKAGE = Path(__file__).parents[2]
 
 
-class RandomState:
-    """The state of all random generators after the tasks were loaded, so that every arm gets the same prompts."""
+def seed_generators() -> None:
+    """Starts all random generators as the harness's command does."""
+    random.seed(_SEEDS[0])
+    np.random.seed(_SEEDS[1])
+    torch.manual_seed(_SEEDS[2])
 
-    def __init__(self) -> None:
-        self._state: tuple[Any, Any, torch.Tensor] | None = None
 
-    @staticmethod
-    def seed() -> None:
-        """Starts them as the harness's command does."""
-        random.seed(_SEEDS[0])
-        np.random.seed(_SEEDS[1])
-        torch.manual_seed(_SEEDS[2])
+def random_state() -> tuple[Any, Any, torch.Tensor]:
+    """Their state once the tasks are loaded, to which ``restore`` returns, so that every arm gets the same prompts."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    def save(self) -> None:
-        """Remembers the present state."""
-        self._state = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    def restore(self) -> None:
-        """Goes back to it."""
-        assert self._state is not None, "saved once the tasks are loaded"
-        random.setstate(self._state[0])
-        np.random.set_state(self._state[1])
-        torch.set_rng_state(self._state[2])
+def restore(state: tuple[Any, Any, torch.Tensor]) -> None:
+    """Goes back to a ``random_state``."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

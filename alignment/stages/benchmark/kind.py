@@ -33,7 +33,6 @@ from alignment.stages.benchmark.tasks import (
     SHIPPED,
     SKIPPED,
     Chosen,
-    TaskFile,
     TaskFolders,
     Unknown,
     chosen,
@@ -360,11 +359,11 @@ def content(config: BenchmarkConfig, where: str) -> Mapping[str, str]:
 
 def _outside(files: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
     """The files that the hash of no folder covers."""
-    return [file for file in files if not any(_covers(folder.resolve(), file.resolve()) for folder in folders)]
 
+    def covers(folder: Path, file: Path) -> bool:
+        return file.is_relative_to(folder) and not _is_by_product(file.relative_to(folder))
 
-def _covers(folder: Path, file: Path) -> bool:
-    return file.is_relative_to(folder) and not _is_by_product(file.relative_to(folder))
+    return [file for file in files if not any(covers(folder.resolve(), file.resolve()) for folder in folders)]
 
 
 def _tree_sha256(folder: Path) -> str:
@@ -380,12 +379,8 @@ def _is_by_product(name: Path) -> bool:
 def _code(config: BenchmarkConfig) -> list[str]:
     """The functions of the user's; those that the harness ships are not."""
     shipped = [located(name) for name in config.task_folders if name.startswith(SHIPPED)]
-    tasks = [task for task in _known(config).tasks.values() if not _is_below(task, shipped)]
+    tasks = [task for task in _known(config).tasks.values() if not any(map(task.file.is_relative_to, shipped))]
     return list(dict.fromkeys(str(function) for task in tasks for function in task.functions))
-
-
-def _is_below(task: TaskFile, folders: list[Path]) -> bool:
-    return any(task.file.is_relative_to(folder) for folder in folders)
 
 
 def _hub_data(config: BenchmarkConfig) -> list[str]:

@@ -17,7 +17,7 @@ from alignment.evaluation.conclusions import (
 from alignment.evaluation.paired_scores import labels
 from alignment.evaluation.statistics import Intervals, compare
 from alignment.evaluation.tables import arm_result, by_task
-from alignment.records.evaluation import ArmResult, Evaluation, Grading, JudgedPair, Metric
+from alignment.records.evaluation import Evaluation, Grading, JudgedPair, Metric
 from alignment.rewards.scorer_sources import REWARD
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredArms
@@ -71,18 +71,36 @@ def evaluation_of(
     comparisons = compare(compared, reference=scored.reference, intervals=scored.intervals)
     num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), scored.rows))
     num_scored = _num_scored(scored, [grading.metric for grading in gradings])
+    rewards = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
     judge_table = judged.table and replace(judged.table, labelled=labelled)
     label_of = labels(config.arms)
     evaluation = Evaluation(
         num_prompts=len(scored.rows),
         metrics=list(scored.metrics),
         primary=None if metric is None else metric.name,
-        arms=_arm_results(config, scored, judged, label_of),
+        arms=[
+            arm_result(
+                name,
+                arm,
+                label=label_of[name],
+                scores=scored.turn_scores[name],
+                rewards=scored.rewards[name],
+                log_ratios=scored.log_ratios[name],
+                win_rate=judged.win_rate(name, reference=scored.reference),
+                intervals=scored.intervals,
+                sampled=config.answers.temperature > 0.0,
+            )
+            for name, arm in scored.arms.items()
+        ],
         comparisons=comparisons,
         other_comparisons=compare(
-            _by_other_metrics(scored, metric), reference=scored.reference, intervals=scored.intervals
+            {other.name: _known(scored.by_metric(other.name)) for other in scored.metrics if other != metric},
+            reference=scored.reference,
+            intervals=scored.intervals,
         ),
-        reward_comparisons=compare(_by_reward(scored), reference=scored.reference, intervals=scored.intervals),
+        reward_comparisons=compare(
+            {REWARD: rewards} if rewards else {}, reference=scored.reference, intervals=scored.intervals
+        ),
         tasks=by_task(scored.rows, by_primary),
         judge=judge_table,
         gradings=list(gradings),
@@ -95,30 +113,6 @@ def evaluation_of(
         ],
     )
     return replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
-
-
-def _arm_results(
-    config: EvaluateConfig, scored: ScoredAnswers, judged: Judged, label_of: Mapping[str, str]
-) -> list[ArmResult]:
-    return [
-        arm_result(
-            name,
-            arm,
-            label=label_of[name],
-            scores=scored.turn_scores[name],
-            rewards=scored.rewards[name],
-            log_ratios=scored.log_ratios[name],
-            win_rate=judged.win_rate(name, reference=scored.reference),
-            intervals=scored.intervals,
-            sampled=config.answers.temperature > 0.0,
-        )
-        for name, arm in scored.arms.items()
-    ]
-
-
-def _by_other_metrics(scored: ScoredAnswers, primary: Metric | None) -> dict[str, dict[str, list[float]]]:
-    others = [metric.name for metric in scored.metrics if metric != primary]
-    return {name: _known(scored.by_metric(name)) for name in others}
 
 
 def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
@@ -134,9 +128,3 @@ def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
 def _known(by_arm: Scores) -> dict[str, list[float]]:
     """The scores that there are, which are on the same prompts for every arm."""
     return {arm: known(values) for arm, values in by_arm.items()}
-
-
-def _by_reward(scored: ScoredAnswers) -> dict[str, dict[str, list[float]]]:
-    """The reward model's scores by prompt; empty without a reward model."""
-    means = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
-    return {REWARD: means} if means else {}

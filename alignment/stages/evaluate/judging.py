@@ -177,11 +177,8 @@ def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None
     """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early."""
     if config.kind is not JudgeKind.endpoint:
         return None
-    return Endpoint(
-        config.endpoint,
-        SavedReplies(context.spec.work / REPLIES),
-        where=f"stages.{context.spec.stage}.judge",
-    )
+    replies = SavedReplies(context.spec.work / REPLIES)
+    return Endpoint(config.endpoint, replies, where=f"stages.{context.spec.stage}.judge")
 
 
 def judge(
@@ -238,13 +235,18 @@ def _row(
 ) -> JudgedPair:
     """A pair's row in the table; the judge is compared with ``primary``, which is None if it is the judge itself."""
     words, words_against = (_words(arms[name], config, indices) for name in (pair.arm, pair.against))
+    by_metric = None
+    if primary is not None:  # None where the answers are identical, so nothing could disagree
+        texts, texts_against = (_texts(arms[name], config) for name in (pair.arm, pair.against))
+        points = zip(indices, primary.points(pair.arm, pair.against, indices), strict=True)
+        by_metric = [None if texts[index] == texts_against[index] else point for index, point in points]
     return judged_pair(
         pair.arm,
         pair.against,
         pair.points,
         pair.both,
         extra_words=[count - other for count, other in zip(words, words_against, strict=True)],
-        by_metric=None if primary is None else _by_metric(pair, config, arms, primary, indices),
+        by_metric=by_metric,
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
@@ -255,17 +257,6 @@ def _judges_what_metrics_score(config: JudgeConfig, arms: Mapping[str, Answered]
     first to each prompt, and a metric scores all."""
     of_first = config.kind in (JudgeKind.endpoint, JudgeKind.people)
     return config.kind is not JudgeKind.metric and not (of_first and any(arm.per_prompt > 1 for arm in arms.values()))
-
-
-def _by_metric(
-    pair: _Pair, config: JudgeConfig, arms: Mapping[str, Answered], primary: ScoredArms, indices: Sequence[int]
-) -> list[float | None]:
-    """The metric's points on the judged prompts; None where the answers are identical, so nothing could disagree."""
-    texts, texts_against = (_texts(arms[name], config) for name in (pair.arm, pair.against))
-    points = primary.points(pair.arm, pair.against, indices)
-    return [
-        None if texts[index] == texts_against[index] else point for index, point in zip(indices, points, strict=True)
-    ]
 
 
 def _texts(arm: Answered, config: JudgeConfig) -> list[Sequence[Sequence[str]]]:
@@ -323,12 +314,10 @@ def _by_endpoint(
     replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
     verdicts = [verdict_of(reply) for reply in replies]
     lines = [
-        _line(rows, index, arm, against) | _reply(order[0], verdict, reply)
+        _line(rows, index, arm, against) | reply_line(order[0], verdict, reply)
         for (arm, against, index, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
     ]
-    both = [
-        BothOrders(arm_first=verdicts[number], arm_second=verdicts[number + 1]) for number in range(0, len(shown), 2)
-    ]
+    both = [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)]
     judged = []
     for number, (arm, against) in enumerate(pairs):
         own = both[number * len(indices) : (number + 1) * len(indices)]
@@ -350,5 +339,6 @@ def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> 
     return {"id": rows[index].id, "row": index, "arm": arm, "against": against}
 
 
-def _reply(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+def reply_line(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+    """A judge's reply as part of a line of results; ``first`` is the answer that it saw first."""
     return {"shown_first": first, "verdict": verdict.value, "text": reply}

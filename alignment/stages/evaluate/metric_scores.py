@@ -25,7 +25,7 @@ from alignment.rewards.scorers import Answers, Scorer
 from alignment.stages.evaluate.checks import is_graded
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.prompts import ArmPrompts
-from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, metric_scores_of, scores_of
+from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares
 from alignment.training.context import StageContext
 
@@ -128,19 +128,16 @@ def scores_by_arm(
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
         (REWARD, ""): measured.rewards,
-        (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in measured.choices.items()},
+        (CHOICE, ""): {
+            name: [score for score in of_arm for _ in range(config.answers.per_prompt)]
+            for name, of_arm in measured.choices.items()
+        },
         **measured.models,
     }
     by_source |= {_source(metric): measured.grades[metric.name] for metric in config.metrics if metric.source == GRADE}
     sources = {_source(metric) for metric in config.metrics} - set(by_source)
     total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress("scoring", done, total)
-
+    progress = counted_progress(context, "scoring", total)
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
             scorer = _scorer(number, config, context, tokenizer, rows)
@@ -183,10 +180,6 @@ def _source(metric: MetricConfig) -> Source:
     }
     used = {name: value for name, value in settings.items() if value is not None}
     return metric.source, json.dumps(used, sort_keys=True) if used else ""
-
-
-def _repeated(scores: Sequence[float], times: int) -> list[float]:
-    return [score for score in scores for _ in range(times)]
 
 
 REPLIES = "grades.work.jsonl"

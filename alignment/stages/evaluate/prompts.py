@@ -65,7 +65,13 @@ def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequenc
     system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
     shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
     if FEW_SHOT in config.arms:
-        examples = _examples(config, context, rows)
+        examples = draw_examples(
+            rows_of(context, Conversation, config.few_shot.data, field="few_shot.data"),
+            rows,
+            count=config.few_shot.count,
+            generator=context.generator("few_shot"),
+            where=f"stages.{context.spec.stage}.few_shot",
+        )
         shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
     return shown
 
@@ -79,17 +85,6 @@ def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, t
         if answer in ("", reference):
             raise
         return answer_ids(tokenizer, messages, answer, tools)
-
-
-def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:
-    conversations = rows_of(context, Conversation, config.few_shot.data, field="few_shot.data")
-    return draw_examples(
-        conversations,
-        rows,
-        count=config.few_shot.count,
-        generator=context.generator("few_shot"),
-        where=f"stages.{context.spec.stage}.few_shot",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +129,8 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
     """The prompts of the rows, and their references if asked for."""
 
     def reference(row: HeldOutPrompt) -> Reference | None:
-        if not row.reference:
-            return None
-        return Reference(ids=reference_ids(tokenizer, shown(row), row.reference, row.tools))
+        text = row.reference
+        return Reference(ids=reference_ids(tokenizer, shown(row), text, row.tools)) if text else None
 
     return TurnPrompts(
         number=0,
@@ -147,18 +141,13 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
 
 
 def later_turn(
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    shown: Shown,
-    earlier: Sequence[Sequence[Sequence[str]]],
-    *,
-    number: int,
-    with_references: bool,
+    arm: ArmPrompts, rows: Sequence[HeldOutPrompt], earlier: Sequence[Sequence[Sequence[str]]], *, number: int
 ) -> TurnPrompts:
     """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
 
     A reference answer follows the references of the turns before it, which makes it the same text for all arms.
     """
+    tokenizer, shown = arm.tokenizer, arm.shown
     asked = [index for index, row in enumerate(rows) if row.num_turns > number]
 
     def reference(row: HeldOutPrompt) -> Reference | None:
@@ -176,9 +165,7 @@ def later_turn(
         number=number,
         rows=asked,
         prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt), prompt.tools)),
-        references=tokenize_rows([rows[index] for index in asked], reference)
-        if with_references
-        else [None] * len(asked),
+        references=[None] * len(asked) if arm.own_tokens else tokenize_rows([rows[i] for i in asked], reference),
     )
 
 

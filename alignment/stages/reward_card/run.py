@@ -34,7 +34,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE, RewardCardConfig
-from alignment.stages.shared.answer_scores import asking_of, scores_of
+from alignment.stages.shared.answer_scores import asking_of, counted_progress, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of
@@ -54,13 +54,7 @@ def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequen
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
     no_tokens: list[list[int]] = [[] for _ in texts]
     answers = Answers(prompt_ids=no_tokens, answer_ids=no_tokens, texts=texts, prompts=prompts, rows=range(len(texts)))
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress("scoring by the rule", done, len(texts))
-
+    progress = counted_progress(context, "scoring by the rule", len(texts))
     return scores_of(scorer, answers, source=rule.source, progress=progress)
 
 
