@@ -158,11 +158,7 @@ def _read(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, 
             return AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": []}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(folder),
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
+            str(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=source) from error

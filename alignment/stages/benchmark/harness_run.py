@@ -190,9 +190,7 @@ def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, 
         task.key(metric): _measurement(results, task.name, metric, name) for task in tasks for metric in task.metrics
     }
     return ArmRun(
-        tasks=tasks,
-        values=values,
-        rows={task: dict(_rows(samples)) for task, samples in results["samples"].items()},
+        tasks=tasks, values=values, rows={task: dict(_rows(samples)) for task, samples in results["samples"].items()}
     )
 
 

@@ -18,14 +18,7 @@ from alignment.evaluation.paired_scores import labels
 from alignment.evaluation.statistics import Intervals, compare
 from alignment.models.assembly.load import lineage
 from alignment.models.assembly.prefix import positions_of
-from alignment.records.benchmark import (
-    Benchmark,
-    BenchmarkArm,
-    BenchmarkRow,
-    BenchmarkTask,
-    TaskMetric,
-    write_rows,
-)
+from alignment.records.benchmark import Benchmark, BenchmarkArm, BenchmarkRow, BenchmarkTask, TaskMetric, write_rows
 from alignment.stages.benchmark.kind import BASE, INSTALL, BenchmarkConfig, content, selected
 from alignment.stages.benchmark.tasks import HARNESS
 from alignment.stages.shared.answer_scores import counted_progress
@@ -109,12 +102,7 @@ def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, n
         end_ids(tokenizer) if config.apply_chat_template else {tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())}
     )
     return HarnessModel(
-        model,
-        tokenizer,
-        config,
-        end_ids=sorted(ends),
-        where=f"arm {name}",
-        progress=counted_progress(context, phase),
+        model, tokenizer, config, end_ids=sorted(ends), where=f"arm {name}", progress=counted_progress(context, phase)
     )
 
 

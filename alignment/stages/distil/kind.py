@@ -234,10 +234,6 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.timed_prompts", message=message)
 
 
-def _too_few_prompts(config: DistilConfig, num_prompts: int, where: str) -> Iterator[Fault]:
-    yield from held_out_fault(config.eval_fraction, num_prompts, "prompts", where)
-
-
 def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[Fault]:
     """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
     if config.layers is not None and config.layers >= layers:
@@ -272,10 +268,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     if settings.get("method") == Method.sequence.value:
-        return [
-            curve("Loss", "nats per token", "loss"),
-            curve("Next-token accuracy", "share", "mean_token_accuracy"),
-        ]
+        return [curve("Loss", "nats per token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
     return [
         curve("Divergence from the teacher", "nats per token", "loss"),
         curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
@@ -300,7 +293,7 @@ KIND = StageKind(
     ),
     learning=Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
-        faults=_too_few_prompts,
+        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
         one_row_a_record=lambda _: False,
         batches_of_rows=False,
         layer_faults=too_many_layers,

@@ -111,9 +111,7 @@ _TAKEN_BY: dict[str, tuple[DpoLoss, ...]] = {
     "target_margin": (DpoLoss.simpo,),
     "odds_weight": (DpoLoss.orpo,),
 }
-_WHY_NOT = {
-    ("nll_weight", DpoLoss.orpo): "orpo already has this term",
-}
+_WHY_NOT = {("nll_weight", DpoLoss.orpo): "orpo already has this term"}
 
 
 def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
@@ -172,9 +170,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why="Learns to prefer the better answer of each pair.", settings=settings, reads=rows)
 
 
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
-
-
 CHANGES = ("logps/chosen_change", "logps/rejected_change")
 """By how many nats log p of an answer changed in training, on average."""
 HALVED = math.log(2)
@@ -208,9 +203,11 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     """Charts of an older result too, whose settings lack the newer ones."""
+    own_terms = any(settings.get(name) for name in ("nll_weight", "margin"))
+    from_ln2 = settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
     unit = "log odds" if settings.get("loss") == DpoLoss.orpo.value else "implicit reward"
     charts = [
-        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if _from_ln2(settings) else LOSS,
+        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
         curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
         curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
         Curve(
@@ -221,12 +218,6 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
         ),
     ]
     return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
-
-
-def _from_ln2(settings: Mapping[str, Any]) -> bool:
-    """Whether the loss starts at ln 2 whatever the rows are."""
-    own_terms = any(settings.get(name) for name in ("nll_weight", "margin"))
-    return settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
 
 
 _FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.value)
@@ -250,5 +241,5 @@ KIND = StageKind(
         lines=handed_on,
         against_forgetting=hold_nearer_to_the_start,
     ),
-    proposals=PROPOSALS,
+    proposals=Proposals(questions=_questions, stage=_stage),
 )

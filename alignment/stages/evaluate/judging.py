@@ -275,10 +275,7 @@ def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[f
 
 
 def _by_scores(
-    rows: Sequence[HeldOutPrompt],
-    scores: ScoredArms,
-    pairs: Sequence[tuple[str, str]],
-    indices: Sequence[int],
+    rows: Sequence[HeldOutPrompt], scores: ScoredArms, pairs: Sequence[tuple[str, str]], indices: Sequence[int]
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     judged, lines = [], []
     for arm, against in pairs:

@@ -138,9 +138,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why="Every policy answers prompts on which none was trained.", settings=settings, reads=rows)
 
 
-PROPOSALS = Proposals(stage=_stage)
-
-
 KIND = StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
@@ -157,5 +154,5 @@ KIND = StageKind(
     references=References(more=lambda config: reward_model_slots(_scorers(config))),
     launch=LaunchShape(runs_on=RunsOn.replicas, check_machine=_check_machine),
     outcome=Outcome(metrics=_reported, gates=lambda config: config.gate, primary=checks.primary_metric),
-    proposals=PROPOSALS,
+    proposals=Proposals(stage=_stage),
 )

@@ -156,8 +156,7 @@ def later_turn(
             return None
         messages = shown(continued(row, before))
         return Reference(
-            ids=reference_ids(tokenizer, messages, last, row.tools),
-            prompt=prompt_ids(tokenizer, messages, row.tools),
+            ids=reference_ids(tokenizer, messages, last, row.tools), prompt=prompt_ids(tokenizer, messages, row.tools)
         )
 
     prompts = [continued(rows[index], answers) for index in asked for answers in earlier[index]]

@@ -31,12 +31,7 @@ from alignment.stages.base import (
     Reported,
     StageKind,
 )
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    curve,
-    hold_nearer_to_the_start,
-    limits_of_parts,
-)
+from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, hold_nearer_to_the_start, limits_of_parts
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
 
 
@@ -96,16 +91,11 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         **data_of(rows),
         "beta": Reasoned(value=0.1, why="Ethayarajh et al. 2024, section 4.2"),
         **optimiser(
-            rows,
-            lr=adapter_rate(5e-5, "chosen, not tuned"),
-            epochs=Reasoned(value=1, why="chosen, not tuned"),
+            rows, lr=adapter_rate(5e-5, "chosen, not tuned"), epochs=Reasoned(value=1, why="chosen, not tuned")
         ),
         **row_limit(rows, circumstances),
     }
     return NewStage(why="Learns from answers that are labelled good or bad.", settings=settings, reads=rows)
-
-
-PROPOSALS = Proposals(stage=_stage)
 
 
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -175,10 +165,6 @@ def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
         yield note
 
 
-def _reported(_: KtoConfig) -> Reported:
-    return Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS))
-
-
 def _curves(_: Mapping[str, Any]) -> list[Curve]:
     return [
         LOSS,
@@ -192,10 +178,7 @@ def _curves(_: Mapping[str, Any]) -> list[Curve]:
         curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
         curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
         Curve(
-            title="Log-probability of the answers",
-            unit="nats",
-            keys=("logps/chosen", "logps/rejected"),
-            labels=_LABELS,
+            title="Log-probability of the answers", unit="nats", keys=("logps/chosen", "logps/rejected"), labels=_LABELS
         ),
     ]
 
@@ -215,6 +198,9 @@ KIND = StageKind(
     learning=Learning(
         limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, learns_from=LearnsFrom.preferences
     ),
-    outcome=Outcome(metrics=_reported, against_forgetting=hold_nearer_to_the_start),
-    proposals=PROPOSALS,
+    outcome=Outcome(
+        metrics=lambda _: Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
+        against_forgetting=hold_nearer_to_the_start,
+    ),
+    proposals=Proposals(stage=_stage),
 )

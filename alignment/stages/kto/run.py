@@ -89,20 +89,12 @@ def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> L
     if why := one_label(labels):
         raise DataError(why, where=where, remedy=ONE_LABEL_REMEDY)
     return label_weights(
-        labels[DESIRABLE],
-        labels[UNDESIRABLE],
-        desirable=config.desirable_weight,
-        undesirable=config.undesirable_weight,
+        labels[DESIRABLE], labels[UNDESIRABLE], desirable=config.desirable_weight, undesirable=config.undesirable_weight
     )
 
 
 def _trainer(
-    config: KtoConfig,
-    context: StageContext,
-    start: Lineage,
-    tokenizer: Any,
-    answers: Dataset,
-    weights: LabelWeights,
+    config: KtoConfig, context: StageContext, start: Lineage, tokenizer: Any, answers: Dataset, weights: LabelWeights
 ) -> TokenizedKtoTrainer:
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     mismatch = config.loss.estimates_kl

@@ -152,11 +152,7 @@ class EngineGap:
         if cap is None:
             return None
         weights = truncated_importance(
-            batch.logprobs,
-            batch.sampled_logprobs,
-            batch.response_mask,
-            cap=cap,
-            whole_answers=self._whole_answers,
+            batch.logprobs, batch.sampled_logprobs, batch.response_mask, cap=cap, whole_answers=self._whole_answers
         )
         capped = (weights >= cap * (1 - 1e-6)).float()
         metrics.add_means({IMPORTANCE: weights, CAPPED: capped}, batch.response_mask)
@@ -186,12 +182,7 @@ class EngineGap:
 
 @contextmanager
 def served_engine(
-    config: PpoConfig,
-    context: StageContext,
-    roles: Roles,
-    start: Lineage,
-    *prompts: Prompts,
-    end_ids: frozenset[int],
+    config: PpoConfig, context: StageContext, roles: Roles, start: Lineage, *prompts: Prompts, end_ids: frozenset[int]
 ) -> Iterator[ServedEngine | None]:
     """The engine, until the block ends; None if the policy samples.
 

@@ -108,7 +108,16 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
             f"little KL would make the coefficient zero or negative; choose more than {config.optim.batch_size // 5}"
         )
         yield Fault(where=f"{where}.kl.horizon", message=message)
-    yield from _overlong_faults(config, f"{where}.overlong")
+    if config.overlong.buffer > config.max_new_tokens:
+        message = (
+            f"{config.overlong.buffer} tokens are more than the longest answer (max_new_tokens, "
+            f"{config.max_new_tokens}); choose at most that number"
+        )
+        yield Fault(where=f"{where}.overlong.buffer", message=message)
+    if not config.overlong.buffer:
+        yield from unread_faults(
+            config.overlong, OverlongConfig(), ("weight",), f"{where}.overlong", "a buffer above 0"
+        )
     steps = config.ppo_epochs * config.num_minibatches
     if steps < 3:  # the first minibatch never exceeds it, and the second can only skip later ones
         reader = f"only an update of 3 or more minibatches (ppo_epochs * num_minibatches, {steps})"
@@ -121,23 +130,21 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
 
-def _overlong_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    if config.overlong.buffer > config.max_new_tokens:
-        message = (
-            f"{config.overlong.buffer} tokens are more than the longest answer (max_new_tokens, "
-            f"{config.max_new_tokens}); choose at most that number"
-        )
-        yield Fault(where=f"{where}.buffer", message=message)
-    if not config.overlong.buffer:
-        yield from unread_faults(config.overlong, OverlongConfig(), ("weight",), where, "a buffer above 0")
-
-
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if GUARD in in_use(config):
         yield from _guard_faults(config, f"{where}.{GUARD}")
     yield from missing_reward_faults(in_use(config), config.reward, where)
-    if _reads_no_reward(config):
-        yield Fault(where=f"{where}.reward", message=_unread_reward(config))
+    sources = [scorer.source for scorer in in_use(config).values()]
+    if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
+        return  # a misspelt source may have been meant to use it
+    if config.critic is not Critic.separate or _is_external(config.reward):
+        why = {
+            Critic.separate: "a critic can start only from a reward model that a stage made",
+            Critic.shared: "a shared critic starts at 0",
+            Critic.none: "there is no critic that could start from it",
+        }[config.critic]
+        message = f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
+        yield Fault(where=f"{where}.reward", message=message)
 
 
 def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
@@ -149,22 +156,6 @@ def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{field}.normalize", message=message)
     if scorer.weight == 0.0:
         yield Fault(where=f"{where}.weight", message="0, so all policies would score the same; choose another weight")
-
-
-def _reads_no_reward(config: PpoConfig) -> bool:
-    sources = [scorer.source for scorer in in_use(config).values()]
-    if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
-        return False  # a misspelt source may have been meant to use it
-    return config.critic is not Critic.separate or _is_external(config.reward)
-
-
-def _unread_reward(config: PpoConfig) -> str:
-    why = {
-        Critic.separate: "a critic can start only from a reward model that a stage made",
-        Critic.shared: "a shared critic starts at 0",
-        Critic.none: "there is no critic that could start from it",
-    }[config.critic]
-    return f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
 
 
 def _is_external(ref: str) -> bool:
@@ -352,9 +343,6 @@ def _size(rows: Rows) -> dict[str, Any]:
     }
 
 
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
-
-
 KIND = StageKind(
     name="ppo",
     summary="PPO, RLOO or GRPO on scores of the policy's own answers",
@@ -386,5 +374,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
     ),
-    proposals=PROPOSALS,
+    proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -24,12 +24,7 @@ class Ptx:
     """Adds ``coefficient`` times the token-mean loss of a few conversations to the gradients of each optimiser step."""
 
     def __init__(
-        self,
-        rows: Sequence[TokenizedConversation],
-        context: StageContext,
-        *,
-        coefficient: float,
-        batch_size: int,
+        self, rows: Sequence[TokenizedConversation], context: StageContext, *, coefficient: float, batch_size: int
     ) -> None:
         self._rows = rows
         self._context = context

@@ -44,13 +44,7 @@ from alignment.training.longest_batch import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 
-FROM_LAST_UPDATE = (
-    "objective/score",
-    "objective/kl",
-    "response_length",
-    "eos_rate",
-    "memory/base_copies",
-)
+FROM_LAST_UPDATE = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
 """Metrics of the last update that are written to the manifest."""
 OF_SOME = (SCORE_STD, TIED_SHARE, *OF_ENGINE)
 """Those that only some methods, engines or sizes of batches have."""
@@ -108,11 +102,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
 def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
     """Trains; the metrics of the last update, and of the guard."""
     last = train(
-        trainer,
-        context,
-        headline="objective/score",
-        period=trainer.steps_per_update,
-        trials=AnswerTrials(trainer),
+        trainer, context, headline="objective/score", period=trainer.steps_per_update, trials=AnswerTrials(trainer)
     )
     metrics = {name: last[name] for name in FROM_LAST_UPDATE} | {name: last[name] for name in OF_SOME if name in last}
     metrics["updates"] = float(trainer.updates_done)

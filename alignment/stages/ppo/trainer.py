@@ -83,9 +83,7 @@ class PpoTrainer(ShardedTrainer):
         self.kl_controller = kl_controller
         self.kl_budget = KlBudget(config.guard.max_kl)
         self._engine_gap = EngineGap(
-            config.sampling,
-            whole_answers=objective.whole_answers,
-            where=f"stages.{context.spec.stage}.sampling",
+            config.sampling, whole_answers=objective.whole_answers, where=f"stages.{context.spec.stage}.sampling"
         )
         self.samples = samples
         self.guard: Guard | None = None

@@ -70,7 +70,8 @@ NUM_WORDS = 10
 def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     """A reward model and pairs in, ``card.json`` and ``pairs.jsonl`` out."""
     records = rows_of(context, PreferencePair, config.data)
-    learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
+    knows_learned = LEARNED in context.spec.extra_data
+    learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if knows_learned else []
     unseen, overlap = _without_learned(config, context, records, learned)
     context.progress("loading")
     reading = _read(config, context, unseen)
@@ -80,17 +81,22 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
         context.progress("fitting the bag of words")
         bag = _bag_of_words(context, learned)
         judged = _judged(config, context, reading, scores, bag)
-        return _written(config, context, reading, judged, overlap and _with_words(overlap, bag))
+        if overlap is None or bag is None:  # a bag of words, just where the learned pairs are known
+            return _written(config, context, reading, judged, None)
+        speaks_for, against = bag.heaviest(NUM_WORDS)
+        words: dict[str, Any] = {
+            "words": len(bag.words),
+            "penalty": bag.penalty,
+            "for_answer": speaks_for,
+            "against": against,
+        }
+        return _written(config, context, reading, judged, replace(overlap, **words))
 
     return on_main(context, conclude) or StageResult(metrics={})
 
 
 def _written(
-    config: RewardCardConfig,
-    context: StageContext,
-    reading: _Reading,
-    pairs: list[Judged],
-    learned: Learned | None,
+    config: RewardCardConfig, context: StageContext, reading: _Reading, pairs: list[Judged], learned: Learned | None
 ) -> StageResult:
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     card = replace(
@@ -109,21 +115,10 @@ def _written(
 # ---- the pairs that the model was trained on -------------------------------------------------------------------------
 
 
-def _knows_learned(context: StageContext) -> bool:
-    return LEARNED in context.spec.extra_data
-
-
 def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
     seen = learned[:MAX_LEARNED]
     texts = [(pair.chosen, pair.rejected) for pair in seen]
     return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
-
-
-def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
-    """Adds the words and weights of the bag of words."""
-    assert bag is not None, "there is a bag of words whenever the learned pairs are known"
-    speaks_for, against = bag.heaviest(NUM_WORDS)
-    return replace(learned, words=len(bag.words), penalty=bag.penalty, for_answer=speaks_for, against=against)
 
 
 def _without_learned(
@@ -132,8 +127,10 @@ def _without_learned(
     """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown."""
     if not learned:
         return records, None
-    part_known = _part_is_known(config, context)
-    known = asked_too(records, learned if part_known else [*learned, *_whole_file(config, context)])
+    part_known, others = _part_is_known(config, context), []
+    if not part_known:  # all rows of the learned pairs' own source, instead of a fraction
+        others = rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
+    known = asked_too(records, [*learned, *others])
     others = [record for record in records if asked(record).text not in known]
     overlap = Learned(
         num_pairs=len(learned),
@@ -165,11 +162,6 @@ def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
     if path is None or made is None:
         return False
     return made.identity.get("seed") == context.spec.seed and not (path / LEFT_OUT).exists()
-
-
-def _whole_file(config: RewardCardConfig, context: StageContext) -> list[PreferencePair]:
-    """All rows of the learned pairs' own source, instead of a fraction."""
-    return rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
 
 
 # ---- the model and its rows ------------------------------------------------------------------------------------------

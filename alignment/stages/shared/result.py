@@ -71,11 +71,7 @@ class StageResult:
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
-    context: StageContext,
-    start: Lineage,
-    metrics: dict[str, float],
+    model: PreTrainedModel | PeftModel, tokenizer: Any, context: StageContext, start: Lineage, metrics: dict[str, float]
 ) -> StageResult:
     """Saves the tokenizer and a trained model: the whole model, or its adapter and the adapters below it.
 
@@ -124,7 +120,7 @@ def save_model(
     return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)
 
 
-def _all_but_adapter(folder: str, names: list[str]) -> list[str]:
+def _all_but_adapter(_: str, names: list[str]) -> list[str]:
     """What lies beside an adapter from outside, such as a tokenizer or the state of its training."""
     return [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 

@@ -51,13 +51,7 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 
 
 def token_rows(
-    context: StageContext,
-    kind: Kind,
-    data: DataConfig,
-    limits: Limits,
-    tokenizer: Any,
-    *,
-    field: str = "data",
+    context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
 ) -> tuple[Dataset, dict[str, float]]:
     """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
 

@@ -91,11 +91,10 @@ def test_the_loss_is_that_of_bradley_and_terry_with_its_centre_and_margin(
     expected = minus_log_sigmoid(chosen - rejected - 2 * margin) + center * (chosen + rejected) ** 2
     close(loss, expected, rtol=1e-4)
     if margin:
-        validation = reward._validation(settings, context, trainer, pairs.select([0]))
         trainer.model.eval()
         with torch.no_grad():
-            row_of_it = trainer.data_collator([validation._held_out.rows[0]])
-            held_out_loss, *_ = trainer.held_out_loss(trainer.model, row_of_it)
+            row = trainer.data_collator([reward._dataset(pairs.select([0]), margin)[0]])
+            held_out_loss, *_ = trainer.held_out_loss(trainer.model, row)
         close(held_out_loss, loss, rtol=1e-4)
 
 
