@@ -123,7 +123,10 @@ class RewardMix:
             prompts=[self._prompts[row] for row in rows],
             rows=rows,
         )
-        return Scores.of({name: _usable_scores(part, seen) for name, part in self._columns.items()})
+        scores = {name: part.scorer.scores(seen) for name, part in self._columns.items()}
+        for name, part in self._columns.items():
+            refuse_unusable(scores[name], seen, source=part.source)
+        return Scores.of({name: of_part.float() for name, of_part in scores.items()})
 
     def observe(self, scores: Scores) -> None:
         """Updates the running normalisation; every process gets the whole batch, so that all compute the same."""
@@ -185,13 +188,6 @@ def _members(name: str, ensemble: Ensemble) -> dict[str, Part]:
     """The members by their names in metrics."""
     names = _names([member.source for member in ensemble.members])
     return {f"{name}/{own}": member for own, member in zip(names, ensemble.members, strict=True)}
-
-
-def _usable_scores(part: Part, answers: Answers) -> Tensor:
-    """``[answers]`` float32."""
-    scores = part.scorer.scores(answers)
-    refuse_unusable(scores, answers, source=part.source)
-    return scores.float()
 
 
 def _names(sources: Sequence[str]) -> list[str]:

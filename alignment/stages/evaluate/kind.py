@@ -16,34 +16,24 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import paired_scores
 from alignment.evaluation.endpoint_client import api_key
 from alignment.rewards.scorer_sources import REWARD, source_field
-from alignment.stages.base import (
-    DataSlot,
-    LaunchShape,
-    OtherFiles,
-    Outcome,
-    Proposals,
-    References,
-    Reported,
-    RunsOn,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.evaluate import checks
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.kind_answers import check_engine, of_arms, reward_model_slots, sampling_faults
 from alignment.stages.shared.new_settings import data_of, maximises_scores, new_tokens, rows_with_answers
 
 
-def _data(config: EvaluateConfig) -> list[DataSlot]:
+def _data(config: EvaluateConfig) -> list[base.DataSlot]:
     return [
-        DataSlot(field="data", data=config.data, record=HeldOutPrompt, checks=checks.single_answer_checks(config)),
-        DataSlot(
+        base.DataSlot(field="data", data=config.data, record=HeldOutPrompt, checks=checks.single_answer_checks(config)),
+        base.DataSlot(
             field="few_shot.data",
             data=config.few_shot.data,
             record=Conversation,
             rows=CONVERSATIONS,
             in_use=FEW_SHOT in config.arms,
         ),
-        DataSlot(
+        base.DataSlot(
             field=checks.DATA,
             data=config.judge.labelled.data,
             record=PreferencePair,
@@ -111,9 +101,9 @@ def _check_machine(config: EvaluateConfig, where: str) -> None:
         api_key(config.grader.endpoint.api_key_env, where=f"{where}.grader.endpoint.api_key_env")
 
 
-def _reported(config: EvaluateConfig) -> Reported:
+def _reported(config: EvaluateConfig) -> base.Reported:
     names = tuple(metric.name for metric in config.metrics)
-    return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
+    return base.Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
 
 
 def _stage(circumstances: Circumstances) -> NewStage | None:
@@ -138,7 +128,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why="Every policy answers prompts on which none was trained.", settings=settings, reads=rows)
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
     config=EvaluateConfig,
@@ -147,12 +137,12 @@ KIND = StageKind(
     run="alignment.stages.evaluate.run:run",
     rehearse="alignment.stages.evaluate.prompt_lengths:refuse_base",
     data=_data,
-    files=OtherFiles(paths=checks.votes_files, notes=checks.vote_notes),
+    files=base.OtherFiles(paths=checks.votes_files, notes=checks.vote_notes),
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,
-    references=References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=LaunchShape(runs_on=RunsOn.replicas, check_machine=_check_machine),
-    outcome=Outcome(metrics=_reported, gates=lambda config: config.gate, primary=checks.primary_metric),
-    proposals=Proposals(stage=_stage),
+    references=base.References(more=lambda config: reward_model_slots(_scorers(config))),
+    launch=base.LaunchShape(runs_on=base.RunsOn.replicas, check_machine=_check_machine),
+    outcome=base.Outcome(metrics=_reported, gates=lambda config: config.gate, primary=checks.primary_metric),
+    proposals=base.Proposals(stage=_stage),
 )

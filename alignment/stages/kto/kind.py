@@ -19,18 +19,7 @@ from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
 from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
-from alignment.stages.base import (
-    LOSS,
-    Curve,
-    DataSlot,
-    LaunchShape,
-    Learning,
-    LearnsFrom,
-    Outcome,
-    Proposals,
-    Reported,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, hold_nearer_to_the_start, limits_of_parts
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
 
@@ -120,8 +109,8 @@ def one_label(labels: Mapping[str, int]) -> str:
     return f"none of the {sum(labels.values())} rows is {missing}, but KTO learns from the difference between both"
 
 
-def _data(config: KtoConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=LabelledAnswer, rows=LABELLED_ANSWERS, label=label_of)]
+def _data(config: KtoConfig) -> list[base.DataSlot]:
+    return [base.DataSlot(field="data", data=config.data, record=LabelledAnswer, rows=LABELLED_ANSWERS, label=label_of)]
 
 
 def _faults(config: KtoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -165,10 +154,10 @@ def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
         yield note
 
 
-def _curves(_: Mapping[str, Any]) -> list[Curve]:
+def _curves(_: Mapping[str, Any]) -> list[base.Curve]:
     return [
-        LOSS,
-        Curve(
+        base.LOSS,
+        base.Curve(
             title="Implicit reward",
             unit="β log π/ref",
             keys=("rewards/chosen", "rewards/rejected"),
@@ -177,13 +166,13 @@ def _curves(_: Mapping[str, Any]) -> list[Curve]:
         ),
         curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
         curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
-        Curve(
+        base.Curve(
             title="Log-probability of the answers", unit="nats", keys=("logps/chosen", "logps/rejected"), labels=_LABELS
         ),
     ]
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="kto",
     summary="Kahneman–Tversky optimisation on single answers, labelled good or bad",
     config=KtoConfig,
@@ -194,13 +183,16 @@ KIND = StageKind(
     faults=_faults,
     curves=_curves,
     headline="rewards/margins",
-    launch=LaunchShape(size_faults=_size_faults),
-    learning=Learning(
-        limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, learns_from=LearnsFrom.preferences
+    launch=base.LaunchShape(size_faults=_size_faults),
+    learning=base.Learning(
+        limits=limits_of_parts,
+        label_faults=_label_faults,
+        label_notes=_label_notes,
+        learns_from=base.LearnsFrom.preferences,
     ),
-    outcome=Outcome(
-        metrics=lambda _: Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
+    outcome=base.Outcome(
+        metrics=lambda _: base.Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
         against_forgetting=hold_nearer_to_the_start,
     ),
-    proposals=Proposals(stage=_stage),
+    proposals=base.Proposals(stage=_stage),
 )

@@ -57,11 +57,7 @@ class AskedPrompts:
 def asked_prompts(
     config: AskingConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
 ) -> AskedPrompts:
-    """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others.
-
-    Raises:
-        DataError: a row cannot be rendered, too many are too long, or no prompt is left.
-    """
+    """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others."""
     limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
     by_row, counts = fitting(context, PROMPTS, records, config.data, limits, tokenizer)
     ids = {row: tokenized.rows[0]["prompt"] for row, tokenized in by_row.items()}
@@ -185,9 +181,6 @@ def sampled_answers(
     """Token ids of ``completions_per_prompt`` answers to each prompt, with the end of the turn if it was generated.
 
     Each prompt has random numbers of its own, so that its answers do not depend on the other prompts.
-
-    Raises:
-        ModelError: a prompt and its answer may be longer than the policy's positions.
     """
     generation = Generation(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids(tokenizer))

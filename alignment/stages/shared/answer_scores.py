@@ -30,11 +30,7 @@ def counted_progress(context: StageContext, phase: str, total: int | None = None
 def scores_of(
     scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
 ) -> list[float]:
-    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
-
-    Raises:
-        RewardError: the scorer failed, or did not return one usable number per answer.
-    """
+    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer."""
     scores: list[float] = []
     for part in answers.parts(AT_ONCE):
         of_part = scorer.scores(part)

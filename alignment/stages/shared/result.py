@@ -25,12 +25,7 @@ from alignment.training.sharding import is_sharded, whole_state
 
 
 def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
-    """The policy's lineage and its tokenizer, with the run's chat template.
-
-    Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: its base is not the run's, or it was trained with another tokenizer or chat template.
-    """
+    """The policy's lineage and its tokenizer, with the run's chat template."""
     spec = context.spec
     context.progress("loading")
     init = spec.inputs["init"]
@@ -77,9 +72,6 @@ def save_model(
 
     If the base is another artifact's own model, it is copied too. The folders are plain transformers and PEFT folders.
     Only the main process writes, but all processes must call this, because weights may be sharded.
-
-    Raises:
-        NonFiniteError: a trained weight is not finite.
     """
     is_adapter = isinstance(model, PeftModel)
     refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
