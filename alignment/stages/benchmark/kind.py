@@ -275,9 +275,7 @@ def _folder_faults(config: BenchmarkConfig, output: Path, where: str) -> Iterato
             yield Fault(where=path, message=f"no folder {folder}")
             continue
         if output.is_relative_to(folder):
-            message = (
-                f"{folder} also contains this run's output, so its content changes; put tasks in a separate folder"
-            )
+            message = f"{folder} also contains this run's output, so its content changes; use a separate folder"
             yield Fault(where=path, message=message)
             continue
         try:
@@ -312,10 +310,7 @@ def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> I
 def _reference_faults(config: BenchmarkConfig, where: str) -> Iterator[Fault]:
     for number, arm in enumerate(config.arms):
         if arm in (PROMPTED, FEW_SHOT):
-            message = (
-                f"{arm!r} changes prompts, but here the prompts belong to the tasks; use 'base', and "
-                f"num_fewshot for examples"
-            )
+            message = f"{arm!r} changes prompts, which here belong to tasks; use 'base', and num_fewshot for examples"
             yield Fault(where=f"{where}.arms[{number}]", message=message)
 
 

@@ -210,9 +210,7 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         )
         yield Fault(where=f"{where}.init", message=message)
     if config.layers is not None and config.adapter.chain is CONTINUE and config.adapter.kind is not AdapterKind.full:
-        message = (
-            "the first layers are whole weights with all adapters merged, so there is no adapter to continue; use merge"
-        )
+        message = "the first layers are whole weights with all adapters merged, so there is none to continue; use merge"
         yield Fault(where=f"{where}.adapter.chain", message=message)
     if not config.method.needs_teacher:
         yield from unread_faults(config, usual, ("loss_temperature",), where, f"only method '{Method.tokens.value}'")
@@ -228,8 +226,7 @@ def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[F
     """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
     if config.layers is not None and config.layers >= layers:
         message = (
-            f"{config.layers}, but {config.init} has {layers} layers, and a draft of all of them would be as slow; "
-            f"choose at most {layers - 1}"
+            f"{config.layers}, but {config.init} has {layers} layers; choose at most {layers - 1} for a faster draft"
         )
         yield Fault(where=f"{where}.layers", message=message)
 

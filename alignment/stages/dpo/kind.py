@@ -137,10 +137,8 @@ def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
         message = "with 0, robust is the same as sigmoid; set the share of flipped labels, such as 0.1, or loss=sigmoid"
         yield Fault(where=f"{where}.label_smoothing", message=message)
     if config.margin and config.label_smoothing and config.loss is DpoLoss.sigmoid:
-        message = (
-            f"{config.margin:g} cannot be combined with label_smoothing={config.label_smoothing:g}: the margin of a "
-            "flipped pair is unknown; set one of them to 0"
-        )
+        smoothed = f"label_smoothing={config.label_smoothing:g}"
+        message = f"{config.margin:g} with {smoothed}: a flipped pair has no known margin; set one of them to 0"
         yield Fault(where=f"{where}.margin", message=message)
 
 
@@ -210,11 +208,8 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
         curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
         curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
         curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
-        Curve(
-            title="Log-probability of the answers",
-            unit="nats",
-            keys=("logps/chosen", "logps/rejected"),
-            labels=("chosen", "rejected"),
+        curve(
+            "Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=("chosen", "rejected")
         ),
     ]
     return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")

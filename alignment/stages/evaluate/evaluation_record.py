@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.arms import Answered, Scores, known, of_prompts
+from alignment.evaluation.arms import Scores, known
 from alignment.evaluation.conclusions import (
     conclusions,
     contradictions,
@@ -15,45 +14,12 @@ from alignment.evaluation.conclusions import (
     labelled_conclusions,
 )
 from alignment.evaluation.paired_scores import labels
-from alignment.evaluation.statistics import Intervals, compare
+from alignment.evaluation.statistics import compare
 from alignment.evaluation.tables import arm_result, by_task
-from alignment.records.evaluation import Evaluation, Grading, JudgedPair, Metric
+from alignment.records.evaluation import Evaluation, Grading, JudgedPair
 from alignment.rewards.scorer_sources import REWARD
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import Judged, ScoredArms
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredAnswers:
-    """Every arm's answers to the held-out prompts and their scores, each by arm.
-
-    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
-    ``turn_scores`` has one value per answer for each metric of an arm.
-    """
-
-    rows: Sequence[HeldOutPrompt]
-    arms: Mapping[str, Answered]
-    rewards: Mapping[str, list[float] | None]
-    log_ratios: Mapping[str, list[float] | None]
-    turn_scores: Mapping[str, Scores]
-    metrics: Sequence[Metric]
-    primary_name: str | None
-    reference: str
-    intervals: Intervals
-
-    @property
-    def primary(self) -> ScoredArms | None:
-        """The scores by the primary metric; None without metrics."""
-        metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
-        return None if metric is None else ScoredArms(metric=metric, by_arm=self.by_metric(metric.name))
-
-    def by_metric(self, metric: str) -> dict[str, Sequence[float | None]]:
-        """The scores by one metric of every arm that has it, one value per prompt."""
-        return {
-            name: of_prompts(self.arms[name], scores[metric])
-            for name, scores in self.turn_scores.items()
-            if metric in scores
-        }
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers
 
 
 def evaluation_of(

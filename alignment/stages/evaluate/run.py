@@ -31,8 +31,8 @@ from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate import metric_scores
 from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
-from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
+from alignment.stages.evaluate.evaluation_record import evaluation_of
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.prompts import ArmPrompts, held_out_prompts, prompts_of_arms
 from alignment.stages.evaluate.score_cache import cached_scores
@@ -106,17 +106,7 @@ def _concluded(
 ) -> StageResult:
     """What the main process does alone."""
     scored, grades = _scored(config, context, tokenizer, computed, grader)
-    judged = judge(
-        config.judge,
-        context,
-        scored.rows,
-        scored.arms,
-        scored.rewards,
-        scored.primary,
-        endpoint,
-        reference=scored.reference,
-        intervals=scored.intervals,
-    )
+    judged = judge(config.judge, context, scored, endpoint)
     labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
     evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
     for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):

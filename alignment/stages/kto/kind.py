@@ -115,20 +115,15 @@ def _data(config: KtoConfig) -> list[base.DataSlot]:
 
 def _faults(config: KtoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.loss.estimates_kl and config.optim.batch_size < 2:
-        message = (
-            f"{config.optim.batch_size}, but the KL divergence is estimated from the other answers in the batch; use "
-            "2 or more, or loss=apo_zero_unpaired"
-        )
+        needed = "the KL divergence is estimated from other answers; use 2 or more, or loss=apo_zero_unpaired"
+        message = f"{config.optim.batch_size}, but {needed}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
 
 
 def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Fault]:
     size = config.optim.batch_size
     if config.loss.estimates_kl and processes > 1 and size % processes == 0 and size // processes < 2:
-        message = (
-            f"{size} leaves one row for each of {processes} processes, but TRL's trainer needs two; use "
-            f"{2 * processes} or more, or fewer processes"
-        )
+        message = f"{size} leaves one row for each of {processes} processes, and TRL needs two; use {2 * processes}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
 
 
@@ -157,18 +152,10 @@ def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
 def _curves(_: Mapping[str, Any]) -> list[base.Curve]:
     return [
         base.LOSS,
-        base.Curve(
-            title="Implicit reward",
-            unit="β log π/ref",
-            keys=("rewards/chosen", "rewards/rejected"),
-            labels=_LABELS,
-            guide=0.0,
-        ),
+        curve("Implicit reward", "β log π/ref", ("rewards/chosen", "rewards/rejected"), 0.0, labels=_LABELS),
         curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
         curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
-        base.Curve(
-            title="Log-probability of the answers", unit="nats", keys=("logps/chosen", "logps/rejected"), labels=_LABELS
-        ),
+        curve("Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=_LABELS),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ START_KL_TOLERANCE = 0.02
 """Largest KL, in nats per sequence, that rounding in bfloat16 can cause; with a wrong reference it is far larger."""
 
 
+@dataclass(eq=False)
 class Collector:
     """Makes the scored rollout batch of an update, the same on every process, on the host."""
 
-    def __init__(self, rollouts: Rollouts, rewards: Rewards, config: PpoConfig, *, end_ids: frozenset[int]) -> None:
-        self.rollouts = rollouts
-        self.rewards = rewards
-        self._config = config
-        self._end_ids = end_ids
+    rollouts: Rollouts
+    rewards: Rewards
+    config: PpoConfig
+    end_ids: frozenset[int]
 
     @torch.no_grad()
     def collect(
@@ -57,7 +58,7 @@ class Collector:
         batch = ScoredBatch(
             rollout=rollout,
             by_scorer=rollout.scores,
-            parts=length_penalties(self._config, lengths_of(rollout))
+            parts=length_penalties(self.config, lengths_of(rollout))
             | {f"score/{name}": values for name, values in self.rewards.of_ensembles(rollout.scores).items()},
             scores=self.scores_of(rollout),
             ended=self._ended(rollout),
@@ -73,14 +74,14 @@ class Collector:
 
     def scores_of(self, answers: Answers) -> Tensor:
         """``[rows]`` scores that PPO maximises: the sum over scorers, less all penalties."""
-        scores = self.rewards.total(answers.scores) - self._config.missing_eos_penalty * (~self._ended(answers)).float()
-        for penalty in length_penalties(self._config, lengths_of(answers)).values():
+        scores = self.rewards.total(answers.scores) - self.config.missing_eos_penalty * (~self._ended(answers)).float()
+        for penalty in length_penalties(self.config, lengths_of(answers)).values():
             scores = (scores.double() - penalty).float()
         return scores
 
     def _ended(self, answers: Answers) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""
-        return torch.tensor([answer[-1] in self._end_ids for answer in answers.answers])
+        return torch.tensor([answer[-1] in self.end_ids for answer in answers.answers])
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:

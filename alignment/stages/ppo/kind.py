@@ -74,10 +74,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         reader = "only kl.control 'adaptive'"
         yield from unread_notes(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
     elif config.kl.coefficient == 0.0:
-        message = (
-            "0, which kl.control 'adaptive' only multiplies, so it would stay 0; choose a larger value, or "
-            "kl.control=fixed"
-        )
+        message = "0, which kl.control 'adaptive' only multiplies; choose a larger value, or kl.control=fixed"
         yield Fault(where=f"{where}.kl.coefficient", message=message)
     elif config.kl.horizon * 5 <= config.optim.batch_size:
         # An update multiplies the coefficient by at least 1 - .2 * episodes / horizon (algos/ppo.py).
@@ -87,10 +84,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         )
         yield Fault(where=f"{where}.kl.horizon", message=message)
     if config.overlong.buffer > config.max_new_tokens:
-        message = (
-            f"{config.overlong.buffer} tokens are more than the longest answer (max_new_tokens, "
-            f"{config.max_new_tokens}); choose at most that number"
-        )
+        message = f"{config.overlong.buffer} tokens; choose at most max_new_tokens, {config.max_new_tokens}"
         yield Fault(where=f"{where}.overlong.buffer", message=message)
     if not config.overlong.buffer:
         yield from unread_faults(
@@ -101,10 +95,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         reader = f"only an update of 3 or more minibatches (ppo_epochs * num_minibatches, {steps})"
         yield from unread_notes(config, PpoConfig(), ("max_approxkl",), where, reader)
     if config.critic_warmup >= config.updates:
-        message = (
-            f"only the critic learns in the first {config.critic_warmup} of {config.updates} updates, so the policy "
-            f"never learns; choose a value below updates"
-        )
+        message = f"{config.critic_warmup} of {config.updates} updates, so the policy never learns; choose fewer"
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
 
@@ -162,9 +153,7 @@ def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]
 
 def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterator[Fault]:
     if config.guard.every and config.guard.prompts >= num_prompts:
-        message = (
-            f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or set guard.every to 0"
-        )
+        message = f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or guard.every=0"
         yield Fault(where=f"{where}.guard.prompts", message=message)
 
 
@@ -240,10 +229,10 @@ def _all_curves() -> list[base.Curve]:
         curve(
             "Prompts without score differences", "whose answers all score alike, in an update", "objective/tied_prompts"
         ),
-        base.Curve(
-            title="Penalties",
-            unit="subtracted from the score, mean over an update",
-            keys=(LENGTH, OVERLONG),
+        curve(
+            "Penalties",
+            "subtracted from the score, mean over an update",
+            (LENGTH, OVERLONG),
             labels=("length", "overlong"),
         ),
         curve("Answer length", "tokens", "response_length"),

@@ -6,10 +6,10 @@ log-probabilities can be computed in the micro-batches that are learned from (do
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,82 +70,64 @@ def add_episodes(
     metrics.values["memory/base_copies"] = base_copies
 
 
+@dataclass(eq=False)
 class Learner:
     """Computes the gradients of one minibatch at a time. ``autocast`` is the trainer's, for forward passes."""
 
-    def __init__(
-        self,
-        roles: Roles,
-        config: PpoConfig,
-        context: StageContext,
-        *,
-        objective: PolicyObjective,
-        episodes: Episodes,
-        ptx: Ptx | None,
-        metrics: UpdateMetrics,
-        accelerator: Accelerator,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self._roles = roles
-        self._config = config
-        self._context = context
-        self._objective = objective
-        self._episodes = episodes
-        self.ptx = ptx
-        self._update_metrics = metrics
-        self._accelerator = accelerator
-        self._autocast = autocast
-
-    def with_episodes(self, episodes: Episodes) -> Learner:
-        """The same learner for episodes that are made in another way."""
-        other = copy.copy(self)
-        other._episodes = episodes
-        return other
+    roles: Roles
+    config: PpoConfig
+    context: StageContext
+    objective: PolicyObjective
+    episodes: Episodes
+    ptx: Ptx | None
+    metrics: UpdateMetrics
+    accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def learn(self, model: nn.Module, experience: Experience, minibatch: int, *, update: int, step: int) -> None:
         """Computes the gradients of a minibatch of the experience and leaves them in the parameters."""
-        policy_learns = update >= self._config.critic_warmup
+        policy_learns = update >= self.config.critic_warmup
         with reused_norms(model):
             if self.ptx is not None and policy_learns:
                 self._add_ptx(self.ptx, model, step)
             self._backward(model, experience, minibatch, policy_learns=policy_learns)
         if not policy_learns:
-            for parameter in self._roles.policy.parameters():
+            for parameter in self.roles.policy.parameters():
                 if parameter.requires_grad:
                     parameter.grad = None  # with zero gradients, Adam would count the step
 
     def minibatch(self, update: int, step_of_update: int) -> int:
         """The index of the minibatch to learn from; in every epoch, those of the update have another order."""
-        epoch, step = divmod(step_of_update, self._config.num_minibatches)
-        order = torch.randperm(self._config.num_minibatches, generator=self._context.generator("epoch", update, epoch))
+        epoch, step = divmod(step_of_update, self.config.num_minibatches)
+        order = torch.randperm(self.config.num_minibatches, generator=self.context.generator("epoch", update, epoch))
         return int(order[step])
 
     def order(self, update: int) -> list[int]:
         """The prompts of an update, in the random order in which they are divided into minibatches."""
-        generator = self._context.generator("minibatches", update)
-        order: list[int] = torch.randperm(self._episodes.prompts_per_update, generator=generator).tolist()
+        generator = self.context.generator("minibatches", update)
+        order: list[int] = torch.randperm(self.episodes.prompts_per_update, generator=generator).tolist()
         return order
 
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
-        with accumulating(self._accelerator, model, last=False):
-            tokens = self._episodes.micro_batch_tokens
-            share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator, tokens=tokens)
-        self._update_metrics.add_share({"loss/ptx": share})
+        with accumulating(self.accelerator, model, last=False):
+            tokens = self.episodes.micro_batch_tokens
+            share = ptx.add_gradients(unwrapped(self.roles.policy), step, self.accelerator, tokens=tokens)
+        self.metrics.add_share({"loss/ptx": share})
 
     def _backward(self, model: nn.Module, experience: Experience, minibatch: int, *, policy_learns: bool) -> None:
         """The loss is a sum over the minibatch divided by one number, over all micro-batches and processes."""
         every = experience.partition.rows_of(minibatch)
         mask = experience.response_mask[self._at(every)]
-        tokens, divisor = mask.sum().float(), self._objective.divisor(mask)  # of the whole minibatch
-        micro_batches = experience.partition.minibatches[minibatch][self._context.rank]
+        tokens, divisor = mask.sum().float(), self.objective.divisor(mask)  # of the whole minibatch
+        micro_batches = experience.partition.minibatches[minibatch][self.context.rank]
         for number, rows in enumerate(micro_batches):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
             read, by = (rows, (tokens, divisor)) if rows else (every[:1], (tokens * math.inf, divisor * math.inf))
-            with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
-                with self._autocast():
+            with accumulating(self.accelerator, model, last=number == len(micro_batches) - 1):
+                with self.autocast():
                     loss = self._loss(model, experience, read, *by, policy_learns=policy_learns)
                 # DDP averages over processes, but this loss is a sum.
-                self._accelerator.backward(loss * self._context.world_size)
+                self.accelerator.backward(loss * self.context.world_size)
 
     def _loss(
         self,
@@ -168,12 +150,12 @@ class Learner:
 
         statistics, value_loss = model(
             stream,
-            self._episodes.temperature,
+            self.episodes.temperature,
             self._value_loss(experience, rows, mask, tokens),
             policy_learns=policy_learns,
-            entropy_gradient=self._objective.entropy_coefficient > 0.0,
+            entropy_gradient=self.objective.entropy_coefficient > 0.0,
         )
-        loss = self._objective.loss(
+        loss = self.objective.loss(
             spread(statistics.logprobs, mask),
             spread(statistics.entropy, mask),
             Sampled(
@@ -195,9 +177,9 @@ class Learner:
     def _record(self, loss: PolicyLoss, entropy: Tensor, response_mask: Tensor, tokens: Tensor) -> None:
         """Adds a micro-batch's share of its minibatch's metrics; ``entropy`` is ``[answer tokens]``."""
         over = loss.ratio - 1.0
-        clipped = ((over > self._objective.clip_high) | (-over > self._objective.clip)).float()
+        clipped = ((over > self.objective.clip_high) | (-over > self.objective.clip)).float()
         kl = {} if loss.kl is None else {"loss/kl": loss.kl}
-        self._update_metrics.add_share(
+        self.metrics.add_share(
             {
                 "loss/policy": loss.policy,
                 **kl,
@@ -207,11 +189,11 @@ class Learner:
                 "val/ratio": (loss.ratio * response_mask).sum() / tokens,
             }
         )
-        self._update_metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())
+        self.metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())
 
     def _at(self, rows: list[int]) -> Tensor:
         """The rows as indices on the device, because each use of a list would copy it there and wait."""
-        return on_device(torch.tensor(rows), self._context.device)
+        return on_device(torch.tensor(rows), self.context.device)
 
     def _value_loss(self, experience: Experience, rows: Tensor, mask: Tensor, tokens: Tensor) -> ValueLoss:
         """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
@@ -221,10 +203,10 @@ class Learner:
             assert experience.returns is not None, "a critic has targets"
             width = mask.shape[1]
             old, returns = experience.values[rows, :width], experience.returns[rows, :width]
-            values, clip = spread(flat, mask), self._config.value_clip
+            values, clip = spread(flat, mask), self.config.value_clip
             loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
             clipped = (value_is_clipped(values.detach(), old, returns, clip=clip) * mask).sum() / tokens
-            self._update_metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
-            return self._config.value_coefficient * loss
+            self.metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
+            return self.config.value_coefficient * loss
 
         return value_loss

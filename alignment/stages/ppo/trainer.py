@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -360,19 +360,19 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@dataclass(eq=False)
 class KlBudget:
     """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
 
     The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
     """
 
-    def __init__(self, limit: float | None) -> None:
-        self._limit = limit
-        self.was_above = False
+    limit: float | None
+    was_above: bool = False
 
     def is_exceeded(self, kl: float) -> bool:
         """Whether the budget is exceeded after the next batch, whose mean KL is ``kl``."""
-        is_above = self._limit is not None and kl > self._limit
+        is_above = self.limit is not None and kl > self.limit
         is_exceeded = is_above and self.was_above
         self.was_above = is_above
         return is_exceeded

@@ -186,7 +186,7 @@ def test_rewards_and_log_ratios_are_those_of_the_own_conversation(
         answered.update(arguments[3])
         return to_score(*arguments)
 
-    monkeypatch.setattr("alignment.stages.evaluate.run.answers_to_score", noted)
+    monkeypatch.setattr("alignment.stages.evaluate.metric_scores.answers_to_score", noted)
     arms = {"base": chain.base, "stage:sft": None, "path:near": chain.folder / "near"}
     evaluation, _ = evaluate(chain, replace(CONFIG, arms=list(arms)), "by-value")
     sft = chain.policy("sft")
