@@ -259,7 +259,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
     repeats = repeats_of(spec.config, _times_as_many(spec))
     phases = _phases(recorder, timer, repeats)
-    phases = {name: divided(name, phase, recorder, spec, timer.processes) for name, phase in phases.items()}
+    phases = {name: divided(name, phase, recorder, spec.sharding, timer.processes) for name, phase in phases.items()}
     result = recorder.trained_bytes + recorder.copied_bytes
     stored = result + _checkpoints_written(spec, recorder, repeats) * _checkpoint_bytes(recorder)
     phases[SAVING] = replace(phases[SAVING], seconds=phases[SAVING].seconds + timer.seconds_to_store(stored, spec.work))

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from alignment.config.launch import Offload, Sharding
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Recorder
-from alignment.job import StageSpec
 from alignment.records.cost import PhaseCost
 
 BEFORE = ("starting", "loading", "tokenising")
@@ -34,15 +33,15 @@ MOST_LIVE = 1_000_000_000
 """Gathered weights that ZeRO-3 keeps for the next use (``stage3_max_live_parameters``)."""
 
 
-def divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, processes: int) -> PhaseCost:
+def divided(name: str, phase: PhaseCost, recorder: Recorder, sharding: Sharding, processes: int) -> PhaseCost:
     """A phase in one of several processes that divide some of what it holds, with what dividing takes by itself."""
-    divided, apart = DIVIDED[spec.sharding], 0
-    parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
-    if spec.sharding is Sharding.none and processes > 1 and name not in BEFORE:
+    in_shares, apart = DIVIDED[sharding], 0
+    parts = {part: size // processes if part in in_shares else size for part, size in phase.parts.items()}
+    if sharding is Sharding.none and processes > 1 and name not in BEFORE:
         parts[DDP] = recorder.trained_bytes  # gradients on the way to other processes, beside those of the weights
-    if spec.sharding.by_deepspeed and name not in BEFORE:
-        parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
-        if not (recorder.for_gpu or spec.sharding.of_weights):
+    if sharding.by_deepspeed and name not in BEFORE:
+        parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, sharding, processes)
+        if not (recorder.for_gpu or sharding.of_weights):
             apart = recorder.moments // processes  # no hole that activations leave in the heap is as large as a share
     change = sum(parts.values()) - sum(phase.parts.values())
     return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change + apart)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
+from alignment.costs.recorder import once_for_each
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, grouped, read_answers
@@ -225,16 +226,23 @@ def _answers_of_part(
     answer = partial(answer_and_score, batch_size=config.batch_size)
     if policies.served is not None:
         answer = partial(served_answer_and_score, policies.served)
-    ids, sums = answer(
-        model,
-        [prompts[index] for index in part],
-        [texts[index] for index in part],
-        max_new_tokens=config.max_new_tokens,
-        end_ids=sorted(end_ids(request.arm.tokenizer)),
-        with_own=request.with_logprobs,
-        progress=progress,
-        sampling=None if sampling is None else replace(sampling, uniforms=sampling.uniforms[list(part)]),
+    asked = [prompts[index] for index in part], [texts[index] for index in part]
+    forms = tuple(
+        (type(module), *(weights.shape for weights in module.parameters(recurse=False))) for module in model.modules()
     )
+
+    def answers() -> Any:
+        return answer(
+            model,
+            *asked,
+            max_new_tokens=config.max_new_tokens,
+            end_ids=sorted(end_ids(request.arm.tokenizer)),
+            with_own=request.with_logprobs,
+            progress=progress,
+            sampling=None if sampling is None else replace(sampling, uniforms=sampling.uniforms[list(part)]),
+        )
+
+    ids, sums = once_for_each((forms, str(asked), request.with_logprobs), answers)
     return {"ids": ids, "sums": sums, "seconds": time.monotonic() - started}
 
 
