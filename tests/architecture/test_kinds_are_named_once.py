@@ -14,7 +14,7 @@ from alignment.stages.registry import kinds
 
 PACKAGE = Path(__file__).parents[2] / "alignment"
 REGISTRY = PACKAGE / "stages" / "registry.py"
-ALSO_WORDS = {"reward", "report", "evaluate", "forgetting", "reward_card", "kto"}
+ALSO_WORDS = {"reward", "sample", "report", "evaluate", "forgetting", "reward_card", "kto"}
 """Names that are also a field, a file, a format of data, an artifact or a command.
 
 They count where a kind is asked for.
