@@ -148,20 +148,14 @@ def load(name: str) -> Verb:
 
 
 def _refuse_other_package() -> None:
-    """Another distribution brings an import package of the same name; the two overwrite each other's files.
-
-    Raises:
-        ConfigError: it is installed too.
-    """
+    """Another distribution has an import package of the same name; the two overwrite each other's files."""
     try:
         version = importlib.metadata.version(_RIVAL)
     except importlib.metadata.PackageNotFoundError:
         return
-    raise ConfigError(
-        f"{_RIVAL} {version} is installed in this environment, and it also has a package named 'alignment'",
-        where=sys.prefix,
-        remedy="install alignment-pipeline in an environment of its own",
-    )
+    message = f"{_RIVAL} {version} is installed in this environment, and it also has a package named 'alignment'"
+    remedy = "install alignment-pipeline in an environment of its own"
+    raise ConfigError(message, where=sys.prefix, remedy=remedy)
 
 
 def console_script() -> None:

@@ -41,10 +41,18 @@ from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, alike, bytes_of, flop_of, seconds_of
-from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
+from alignment.costs.recorder import (
+    ACTIVATIONS,
+    CACHE,
+    LOGITS,
+    Operations,
+    Phase,
+    Recorder,
+)
 from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
+from alignment.costs.sharing import BEFORE, DIVIDED, OFFLOADED, divided, without
 from alignment.costs.storing import seconds_a_byte
 from alignment.data.row_count import fewer_of, times_as_many
 from alignment.job import StageSpec
@@ -58,8 +66,8 @@ from alignment.worker import function_of, publish_result
 STARTING, LEARNING, OPTIMISING, SAVING = "starting", "training", "optimising", "saving"
 TRYING = "trying the longest batch"
 SAMPLING, ANSWERING, VALIDATING = "sampling", "answering", "validating"
-BEFORE = (STARTING, "loading", "tokenising")
-"""Phases in which files are read, and whose tensors are on the host."""
+CHANGING = (ACTIVATIONS, CACHE, LOGITS)
+"""What has the sizes of rows."""
 ONCE = {TRYING, SAVING, *BEFORE}
 """Phases that a stage goes through once, however many rows it has."""
 BETWEEN_SECONDS = 1e-5
@@ -70,26 +78,10 @@ EXPECTED_FLOPS, EXPECTED_BANDWIDTH = 3e11, 5e9
 TIMED_SHARE = 0.997
 """Of the expected time of a phase, which operations are timed that make it up: 3 of 5 of the quickstart. Leaving out
 .2 % changed times by .3 to .6 %, .5 % by .8 to 1.4 % (docs/LOG.md, 2026-12-02)."""
-DIVIDED: dict[Sharding, tuple[str, ...]] = {
-    Sharding.none: (),
-    Sharding.zero1: (OPTIMIZER,),
-    Sharding.zero2: (OPTIMIZER, GRADIENTS),
-    Sharding.zero3: (OPTIMIZER, GRADIENTS, WEIGHTS),
-    Sharding.fsdp: (OPTIMIZER, GRADIENTS, WEIGHTS),
-}
-"""What the processes of a launch divide (Rajbhandari et al. 2020)."""
-OFFLOADED: dict[Offload, tuple[str, ...]] = {
-    Offload.none: (),
-    Offload.optimizer: (OPTIMIZER, GRADIENTS),
-    Offload.weights: (OPTIMIZER, GRADIENTS, WEIGHTS),
-}
-"""What a launch keeps in the host's memory instead of a GPU's, of what it divides (Ren et al. 2021)."""
-DDP = "DDP"
-DEEPSPEED = "DeepSpeed"
-BUCKETS = 4 * 4 * 10_000_000
-"""Bytes of four buckets of launch/deepspeed/: two that fill in turn, and their copies that are sent."""
-MOST_LIVE = 1_000_000_000
-"""Gathered weights that ZeRO-3 keeps for the next use (``stage3_max_live_parameters``)."""
+HOLES = 0.25
+"""Of activations, cache and logits: what a stage that learns from sampled answers holds beside them, because their
+lengths change from update to update and leave holes in the heap. Chosen by PPO and GRPO with five adapters and by the
+quickstart (docs/costs.md)."""
 ROWS = 1000
 """Rows that a stage which trains reads."""
 FEW_ROWS = 16
@@ -216,19 +208,25 @@ class Timer:
         other._counts_time = False
         return other
 
-    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next.
+    def seconds(self, operations: Mapping[Key, tuple[Operation, float]]) -> dict[Key, float]:
+        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next.
 
         On a CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes.
         """
         if not self._counts_time:
-            return 0.0
-        moved = bytes_of(operation)
-        known = (key if self.is_gpu else alike(operation), bytes_between < NEAR_BYTES)
-        if known not in self._seconds:
-            self._seconds[known] = self._measured(operation, bytes_between), moved
+            return dict.fromkeys(operations, 0.0)
+        alikes = {
+            key: (key if self.is_gpu else alike(operation), bytes_between < NEAR_BYTES)
+            for key, (operation, bytes_between) in operations.items()
+        }
+        new = {known: operations[key] for key, known in alikes.items() if known not in self._seconds}
+        for known, (operation, _), seconds in zip(new, new.values(), self._measured([*new.values()]), strict=True):
+            self._seconds[known] = seconds, bytes_of(operation)
+        return {key: self._by_bytes(known, operations[key][0]) for key, known in alikes.items()}
+
+    def _by_bytes(self, known: tuple[Hashable, bool], operation: Operation) -> float:
         seconds, of_bytes = self._seconds[known]
-        return seconds if not of_bytes else seconds * moved / of_bytes
+        return seconds if not of_bytes else seconds * bytes_of(operation) / of_bytes
 
     def seconds_to_store(self, size: float, folder: Path) -> float:
         """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
@@ -238,10 +236,11 @@ class Timer:
             self._seconds_a_byte = seconds_a_byte(folder.parent)
         return size * self._seconds_a_byte
 
-    def _measured(self, operation: Operation, bytes_between: float) -> float:
-        if self._device is not None:
-            return seconds_on(self._device, flop=flop_of(operation), moved=bytes_of(operation))
-        return seconds_of(operation, bytes_between=bytes_between) or 0.0
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        if self._device is None:
+            return seconds_of(operations)
+        device = self._device
+        return [seconds_on(device, flop=flop_of(operation), moved=bytes_of(operation)) for operation, _ in operations]
 
 
 def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
@@ -260,13 +259,13 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
     repeats = repeats_of(spec.config, _times_as_many(spec))
     phases = _phases(recorder, timer, repeats)
-    phases = {name: _divided(name, phase, recorder, spec, timer.processes) for name, phase in phases.items()}
+    phases = {name: divided(name, phase, recorder, spec, timer.processes) for name, phase in phases.items()}
     result = recorder.trained_bytes + recorder.copied_bytes
     stored = result + _checkpoints_written(spec, recorder, repeats) * _checkpoint_bytes(recorder)
     phases[SAVING] = replace(phases[SAVING], seconds=phases[SAVING].seconds + timer.seconds_to_store(stored, spec.work))
     on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
     moved = [part for part in OFFLOADED[spec.offload] if part in DIVIDED[spec.sharding]] if timer.is_gpu else []
-    on_device = {name: _without(moved, phase) for name, phase in phases.items()}
+    on_device = {name: without(moved, phase) for name, phase in phases.items()}
     offloaded = [phase.peak - on_device[name].peak for name, phase in phases.items()]
     return StageCost(
         **described,
@@ -337,34 +336,6 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
     return replace(spec, config=replace(config, **changes), sharding=Sharding.none, offload=Offload.none)
 
 
-def _divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, processes: int) -> PhaseCost:
-    """A phase in one of several processes that divide some of what it holds, with what dividing takes by itself."""
-    divided, apart = DIVIDED[spec.sharding], 0
-    parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
-    if spec.sharding is Sharding.none and processes > 1 and name not in BEFORE:
-        parts[DDP] = recorder.trained_bytes  # gradients on the way to other processes, beside those of the weights
-    if spec.sharding.by_deepspeed and name not in BEFORE:
-        parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
-        if not (recorder.for_gpu or spec.sharding.of_weights):
-            apart = recorder.moments // processes  # no hole that activations leave in the heap is as large as a share
-    change = sum(parts.values()) - sum(phase.parts.values())
-    return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change + apart)
-
-
-def _without(moved: Sequence[str], phase: PhaseCost) -> PhaseCost:
-    """A phase on a GPU without the parts that are in the host's memory."""
-    size = sum(phase.parts.get(part, 0) for part in moved)
-    parts = {part: bytes_ for part, bytes_ in phase.parts.items() if part not in moved}
-    return replace(phase, parts=parts, peak=phase.peak - size, held=phase.held - size)
-
-
-def _of_deepspeed(weights: int, recorder: Recorder, sharding: Sharding, processes: int) -> int:
-    """Bytes of DeepSpeed's own: a share of the trained weights and of their gradients in one piece each, buckets on the
-    way to other processes, and in ZeRO-3 weights that are gathered."""
-    gathered = min(weights, int(MOST_LIVE * weights / max(1, recorder.weights))) if sharding.of_weights else 0
-    return 2 * recorder.trained_bytes // processes + min(BUCKETS, 4 * recorder.trained_bytes) + gathered
-
-
 def _times_as_many(spec: StageSpec) -> float | None:
     """How many times as many of its own rows the whole stage reads; None if that is not known."""
     slot = next((slot for slot in kind_of(spec.config).data(spec.config) if slot.field == "data"), None)
@@ -433,10 +404,18 @@ def _beside(name: str, phase: Phase, recorder: Recorder, repeats: Repeats) -> in
         return 0
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default
     of_shape = AMX_CODE_BYTES if hardware.has_amx() else CODE_BYTES
-    if phase.compiled and ({SAMPLING, ANSWERING} & recorder.phases.keys()):
-        return int(RUNTIME_BYTES + of_shape * most)
     later = max(0.0, recorder.all_steps * repeats.of_steps / recorder.period - recorder.periods_run)
-    return int(RUNTIME_BYTES + of_shape * min(phase.compiled + recorder.compiled_in_period * later, most))
+    shapes = min(phase.compiled + recorder.compiled_in_period * later, most)
+    if phase.compiled and ({SAMPLING, ANSWERING} & recorder.phases.keys()):
+        shapes = most
+    return int(RUNTIME_BYTES + of_shape * shapes + _holes(recorder))
+
+
+def _holes(recorder: Recorder) -> float:
+    if SAMPLING not in recorder.phases or not recorder.all_steps:
+        return 0.0
+    changing = (sum(phase.parts.get(part, 0) for part in CHANGING) for phase in recorder.phases.values())
+    return HOLES * max(changing)
 
 
 def _times(name: str, recorder: Recorder, repeats: Repeats, *, processes: int) -> float:
@@ -464,11 +443,9 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
         runs[example.func] += count
         expected[forms[key]] += of_flop / EXPECTED_FLOPS + of_bytes / EXPECTED_BANDWIDTH + count * BETWEEN_SECONDS
     timed = set(expected) if timer.is_gpu else _largest(expected, TIMED_SHARE)
-    seconds = 0.0
-    for key, count in operations.items():
-        example = recorder.examples[key]
-        if forms[key] in timed:
-            seconds += count * (timer.seconds(key, example, bytes_between=moved / runs[example.func]) + timer.between)
+    examples = {key: recorder.examples[key] for key in operations if forms[key] in timed}
+    each = timer.seconds({key: (example, moved / runs[example.func]) for key, example in examples.items()})
+    seconds = math.fsum(operations[key] * (of_one + timer.between) for key, of_one in each.items())
     covered = math.fsum(expected[form] for form in timed)
     return flop, seconds * math.fsum(expected.values()) / covered if covered else 0.0
 

@@ -37,7 +37,6 @@ class Request:
     environment: dict[str, str]
 
     def encode(self) -> bytes:
-        """The request as it is sent."""
         return json.dumps(asdict(self)).encode()
 
 

@@ -87,11 +87,10 @@ _PATHS = ("_name_or_path", "base_model_name_or_path")
 
 
 def memory_key(config: StageConfig, identity: Mapping[str, Any], inputs: Mapping[str, StageInput]) -> str:
-    """A hash of all that decides how much memory a micro-batch of a stage takes, apart from machine and launch.
-
-    A fractional setting, such as a rate or a weight, counts by whether it is 0. Those of data count whole, because they
-    decide which rows there are. Of a stage that it starts from, the shapes of its models count and not their weights.
-    """
+    """A hash of all that decides how much memory a micro-batch of a stage takes, apart from machine and launch. A
+    fractional setting, such as a rate or a weight, counts by whether it is 0. Those of data count whole, because they
+    decide which rows there are. Of a stage that it starts from, the shapes of its models count and not their
+    weights."""
     settings = to_plain(config)
     data = settings.pop("data", None)
     content = {name: identity.get(name) for name in ("base", "data", "extra_data")}

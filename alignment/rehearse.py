@@ -83,13 +83,9 @@ def _write_status(folder: Path, code: int, error: str, where: str, notes: Sequen
 
 def check_rows(spec: StageSpec) -> list[str]:
     """What the chat template leaves out of the first records of each source, if the stage can learn from some of them.
-
-    Raises:
-        DataError: none of them can be rendered or tokenised, or too many rows of a source that was read to its end are
-            too long.
-        ModelError: there is no usable tokenizer, or a row within the stage's limits is longer than the base model's
-            positions.
-    """
+    Raises DataError: none of them can be rendered or tokenised, or too many rows of a source that was read to its end
+    are too long; ModelError: there is no usable tokenizer, or a row within the stage's limits is longer than the base
+    model's positions."""
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only stages that train"
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
@@ -98,7 +94,6 @@ def check_rows(spec: StageSpec) -> list[str]:
 
 
 def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
-    """The sources of the stage's validation, if that has data of its own."""
     validation = getattr(spec.config, "validation", None)
     if not isinstance(validation, ValidationConfig) or "validation.data" not in spec.extra_data:
         return []
@@ -137,11 +132,6 @@ def _is_sampled(data: SourceConfig) -> bool:
 
 
 def _refuse_beyond_positions(spec: StageSpec, rows: Sequence[Tokenized], limits: Limits, answer: int) -> None:
-    """Checks that the base model can read every row, with ``answer`` more tokens.
-
-    Raises:
-        ModelError: it cannot.
-    """
     positions = positions_in(spec.base_path)
     if positions is None:
         return
@@ -153,13 +143,9 @@ def _refuse_beyond_positions(spec: StageSpec, rows: Sequence[Tokenized], limits:
 
 
 def try_functions(spec: StageSpec) -> list[str]:
-    """No notes, if each of the user's functions returns one finite number for an answer to a row of each class.
-
-    A metric may also return None.
-
-    Raises:
-        RewardError: a function does not; the error names it and what it returned or raised.
-    """
+    """No notes, if each of the user's functions returns one finite number for an answer to a row of each class. A
+    metric may also return None. Raises RewardError: a function does not; the error names it and what it returned or
+    raised."""
     data = getattr(spec.config, "data", None)
     assert isinstance(data, DataConfig), "the driver passes only stages that score answers"
     prompts = one_of_each_class(islice(iterate(spec.data_path, Prompt, data), NUM_PROMPTS))
@@ -179,10 +165,8 @@ def try_functions(spec: StageSpec) -> list[str]:
 
 
 def one_of_each_class(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The first prompt with each value of a column that has few values, and with each set of columns.
-
-    A function that fails on some rows only often does so because of a label, a task or a missing column.
-    """
+    """The first prompt with each value of a column that has few values, and with each set of columns. A function that
+    fails on some rows only often does so because of a label, a task or a missing column."""
     first: dict[str, dict[str, Prompt]] = {}
     for prompt in prompts:
         filled = sorted(f"{name} {type(value).__name__}" for name, value in prompt.row.items() if value is not None)
@@ -204,10 +188,7 @@ def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def check_model(spec: StageSpec) -> list[str]:
     """No notes, if the run's base model fits the stage: its adapter, and what its kind says (``StageKind.rehearse``).
-
-    Raises:
-        AlignmentError: it does not.
-    """
+    Raises AlignmentError: it does not."""
     trained = as_trained(spec.config)
     if trained is not None:
         refuse_adapter_that_does_not_fit(spec, trained.adapter)

@@ -1,8 +1,6 @@
-"""Runs one stage on one process: ``python -m alignment.worker STAGE.YAML``, started by a launcher on every rank.
-
-It reads the stage file that the driver wrote and runs the stage; the main process publishes the artifact. The outcome
-is written to ``status.json``, because launchers do not pass on exit codes.
-"""
+"""Runs one stage on one process: ``python -m alignment.worker STAGE.YAML``, started by a launcher on every rank. It
+reads the stage file that the driver wrote and runs the stage; the main process publishes the artifact. The outcome is
+written to ``status.json``, because launchers do not pass on exit codes."""
 
 from __future__ import annotations
 
@@ -87,8 +85,8 @@ def main(path: Path) -> int:
         child_processes.ignore()
     except Preempted as stop:
         child_processes.ignore()
-        if stop.saved:
-            _wait_for_all_ranks()
+        if stop.saved and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the launcher ends the others when the first process exits
         _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_save_state(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
@@ -206,11 +204,8 @@ def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageR
 
 
 def _refuse_other_results(result: object, *, function: str) -> None:
-    """Type checkers see the functions of the built-in kinds, but not those of other packages.
-
-    Raises:
-        StageError: what the stage's function returned does not fit the manifest.
-    """
+    """Type checkers see the functions of the built-in kinds, but not those of other packages. Raises StageError: what
+    the stage's function returned does not fit the manifest."""
     if not isinstance(result, StageResult):
         raise StageError(
             f"the function {function} returned {result!r:.60}, not a StageResult",
@@ -225,10 +220,8 @@ def _refuse_other_results(result: object, *, function: str) -> None:
 
 
 def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
-    """A note on metrics that a kind from another package declares and did not report; the built-in kinds have tests.
-
-    It is no error, because the result is complete, and may have taken hours.
-    """
+    """A note on metrics that a kind from another package declares and did not report; the built-in kinds have tests. It
+    is no error, because the result is complete, and may have taken hours."""
     if origin_of(config.kind) == OURS:
         return
     missing = [name for name in kind_of(config).outcome.metrics(config).names if name not in result.metrics]
@@ -241,7 +234,6 @@ def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
 
 @contextmanager
 def _tracked(context: StageContext) -> Iterator[None]:
-    """Starts the trackers, and closes them when the stage succeeds or fails."""
     if context.is_main:
         context.trackers.start(context.spec)
     done = False
@@ -256,12 +248,8 @@ def _tracked(context: StageContext) -> Iterator[None]:
 
 
 def _refuse_changed_data(spec: StageSpec) -> None:
-    """Compares data and chat template with their fingerprints from the plan, which may be hours old.
-
-    Raises:
-        DataError: one of them has changed since.
-        ArtifactError: rows that another stage made are missing or damaged.
-    """
+    """Compares data and chat template with their fingerprints from the plan, which may be hours old. Raises DataError:
+    one of them has changed since; ArtifactError: rows that another stage made are missing or damaged."""
     for made_by in spec.made_rows.values():
         assert made_by.path is not None, "the plan resolves it to the stage's result"
         verify(made_by.path, content=True)
@@ -269,26 +257,17 @@ def _refuse_changed_data(spec: StageSpec) -> None:
     planned_data += [
         (spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()
     ]
-    for path, planned in planned_data:
-        if planned is not None and content_of(path) != planned:
-            raise DataError(
-                "changed since the run was planned", where=str(path), remedy="start the run again to plan it again"
-            )
+    changed = [str(path) for path, planned in planned_data if planned is not None and content_of(path) != planned]
     template, planned = spec.model.chat_template, spec.identity.get("base", {}).get("chat_template")
     if template is not None and planned is not None and digest(template_text(template)) != planned:
+        changed.append("model.chat_template")
+    if changed:
         raise DataError(
-            "changed since the run was planned",
-            where="model.chat_template",
-            remedy="start the run again to plan it again",
+            "changed since the run was planned", where=changed[0], remedy="start the run again to plan it again"
         )
 
 
 def _refuse_changed_models(spec: StageSpec) -> None:
-    """Compares the user's model folders with their fingerprints from the plan.
-
-    Raises:
-        ModelError: one of them has changed since.
-    """
     models = [(spec.base_path, spec.identity.get("base", {}).get("content"))]
     models += [
         (used.path, spec.input_fingerprints.get(slot))
@@ -336,9 +315,7 @@ def publish_result(spec: StageSpec, context: StageContext, result: StageResult) 
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str, *, rank: int | None = None) -> None:
     """Writes ``status.json``: the first process that fails reports the failure, the main process reports success.
-
-    ``rank`` is that of the process that met the error, if it was another one.
-    """
+    ``rank`` is that of the process that met the error, if it was another one."""
     folder = context.spec.run_folder
     if (folder / STATUS).exists() or (state == DONE and not context.is_main):
         return
@@ -356,12 +333,6 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str, *, ra
         status.write(folder)
     except OSError:  # the driver still sees the exit code and the full disk
         traceback.print_exc()
-
-
-def _wait_for_all_ranks() -> None:
-    """No process exits before all have saved, because the launcher ends the others when the first one exits."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _silence_libraries() -> None:

@@ -28,11 +28,8 @@ def _below(cls: type[AlignmentError]) -> Iterator[type[AlignmentError]]:
 
 
 def other_codes() -> dict[int, str]:
-    """Codes that no class has, with their meaning: ``{0: "success", …}``.
-
-    Raises:
-        ValueError: the docstring of alignment/core/errors.py no longer lists them.
-    """
+    """Codes that no class has, with their meaning: ``{0: "success", …}``. Raises ValueError: the docstring of
+    alignment/core/errors.py no longer lists them."""
     listed = _OTHER.search(inspect.getdoc(errors) or "")
     if listed is None:
         raise ValueError(

@@ -1,7 +1,5 @@
-"""Files beside docs/ that pages link to, such as README.md, a recipe or a data card: the book has a page for each.
-
-The page of a Markdown file is its text. That of another file shows it as code, and that of a folder lists it.
-"""
+"""Files beside docs/ that pages link to, such as README.md, a recipe or a data card: the book has a page for each. The
+page of a Markdown file is its text. That of another file shows it as code, and that of a folder lists it."""
 
 from __future__ import annotations
 
@@ -36,10 +34,8 @@ class Repository:
         return texts
 
     def rewritten(self, text: str, *, source: Path, name: str) -> str:
-        """The text of the file ``source``, with links that hold in its page ``name``.
-
-        A link to a file that does not exist stays as it is, so that mkdocs complains about it.
-        """
+        """The text of the file ``source``, with links that hold in its page ``name``. A link to a file that does not
+        exist stays as it is, so that mkdocs complains about it."""
 
         def link(match: re.Match[str]) -> str:
             path, mark, anchor = match[2].partition("#")

@@ -256,20 +256,16 @@ addEventListener("load", () => {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a page lies in a window, everything that can be unfolded being so.
-
-    ``page`` is the width that it takes, ``cut`` the texts of which a part is out of sight to the left or right.
-    """
+    """How a page lies in a window, everything that can be unfolded being so. ``page`` is the width that it takes,
+    ``cut`` the texts of which a part is out of sight to the left or right."""
 
     page: int
     cut: list[str]
 
 
 def layouts_of(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Layout]]:
-    """Each page at each width, measured in frames, since a window of Chromium's is never narrower than 500 pixels.
-
-    A page's own policy, which lets no script run, is left out of the copy that is measured.
-    """
+    """Each page at each width, measured in frames, since a window of Chromium's is never narrower than 500 pixels. A
+    page's own policy, which lets no script run, is left out of the copy that is measured."""
     frames = [
         f'<iframe srcdoc="{html.escape(_POLICY.sub("", page.read_text(encoding="utf-8")))}" '
         f'style="border: 0; width: {width}px; height: 900px"></iframe>'

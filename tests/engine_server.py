@@ -1,9 +1,7 @@
-"""A server that speaks the part of vLLM's API that stages use, on the CPU with NumPy alone.
-
-It answers with the weights of the folders that it is given, so it shows whether they follow the policy. Faults can be
-planted. ``engine_server`` runs it in this process. ``interpreter_of`` writes a program that stages take for the
-interpreter of an environment with vLLM; a server that it starts is a process of its own.
-"""
+"""A server that speaks the part of vLLM's API that stages use, on the CPU with NumPy alone. It answers with the weights
+of the folders that it is given, so it shows whether they follow the policy. Faults can be planted. ``engine_server``
+runs it in this process. ``interpreter_of`` writes a program that stages take for the interpreter of an environment with
+vLLM; a server that it starts is a process of its own."""
 
 from __future__ import annotations
 
@@ -35,12 +33,10 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """Faults. Answers are sampled from q ∝ p^``power``, and their log-probabilities are those of q.
-
-    With ``behind`` the weights before the newest answer under the name of the newest. ``dies_at`` is the number of the
-    call for answers, from 1, at which the process ends; ``hangs_at`` that at which it stops answering for good.
-    ``once`` is a file: these two happen only while it does not exist, and make it. Each answer waits ``pause`` seconds.
-    """
+    """Faults. Answers are sampled from q ∝ p^``power``, and their log-probabilities are those of q. With ``behind`` the
+    weights before the newest answer under the name of the newest. ``dies_at`` is the number of the call for answers,
+    from 1, at which the process ends; ``hangs_at`` that at which it stops answering for good. ``once`` is a file: these
+    two happen only while it does not exist, and make it. Each answer waits ``pause`` seconds."""
 
     power: float = 1.0
     behind: bool = False
@@ -69,12 +65,9 @@ class Refused(Exception):
 
 @dataclass
 class FakeEngine:
-    """A server at work. Tests may plant a fault at any time.
-
-    ``calls`` are path and body of each request. ``failing`` gives what happens in place of a reply, from the path and
-    how often it was called before. ``edit`` changes a reply to a call for answers. ``pausing`` gives the seconds before
-    such a reply from what is asked.
-    """
+    """A server at work. Tests may plant a fault at any time. ``calls`` are path and body of each request. ``failing``
+    gives what happens in place of a reply, from the path and how often it was called before. ``edit`` changes a reply
+    to a call for answers. ``pausing`` gives the seconds before such a reply from what is asked."""
 
     base: Path
     key: str = ""
@@ -112,11 +105,7 @@ class FakeEngine:
             return number
 
     def reply(self, path: str, body: Body) -> Any:
-        """What a call gives; a text where vLLM gives one.
-
-        Raises:
-            Refused: vLLM would not take it.
-        """
+        """What a call gives; a text where vLLM gives one. Raises Refused: vLLM would not take it."""
         with self._lock:
             match path:
                 case "/health":

@@ -26,9 +26,7 @@ BASE = StageInput(ref="base", path=None)
 
 def distil_spec(folder: Path, *, inputs: dict[str, StageInput] | None = None, **changes: Any) -> StageSpec:
     """The first layer of the base of two learns what the base answers to 12 prompts, of which 3 are held out.
-
-    ``changes`` are settings of the stage; ``optim`` changes the optimiser's.
-    """
+    ``changes`` are settings of the stage; ``optim`` changes the optimiser's."""
     if not (folder / "base").exists():
         save_tiny_model(folder / "base")
     optim = OptimConfig(lr=1e-2, batch_size=4, micro_batch_tokens=60, warmup_ratio=0.0, schedule=Schedule.constant)
@@ -65,9 +63,7 @@ FINGERPRINT = "f" * 64
 
 def sample_spec(folder: Path, *, prompts: Sequence[dict[str, Any]] | None = None, **changes: Any) -> StageSpec:
     """Four answers of at most twelve tokens to each of nine prompts, in three parts; ``prompts`` are written rows.
-
-    ``changes`` are settings of the stage, or fields of the spec.
-    """
+    ``changes`` are settings of the stage, or fields of the spec."""
     if not (folder / "base").exists():
         save_tiny_model(folder / "base")
     file = DATA / "preferences.jsonl"

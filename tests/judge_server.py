@@ -1,7 +1,5 @@
-"""A server of this process on loopback that says what a test has it say: a chat endpoint, or one that gives scores.
-
-No model is behind it.
-"""
+"""A server of this process on loopback that says what a test has it say: a chat endpoint, or one that gives scores. No
+model is behind it."""
 
 from __future__ import annotations
 

@@ -25,10 +25,8 @@ _FUSED = {"scaled_dot_product_attention", "_fused_rms_norm"}
 
 
 class Launches:
-    """Counts them while it is entered, on any device. A fused function is one, whatever it is made of here.
-
-    Operators are counted, not kernels: on a GPU one may launch several.
-    """
+    """Counts them while it is entered, on any device. A fused function is one, whatever it is made of here. Operators
+    are counted, not kernels: on a GPU one may launch several."""
 
     def __init__(self) -> None:
         self.number = 0

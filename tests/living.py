@@ -46,11 +46,8 @@ def kill_each(processes: Iterable[psutil.Process]) -> None:
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = 60.0, error: Callable[[], str] = str) -> None:
-    """Returns once the condition holds.
-
-    Raises:
-        AssertionError: it does not hold after so many seconds; ``error`` gives its message.
-    """
+    """Returns once the condition holds. Raises AssertionError: it does not hold after so many seconds; ``error`` gives
+    its message."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, error()

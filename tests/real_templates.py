@@ -1,8 +1,7 @@
 """Real chat templates of thinking models, and what each must teach: its control tokens and the text that is learned.
-
 The templates are not ours and are in no file of ours. TRL ships most; others are read from the folder in the variable
-``ALIGNMENT_CHAT_TEMPLATES``, or from ``../shared/data/chat_templates``. Their tests are skipped where they are missing.
-"""
+``ALIGNMENT_CHAT_TEMPLATES``, or from ``../shared/data/chat_templates``. Their tests are skipped where they are
+missing."""
 
 from __future__ import annotations
 
@@ -42,11 +41,9 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A template of a family with ``options``. ``learned`` is the text that an answer teaches.
-
-    ``keeps`` says whether earlier turns stay as they were, ``with_thought`` and ``without_thought`` which answers can
-    follow the prompt, ``calls`` whether the template renders tools, ``takes_system`` whether it renders a system turn.
-    """
+    """A template of a family with ``options``. ``learned`` is the text that an answer teaches. ``keeps`` says whether
+    earlier turns stay as they were, ``with_thought`` and ``without_thought`` which answers can follow the prompt,
+    ``calls`` whether the template renders tools, ``takes_system`` whether it renders a system turn."""
 
     name: str
     family: Family

@@ -58,10 +58,8 @@ def uncommitted(root: Path = ROOT) -> list[str]:
 def merge(
     previous: dict[str, Any], run: dict[str, Any], key: str, entries: Sequence[dict[str, Any]], names: Iterable[str]
 ) -> dict[str, Any]:
-    """The content of a file in which ``entries`` replace those that have the same values of ``names``.
-
-    Runs that no entry comes from any more are dropped.
-    """
+    """The content of a file in which ``entries`` replace those that have the same values of ``names``. Runs that no
+    entry comes from any more are dropped."""
     runs = list(previous.get("runs", []))
     number = runs.index(run) if run in runs else len(runs)
     runs[number:] = runs[number:] or [run]

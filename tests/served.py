@@ -286,9 +286,7 @@ LIMIT = 12
 
 def answers_are_ours(served: Serving, run: ServedRun, **options: Any) -> list[tuple[Any, OwnAnswer]]:
     """Greedy answers of each arm equal ours, with as many tokens, and end where ours end; returns each reply with ours.
-
-    ``options`` are added to each request.
-    """
+    ``options`` are added to each request."""
     answered, ended_by_template = [], 0
     with client(served) as asked:
         assert {model.id for model in asked.models.list()} == set(ARMS)

@@ -1,8 +1,6 @@
-"""Tiny tokenizers in the dress of the chat model families that people use.
-
-Each has its family's control tokens, the BOS that its tokenizer puts in front of texts, and a chat template of the
-family's structure. The words in between are ours.
-"""
+"""Tiny tokenizers in the dress of the chat model families that people use. Each has its family's control tokens, the
+BOS that its tokenizer puts in front of texts, and a chat template of the family's structure. The words in between are
+ours."""
 
 from __future__ import annotations
 
@@ -19,13 +17,10 @@ from tests.tiny import CHAT_TEMPLATE, tiny_bpe, tiny_tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """How a family writes its turns.
-
-    ``end`` ends a turn and ``eos`` a text; ``bos`` is what the tokenizer puts in front of a text, if anything.
-    ``words`` are added tokens that are no control tokens. ``call`` is how a call is written, name and arguments left
-    open, and empty where the template knows no tools. ``lead`` stands in front of an answer that is text; ``strips``
-    says that blanks around an answer are lost.
-    """
+    """How a family writes its turns. ``end`` ends a turn and ``eos`` a text; ``bos`` is what the tokenizer puts in
+    front of a text, if anything. ``words`` are added tokens that are no control tokens. ``call`` is how a call is
+    written, name and arguments left open, and empty where the template knows no tools. ``lead`` stands in front of an
+    answer that is text; ``strips`` says that blanks around an answer are lost."""
 
     template: str
     control: tuple[str, ...]

@@ -1,7 +1,5 @@
-"""A tokenizer and models small enough for any test: nothing is downloaded, every weight comes from a fixed seed.
-
-The tokenizer is a byte-level BPE with ChatML turns, a default system turn and pad == EOS, as SmolLM2-Instruct has them.
-"""
+"""A tokenizer and models small enough for any test: nothing is downloaded, every weight comes from a fixed seed. The
+tokenizer is a byte-level BPE with ChatML turns, a default system turn and pad == EOS, as SmolLM2-Instruct has them."""
 
 from __future__ import annotations
 
@@ -166,10 +164,8 @@ def save_tiny_model(
     seed: int = 0,
     **changes: Any,
 ) -> Path:
-    """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``.
-
-    ``changes`` replace settings of the model.
-    """
+    """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``. ``changes``
+    replace settings of the model."""
     if tokenizer is not None:
         _save(folder, tokenizer, architecture, seed, changes)
     else:
@@ -205,10 +201,8 @@ def _remove(folder: Path, maker: int) -> None:
 
 
 def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
-    """What a worker is told about a stage in ``folder``; the work folders exist already.
-
-    ``changes`` replace fields. The base is expected in ``folder/base``.
-    """
+    """What a worker is told about a stage in ``folder``; the work folders exist already. ``changes`` replace fields.
+    The base is expected in ``folder/base``."""
     work = folder / "artifacts" / f"{config.kind}-0123abcd.work"
     run_folder = folder / "runs" / "test" / config.kind
     for path in (work / "content", work / "checkpoints", run_folder):
@@ -241,9 +235,7 @@ def publish_tiny(
     spec: StageSpec, model: Any, start: Lineage, *, head: dict[str, torch.Tensor] | None = None
 ) -> StageInput:
     """Publishes ``model`` as the artifact of ``spec``, as the worker does after a stage; returns a reference to it.
-
-    ``head`` is what ``head.safetensors`` of a reward model holds.
-    """
+    ``head`` is what ``head.safetensors`` of a reward model holds."""
     context = StageContext(spec=spec, rank=0, world_size=1)
     result = save_model(model, load_tokenizer(start.base), context, start, {})
     if head is not None:
@@ -266,9 +258,7 @@ def tiny_reward(
     folder: Path, adapter: AdapterConfig, *, start: Lineage, offset: float = 0.5, **changes: Any
 ) -> StageInput:
     """A published reward model on ``start`` whose adapter and head say something; its spec lies in ``folder``.
-
-    ``changes`` replace fields of the spec.
-    """
+    ``changes`` replace fields of the spec."""
     spec = tiny_spec(folder, RewardConfig(adapter=adapter), **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)

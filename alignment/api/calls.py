@@ -27,11 +27,8 @@ Recipe = str | os.PathLike[str]
 
 
 def name_of(file: Recipe, argument: str = "recipe") -> str:
-    """The name or the path that a caller gave as ``argument``.
-
-    Raises:
-        TypeError: it is something else, such as the settings themselves.
-    """
+    """The name or the path that a caller gave as ``argument``. Raises TypeError: it is something else, such as the
+    settings themselves."""
     if isinstance(file, str):
         return file
     if isinstance(file, os.PathLike):
@@ -97,9 +94,8 @@ def words(overrides: Overrides) -> list[str]:
         ConfigError: they are one text instead of several, or a value cannot be written in a configuration.
     """
     if isinstance(overrides, str):
-        raise ConfigError(
-            f"{overrides!r} is a single string", where="overrides", remedy=f"give a list [{overrides!r}], or a mapping"
-        )
+        remedy = f"give a list [{overrides!r}], or a mapping"
+        raise ConfigError(f"{overrides!r} is a single string", where="overrides", remedy=remedy)
     if isinstance(overrides, Mapping):
         return [f"{key}={_written(value, key)}" for key, value in overrides.items()]
     given = list(overrides) if isinstance(overrides, Iterable) else [overrides]
@@ -128,11 +124,8 @@ def _written(value: object, key: str) -> str:
             return "{" + ", ".join(f"{_name(name, key)}: {_written(item, key)}" for name, item in value.items()) + "}"
         case Sequence() if not isinstance(value, bytes):
             return "[" + ", ".join(_written(item, key) for item in value) + "]"
-    raise ConfigError(
-        f"{type(value).__name__} cannot be written in a configuration",
-        where=key,
-        remedy="give None, a bool, a number, a string, a path, or a list or mapping of these",
-    )
+    remedy = "give None, a bool, a number, a string, a path, or a list or mapping of these"
+    raise ConfigError(f"{type(value).__name__} cannot be written in a configuration", where=key, remedy=remedy)
 
 
 def _name(name: object, key: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.api import run_frames
-from alignment.api.run_frames import Series, data_frame, series_of
+from alignment.api.run_frames import Series, data_frame, series_of, with_others
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.execute.run_state import as_it_is
@@ -23,6 +23,7 @@ from alignment.records.stages import FORGETTING_FILE, Forgetting
 from alignment.records.sweep_record import SweepRecord, Trial
 from alignment.records.training import written_rows
 from alignment.records.worker import Progress, Status
+from alignment.report.comparison_page.setting_rows import flat
 from alignment.report.run_page.run_records import (
     Difference,
     artifact_folder,
@@ -77,11 +78,8 @@ class RunStage:
         return {} if self.manifest is None else self.manifest.usage
 
     def steps(self) -> list[dict[str, Any]]:
-        """The logged steps of the stage, finished or not, as metrics.jsonl has them; empty if it logs none.
-
-        Raises:
-            ArtifactError: the file is damaged.
-        """
+        """The logged steps of the stage, finished or not, as metrics.jsonl has them; empty if it logs none. Raises
+        ArtifactError: the file is damaged."""
         if self.steps_path is None:
             return []
         try:
@@ -90,11 +88,7 @@ class RunStage:
             raise ArtifactError(f"unreadable: {error}", where=str(self.steps_path), remedy="run it again") from error
 
     def curves(self) -> list[Series]:
-        """What the report draws of the steps: a series for each figure that was logged.
-
-        Raises:
-            ArtifactError: metrics.jsonl is damaged.
-        """
+        """What the report draws of the steps: a series for each figure that was logged. It raises as ``steps`` does."""
         return series_of(self.kind, self.settings, self.steps())
 
     def frame(self) -> pandas.DataFrame:
@@ -104,7 +98,7 @@ class RunStage:
             ArtifactError: metrics.jsonl is damaged.
             ConfigError: pandas is not installed.
         """
-        return run_frames.of_steps(self.steps())
+        return data_frame(with_others(["step"], steps := self.steps()), steps)
 
     def __repr__(self) -> str:
         return f"RunStage({self.name!r}, {self.kind}, {self.state})"
@@ -116,7 +110,7 @@ class Run:
     ``waiting``, ``killed`` or ``unknown``.
 
     ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and ``forgetting`` are the results of the
-    stages that have one, by stage.
+    stages that have one, by stage. Tables (``..._frame``) raise ConfigError if pandas is not installed.
     """
 
     folder: Path
@@ -156,11 +150,8 @@ class Run:
         return [] if stage is None or stage.artifact is None else list(evaluations.read_samples(stage.artifact))
 
     def against(self, first: Run) -> list[Difference]:
-        """This run minus ``first``, in every metric of every arm that both evaluated, paired by prompt.
-
-        Raises:
-            ArtifactError: a result of one of the runs is damaged.
-        """
+        """This run minus ``first``, in every metric of every arm that both evaluated, paired by prompt. Raises
+        ArtifactError: a result of one of the runs is damaged."""
         from alignment.pipeline.execute import run_differences  # needs numpy
 
         runs = [run_differences.judged_run(run.folder) for run in (first, self)]
@@ -171,49 +162,34 @@ class Run:
 
     def stages_frame(self) -> pandas.DataFrame:
         """A row for each stage: ``stage``, ``kind``, ``state``, ``reason``, ``artifact``, and a column for each figure
-        of its ``usage``.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return run_frames.of_stages([(stage.name, stage.entry, stage.usage) for stage in self.stages.values()])
+        of its ``usage``."""
+        columns = ("kind", "state", "reason", "artifact")
+        rows = [
+            {"stage": stage.name, **{column: getattr(stage.entry, column) for column in columns}, **stage.usage}
+            for stage in self.stages.values()
+        ]
+        return data_frame(with_others(["stage", *columns, "seconds"], rows), rows)
 
     def arms_frame(self) -> pandas.DataFrame:
-        """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval from
-        ``low`` to ``high``.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
+        """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval
+        from ``low`` to ``high``."""
         return run_frames.of_arms(self.evaluations)
 
     def differences_frame(self) -> pandas.DataFrame:
         """A row for each comparison of two arms: ``evaluation``, ``arm``, ``against``, ``metric``, ``difference``
-        (paired by prompt) with its 95 % interval, ``p``, ``adjusted_p`` for the comparisons of its family, and
-        ``verdict``.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
+        (paired by prompt) with its 95 % interval, ``p``, ``adjusted_p`` for its family, and ``verdict``."""
         return run_frames.of_differences(self.evaluations)
 
     def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
         """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
-        column for each score, which is ``score/NAME`` if the metric is called like one of these.
-
-        Raises:
-            ArtifactError: the file of the answers is damaged.
-            ConfigError: pandas is not installed.
-        """
+        column for each score, which is ``score/NAME`` if the metric is called like one of these. It raises as
+        ``answers`` does."""
         return run_frames.of_answers(self.answers(evaluation))
 
     def settings_frame(self) -> pandas.DataFrame:
-        """A row for each setting: ``key``, as an override names it, and ``value``.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return run_frames.of_settings(self.settings)
+        """A row for each setting: ``key``, as an override names it, and ``value``."""
+        rows = [{"key": key, "value": value} for key, value in flat(self.settings).items()]
+        return data_frame(("key", "value"), rows)
 
     def _evaluation_name(self) -> str | None:
         return next((name for name in evaluation_stages(self.record) if name in self.evaluations), None)
@@ -235,27 +211,19 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     record = RunRecord.read(path)
     known = as_it_is(path, record)
     stages = {name: _stage(path, name, known) for name in record.stages}
-    made = [(stage.name, produced_by(stage.kind), stage.artifact) for stage in stages.values() if stage.artifact]
+
+    def with_file(kind: str, file: str) -> list[tuple[str, Path]]:
+        made = [(s.name, s.artifact) for s in stages.values() if s.artifact and produced_by(s.kind) == kind]
+        return [(name, artifact) for name, artifact in made if (artifact / file).is_file()]
+
     return Run(
         folder=path,
         state=known.state,
         record=record,
         stages=stages,
-        evaluations={
-            name: Evaluation.read(artifact)
-            for name, produces, artifact in made
-            if produces == EVALUATION and (artifact / evaluations.FILE).is_file()
-        },
-        reward_cards={
-            name: RewardCard.read(artifact)
-            for name, produces, artifact in made
-            if produces == REWARD_CARD and (artifact / reward_card.FILE).is_file()
-        },
-        forgetting={
-            name: Forgetting.read(artifact)
-            for name, produces, artifact in made
-            if produces == FORGETTING and (artifact / FORGETTING_FILE).is_file()
-        },
+        evaluations={name: Evaluation.read(path) for name, path in with_file(EVALUATION, evaluations.FILE)},
+        reward_cards={name: RewardCard.read(path) for name, path in with_file(REWARD_CARD, reward_card.FILE)},
+        forgetting={name: Forgetting.read(path) for name, path in with_file(FORGETTING, FORGETTING_FILE)},
     )
 
 
@@ -297,11 +265,7 @@ class Sweep:
         return [trial for trial in self.trials if trial.number in self.record.best]
 
     def run(self, number: int) -> Run:
-        """The run of a trial.
-
-        Raises:
-            ArtifactError: there is no such trial, or its run is damaged.
-        """
+        """The run of a trial. Raises ArtifactError: there is no such trial, or its run is damaged."""
         trial = next((trial for trial in self.trials if trial.number == number), None)
         if trial is None:
             numbers = ", ".join(str(trial.number) for trial in self.trials)
@@ -326,22 +290,17 @@ class Sweep:
 
 
 def _row(trial: Trial, figures: Sequence[str]) -> dict[str, Any]:
-    """A trial by column; without figures if it is not done."""
     values = [number for value in trial.figures for number in (value.mean, value.low, value.high)]
     row = {"trial": trial.number, "state": trial.state, **trial.settings}
     return row | dict(zip(figures, values, strict=False))
 
 
 def load_sweep(folder: str | os.PathLike[str]) -> Sweep:
-    """Reads a sweep, whether or not it has ended; ``folder`` is ``sweeps/RUN.SWEEP`` in the output folder.
-
-    Raises:
-        ArtifactError: no trial of a sweep has ended there, or its file is damaged.
-    """
+    """Reads a sweep, whether or not it has ended; ``folder`` is ``sweeps/RUN.SWEEP`` in the output folder. Raises
+    ArtifactError: no trial of a sweep has ended there, or its file is damaged."""
     path = Path(folder).expanduser().absolute()
     try:
         return Sweep(folder=path, record=SweepRecord.read(path))
     except FileNotFoundError:
-        raise ArtifactError(
-            "no trial of a sweep has finished here", where=str(path), remedy="start one: align sweep RECIPE SWEEP"
-        ) from None
+        remedy = "start one: align sweep RECIPE SWEEP"
+        raise ArtifactError("no trial of a sweep has finished here", where=str(path), remedy=remedy) from None

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Comparison, Evaluation, Sample
-from alignment.records.run import StageEntry
-from alignment.report.comparison_page.setting_rows import flat
 from alignment.report.run_page.curves import points_of
 from alignment.stages.registry import curves
 
@@ -17,67 +15,37 @@ if TYPE_CHECKING:
     import pandas
 
 
-def of_steps(steps: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """A row for each logged step."""
-    return data_frame(_columns(["step"], steps), steps)
-
-
-def of_stages(stages: Sequence[tuple[str, StageEntry, Mapping[str, float]]]) -> pandas.DataFrame:
-    """A row for each stage, from its name, entry and usage."""
-    rows = [
-        {
-            "stage": name,
-            "kind": entry.kind,
-            "state": entry.state,
-            "reason": entry.reason,
-            "artifact": entry.artifact,
-            **usage,
-        }
-        for name, entry, usage in stages
-    ]
-    return data_frame(_columns(["stage", "kind", "state", "reason", "artifact", "seconds"], rows), rows)
-
-
 def of_arms(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
     """A row for each arm and metric."""
     columns = ("evaluation", "arm", "metric", "mean", "low", "high")
-    return data_frame(
-        columns,
-        (
-            dict(zip(columns, (stage, arm.label, metric, value.mean, value.low, value.high), strict=True))
-            for stage, evaluation in evaluations.items()
-            for arm in evaluation.arms
-            for metric, value in arm.all_metrics.items()
-        ),
+    rows = (
+        (stage, arm.label, metric, value.mean, value.low, value.high)
+        for stage, evaluation in evaluations.items()
+        for arm in evaluation.arms
+        for metric, value in arm.all_metrics.items()
     )
+    return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
 
 
 def of_differences(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
     """A row for each comparison of two arms."""
-    columns = ("evaluation", "arm", "against", "metric", "difference", "low", "high", "p", "adjusted_p", "verdict")
-    return data_frame(
-        columns,
-        (
-            {
-                "evaluation": stage,
-                "arm": evaluation.label(comparison.arm),
-                "against": evaluation.label(comparison.against),
-                "metric": metric,
-                "difference": comparison.difference,
-                "low": comparison.low,
-                "high": comparison.high,
-                "p": comparison.p,
-                "adjusted_p": comparison.adjusted_p,
-                "verdict": evaluation.verdict(comparison),
-            }
-            for stage, evaluation in evaluations.items()
-            for metric, comparison in _comparisons(evaluation)
-        ),
-    )
+    numbers = ("difference", "low", "high", "p", "adjusted_p")
+    rows = [
+        {
+            "evaluation": stage,
+            "arm": evaluation.label(comparison.arm),
+            "against": evaluation.label(comparison.against),
+            "metric": metric,
+            **{name: getattr(comparison, name) for name in numbers},
+            "verdict": evaluation.verdict(comparison),
+        }
+        for stage, evaluation in evaluations.items()
+        for metric, comparison in _comparisons(evaluation)
+    ]
+    return data_frame(("evaluation", "arm", "against", "metric", *numbers, "verdict"), rows)
 
 
 def _comparisons(evaluation: Evaluation) -> Iterator[tuple[str, Comparison]]:
-    """Every comparison with the name of its metric."""
     for comparison in evaluation.comparisons:
         yield comparison.metric or evaluation.primary or "", comparison
     for comparison in evaluation.other_comparisons:
@@ -101,15 +69,10 @@ def of_answers(samples: Sequence[Sample]) -> pandas.DataFrame:
         for sample in samples
         for arm, answer in sample.answers.items()
     ]
-    return data_frame(_columns(columns, rows), rows)
+    return data_frame(with_others(columns, rows), rows)
 
 
-def of_settings(settings: Mapping[str, Any]) -> pandas.DataFrame:
-    """A row for each setting."""
-    return data_frame(("key", "value"), ({"key": key, "value": value} for key, value in flat(settings).items()))
-
-
-def _columns(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def with_others(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The ``first`` columns, then the others in the order in which rows have them."""
     return list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
 
@@ -141,15 +104,11 @@ def series_of(kind: str, settings: Mapping[str, Any], steps: Sequence[Mapping[st
 
 
 def data_frame(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """A DataFrame with these columns in this order, also without rows; a row may lack a column.
-
-    Raises:
-        ConfigError: pandas is not installed.
-    """
+    """A DataFrame with these columns in this order, also without rows; a row may lack a column. Raises ConfigError:
+    pandas is not installed."""
     try:
         import pandas
     except ImportError:
-        raise ConfigError(
-            "tables need pandas, which is not installed here", remedy="pip install 'alignment-pipeline[pandas]'"
-        ) from None
+        remedy = "pip install 'alignment-pipeline[pandas]'"
+        raise ConfigError("tables need pandas, which is not installed here", remedy=remedy) from None
     return pandas.DataFrame(list(rows), columns=list(columns))

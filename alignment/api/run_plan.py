@@ -17,8 +17,6 @@ from alignment.records.cost import RunCost
 if TYPE_CHECKING:
     import pandas
 
-_COLUMNS = ("stage", "kind", "action", "reason", "artifact")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
@@ -67,24 +65,11 @@ class RunPlan:
         return tuple(stage for stage in self.stages.values() if stage.action in (Action.run, Action.resume))
 
     def frame(self) -> pandas.DataFrame:
-        """A row for each stage: ``stage``, ``kind``, ``action``, ``reason`` and ``artifact``.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return data_frame(
-            _COLUMNS,
-            (
-                {
-                    "stage": stage.name,
-                    "kind": stage.kind,
-                    "action": stage.action.value,
-                    "reason": stage.reason,
-                    "artifact": str(stage.artifact),
-                }
-                for stage in self.stages.values()
-            ),
-        )
+        """A row for each stage: ``stage``, ``kind``, ``action``, ``reason`` and ``artifact``. Raises ConfigError:
+        pandas is not installed."""
+        columns = ("stage", "kind", "action", "reason", "artifact")
+        rows = ((s.name, s.kind, s.action.value, s.reason, str(s.artifact)) for s in self.stages.values())
+        return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
 
     def __repr__(self) -> str:
         reused = len(self.stages) - len(self.to_run)

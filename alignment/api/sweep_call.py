@@ -34,7 +34,6 @@ def sweep(
         code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
         raise_if_stopped(code, checked.folder.name)
         if code:
-            raise StageError(
-                "no trial has finished", where=str(checked.folder), remedy="load_sweep says why each trial failed"
-            )
+            remedy = "load_sweep says why each trial failed"
+            raise StageError("no trial has finished", where=str(checked.folder), remedy=remedy)
         return load_sweep(checked.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.config.faults import suggestion
+from alignment.commands.shared.following import run_folder, run_names
 from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
 from alignment.core.terminal import print_whole
@@ -24,7 +24,7 @@ from alignment.pipeline.execute.run_differences import (
 )
 from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
-from alignment.records.run import FILE, RunRecord
+from alignment.records.run import RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_files import read_run
@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Compares them; returns the exit code."""
-
     output, runs = runs_of(arguments, *arguments.runs)
     compare(console, output, runs, html=arguments.html)
     return 0
@@ -65,14 +64,17 @@ ABSENT = "–"
 
 
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
-    """Prints differing settings, arms side by side, and paired differences from the first run.
-
-    Raises:
-        ConfigError: there are fewer than two runs, a run does not exist, or ``html`` cannot be written.
-    """
-    page = None if html is None else _page(html, runs)
+    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError:
+    there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
+    page = None if html is None else Path(html).expanduser().absolute()
+    if page is not None and len(runs) > MOST_RUNS:
+        raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
+    if page is not None and not can_be_a_file(page):
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     folders = _folders(output, runs)
-    differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
+    configs = [RunRecord.read(folder).config for folder in folders]
+    settings = [{key: value for key, value in config.items() if key not in NOT_SETTINGS} for config in configs]
+    differing = dict(_differing(settings))
     compared = compared_evaluations([judged_run(folder) for folder in folders])
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
@@ -96,29 +98,13 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _page(html: str, runs: Sequence[str]) -> Path:
-    if len(runs) > MOST_RUNS:
-        raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
-    path = Path(html).expanduser().absolute()
-    if not can_be_a_file(path):
-        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
-    return path
-
-
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
-    known = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
     if twice := next((run for run in runs if runs.count(run) > 1), None):
         raise ConfigError(f"the run {twice!r} is named twice", where="RUN", remedy="name each once")
     if len(runs) < 2:
-        raise ConfigError("name two runs or more", where="RUN", remedy=f"there are: {', '.join(known) or 'none'}")
-    for run in runs:
-        if run not in known:
-            raise ConfigError(f"no run '{run}' under {output / 'runs'}; {suggestion(run, known)}", where="RUN")
-    return [output / "runs" / run for run in runs]
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+        remedy = f"there are: {', '.join(run_names(output)) or 'none'}"
+        raise ConfigError("name two runs or more", where="RUN", remedy=remedy)
+    return [run_folder(output, run) for run in runs]
 
 
 def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
@@ -165,8 +151,8 @@ def _show_arms(console: Console, runs: Sequence[str], evaluation: ComparedEvalua
     stage = f"{evaluation.name}: " if evaluation.name else ""
     table = _table(f"{escape(stage + primary.name)}, 95 %", *runs)
     for name in dict.fromkeys(name for arms in evaluation.arms for name in arms):
-        means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
-        table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
+        values = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
+        table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, values))
     console.print()
     print_whole(console, table)
 

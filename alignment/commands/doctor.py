@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,34 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Shows the format of a data file, which kinds of stage can use it, and which rows are faulty and why."
     )
-    parser.add_argument(
-        "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION")
+    add(
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
         help="a setting of the data, as in a recipe: columns='{prompt: my_question}' or placeholders='{name: Ada}'",
     )
-    parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
-    )
-    parser.add_argument("--split", help="the split of DATA, if that is on a hub (default: train)")
-    parser.add_argument("--subset", help="the subset of DATA, if that is on a hub and has several")
-    parser.add_argument(
+    add("--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)")
+    add("--split", help="the split of DATA, if that is on a hub (default: train)")
+    add("--subset", help="the subset of DATA, if that is on a hub and has several")
+    add(
         "--against",
         metavar="DATA",
         help="also list the rows whose prompts or texts overlap with this file, such as the data of an evaluation",
     )
-    parser.add_argument(
-        "--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)"
-    )
-    parser.add_argument("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
+    add("--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)")
+    add("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Explains the file; returns the exit code."""
-
     chosen = {name: getattr(arguments, name) for name in _SOURCE if getattr(arguments, name)}
     data = source_of(arguments.data, chosen, arguments.overrides)
     against = against_of(arguments.against, split=arguments.against_split, subset=arguments.against_subset)
@@ -82,11 +76,8 @@ EXAMPLE = "columns={prompt: my_question}"
 
 
 def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str]) -> SourceConfig:
-    """The source that the command line describes; ``overrides`` are parsed and checked like those of a recipe.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """The source that the command line describes; ``overrides`` are parsed and checked like those of a recipe. Raises
+    ConfigError: lists every fault."""
     given, faults = tree_of(overrides, example=EXAMPLE)
     faults += _unusable(given, options)
     data, wrong = source_from_plain({**given, **options}, where="DATA")
@@ -95,11 +86,8 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
 
 
 def against_of(source: str | None, *, split: str | None, subset: str | None) -> SourceConfig | None:
-    """The source to compare with; None if there is none.
-
-    Raises:
-        ConfigError: a split or subset is chosen of no source.
-    """
+    """The source to compare with; None if there is none. Raises ConfigError: a split or subset is chosen of no
+    source."""
     if source is not None:
         return SourceConfig(source=source, split=split or SourceConfig().split, subset=subset or None)
     chosen = [name for name, value in (("split", split), ("subset", subset)) if value]
@@ -178,7 +166,6 @@ def _overlaps(path: Path, data: SourceConfig, against: SourceConfig, other: Path
 
 
 def _source_name(data: SourceConfig) -> str:
-    """The source, and of a hub's data set also which rows of it are read."""
     if not data.source.startswith("hub:"):
         return data.source
     subset = "" if data.subset is None else f", subset {data.subset}"
@@ -257,50 +244,45 @@ def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
         yield _line("", f"to try these columns: {_command(data, columns)}")
 
 
+def _listed(name: str, headline: str, count: int, rows: Iterable[str]) -> Iterator[str]:
+    """A headline, the first of ``count`` rows, and how many others there are; nothing if there are none."""
+    if count:
+        yield _line(name, headline)
+        yield from (_line("", row) for row in islice(rows, _PAIRS))
+    if count > _PAIRS:
+        yield _line("", f"and {count - _PAIRS:,} more")
+
+
+def _related(row: RelatedRow, relation: str) -> str:
+    return f"{_short_location(row.where)} {relation.format(_short_location(row.earlier or 'an earlier row'))}"
+
+
 def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
-    """Rows that repeat an earlier one, then rows that are nearly the same."""
     exact, near = diagnosis.repeats.num_exact, diagnosis.near_duplicates.pairs
-    if exact:
-        yield _line(
-            "duplicates", f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {_weight(exact)}"
-        )
-    for row in diagnosis.repeats.exact[:_PAIRS]:
-        yield _line("", f"{_short_location(row.where)} repeats {_earlier(row)}")
-    yield from _more(exact)
-    if near:
-        are = counted(len(near), "row is", "rows are")
-        yield _line("duplicates", f"{are} nearly the same as an earlier row; {_weight(len(near))}")
-    for pair in near[:_PAIRS]:
-        row_name, earlier = _short_location(pair.where), _short_location(pair.earlier)
-        yield _line("", f"{row_name} shares {pair.share:.0%} of its word sequences with {earlier}")
-    yield from _more(len(near))
+    weight = {True: "keep one of each, or it weighs more", False: "keep one of each, or they weigh more"}
+    headline = f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {weight[exact == 1]}"
+    repeats = (_related(row, "repeats {}") for row in diagnosis.repeats.exact)
+    yield from _listed("duplicates", headline, exact, repeats)
+    are = counted(len(near), "row is", "rows are")
+    headline = f"{are} nearly the same as an earlier row; {weight[len(near) == 1]}"
+    shares = (
+        f"{_short_location(pair.where)} shares {pair.share:.0%} of its word sequences with "
+        f"{_short_location(pair.earlier)}"
+        for pair in near
+    )
+    yield from _listed("duplicates", headline, len(near), shares)
     if not exact and not near:
         yield _line("duplicates", "no row")
     if diagnosis.near_duplicates.passed_over:
         yield _line("", f"only the first {diagnosis.near_duplicates.looked_at:,} distinct rows were compared")
 
 
-def _weight(count: int) -> str:
-    return f"keep one of each, or {'it weighs' if count == 1 else 'they weigh'} more"
-
-
 def _contradictions(diagnosis: Diagnosis) -> Iterator[str]:
     count = diagnosis.repeats.num_contradictions
-    if count:
-        says = counted(count, "row says", "rows say")
-        yield _line("contradict", f"{says} the opposite of an earlier row; correct it or remove one of the two")
-    for row in diagnosis.repeats.contradictions[:_PAIRS]:
-        yield _line("", f"{_short_location(row.where)} {_CONTRADICTS[row.record].format(_earlier(row))}")
-    yield from _more(count)
-
-
-def _earlier(row: RelatedRow) -> str:
-    return _short_location(row.earlier) if row.earlier else "an earlier row"
-
-
-def _more(count: int) -> Iterator[str]:
-    if count > _PAIRS:
-        yield _line("", f"and {count - _PAIRS:,} more")
+    says = counted(count, "row says", "rows say")
+    headline = f"{says} the opposite of an earlier row; correct it or remove one of the two"
+    rows = (_related(row, _CONTRADICTS[row.record]) for row in diagnosis.repeats.contradictions)
+    yield from _listed("contradict", headline, count, rows)
 
 
 def _encoding(diagnosis: Diagnosis) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -29,34 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides."""
     add_recipe(parser)
     add_verify(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--cost",
         action="store_true",
         help="also estimate memory, FLOP and time of each stage, without loading any weights",
     )
-    parser.add_argument("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
-    parser.add_argument(
-        "--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)"
-    )
-    parser.add_argument(
-        "--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder"
-    )
+    add("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
+    add("--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)")
+    add("--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows the plan; returns the exit code."""
-    recipe = recipe_of(arguments)
-
-    show(
-        console,
-        recipe,
-        arguments.overrides,
-        cost=arguments.cost,
-        device=arguments.device,
-        trade=arguments.trade,
-        scripts=arguments.scripts,
-        verified=arguments.verify,
-    )
+    options = {name: getattr(arguments, name) for name in ("cost", "device", "trade", "scripts")}
+    show(console, recipe_of(arguments), arguments.overrides, verified=arguments.verify, **options)
     return 0
 
 
@@ -81,38 +69,29 @@ def show(
         ConfigError: ``device`` is not known, or there can be no ``scripts``.
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     cost = estimates.is_wanted(cost=cost, device=device)
     plan = estimates.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
-    files = None if scripts is None else job_scripts(plan, scripts)
+    files = None if scripts is None else _job_scripts(plan, scripts)
     show_plan(console, plan)
     if cost or trade:
-        _show_cost(console, plan, device=device, trade=trade)
+        estimated = estimates.estimated(plan, device=device, trade=trade, announce=say)
+        show_cost(console, estimated, free=estimates.free_disk(plan) if device == THIS else None)
+        if trade:
+            show_trades(console, plan.recipe, estimated)
+    elif (known := estimates.known_costs(plan)) is not None:
+        show_cost(console, known, free=estimates.free_disk(plan), is_earlier=True)
     else:
-        _show_known(console, plan)
+        say("--cost shows how much memory and time it would take")
     if reason := why_not_here(plan):
-        console.print(f"this machine cannot start it: {reason}", markup=False, highlight=False, soft_wrap=True)
+        say(f"this machine cannot start it: {reason}")
     if files is not None:
-        write_scripts(console, files)
-
-
-def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:
-    cost = estimates.estimated(
-        plan,
-        device=device,
-        trade=trade,
-        announce=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-    )
-    show_cost(console, cost, free=estimates.free_disk(plan) if device == THIS else None)
-    if trade:
-        show_trades(console, plan.recipe, cost)
-
-
-def _show_known(console: Console, plan: Plan) -> None:
-    """What was estimated before for stages with these settings."""
-    if (cost := estimates.known_costs(plan)) is not None:
-        show_cost(console, cost, free=estimates.free_disk(plan), is_earlier=True)
-    else:
-        console.print("--cost shows how much memory and time it would take", highlight=False)
+        for file, text in files.items():
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, text)
+            say(f"written: {file}")
+        order = "a run would submit them in this order; each job waits until the one before has ended well"
+        say(order if files else "no job scripts, because nothing has to run")
 
 
 _GB = 1e9
@@ -131,41 +110,33 @@ def show_cost(console: Console, cost: RunCost, *, free: float | None = None, is_
     for stage in cost.stages:
         table.add_row(*_cells(stage))
     print_whole(console, table)
-    for stage in cost.stages:
-        for line in _remarks(stage, cost, is_earlier=is_earlier):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (_fit_line(cost), _time_line(cost), _disk_line(cost, free)):
-        if line:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    remarks = [line for stage in cost.stages for line in _remarks(stage, cost, is_earlier=is_earlier)]
+    for line in (*remarks, *_totals(cost, free)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _time_line(cost: RunCost) -> str:
-    """The time of all stages; empty if it is not known of each."""
-    if any(stage.error or stage.first_rows for stage in cost.stages):
-        return ""
-    line = f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages"
-    if cost.device != THIS:
-        return f"{line}, without importing libraries and without downloading, reading and storing files"
-    return f"{line}, and {duration(cost.startup)} to import the libraries once" if cost.startup else line
-
-
-def _fit_line(cost: RunCost) -> str:
-    """That each stage fits into the memory; empty if one does not, or if that is not known."""
-    if not cost.memory or any(stage.error or stage.peak > cost.memory for stage in cost.stages):
-        return ""
-    largest = max((stage.peak for stage in cost.stages), default=0)
-    return f"memory: each stage fits into {_gb(cost.memory)} GB, with at least {_gb(cost.memory - largest)} GB to spare"
-
-
-def _disk_line(cost: RunCost, free: float | None) -> str:
-    """What the run needs on the disk, and whether so much is ``free``, if that is known; empty if it is not known of
-    each stage."""
-    if any(stage.error for stage in cost.stages):
-        return ""
-    line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
-    if free is None or cost.disk <= free:
-        return line
-    return f"{line}; only {_gb(free)} GB are free; set output to a folder on a larger disk"
+def _totals(cost: RunCost, free: float | None) -> Iterator[str]:
+    """Whether each stage fits into the memory, the time of all, and what the run needs on the disk, of which so much is
+    ``free``; what is not known of each stage is left out."""
+    failed = any(stage.error for stage in cost.stages)
+    if cost.memory and not failed and all(stage.peak <= cost.memory for stage in cost.stages):
+        spare = cost.memory - max((stage.peak for stage in cost.stages), default=0)
+        yield f"memory: each stage fits into {_gb(cost.memory)} GB, with at least {_gb(spare)} GB to spare"
+    if not failed and not any(stage.first_rows for stage in cost.stages):
+        line = f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages"
+        if cost.device != THIS:
+            line += ", without importing libraries and without downloading, reading and storing files"
+        elif cost.startup:
+            line += f", and {duration(cost.startup)} to import the libraries once"
+        yield line
+    if not failed:
+        line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
+        too_little = free is not None and cost.disk > free
+        yield (
+            f"{line}; only {_gb(free or 0)} GB are free; set output to a folder on a larger disk"
+            if too_little
+            else line
+        )
 
 
 def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
@@ -234,37 +205,12 @@ def _gb(size: float) -> str:
     return f"{size / _GB:.2f}"
 
 
-OPTION = "--scripts"
-
-
-def job_scripts(plan: Plan, to: str) -> dict[Path, str]:
-    """Content by file, in a new folder ``to``, for each stage that has to run, in the order of submission.
-
-    Raises:
-        ConfigError: stages do not run as Slurm jobs, ``to`` exists already, or a value is not allowed in a job file.
-    """
+def _job_scripts(plan: Plan, to: str) -> dict[Path, str]:
+    """Content by file, in a new folder ``to``, for each stage that has to run, in the order of submission."""
+    option = "--scripts"
     if slurm.submission(plan.config.launch) is None:
-        raise ConfigError(
-            "this plan does not run on Slurm, so there are no job scripts",
-            where=OPTION,
-            remedy="add launch/backend=slurm, or leave out --scripts",
-        )
-    folder = new_folder(to, option=OPTION)
+        remedy = f"add launch/backend=slurm, or leave out {option}"
+        raise ConfigError("this plan does not run on Slurm, so there are no job scripts", where=option, remedy=remedy)
+    folder = new_folder(to, option=option)
     files = slurm_jobs.job_files(plan, [stage for stage in plan.stages if stage.has_to_run])
     return {folder / f"{stage}{TEMPLATE.suffix}": text for stage, text in files.items()}
-
-
-def write_scripts(console: Console, scripts: Mapping[Path, str]) -> None:
-    """Writes the files and names them."""
-    for file, text in scripts.items():
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, text)
-        _print(console, f"written: {file}")
-    if scripts:
-        _print(console, "a run would submit them in this order; each job waits until the one before has ended well")
-    else:
-        _print(console, "no job scripts, because nothing has to run")
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

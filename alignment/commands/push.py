@@ -20,17 +20,15 @@ if TYPE_CHECKING:  # it takes a tenth of a second
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An exported folder, and the repository that gets it."""
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that align export wrote")
-    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="a model repository of a Hugging Face hub")
-    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    parser.add_argument(
-        "--replace", action="store_true", help="if the repository has files, replace them all in one commit"
-    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="a folder that align export wrote")
+    add("--to", required=True, metavar="OWNER/NAME", help="a model repository of a Hugging Face hub")
+    add("--public", action="store_true", help="make the repository public (default: private)")
+    add("--replace", action="store_true", help="if the repository has files, replace them all in one commit")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Uploads the folder; returns the exit code."""
-
     push(console, arguments.folder, to=arguments.to, public=arguments.public, replace=arguments.replace)
     return 0
 
@@ -76,11 +74,8 @@ def _exported(folder: str) -> Path:
     path = Path(folder).expanduser().absolute()
     missing = [name for name in EXPORTED_FILES if not (path / name).is_file()]
     if missing:
-        raise ConfigError(
-            f"{folder!r} was not written by align export, because {missing[0]} is missing",
-            where="FOLDER",
-            remedy="first: align export RUN/STAGE --to FOLDER",
-        )
+        message = f"{folder!r} was not written by align export, because {missing[0]} is missing"
+        raise ConfigError(message, where="FOLDER", remedy="first: align export RUN/STAGE --to FOLDER")
     return path
 
 
@@ -95,65 +90,41 @@ def _prepared(api: HfApi, repository: str, *, public: bool, replace: bool) -> bo
         return False
     files = {file.rfilename for file in info.siblings or []} - _OF_EVERY_REPOSITORY
     if files and not replace:
-        raise ConfigError(
-            f"{repository} has {len(files)} files",
-            where="--to",
-            remedy="--replace replaces them; or name another repository",
-        )
+        remedy = "--replace replaces them; or name another repository"
+        raise ConfigError(f"{repository} has {len(files)} files", where="--to", remedy=remedy)
     if info.private and public:
-        raise ConfigError(
-            f"{repository} is private",
-            where="--public",
-            remedy="make it public in its settings on the hub, or leave out --public",
-        )
+        remedy = "make it public in its settings on the hub, or leave out --public"
+        raise ConfigError(f"{repository} is private", where="--public", remedy=remedy)
     if not info.private and not public:
-        raise ConfigError(
-            f"{repository} is public",
-            where="--to",
-            remedy="add --public if everybody may read it, or name another repository",
-        )
+        remedy = "add --public if everybody may read it, or name another repository"
+        raise ConfigError(f"{repository} is public", where="--to", remedy=remedy)
     return bool(files)
 
 
 @contextmanager
 def _explained(endpoint: str, token: str) -> Iterator[None]:
-    """Turns errors of the hub into errors for the user, without the token."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    def words(error: BaseException | None) -> str:
+        return scrubbed(str(error).replace(token, "…"))
 
     try:
         yield
     except AlignmentError:
         raise
-    except HfHubHTTPError as error:
-        raise StoreError(
-            f"the hub refused: {_words(error, token)}",
-            where=endpoint,
-            remedy="check that the token may write to this repository",
-        ) from None
     except HFValidationError as error:
         raise ConfigError(str(error), where="--to", remedy="OWNER/NAME, as the hub allows it") from None
-    except PermissionError as error:  # also the upload's own, where a token expires
-        raise StoreError(
-            f"the upload was refused: {_words(error, token)}",
-            where=endpoint,
-            remedy="check that the token may write to this repository, and that the folder can be read",
-        ) from None
-    except (RuntimeError, ValueError) as error:  # the client's form for a file that could not be uploaded
-        cause = error.__cause__
-        reason = "" if not isinstance(cause, Exception) else f": {_words(cause, token)}"
-        raise StoreError(
-            f"the upload failed: {_words(error, token)}{reason}",
-            where=endpoint,
-            remedy="try again; if it fails again, check the storage that the account has left",
-        ) from None
-    except (HTTPError, OSError) as error:
-        raise StoreError(
-            f"the hub cannot be reached: {_words(error, token)}",
-            where=endpoint,
-            remedy="check the network and try again",
-        ) from None
-
-
-def _words(error: Exception, token: str) -> str:
-    return scrubbed(str(error).replace(token, "…"))
+    except (HfHubHTTPError, PermissionError, RuntimeError, ValueError, HTTPError, OSError) as error:
+        fault, remedy = "the hub cannot be reached", "check the network and try again"
+        if isinstance(error, HfHubHTTPError):
+            fault, remedy = "the hub refused", "check that the token may write to this repository"
+        elif isinstance(error, PermissionError):  # also the upload's own, where a token expires
+            fault = "the upload was refused"
+            remedy = "check that the token may write to this repository, and that the folder can be read"
+        elif isinstance(error, (RuntimeError, ValueError)):  # the client's form for a file that could not be uploaded
+            fault = "the upload failed"
+            remedy = "try again; if it fails again, check the storage that the account has left"
+        cause = error.__cause__ if fault == "the upload failed" else None
+        reason = f": {words(cause)}" if isinstance(cause, Exception) else ""
+        raise StoreError(f"{fault}: {words(error)}{reason}", where=endpoint, remedy=remedy) from None

@@ -22,11 +22,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     from alignment.pipeline.execute.run import run
 
-    return run(
-        recipe,
-        arguments.overrides,
-        console=console,
-        only=arguments.stage,
-        wait=arguments.wait,
-        verified=arguments.verify,
-    )
+    options = {"only": arguments.stage, "wait": arguments.wait, "verified": arguments.verify}
+    return run(recipe, arguments.overrides, console=console, **options)

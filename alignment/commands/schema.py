@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Prints the schema; returns the exit code."""
-
     return show_schema(console, arguments.file, beside=arguments.beside)
 
 
 def show_schema(console: Console, file: str, *, beside: str | None = None) -> int:
-    """Prints the schema of a ``recipe`` or a ``sweep``; returns the exit code.
-
-    Raises:
-        ConfigError: there is no folder ``beside``, or a sweep is asked for, which chooses no files.
-    """
+    """Prints the schema of a ``recipe`` or a ``sweep``; returns the exit code. Raises ConfigError: there is no folder
+    ``beside``, or a sweep is asked for, which chooses no files."""
     folders = []
     if beside is not None:
         if file != "recipe":
@@ -65,6 +61,9 @@ def show_schema(console: Console, file: str, *, beside: str | None = None) -> in
 
 _STAGE = "stage"
 _STAGE_KEY = re.compile(r"stage@stages\.([^.]+)")
+
+_GROUP_KEY = r"^((override|optional) )?/?{}(@[^@:\s]+)?$"
+"""A pattern of ``adapter``, ``adapter@stages.sft.adapter`` and ``override /adapter@stages.sft.adapter``."""
 _ANY_STAGE = {"$ref": "#/definitions/stage"}
 
 
@@ -74,7 +73,9 @@ def recipe_schema(folders: Sequence[Path] = ()) -> Schema:
     classes = config_classes()
     fields = schemas.fields(RunConfig)
     known = _known_stages(folders)
-    fields["stages"] = _stages(fields["stages"], known)
+    # None is required, because ``defaults`` may have them from another recipe; ``allOf`` has those of known names.
+    needed = {key: value for key, value in fields["stages"].items() if key != "minProperties"}
+    fields["stages"] = {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
     schemas.definitions["stage"] = schemas.by_kind(classes)
     of_kinds = {kind: schemas.of(cls) for kind, cls in classes.items()}
     return {
@@ -100,16 +101,11 @@ def _defaults(folders: Sequence[Path]) -> Schema:
         "items": {
             "type": ["string", "object"],
             "anyOf": [{"enum": ["base", "_self_", *recipe_names()]}, {"type": "string"}, {"type": "object"}],
-            "patternProperties": {_key_of(group): _choice(group, folders) for group in GROUPS},
+            "patternProperties": {_GROUP_KEY.format(re.escape(group)): _choice(group, folders) for group in GROUPS},
             "additionalProperties": False,
             "maxProperties": 1,
         },
     }
-
-
-def _key_of(group: str) -> str:
-    """A pattern of ``adapter``, ``adapter@stages.sft.adapter`` and ``override /adapter@stages.sft.adapter``."""
-    return rf"^((override|optional) )?/?{re.escape(group)}(@[^@:\s]+)?$"
 
 
 def _choice(group: str, folders: Sequence[Path]) -> Schema:
@@ -123,57 +119,40 @@ def _files(group: str, folders: Sequence[Path]) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def _stages(stages: Schema, known: Iterable[str]) -> Schema:
-    """Stages by name; those of ``known`` names are described elsewhere. None is required, because ``defaults`` may
-    have them from another recipe."""
-    needed = {key: value for key, value in stages.items() if key != "minProperties"}
-    return {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
-
-
 def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
     """For each known name of a stage: the kinds that it may have, and the files that make it of each kind."""
-    kind_of_file = {name: str(_content(path).get("kind", "")) for name, path in _files(_STAGE, folders).items()}
+
+    def content(path: Path) -> Mapping[str, Any]:
+        read = yaml_file.read(path)
+        return read if isinstance(read, dict) else {}
+
+    kind_of_file = {name: str(content(path).get("kind", "")) for name, path in _files(_STAGE, folders).items()}
     used = {(name, kind_of_file[name]) for name in kind_of_file}
     for recipe in recipe_names():
-        used |= {
-            (name, kind_of_file[file])
-            for name, file in _stage_choices(_content(recipes_folder() / f"{recipe}.yaml"))
-            if file in kind_of_file
-        }
+        entries = content(recipes_folder() / f"{recipe}.yaml").get("defaults", [])
+        choices = [choice for entry in entries if isinstance(entry, dict) for choice in entry.items()]
+        named = [(match[1], str(file)) for key, file in choices if (match := _STAGE_KEY.fullmatch(key))]
+        used |= {(name, kind_of_file[file]) for name, file in named if file in kind_of_file}
     known: dict[str, dict[str, list[str]]] = {}
     for name, kind in sorted(used):
         known.setdefault(name, {})[kind] = [file for file, own in kind_of_file.items() if own == kind]
     return known
 
 
-def _stage_choices(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of stages and the files that its ``defaults`` choose for them."""
-    for entry in recipe.get("defaults", []):
-        for key, file in entry.items() if isinstance(entry, dict) else ():
-            if match := _STAGE_KEY.fullmatch(key):
-                yield match[1], str(file)
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    content = yaml_file.read(path)
-    return content if isinstance(content, dict) else {}
-
-
 def _stage_named(name: str, kinds: Mapping[str, list[str]], of_kinds: Mapping[str, Schema]) -> Schema:
     """The stage of this name has the kind of the file that ``defaults`` choose for it, else the one that it says."""
-    schema = _stage_is(name, _ANY_STAGE)
+
+    def stage_is(schema: Schema) -> Schema:
+        return {"properties": {"stages": {"properties": {name: schema}}}}
+
+    schema = stage_is(_ANY_STAGE)
     for kind, files in kinds.items():
-        if kind not in of_kinds:
-            continue
-        key = f"{_STAGE}@stages.{name}"
-        entry = {"type": "object", "required": [key], "properties": {key: {"enum": files}}}
-        chosen = {"required": ["defaults"], "properties": {"defaults": {"type": "array", "contains": entry}}}
-        schema = {"if": chosen, "then": _stage_is(name, of_kinds[kind]), "else": schema}
+        if kind in of_kinds:
+            key = f"{_STAGE}@stages.{name}"
+            entry = {"type": "object", "required": [key], "properties": {key: {"enum": files}}}
+            chosen = {"required": ["defaults"], "properties": {"defaults": {"type": "array", "contains": entry}}}
+            schema = {"if": chosen, "then": stage_is(of_kinds[kind]), "else": schema}
     return schema
-
-
-def _stage_is(name: str, schema: Schema) -> Schema:
-    return {"properties": {"stages": {"properties": {name: schema}}}}
 
 
 def sweep_schema() -> Schema:

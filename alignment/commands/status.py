@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,9 +15,10 @@ from alignment.commands.shared.following import FollowedRun, current_run, messag
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import Display, showing
-from alignment.pipeline.execute.run_state import as_it_is, explanation, state_of
+from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.pipeline.execute.run_table import progress_line
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, RunView, work_folder
-from alignment.pipeline.execute.summary import progress_line, show_doubts, show_results, show_stages
+from alignment.pipeline.execute.summary import show_doubts, show_results, show_stages
 from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 from alignment.report.doubts import is_smoke
@@ -35,53 +37,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows how they stand; returns the exit code."""
-
     output, runs = runs_of(arguments, *filter(None, [arguments.run]))
-    run = runs[0] if runs else None
-    if arguments.follow:
-        follow(console, output, run)
-        return 0
-    show_status(console, output, run)
+    (follow if arguments.follow else show_status)(console, output, runs[0] if runs else None)
     return 0
 
 
 def show_status(console: Console, output: Path, run: str | None) -> None:
-    """Prints one run in full, or a line for each run under ``output/runs``.
-
-    Raises:
-        ConfigError: there is no such run; the error suggests one.
-    """
-    if run is None:
-        names = run_names(output)
-        if not names:
-            console.print(f"no runs under {output / 'runs'}", markup=False, highlight=False, soft_wrap=True)
-        for name in names:
-            folder = output / "runs" / name
-            try:
-                record = RunRecord.read(folder)
-                words = f"{state_of(folder, record):<12} {record.started}"
-            except ArtifactError as fault:  # the others are shown
-                words = f"{'unreadable':<12} {escape(f'{fault.where}: {fault.message}')}"
-            console.print(f"{escape(name):<20} {words}", highlight=False, soft_wrap=True)
+    """Prints one run in full, or a line for each run under ``output/runs``. Raises ConfigError: there is no such run;
+    the error suggests one."""
+    if run is not None:
+        _show_one(console, run_folder(output, run))
         return
-    _show_one(console, run_folder(output, run))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    names = run_names(output)
+    if not names:
+        say(f"no runs under {output / 'runs'}")
+    for folder in (output / "runs" / name for name in names):
+        try:
+            record = RunRecord.read(folder)
+            words = f"{as_it_is(folder, record).state:<12} {record.started}"
+        except ArtifactError as fault:  # the others are shown
+            words = f"{'unreadable':<12} {fault.where}: {fault.message}"
+        say(f"{folder.name:<20} {words}")
 
 
 def _show_one(console: Console, folder: Path) -> None:
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     record = as_it_is(folder, RunRecord.read(folder))
     console.print(f"[bold]{escape(folder.name)}[/]  {record.state}", highlight=False)
     show_stages(console, record, slurm_jobs.states(folder))
     if isinstance(store := record.config.get("artifacts"), str):
-        console.print(f"store: {store}", markup=False, highlight=False, soft_wrap=True)
+        say(f"store: {store}")
     for name, stage in record.stages.items():
         if stage.state in (RUNNING, KILLED):
             progress = progress_line(Progress.read(work_folder(folder, name, stage)))
-            words = progress if stage.state == RUNNING else f"killed in the phase '{progress}'"
-            console.print(f"{name}: {words}", markup=False, highlight=False)
+            say(f"{name}: {progress}" if stage.state == RUNNING else f"{name}: killed in the phase '{progress}'")
         if stage.state == "failed":
-            console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
+            say(f"log: {folder / name / 'log.txt'}")
     for line in explanation(folder, record):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     show_results(console, folder, record)
     show_doubts(console, folder, record)
 
@@ -93,21 +87,19 @@ def follow(console: Console, output: Path, run: str | None) -> None:
     """Shows a run, or the one that goes on, until it has ended, and then its results. Ctrl-C does not end the run.
 
     Raises:
-        ConfigError: there is no such run.
-        ArtifactError: the run's record cannot be read.
+        ConfigError, ArtifactError: there is no such run, or its record cannot be read.
     """
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     folder = current_run(output) if run is None else run_folder(output, run)
     followed = FollowedRun(folder)
     try:
         with showing(console, followed.reader) as display:
             last = _to_the_end(display, followed)
     except KeyboardInterrupt:
-        console.print(
-            f"{folder.name} continues; `align status {folder.name}` shows its progress", markup=False, highlight=False
-        )
+        say(f"{folder.name} continues; `align status {folder.name}` shows its progress")
         return
     for line in (f"{folder.name}: {last.state}", *followed.explanation(last)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     record = RunRecord.read(folder)
     show_results(console, folder, record)
     if is_smoke(record.profile):  # other doubts were printed as the stages ended
@@ -123,7 +115,11 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
     was_known = True
     while True:
         view = display.poll()
-        _note_ends(display, run.folder, view, ended)
+        for stage in view.stages:  # what stages that have ended say, once
+            if stage.state in ("done", "reused", "failed") and (stage.name, stage.state) not in ended:
+                ended.add((stage.name, stage.state))
+                for message in messages_of(run.folder, RunRecord.read(run.folder), stage):
+                    display.note(message)
         if not run.goes_on(view.state):
             return view
         if view.state == UNKNOWN and was_known:
@@ -134,12 +130,3 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
         reasons = run.reasons()
         for stage in view.stages:
             display.wait(stage.name, reasons.get(stage.name, ""))
-
-
-def _note_ends(display: Display, folder: Path, view: RunView, noted: set[tuple[str, str]]) -> None:
-    """Prints once what stages that have ended say."""
-    for stage in view.stages:
-        if stage.state in ("done", "reused", "failed") and (stage.name, stage.state) not in noted:
-            noted.add((stage.name, stage.state))
-            for message in messages_of(folder, RunRecord.read(folder), stage):
-                display.note(message)

@@ -30,11 +30,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Runs the trials that are missing; returns the exit code."""
     from alignment.pipeline.sweeps.run import sweep
 
-    return sweep(
-        arguments.recipe,
-        arguments.sweep,
-        arguments.overrides,
-        console=console,
-        at_once=arguments.at_once,
-        retry_failed=arguments.retry_failed,
-    )
+    options = {"at_once": arguments.at_once, "retry_failed": arguments.retry_failed}
+    return sweep(arguments.recipe, arguments.sweep, arguments.overrides, console=console, **options)

@@ -117,7 +117,6 @@ class ClassSchemas:
         return _or_null(schema) if types.NoneType in typing.get_args(hint) else schema
 
     def _single(self, hint: Any, rule: Rule | None) -> Schema:
-        """The schema of a type that is no union."""
         if hint in self._known:
             return self._known[hint]
         arguments, base = typing.get_args(hint), typing.get_origin(hint) or hint
@@ -160,7 +159,6 @@ class ClassSchemas:
 
 
 def _is_for(hint: Any, keyword: str) -> bool:
-    """Whether a keyword says something of values of this type."""
     return _ONLY_FOR.get(keyword, hint) is hint
 
 
@@ -184,7 +182,6 @@ def _own_description(schema: Schema) -> list[str]:
 
 
 def _either(schemas: Sequence[Schema]) -> Schema:
-    """Any of the schemas, with the description of the first that has one."""
     if len(schemas) == 1:
         return schemas[0]
     descriptions = [schema["description"] for schema in schemas if "description" in schema]

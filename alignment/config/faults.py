@@ -29,11 +29,7 @@ class Fault:
 
 
 def refuse(faults: Sequence[Fault]) -> None:
-    """Raises an error if there are faults.
-
-    Raises:
-        ConfigError: lists every fault, each on its own line.
-    """
+    """Raises ConfigError if there are faults; it lists each on its own line."""
     if not faults:
         return
     if len(faults) == 1:
@@ -44,10 +40,8 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 def unread_faults(group: Any, default: Any, names: Sequence[str], where: str, reader: str) -> Iterator[Fault]:
     """A fault for each of the group's fields that is not at its default although it has no effect, for settings that
-    ask for something which a stage would then not learn or measure.
-
-    A setting at its default is always accepted. ``reader`` says what would use the setting.
-    """
+    ask for something which a stage would then not learn or measure. A setting at its default is always accepted.
+    ``reader`` says what would use the setting."""
     for name in names:
         value, usual = getattr(group, name), getattr(default, name)
         if value != usual:
@@ -73,10 +67,8 @@ _OF_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".jin
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most similar to ``name``, or None if none is close.
-
-    Names with the same first letter win a tie, because it is seldom misspelt: ``bata`` is ``beta``, not ``data``.
-    """
+    """The option most similar to ``name``, or None if none is close. Names with the same first letter win a tie,
+    because it is seldom misspelt: ``bata`` is ``beta``, not ``data``."""
 
     return _nearest(name, options, at_least=_CLOSE)
 
@@ -112,10 +104,8 @@ def as_path(source: str) -> str:
 
 
 def with_scheme(source: str) -> str:
-    """``write hub:ORG/NAME`` or ``write path:FOLDER`` for a source without its scheme; empty for another text.
-
-    A name that may be either is a path if it exists.
-    """
+    """``write hub:ORG/NAME`` or ``write path:FOLDER`` for a source without its scheme; empty for another text. A name
+    that may be either is a path if it exists."""
     name = _ADDRESS.sub("", source).rstrip("/")
     if (path := as_path(source)) or not _REPOSITORY.fullmatch(name):
         return path

@@ -38,11 +38,8 @@ class _Wrong(Exception):
 
 
 def typed(tree: Mapping[str, Any], stages: StageClasses) -> RunConfig:
-    """The run that a composed tree describes; ``stages`` are the dataclasses of the kinds of stage, by name.
-
-    Raises:
-        ConfigError: lists every unknown key, wrong type and value out of range, with its dotted path.
-    """
+    """The run that a composed tree describes; ``stages`` are the dataclasses of the kinds of stage, by name. Raises
+    ConfigError: lists every unknown key, wrong type and value out of range, with its dotted path."""
     config, faults = convert(tree, stages)
     refuse(faults)
     return config
@@ -55,11 +52,7 @@ def convert(tree: Mapping[str, Any], stages: StageClasses) -> tuple[RunConfig, l
 
 
 def stage_from_plain(plain: Mapping[str, Any], stages: StageClasses) -> StageConfig:
-    """The stage that a ``stage.yaml`` describes under ``config``.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """The stage that a ``stage.yaml`` describes under ``config``. Raises ConfigError: lists every fault."""
     conversion = _Conversion(stages)
     stage = conversion.stage(plain, where="config", siblings=[])
     refuse(conversion.faults)
@@ -68,11 +61,7 @@ def stage_from_plain(plain: Mapping[str, Any], stages: StageClasses) -> StageCon
 
 
 def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
-    """The sweep that a file describes.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """The sweep that a file describes. Raises ConfigError: lists every fault."""
     conversion = _Conversion(StageClasses(), root="sweep")
     sweep: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
@@ -141,7 +130,6 @@ class _Conversion:
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
-        """The stage of the kind that ``tree`` names, or None after a fault."""
         if not isinstance(tree, Mapping):
             close = nearest(tree, self._classes) if isinstance(tree, str) else None
             hint = f"; did you mean {{kind: {close}}}?" if close else ""
@@ -258,13 +246,11 @@ def paths_below(cls: type) -> Iterator[str]:
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
-    """Those of the paths that end with this key, the shortest only."""
     ending = [path for path in paths if path.endswith(f".{leaf}")]
     return [path for path in ending if path.count(".") == min(option.count(".") for option in ending)]
 
 
 def _either(names: Sequence[str]) -> str:
-    """``'a', 'b' or 'c'``, the first three of them."""
     *others, last = [f"'{name}'" for name in names[:_SHOWN]]
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -344,7 +330,6 @@ def _scalar(hint: type, value: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    """A value that JSON has, with all that is in it."""
     if isinstance(value, Mapping):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -384,7 +369,6 @@ def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As Python writes it, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 

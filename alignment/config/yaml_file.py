@@ -44,11 +44,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(text: str) -> Any:
-    """The plain values of a text.
-
-    Raises:
-        yaml.YAMLError: it is not YAML, a group has a key twice, or it holds too many values; the error names the line.
-    """
+    """The plain values of a text. Raises yaml.YAMLError: it is not YAML, a group has a key twice, or it holds too many
+    values; the error names the line."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
@@ -56,11 +53,8 @@ def load(text: str) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The plain values in a file.
-
-    Raises:
-        ConfigError: it cannot be read, is not a regular file, is larger than a person writes, or is not YAML.
-    """
+    """The plain values in a file. Raises ConfigError: it cannot be read, is not a regular file, is larger than a person
+    writes, or is not YAML."""
     try:
         return load(small_text(path))
     except DataError as error:

@@ -80,11 +80,9 @@ def folder_name(stage: str, fingerprint: str) -> str:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it.
-
-    If ``durable``, this holds even after a power cut. Several processes may write the same file at the same time, also
-    from machines that share the folder.
-    """
+    """Writes JSON so that a reader sees the old file or the new one, never half of it. If ``durable``, this holds even
+    after a power cut. Several processes may write the same file at the same time, also from machines that share the
+    folder."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
 
 
@@ -101,14 +99,9 @@ def readable(folder: Path) -> None:
 
 
 def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
-    """Turns the folder ``content`` into the artifact ``target``; returns the manifest with its files listed.
-
-    ``target`` may exist only if it has no manifest (a leftover); then it is replaced.
-
-    Raises:
-        ArtifactError: ``target`` is a complete artifact already.
-        StageError: ``content`` has no file; ``verify`` would reject the artifact.
-    """
+    """Turns the folder ``content`` into the artifact ``target``; returns the manifest with its files listed. ``target``
+    may exist only if it has no manifest (a leftover); then it is replaced. Raises ArtifactError: ``target`` is a
+    complete artifact already; StageError: ``content`` has no file; ``verify`` would reject the artifact."""
     if (target / MANIFEST).exists():
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
     (content / MANIFEST).unlink(missing_ok=True)  # left by an attempt that was stopped before the rename
@@ -135,11 +128,8 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a complete artifact, or None if there is no manifest.
-
-    Raises:
-        ArtifactError: the manifest is unreadable, has another schema, or a field of it has the wrong type.
-    """
+    """The manifest of a complete artifact, or None if there is no manifest. Raises ArtifactError: the manifest is
+    unreadable, has another schema, or a field of it has the wrong type."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -153,11 +143,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def parse_manifest(text: str, *, folder: str) -> Manifest:
-    """The manifest that a file of ``folder`` holds.
-
-    Raises:
-        ArtifactError: it is unreadable, has another schema, or a field of it has the wrong type.
-    """
+    """The manifest that a file of ``folder`` holds. Raises ArtifactError: it is unreadable, has another schema, or a
+    field of it has the wrong type."""
     where, remedy = f"{folder}/{MANIFEST}", f"delete {folder} to remake it"
     try:
         content = parse_json(text)
@@ -183,11 +170,8 @@ def parse_manifest(text: str, *, folder: str) -> Manifest:
 
 
 def verify(folder: Path, *, content: bool) -> Manifest:
-    """Checks that every listed file exists with its size, and with its hash too if ``content``.
-
-    Raises:
-        ArtifactError: the artifact is missing, incomplete or damaged, or lists no file; the message names the file.
-    """
+    """Checks that every listed file exists with its size, and with its hash too if ``content``. Raises ArtifactError:
+    the artifact is missing, incomplete or damaged, or lists no file; the message names the file."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
@@ -208,11 +192,7 @@ def verify(folder: Path, *, content: bool) -> Manifest:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name`` for a file name from a manifest.
-
-    Raises:
-        ArtifactError: the path is outside the folder.
-    """
+    """``folder / name`` for a file name from a manifest. Raises ArtifactError: the path is outside the folder."""
     path = folder / name
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())

@@ -31,11 +31,8 @@ def children_of(process: psutil.Process, *, recursive: bool = False) -> list[psu
 
 
 def kill_all(living: Callable[[], list[psutil.Process]]) -> None:
-    """Kills the processes that ``living`` returns, until it returns none.
-
-    Python's resource trackers come last. Such a process removes the shared memory of processes that were killed, and
-    ends by itself when it has done so.
-    """
+    """Kills the processes that ``living`` returns, until it returns none. Python's resource trackers come last. Such a
+    process removes the shared memory of processes that were killed, and ends by itself when it has done so."""
     deadline = time.monotonic() + _TRACKER_SECONDS
     while processes := living():
         spares_trackers = time.monotonic() < deadline
@@ -67,20 +64,16 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 def without_ranks(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables for a process that is none of the caller's group.
-
-    A launcher, or a cluster in each of its containers, sets ``RANKS`` for the caller. A process that inherited them
-    would wait for others that nobody starts.
-    """
+    """The variables for a process that is none of the caller's group. A launcher, or a cluster in each of its
+    containers, sets ``RANKS`` for the caller. A process that inherited them would wait for others that nobody
+    starts."""
     return {name: value for name, value in variables.items() if name not in RANKS}
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process with an exit code, after its exit handlers have run and its output is written.
-
-    The interpreter is not taken down. Native threads of libraries may still wait for its lock then (those of pyarrow
-    do), and such a thread aborts the process: exit code -6 after everything went well (apache/arrow issue 34314).
-    """
+    """Ends this process with an exit code, after its exit handlers have run and its output is written. The interpreter
+    is not taken down. Native threads of libraries may still wait for its lock then (those of pyarrow do), and such a
+    thread aborts the process: exit code -6 after everything went well (apache/arrow issue 34314)."""
     with suppress(Exception):  # a handler that fails prints why
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

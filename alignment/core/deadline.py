@@ -29,10 +29,8 @@ _is_watched = False
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Sets the timers once for all ``Bounded`` blocks inside; setting them costs more than rendering a row.
-
-    Signals reach only the main thread, so nothing is bounded in other threads.
-    """
+    """Sets the timers once for all ``Bounded`` blocks inside; setting them costs more than rendering a row. Signals
+    reach only the main thread, so nothing is bounded in other threads."""
     global _is_watched
     if _is_watched or not _in_main_thread():
         yield
@@ -67,7 +65,6 @@ class Bounded:
         self._timers = watched() if not _is_watched else None
 
     def __enter__(self) -> None:
-        """Starts the clock."""
         global _end
         if self._timers is not None:
             self._timers.__enter__()
@@ -75,7 +72,6 @@ class Bounded:
             _end = time.thread_time() + SECONDS
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stops the clock."""
         global _end
         if _in_main_thread():
             _end = None

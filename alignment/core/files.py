@@ -50,12 +50,9 @@ _LEFTOVER_SECONDS = 24 * 3600
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` to write to.
-
-    The file replaces ``path`` when the block ends, and is removed when the block fails. If ``durable``, its bytes are
-    on the disk before it replaces ``path``. Several processes may do so at the same time, also from machines that share
-    the folder.
-    """
+    """Yields a temporary path beside ``path`` to write to. The file replaces ``path`` when the block ends, and is
+    removed when the block fails. If ``durable``, its bytes are on the disk before it replaces ``path``. Several
+    processes may do so at the same time, also from machines that share the folder."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path):
@@ -87,10 +84,8 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def remove_leftovers(folder: Path, *, shared: bool = False) -> None:
-    """Removes temporary files that a killed process left in a folder.
-
-    Only those older than a day if other processes may be writing now (``shared``).
-    """
+    """Removes temporary files that a killed process left in a folder. Only those older than a day if other processes
+    may be writing now (``shared``)."""
     for file in folder.glob(".*.tmp"):
         with suppress(OSError):
             if not shared or time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -98,10 +93,8 @@ def remove_leftovers(folder: Path, *, shared: bool = False) -> None:
 
 
 def disk_error(error: BaseException, *, folder: Path) -> DiskError | None:
-    """The error to show the user if the disk caused ``error`` or one that led to it, else None.
-
-    ``folder`` is where the block was writing; the error may name the exact file.
-    """
+    """The error to show the user if the disk caused ``error`` or one that led to it, else None. ``folder`` is where the
+    block was writing; the error may name the exact file."""
     for cause in _chain(error):
         number = _number(cause)
         if number is not None:
@@ -122,12 +115,8 @@ def path_error(error: OSError) -> ConfigError | None:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns errors of the file system into errors for the user; ``folder`` is where the block writes.
-
-    Raises:
-        DiskError: the file system cannot be written to.
-        ConfigError: a path cannot be used.
-    """
+    """Turns errors of the file system into errors for the user; ``folder`` is where the block writes. Raises DiskError:
+    the file system cannot be written to; ConfigError: a path cannot be used."""
     try:
         yield
     except AlignmentError:
@@ -195,16 +184,12 @@ def in_units(number: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
     return next((candidate for candidate in (path, *path.parents) if candidate.exists()), Path("/"))
 
 
 def cut_unfinished_line(path: Path) -> bool:
-    """Removes half a line that a killed writer or a full disk left at the end. Returns whether there was one.
-
-    Raises:
-        OSError: the file cannot be written to.
-    """
+    """Removes half a line that a killed writer or a full disk left at the end. Returns whether there was one. Raises
+    OSError: the file cannot be written to."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
@@ -223,11 +208,8 @@ def flush(path: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, or its lists and objects are nested more deeply than can be read.
-    """
+    """The value of a JSON text. Raises ValueError: it is not JSON, or its lists and objects are nested more deeply than
+    can be read."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -245,11 +227,8 @@ def can_be_a_file(path: Path) -> bool:
 
 
 def new_folder(to: str, *, option: str = "--to") -> Path:
-    """The folder that a command writes, which does not exist yet; ``option`` names it on the command line.
-
-    Raises:
-        ConfigError: it exists already, or its parent folder does not.
-    """
+    """The folder that a command writes, which does not exist yet; ``option`` names it on the command line. Raises
+    ConfigError: it exists already, or its parent folder does not."""
     target = Path(to).expanduser().absolute()
     if target.exists() or not target.parent.is_dir():
         why = "exists already" if target.exists() else "is in a folder that does not exist"
@@ -261,11 +240,8 @@ MOST_BYTES = 1 << 20
 
 
 def refuse_endless(path: Path) -> None:
-    """Accepts a regular file, a link to one, or a path that does not exist.
-
-    Raises:
-        DataError: the path is a pipe, a socket or a device, which may never end.
-    """
+    """Accepts a regular file, a link to one, or a path that does not exist. Raises DataError: the path is a pipe, a
+    socket or a device, which may never end."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -277,12 +253,8 @@ def refuse_endless(path: Path) -> None:
 
 
 def small_text(path: Path) -> str:
-    """The text of the file.
-
-    Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
-        DataError: it is not a regular file, or is too large.
-    """
+    """The text of the file. Raises OSError, UnicodeDecodeError: it cannot be read; DataError: it is not a regular file,
+    or is too large."""
     refuse_endless(path)
     with path.open("rb") as stream:
         content = stream.read(MOST_BYTES + 1)
@@ -292,11 +264,7 @@ def small_text(path: Path) -> str:
 
 
 def current_folder() -> Path:
-    """The current folder.
-
-    Raises:
-        ConfigError: it was removed.
-    """
+    """The current folder. Raises ConfigError: it was removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:

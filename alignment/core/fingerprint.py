@@ -23,11 +23,7 @@ IF_SET = {"identity": "if set"}
 
 def canonical(value: Any) -> Any:
     """``value`` as plain JSON data. Dataclass fields marked ``identity: False`` are left out, and those marked
-    ``IF_SET`` where they have their default.
-
-    Raises:
-        TypeError: the value has no stable form.
-    """
+    ``IF_SET`` where they have their default. Raises TypeError: the value has no stable form."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if _counts(f, value)}
     if isinstance(value, Enum):
@@ -59,10 +55,8 @@ def digest(value: Any) -> str:
 
 
 def content_sha256(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
-    """The SHA-256 of a file's content, computed by ``of_file`` if given.
-
-    The hash of a folder covers the names and hashes of the files in it.
-    """
+    """The SHA-256 of a file's content, computed by ``of_file`` if given. The hash of a folder covers the names and
+    hashes of the files in it."""
     of_file = of_file or file_sha256
     if not path.is_dir():
         return of_file(path)

@@ -22,10 +22,8 @@ _ROCR = "ROCR_VISIBLE_DEVICES"
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
-    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them.
-
-    An invalid name ends the list, as it does for CUDA.
-    """
+    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them. An invalid name ends the list, as it
+    does for CUDA."""
     is_rocm = (root / "dev" / "kfd").exists() and not _num_nvidia(root)
     for name in reversed(VISIBLE) if is_rocm else VISIBLE:
         if name in environment:
@@ -77,7 +75,6 @@ def _num_wsl(root: Path) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _listed(tool: Path) -> int:
-    """Number of GPUs that ``nvidia-smi -L`` lists, one per line."""
     try:
         listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -97,9 +94,7 @@ def count_cores() -> int:
 
 def free_memory(root: Path = Path("/")) -> float:
     """Bytes of this machine's memory that are free or can be freed, and that the control groups of this process leave.
-
-    A container, or a job of Slurm, has such a group with a limit of its own.
-    """
+    A container, or a job of Slurm, has such a group with a limit of its own."""
     return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups(root)]))
 
 
@@ -126,7 +121,6 @@ def _left_by_groups(root: Path) -> Iterator[float]:
 
 
 def _left_by_group(group: Path) -> float | None:
-    """None for a group without a limit."""
     try:
         limit = int((group / "memory.max").read_text(encoding="utf-8"))
         used = int((group / "memory.current").read_text(encoding="utf-8"))
@@ -137,10 +131,8 @@ def _left_by_group(group: Path) -> float | None:
 
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies in bfloat16; without, products in that format take longer than in float32.
-
-    True where the system does not say, as on a Mac.
-    """
+    """Whether the processor multiplies in bfloat16; without, products in that format take longer than in float32. True
+    where the system does not say, as on a Mac."""
     flags = _processor_flags(cpuinfo)
     return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
 

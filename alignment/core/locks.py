@@ -27,18 +27,11 @@ _LOOK_SECONDS = 1.0
 def held(
     path: Path, *, wait: bool, waiting: Callable[[], None] | None = None, remedy: str = "wait for it, or stop it"
 ) -> Iterator[int]:
-    """Holds the lock file ``path`` while the block runs; yields its descriptor.
-
-    With ``wait``, ``waiting`` is called twice a second while another process holds it, so that a wait is not taken for
-    a hang.
-    A child process that inherits the descriptor holds the lock as long as it lives, even if this process is killed.
-
-    Raises:
-        Busy: another process holds it and ``wait`` is False. The message names that process, and says after ``remedy``
-            how to see and stop it.
-        ConfigError: the file system does not support locks.
-        ArtifactError: ``path`` is something else, such as a link.
-    """
+    """Holds the lock file ``path`` while the block runs; yields its descriptor. With ``wait``, ``waiting`` is called
+    twice a second while another process holds it, so that a wait is not taken for a hang. A child process that inherits
+    the descriptor holds the lock as long as it lives, even if this process is killed. Raises Busy: another process
+    holds it and ``wait`` is False. The message names that process, and says after ``remedy`` how to see and stop it;
+    ConfigError: the file system does not support locks; ArtifactError: ``path`` is something else, such as a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -58,10 +51,7 @@ def held(
 
 def is_held(path: Path) -> bool:
     """Whether some process holds the lock now. It only needs to read the file, so it works on runs of other users too.
-
-    Raises:
-        ConfigError: the file system does not support locks.
-    """
+    Raises ConfigError: the file system does not support locks."""
     try:
         descriptor = _open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -97,7 +87,6 @@ def _had_at_once(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int, how: int, path: Path) -> bool:
-    """Takes the lock if it is free; returns whether it did."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
@@ -134,7 +123,6 @@ def _holder(descriptor: int, path: Path) -> tuple[str, str]:
 
 
 def _taker(descriptor: int) -> tuple[str, str]:
-    """The id and the machine of the process that took the lock last, as it wrote them."""
     taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
     return taker, host
 
@@ -166,12 +154,6 @@ def _heir(path: Path) -> tuple[int, str] | None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Opens a lock file. It is written to, so a link to another file must be refused.
-
-    Raises:
-        ArtifactError: it is a link, or not a regular file.
-        FileNotFoundError: it does not exist, and ``flags`` do not create it.
-    """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

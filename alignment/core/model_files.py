@@ -12,11 +12,8 @@ from alignment.core.files import parse_json
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
-    """Checks that every index of the folder names files inside it; they may be links, as in a hub's cache.
-
-    Raises:
-        ModelError: an index names a file outside the folder, or is damaged.
-    """
+    """Checks that every index of the folder names files inside it; they may be links, as in a hub's cache. Raises
+    ModelError: an index names a file outside the folder, or is damaged."""
     for index in sorted(folder.glob("*.index.json")):
         for name in _weight_map(index, where=where or str(folder)).values():
             if not isinstance(name, str) or name in (".", "..") or Path(name).name != name:
@@ -39,10 +36,7 @@ def is_adapter(folder: Path) -> bool:
 
 def refuse_cut_weights(folder: Path, *, where: str = "") -> None:
     """Compares the size of every weights file of the folder with the size that its header gives; reads no weights.
-
-    Raises:
-        ModelError: a file has another size, as after a download that was cut off, or its header cannot be read.
-    """
+    Raises ModelError: a file has another size, as after a download that was cut off, or its header cannot be read."""
     for file in sorted(folder.glob("*.safetensors")):
         size, header = file.stat().st_size, _header(file)
         if header is None:
@@ -66,13 +60,9 @@ BEFORE_LONGER = " before LongRoPE changes its frequencies"
 
 
 def positions_in(folder: Path) -> int | None:
-    """The longest sequence that the model in a folder reads; None if its configuration does not say.
-
-    With LongRoPE they are those before its frequencies change, as of a loaded model (models/assembly/prefix.py).
-
-    Raises:
-        ModelError: the configuration cannot be read.
-    """
+    """The longest sequence that the model in a folder reads; None if its configuration does not say. With LongRoPE they
+    are those before its frequencies change, as of a loaded model (models/assembly/prefix.py). Raises ModelError: the
+    configuration cannot be read."""
     groups = _configurations(folder)
     sizes = [group.get(name) for group in groups for name in _POSITIONS]
     longest = [size for size in sizes if isinstance(size, int)][:1]
@@ -80,11 +70,8 @@ def positions_in(folder: Path) -> int | None:
 
 
 def reason_of_positions(folder: Path) -> str:
-    """What an error says after ``positions_in``: ``BEFORE_LONGER``, or nothing.
-
-    Raises:
-        ModelError: the configuration cannot be read.
-    """
+    """What an error says after ``positions_in``: ``BEFORE_LONGER``, or nothing. Raises ModelError: the configuration
+    cannot be read."""
     return BEFORE_LONGER if before_longer_frequencies(_configurations(folder)) else ""
 
 
@@ -99,43 +86,32 @@ def row_too_long(tokens: int, positions: int, reason: str, *, where: str = "") -
 
 def before_longer_frequencies(groups: Iterable[dict[str, Any]]) -> list[int]:
     """The positions up to which LongRoPE (Ding et al. 2024) has its short frequencies; empty for other models.
-
-    ``groups`` are configurations, of which only the settings of rotary positions are read.
-    """
+    ``groups`` are configurations, of which only the settings of rotary positions are read."""
     sizes = [group.get(_FIRST_POSITIONS, rope.get(_FIRST_POSITIONS)) for group in groups for rope in _long_ropes(group)]
     return [size for size in sizes if isinstance(size, int)]
 
 
 def _long_ropes(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of LongRoPE in a configuration, of all layers or by their type."""
     ropes = [group[name] for name in ("rope_parameters", "rope_scaling") if isinstance(group.get(name), dict)]
     of_layers = [*ropes, *(own for rope in ropes for own in rope.values() if isinstance(own, dict))]
     return [rope for rope in of_layers if any(rope.get(name) in ("longrope", "su") for name in ("rope_type", "type"))]
 
 
 def architecture_in(folder: Path) -> str:
-    """The architecture of the model in a folder, as transformers names it; "" if its configuration does not say.
-
-    Raises:
-        ModelError: the configuration cannot be read.
-    """
+    """The architecture of the model in a folder, as transformers names it; "" if its configuration does not say. Raises
+    ModelError: the configuration cannot be read."""
     return str(_configurations(folder)[0].get("model_type") or "")
 
 
 def vocabulary_in(folder: Path) -> int | None:
-    """The number of token ids of the model in a folder; None if there is no configuration, or it does not say.
-
-    Of a model beside whose text there is more, its configuration may say two numbers; then the larger one.
-
-    Raises:
-        ModelError: the configuration cannot be read.
-    """
+    """The number of token ids of the model in a folder; None if there is no configuration, or it does not say. Of a
+    model beside whose text there is more, its configuration may say two numbers; then the larger one. Raises
+    ModelError: the configuration cannot be read."""
     groups = _configurations(folder) if (folder / "config.json").is_file() else []
     return max((size for group in groups if isinstance(size := group.get("vocab_size"), int)), default=None)
 
 
 def _configurations(folder: Path) -> list[dict[str, Any]]:
-    """The model's configuration, and that of its language model if it has one of its own."""
     file = folder / "config.json"
     try:
         config = parse_json(file.read_text(encoding="utf-8"))
@@ -153,10 +129,8 @@ def weights_size(folder: Path) -> int:
 
 
 def formats_of_weights(folder: Path) -> set[str]:
-    """The number formats of a model's weights on disk, as safetensors names them: ``{"BF16"}``.
-
-    Files whose header cannot be read are left out; whoever loads them reports them.
-    """
+    """The number formats of a model's weights on disk, as safetensors names them: ``{"BF16"}``. Files whose header
+    cannot be read are left out; whoever loads them reports them."""
     headers = [_header(file) for file in folder.glob("*.safetensors")]
     return {str(entry["dtype"]) for header in headers if header is not None for entry in header.tensors.values()}
 
@@ -174,8 +148,6 @@ def shapes_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Header:
-    """A safetensors file's tensors by name, and the bytes that the file has according to them."""
-
     tensors: dict[str, dict[str, Any]]
     file_size: int
 

@@ -51,10 +51,8 @@ def _written(number: int) -> str:
 
 
 def make_unfailing() -> None:
-    """Makes printing safe in this process, wherever its output goes. A process may have no output stream at all.
-
-    A character that the terminal's encoding lacks is printed as its number.
-    """
+    """Makes printing safe in this process, wherever its output goes. A process may have no output stream at all. A
+    character that the terminal's encoding lacks is printed as its number."""
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is not None:
@@ -136,10 +134,8 @@ CUT = b"\n[... the middle of this log was left out: it was longer than it may be
 
 
 def begin_attempt(log: Path, attempt: str) -> None:
-    """Appends a line that says which attempt writes what follows; a log that cannot be written stays as it is.
-
-    Example: ``=== 2026-11-29T03:22:59+00:00  attempt 2 at dpo-91c0aa17 ===``.
-    """
+    """Appends a line that says which attempt writes what follows; a log that cannot be written stays as it is. Example:
+    ``=== 2026-11-29T03:22:59+00:00 attempt 2 at dpo-91c0aa17 ===``."""
     line = f"=== {datetime.now(UTC).isoformat(timespec='seconds')}  {attempt} ===\n"
     with suppress(OSError), log.open("a+b") as file:
         if size := file.tell():

@@ -45,10 +45,8 @@ _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Marks text that is one line, of which a page shows so many characters: ``Annotated[str, Line(80)]``.
-
-    Of a name that is longer, a page shows the end, in which paths differ.
-    """
+    """Marks text that is one line, of which a page shows so many characters: ``Annotated[str, Line(80)]``. Of a name
+    that is longer, a page shows the end, in which paths differ."""
 
     limit: int
     is_name: bool = False
@@ -101,23 +99,16 @@ def write(path: Path, record: Any, *, durable: bool = True) -> None:
 
 
 def read(path: Path, kind: type[Record], *, remedy: str) -> Record:
-    """The record in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        NewerVersion: it was written by a newer version of this program.
-        ArtifactError: it cannot be read, or a field has another form; says which, with ``remedy`` behind it.
-    """
+    """The record in a file. Raises FileNotFoundError: there is no such file; NewerVersion: it was written by a newer
+    version of this program; ArtifactError: it cannot be read, or a field has another form; says which, with ``remedy``
+    behind it."""
     return strict(_content(path, kind, remedy), kind, where=str(path), remedy=remedy)
 
 
 def strict(raw: Any, kind: type[Record], *, where: str, remedy: str) -> Record:
-    """The record in plain data; ``where`` names it in errors.
-
-    Raises:
-        NewerVersion: it was written by a newer version of this program.
-        ArtifactError: it is not an object, or a field has another form; says which, with ``remedy`` behind it.
-    """
+    """The record in plain data; ``where`` names it in errors. Raises NewerVersion: it was written by a newer version of
+    this program; ArtifactError: it is not an object, or a field has another form; says which, with ``remedy`` behind
+    it."""
     if not isinstance(raw, dict):
         raise ArtifactError("unreadable: it contains no JSON object", where=where, remedy=remedy)
     _refuse_newer(raw, kind, where)
@@ -129,11 +120,8 @@ def strict(raw: Any, kind: type[Record], *, where: str, remedy: str) -> Record:
 
 
 def read_parts(path: Path, kind: type[Record], cleaning: Cleaning, *, remedy: str = "") -> Record | None:
-    """As much of the record in a file as has its form, cleaned; None where a field that has no default has not.
-
-    Raises:
-        FileNotFoundError, NewerVersion, ArtifactError: as ``read``, but not for a field of another form.
-    """
+    """As much of the record in a file as has its form, cleaned; None where a field that has no default has not. Raises
+    FileNotFoundError, NewerVersion, ArtifactError: as ``read``, but not for a field of another form."""
     return parts(_content(path, kind, remedy), kind, cleaning)
 
 
@@ -144,11 +132,8 @@ def parts(raw: Any, kind: type[Record], cleaning: Cleaning = AS_IT_IS) -> Record
 
 
 def lines(file: Path, kind: type[Record]) -> Iterator[Record]:
-    """As much of the record in each line of a file as has its form; empty without the file.
-
-    Raises:
-        ValueError: a line is not JSON.
-    """
+    """As much of the record in each line of a file as has its form; empty without the file. Raises ValueError: a line
+    is not JSON."""
     # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
     texts = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     records = (parts(parse_json(text), kind) for text in texts if text)

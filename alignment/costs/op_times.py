@@ -1,16 +1,17 @@
 """How long operations take on this machine: each is run with real tensors of the same shapes, and timed.
 
 A stage reads what many operations before have written, and the next layer's weights. So other memory is written before
-each timed run. With inputs that are still in the processor's nearest caches, the operations of a step took two thirds
-of what they take in a stage. Where little is read and written from one run of an operation to the next, as in
-sampling, its code is still in these caches: it runs on other tensors first (docs/LOG.md, 2026-11-28).
+a timed run; several operations, each on tensors of its own, share that. With inputs that are still in the processor's
+nearest caches, the operations of a step took two thirds of what they take in a stage. Where little is read and written
+from one run of an operation to the next, as in sampling, its code is still in these caches: it runs on other tensors
+first (docs/LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ RUNS = 2
 ENOUGH_SECONDS = 0.05
 """After so long an operation is not run again."""
 SWEPT_BYTES = 64 << 20
-"""Other memory that is written before a run; more than a core's own caches hold."""
+"""Other memory that is written before operations run again; more than a core's own caches hold."""
+TOGETHER_BYTES = 256 << 20
+"""Tensors of the operations that run one after another behind one such write."""
 NEAR_BYTES = 4 << 20
 """What the second-level caches of two cores hold: code that ran so few bytes ago is still there."""
 _NUMBER = torch.zeros(1)
@@ -74,31 +77,73 @@ MOST_BYTES = 4 << 30
 """Tensors of one operation that are made; larger ones are not timed."""
 
 
-@torch.no_grad()
-def seconds_of(operation: Operation, *, bytes_between: float) -> float | None:
-    """Seconds of one run after a first one; None if it cannot be run here.
+class _Trial:
+    """An operation on real tensors of its own, and the seconds of its runs, of which the first does not count."""
 
-    ``bytes_between`` is what a stage reads and writes from one run of this function to the next.
+    def __init__(self, operation: Operation, *, bytes_between: float) -> None:
+        self._func = operation.func
+        self._args, self._kwargs = tree_map(_real, (operation.args, operation.kwargs))
+        is_near = bytes_between < NEAR_BYTES
+        self._others = tree_map(_real, (operation.args, operation.kwargs)) if is_near else None
+        self._times: list[float] = []
+
+    def run(self) -> None:
+        if sum(self._times) >= ENOUGH_SECONDS:
+            return
+        if self._others is not None:
+            self._func(*self._others[0], **self._others[1])
+        _NUMBER.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
+        began = time.perf_counter()
+        self._func(*self._args, **self._kwargs)
+        self._times.append(time.perf_counter() - began)
+
+    def seconds(self) -> float:
+        return min(self._times[1:], default=self._times[0])
+
+
+@torch.no_grad()
+def seconds_of(operations: Sequence[tuple[Operation, float]]) -> list[float]:
+    """Seconds of one run of each operation after a first one; 0 if it cannot be run here.
+
+    With each operation comes what a stage reads and writes from one run of its function to the next, in bytes.
     """
-    if sum(tensor.numel() * tensor.element_size() for tensor in _tensors(operation)) > MOST_BYTES:
+    seconds: list[float] = []
+    swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
+    for group in _groups(operations):
+        trials = [_first_run(operation, bytes_between) for operation, bytes_between in group]
+        for number in range(RUNS):
+            swept.fill_(number)
+            for trial in filter(None, trials):
+                trial.run()
+        seconds += [0.0 if trial is None else trial.seconds() for trial in trials]
+    return seconds
+
+
+def _groups(operations: Sequence[tuple[Operation, float]]) -> Iterator[list[tuple[Operation, float]]]:
+    """Operations in their order, as many together as have at most ``TOGETHER_BYTES``, or one."""
+    group: list[tuple[Operation, float]] = []
+    size = 0
+    for operation, bytes_between in operations:
+        own = _size_of(operation)
+        if group and size + own > TOGETHER_BYTES:
+            yield group
+            group, size = [], 0
+        group.append((operation, bytes_between))
+        size += own
+    if group:
+        yield group
+
+
+def _first_run(operation: Operation, bytes_between: float) -> _Trial | None:
+    """A trial that ran once; None if the operation cannot be run here."""
+    if _size_of(operation) > MOST_BYTES:
         return None
     try:
-        args, kwargs = tree_map(_real, (operation.args, operation.kwargs))
-        others = tree_map(_real, (operation.args, operation.kwargs)) if bytes_between < NEAR_BYTES else None
-        swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
-        times: list[float] = []
-        while len(times) <= RUNS and sum(times) < ENOUGH_SECONDS:
-            if times:  # the first run does not count
-                swept.fill_(len(times))
-            if others is not None:
-                operation.func(*others[0], **others[1])
-            _NUMBER.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
-            began = time.perf_counter()
-            operation.func(*args, **kwargs)
-            times.append(time.perf_counter() - began)
+        trial = _Trial(operation, bytes_between=bytes_between)
+        trial.run()
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return None
-    return min(times[1:], default=times[0])
+    return trial
 
 
 def alike(operation: Operation) -> Hashable:
@@ -119,8 +164,10 @@ def _form(leaf: Any) -> Hashable:
     return leaf if isinstance(leaf, (bool, torch.dtype)) or (isinstance(leaf, int) and abs(leaf) < MOST_AXES) else None
 
 
-def _tensors(operation: Operation) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves((operation.args, operation.kwargs)) if isinstance(leaf, Tensor)]
+def _size_of(operation: Operation) -> int:
+    """Bytes of its arguments."""
+    leaves = tree_leaves((operation.args, operation.kwargs))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _real(leaf: Any) -> Any:

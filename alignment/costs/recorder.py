@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
 _MOST_BATCHES = 8
 """Batches that are run on shadows beside the largest."""
 _Batch = TypeVar("_Batch")
+_Value = TypeVar("_Value")
 
 Operations = Counter[Key]
 """How often each operation ran."""
@@ -85,6 +86,7 @@ class Recorder:
         self.compiled_in_period = 0
         self._compiled = 0
         self._compiled_before = 0
+        self._made: dict[Hashable, tuple[Any, Operations]] = {}
         self._before: dict[str, Operations] = {}
         self._before_steps: dict[str, Operations] = {}
 
@@ -137,6 +139,18 @@ class Recorder:
             name: phase.operations - self._before.get(name, Counter()) for name, phase in self.phases.items()
         }
         self._mark()
+
+    def repeated(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """What was made before with this key; the operations of that count once more."""
+        counted = self.phases[self.name].operations
+        if key not in self._made:
+            before = Counter(counted)
+            value = make()
+            self._made[key] = value, counted - before
+            return value
+        value, operations = self._made[key]
+        counted.update(operations)
+        return value
 
     def operations_outside_steps(self, name: str) -> Operations:
         """What a phase did before the first step and after the last one."""
@@ -220,6 +234,14 @@ def one_of_each(parts: Iterable[_Batch], size: Callable[[_Batch], int]) -> Itera
         if times := left.pop(size(part), 0):
             with counted_times(times):
                 yield part
+
+
+def once_for_each(key: Hashable, make: Callable[[], _Value]) -> _Value:
+    """What ``make`` returns; on shadows it is called once for each key, and its operations count each time.
+
+    It must stay in one phase, and leave no memory that is in use later.
+    """
+    return make() if _current is None else _current.repeated(key, make)
 
 
 @contextmanager

@@ -90,15 +90,9 @@ class EngineClient:
         progress: Callable[[int], None] = lambda _: None,
         waiting: Callable[[], None] = lambda: None,
     ) -> list[list[EngineAnswer]]:
-        """The answers to each prompt, by the weights that the server calls ``model``.
-
-        ``progress`` receives the number of answers in each reply; ``waiting`` is called every few seconds without
-        one.
-
-        Raises:
-            CallFailed: a call got no reply.
-            StageError: a reply is not what was asked for, such as an answer of other weights.
-        """
+        """The answers to each prompt, by the weights that the server calls ``model``. ``progress`` receives the number
+        of answers in each reply; ``waiting`` is called every few seconds without one. Raises CallFailed: a call got no
+        reply; StageError: a reply is not what was asked for, such as an answer of other weights."""
         calls = [
             (index, first, replace(whole, answers=min(size, whole.answers - first), seed=whole.seed + first))
             for index, (whole, size) in enumerate((whole, _answers_a_call(whole, generation)) for whole in asked)
@@ -126,11 +120,7 @@ class EngineClient:
         return ordered
 
     def models(self) -> list[str]:
-        """The names that the server answers to.
-
-        Raises:
-            CallFailed: the call got no reply.
-        """
+        """The names that the server answers to. Raises CallFailed: the call got no reply."""
         reply = self._call("get", "/v1/models")
         try:
             return [str(model["id"]) for model in reply["data"]]
@@ -138,46 +128,26 @@ class EngineClient:
             raise CallFailed(f"/v1/models: its reply {_lacking(error)}") from error
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Makes an adapter answer to ``name``.
-
-        Raises:
-            CallFailed: the server did not take it.
-        """
         self._call("post", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, text=True)
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter.
-
-        Raises:
-            CallFailed: the server does not have it.
-        """
         self._call("post", "/v1/unload_lora_adapter", {"lora_name": name}, text=True)
 
     def replace_weights(self, folder: Path, version: str) -> None:
-        """Replaces all weights by those of a model's folder, and names them ``version``.
-
-        Raises:
-            CallFailed: the server did not take them.
-        """
+        """Replaces all weights by those of a model's folder, and names them ``version``. Raises CallFailed: the server
+        did not take them."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._call("post", "/collective_rpc", body)
         self.reset_prefix_cache()
         self._call("post", "/update_weight_version", {"new_version": version})
 
     def reset_prefix_cache(self) -> None:
-        """Makes the server forget what it computed for earlier prompts.
-
-        Raises:
-            CallFailed: the server did not, or was not started as one whose weights are replaced.
-        """
+        """Makes the server forget what it computed for earlier prompts. Raises CallFailed: the server did not, or was
+        not started as one whose weights are replaced."""
         self._call("post", "/reset_prefix_cache", {})
 
     def weights_version(self) -> str:
-        """The version that was named last.
-
-        Raises:
-            CallFailed: the call got no reply.
-        """
+        """The version that was named last. Raises CallFailed: the call got no reply."""
         reply = self._call("get", "/weight_info")
         try:
             return str(reply["weight_version"])
@@ -189,16 +159,11 @@ class EngineClient:
         self._client = self._client.with_options(timeout=seconds, max_retries=0)
 
     def close(self) -> None:
-        """Closes its connections."""
         self._client.close()
 
     def stream(self, model: str, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:
-        """Calls ``on_token`` with each token of one answer as it arrives.
-
-        Raises:
-            CallFailed: the server stopped replying.
-            StageError: other weights answer.
-        """
+        """Calls ``on_token`` with each token of one answer as it arrives. Raises CallFailed: the server stopped
+        replying; StageError: other weights answer."""
         from openai import OpenAIError, Stream
 
         body = _body(model, asked, generation) | {"stream": True}
@@ -273,11 +238,8 @@ def _body(model: str, asked: Asked, generation: Generation) -> dict[str, Any]:
 
 
 def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
-    """The answers of a reply to ``/v1/completions``.
-
-    Raises:
-        WrongReply: other weights made it, or it is not what was asked for.
-    """
+    """The answers of a reply to ``/v1/completions``. Raises WrongReply: other weights made it, or it is not what was
+    asked for."""
     try:
         if reply["model"] != model:
             raise WrongReply(f"came from the weights {reply['model']!r}, not {model!r}")

@@ -31,11 +31,8 @@ def build_command(engine: str) -> str:
 
 
 def interpreter(python: str | None, *, package: str, where: str) -> Path:
-    """The interpreter of the environment that has ``package``; ``where`` is the setting for it.
-
-    Raises:
-        ConfigError: there is none, or it lacks the package.
-    """
+    """The interpreter of the environment that has ``package``; ``where`` is the setting for it. Raises ConfigError:
+    there is none, or it lacks the package."""
     given = python or os.environ.get(VARIABLE)
     path = Path(given).expanduser() if given else engines_folder() / package / "bin" / "python"
     build = f"build the environment with `{build_command(package)}`, or name its interpreter here or in {VARIABLE}"
@@ -66,11 +63,8 @@ def requirements_of(engine: str) -> Path:
 
 
 def build(engine: str, requirements: Path) -> Path:
-    """Builds the environment, or completes it, and returns its folder.
-
-    Raises:
-        ConfigError: the file is not there, or venv or pip failed; they have printed why.
-    """
+    """Builds the environment, or completes it, and returns its folder. Raises ConfigError: the file is not there, or
+    venv or pip failed; they have printed why."""
     if not requirements.is_file():
         allowed = ", ".join(sorted(path.stem for path in (shipped("launch") / "engines").glob("*.txt")))
         raise ConfigError(f"no file {requirements}", where="--requirements", remedy=f"the shipped files are {allowed}")

@@ -33,10 +33,8 @@ _ENDING_SECONDS = 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Weights that the engine answers with: the adapter in ``folder``, or a whole model if ``whole``.
-
-    ``name`` is unique (``EngineSession.named``). Without a ``folder`` they are those that the engine was started with.
-    """
+    """Weights that the engine answers with: the adapter in ``folder``, or a whole model if ``whole``. ``name`` is
+    unique (``EngineSession.named``). Without a ``folder`` they are those that the engine was started with."""
 
     name: str = BASE
     folder: Path | None = None
@@ -44,13 +42,11 @@ class Weights:
 
 
 class EngineSession:
-    """One engine, for one process that starts it; others of the stage only ask (``join``).
-
-    ``where`` is the setting. ``log`` is the file for the server's output; without one the session has its own, which
-    stays only if the engine failed. ``waiting`` is called now and then while it starts or answers, so that the stage
-    does not count as stuck. ``on_peak`` receives the peak memory of each server that the session started, before it
-    ends or replaces it. ``folder`` is for weights, and is removed at the end.
-    """
+    """One engine, for one process that starts it; others of the stage only ask (``join``). ``where`` is the setting.
+    ``log`` is the file for the server's output; without one the session has its own, which stays only if the engine
+    failed. ``waiting`` is called now and then while it starts or answers, so that the stage does not count as stuck.
+    ``on_peak`` receives the peak memory of each server that the session started, before it ends or replaces it.
+    ``folder`` is for weights, and is removed at the end."""
 
     def __init__(
         self,
@@ -82,7 +78,6 @@ class EngineSession:
 
     @property
     def folder(self) -> Path:
-        """A folder for weights."""
         return self._own_keeper().folder
 
     @property
@@ -93,12 +88,8 @@ class EngineSession:
         return (self._config.url or "").removesuffix("/").removesuffix("/v1"), self._key()
 
     def start(self, options: VllmOptions) -> None:
-        """Starts the server, or finds the one at ``url``.
-
-        Raises:
-            ConfigError: there is no environment with vLLM.
-            StageError: the server cannot be started, or does not answer.
-        """
+        """Starts the server, or finds the one at ``url``. Raises ConfigError: there is no environment with vLLM;
+        StageError: the server cannot be started, or does not answer."""
         self._options = options
         self._weights = Weights()
         if self._config.url is None:
@@ -116,11 +107,7 @@ class EngineSession:
         self._client = EngineClient(self._config, url, key, where=self._where)
 
     def use(self, weights: Weights) -> None:
-        """Answers with these weights from here on.
-
-        Raises:
-            StageError: the server does not take them.
-        """
+        """Answers with these weights from here on. Raises StageError: the server does not take them."""
         self._try(lambda: self._load(weights))
         before, self._weights = self._weights, weights
         if before.folder is not None and not before.whole:
@@ -134,11 +121,8 @@ class EngineSession:
         progress: Callable[[int], None] = lambda _: None,
     ) -> list[list[EngineAnswer]]:
         """The answers to each prompt by these weights, which ``use`` was given; ``progress`` receives the number of
-        answers in each reply.
-
-        Raises:
-            StageError: the server failed, or an answer is of other weights or not what was asked for.
-        """
+        answers in each reply. Raises StageError: the server failed, or an answer is of other weights or not what was
+        asked for."""
 
         def replied(number: int) -> None:
             self._waiting()
@@ -154,11 +138,8 @@ class EngineSession:
         return self._try(ask)
 
     def stream(self, weights: Weights, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:
-        """Calls ``on_token`` with each token of one answer by these weights as it arrives.
-
-        Raises:
-            StageError: the server failed, or other weights answer.
-        """
+        """Calls ``on_token`` with each token of one answer by these weights as it arrives. Raises StageError: the
+        server failed, or other weights answer."""
         try:
             self._asked().stream(weights.name, asked, generation, on_token)
         except CallFailed as error:  # not asked again: some tokens have been passed on
@@ -267,11 +248,8 @@ class EngineSession:
             )
 
     def _try(self, call: Callable[[], T]) -> T:
-        """Calls; starts a server that ended again, with the weights that it had.
-
-        Raises:
-            StageError: a call failed although the server runs, or it ended too often.
-        """
+        """Calls; starts a server that ended again, with the weights that it had. Raises StageError: a call failed
+        although the server runs, or it ended too often."""
         while True:
             try:
                 return call()

@@ -82,7 +82,6 @@ def main(folder: Path) -> None:
 
 
 def _keep(folder: Path) -> None:
-    """Returns when the owner has gone."""
     number, server = 0, None
     while not _owner_has_gone():
         if command_file(folder, number + 1).exists():
@@ -124,7 +123,6 @@ def _owner_has_gone() -> bool:
 
 
 def _end_descendants() -> None:
-    """Asks all descendants to end, and kills those that do not."""
     for process in _living():
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -135,7 +133,6 @@ def _end_descendants() -> None:
 
 
 def _living() -> list[psutil.Process]:
-    """The descendants that still run; ended ones are collected."""
     living = []
     for process in children_of(psutil.Process(), recursive=True):
         with suppress(psutil.NoSuchProcess):

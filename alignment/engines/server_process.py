@@ -52,10 +52,8 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerCommand:
-    """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in.
-
-    ``name`` is for messages. ``smaller`` says how to make the server need less memory, ``larger`` how to give it more.
-    """
+    """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in. ``name`` is for
+    messages. ``smaller`` says how to make the server need less memory, ``larger`` how to give it more."""
 
     name: str
     argv: Sequence[str]
@@ -95,11 +93,8 @@ class Keeper:
             return False
 
     def start(self, command: Mapping[str, object]) -> int:
-        """Starts a server in place of the last one; returns its number.
-
-        Raises:
-            StageError: somebody ended the keeper.
-        """
+        """Starts a server in place of the last one; returns its number. Raises StageError: somebody ended the
+        keeper."""
         if not self.is_alive:
             raise StageError("the process that supervises servers was killed", remedy="run again; the stage continues")
         self.servers += 1
@@ -134,9 +129,8 @@ class Keeper:
 
     def run(self, command: ServerCommand, *, log: Path) -> int:
         """Runs a program that is no server to its end, with its output in ``log``; returns its exit code."""
-        number = self.start(
-            {"argv": list(command.argv), "environment": dict(command.environment), "log": str(log)},
-        )
+        environment = dict(command.environment)
+        number = self.start({"argv": list(command.argv), "environment": environment, "log": str(log)})
         while (code := self.exit_code(number)) is None:
             time.sleep(_POLL_SECONDS)
         return code
@@ -159,12 +153,9 @@ class Keeper:
 
 
 class ServerProcess:
-    """A server that answers; its ``keeper`` ends it.
-
-    ``where`` is the setting that asks for it. ``log`` is the file for its output. ``waiting`` is called while the
-    server starts. ``port`` is fixed, or a free one is chosen. ``look`` says how to learn more about a failure; by
-    default, to read the log.
-    """
+    """A server that answers; its ``keeper`` ends it. ``where`` is the setting that asks for it. ``log`` is the file for
+    its output. ``waiting`` is called while the server starts. ``port`` is fixed, or a free one is chosen. ``look`` says
+    how to learn more about a failure; by default, to read the log."""
 
     def __init__(
         self,
@@ -178,11 +169,8 @@ class ServerProcess:
         port: int | None = None,
         look: str = "",
     ) -> None:
-        """Starts the server, in place of the keeper's last one.
-
-        Raises:
-            StageError: it ended, or did not answer in time; says why, as far as its log tells.
-        """
+        """Starts the server, in place of the keeper's last one. Raises StageError: it ended, or did not answer in time;
+        says why, as far as its log tells."""
         self._keeper = keeper
         self._command = command
         self._log = log
@@ -202,7 +190,8 @@ class ServerProcess:
                 self._wait(start_timeout, waiting)
                 return
             except StageError:
-                if port is not None or attempt == _TRIES - 1 or not self._port_was_taken():
+                was_taken = any(words in self._tail().lower() for words in _PORT_TAKEN)
+                if port is not None or attempt == _TRIES - 1 or not was_taken:
                     raise
 
     @property
@@ -212,11 +201,9 @@ class ServerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the server ended by itself, or was killed."""
         return self._exit_code() is not None
 
     def failure(self) -> StageError:
-        """Why the server ended."""
         code, tail = self._exit_code(), self._tail()
         reason, remedy = f"{self._command.name} ended with exit code {code}", self._look
         if why := self._keeper.why_not_started(self._number):
@@ -266,11 +253,7 @@ class ServerProcess:
     def _exit_code(self) -> int | None:
         return self._keeper.exit_code(self._number)
 
-    def _port_was_taken(self) -> bool:
-        return any(words in self._tail().lower() for words in _PORT_TAKEN)
-
     def _tail(self) -> str:
-        """The end of what this server wrote."""
         if not self._log.exists():
             return ""
         with self._log.open("rb") as stream:
@@ -322,12 +305,9 @@ NO_BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmOptions:
-    """What a server must be able to do.
-
-    ``model`` is the folder of the weights, in ``dtype``; ``max_length`` the longest prompt with its answer. ``rank`` is
-    the highest rank of an adapter, or 0 without adapters. ``replaceable``: all weights will be replaced. ``on_gpu``
-    says where it runs.
-    """
+    """What a server must be able to do. ``model`` is the folder of the weights, in ``dtype``; ``max_length`` the
+    longest prompt with its answer. ``rank`` is the highest rank of an adapter, or 0 without adapters. ``replaceable``:
+    all weights will be replaced. ``on_gpu`` says where it runs."""
 
     model: Path
     dtype: str
@@ -341,10 +321,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
     """A server that applies no defaults of a model's generation config, and gives the log-probabilities that it
     samples from."""
     environment = quiet_environment() | {"VLLM_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    if options.replaceable:
-        environment["VLLM_SERVER_DEV_MODE"] = (
-            "1"  # its endpoints need no key, so they are open only where they are used
-        )
+    if options.replaceable:  # its endpoints need no key, so they are open only where they are used
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
     device = ["--gpu-memory-utilization", str(config.gpu_share)]
     if not options.on_gpu:
         environment |= NO_BINDING
@@ -368,12 +346,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
 
 def quiet_environment() -> dict[str, str]:
     """Variables that keep a vLLM server offline and free of telemetry."""
-    return {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    ones = dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"), "1")
+    return ones | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def adapter_arguments(rank: int, adapters: int) -> Sequence[str]:

@@ -15,11 +15,9 @@ from alignment.records.votes import pair_key
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerPair:
-    """The answers of two arms to one prompt, by arm; ``key`` is ``pair_key`` of the prompt and the answers.
-
-    Example: ``AnswerPair(key="9f86…", messages=[{"role": "user", "content": "2 + 2?"}], answers={"stage:dpo": "4.",
-    "stage:sft": "5."})``.
-    """
+    """The answers of two arms to one prompt, by arm; ``key`` is ``pair_key`` of the prompt and the answers. Example:
+    ``AnswerPair(key="9f86…", messages=[{"role": "user", "content": "2 + 2?"}], answers={"stage:dpo": "4.", "stage:sft":
+    "5."})``."""
 
     key: str
     messages: list[dict[str, Any]]
@@ -29,13 +27,11 @@ class AnswerPair:
 
     @property
     def same(self) -> bool:
-        """Whether both arms gave the same answer, so that there is nothing to judge."""
         first, second = self.answers.values()
         return first.strip() == second.strip()
 
 
 def pair_of(messages: Sequence[Mapping[str, Any]], answers: Mapping[str, str], *, id: str, task: str) -> AnswerPair:
-    """The pair of the two ``answers``, by arm, to the prompt in ``messages``."""
     turns = [dict(message) for message in messages]
     return AnswerPair(key=pair_key(turns, answers), messages=turns, answers=dict(answers), id=id, task=task)
 
@@ -51,11 +47,9 @@ def pairs_of_samples(samples: Iterable[Sample], arms: tuple[str, str]) -> list[A
 
 
 def queue(pairs: Iterable[AnswerPair]) -> list[AnswerPair]:
-    """The pairs in the order in which people see them, each once, those with the same answer included.
-
-    The order is that of their hashes. So it is random to the prompts, and the same for everybody: what was judged
-    before somebody stopped is a random sample, and several annotators have the same pairs in common.
-    """
+    """The pairs in the order in which people see them, each once, those with the same answer included. The order is
+    that of their hashes. So it is random to the prompts, and the same for everybody: what was judged before somebody
+    stopped is a random sample, and several annotators have the same pairs in common."""
     return sorted({pair.key: pair for pair in pairs}.values(), key=lambda pair: pair.key)
 
 
@@ -69,14 +63,10 @@ PACKAGE = "krippendorff>=0.9,<0.10"
 
 
 def krippendorff_alpha(points_of_prompts: Sequence[Sequence[float]]) -> float | None:
-    """α for ordered values: 1 for full agreement, 0 for that of chance, below 0 for less.
-
-    ``points_of_prompts`` has the votes on each prompt as points of one arm, from 0 to 1. None if no prompt has two
-    votes, or if all votes on such prompts are the same, since then chance alone would agree on everything.
-
-    Raises:
-        ConfigError: the library is not installed.
-    """
+    """α for ordered values: 1 for full agreement, 0 for that of chance, below 0 for less. ``points_of_prompts`` has the
+    votes on each prompt as points of one arm, from 0 to 1. None if no prompt has two votes, or if all votes on such
+    prompts are the same, since then chance alone would agree on everything. Raises ConfigError: the library is not
+    installed."""
     compared = [points for points in points_of_prompts if len(points) > 1]
     values = sorted({point for points in compared for point in points})
     if len(values) < 2:

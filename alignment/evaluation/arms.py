@@ -27,10 +27,8 @@ TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One arm's answer to one prompt.
-
-    ``ids`` are its tokens, with the end of the turn if it was generated; ``ended`` says whether it was.
-    """
+    """One arm's answer to one prompt. ``ids`` are its tokens, with the end of the turn if it was generated; ``ended``
+    says whether it was."""
 
     ids: list[int]
     text: str
@@ -48,12 +46,10 @@ class TokenSum:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
     """The answers of one arm: ``per_prompt`` to each turn of each held-out prompt, in that order (exchanges.py).
-
     ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not needed. ``references``
     are those of the rows' reference answers, one entry per turn, None for a turn without one or an arm with another
     tokenizer. ``seconds`` is the time that generating took, on all processes together. ``turns`` are how many each
-    prompt has; empty if each has one.
-    """
+    prompt has; empty if each has one."""
 
     answers: list[Answer]
     logprobs: list[float] | None
@@ -64,7 +60,6 @@ class Answered:
 
     @property
     def ids(self) -> list[list[int]]:
-        """The token ids of the answers."""
         return [answer.ids for answer in self.answers]
 
     @property
@@ -100,7 +95,6 @@ def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
-    """Answers from their token ids."""
     ends = end_ids(tokenizer)
     return [
         Answer(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).strip(), ended=ids[-1] in ends)
@@ -131,14 +125,9 @@ def answer_and_score(
     progress: Callable[[int], None],
     sampling: Sampling | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The model's answers to prompts, greedy without ``sampling``, and log p of texts after each prompt, in nats.
-
-    The texts are the model's own answer if ``with_own``, then the ``others``. Where the model allows it, each prompt is
-    read once for all of these.
-
-    Raises:
-        ModelError: the model's head does more than one matrix product.
-    """
+    """The model's answers to prompts, greedy without ``sampling``, and log p of texts after each prompt, in nats. The
+    texts are the model's own answer if ``with_own``, then the ``others``. Where the model allows it, each prompt is
+    read once for all of these. Raises ModelError: the model's head does more than one matrix product."""
     answers: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
     order = reading_order(prompts)
@@ -210,17 +199,14 @@ Scores = Mapping[str, Sequence[float | None]]
 
 
 def known(scores: Sequence[float | None]) -> list[float]:
-    """The scores that there are."""
     return [score for score in scores if score is not None]
 
 
 def on_the_same_rows(
     by_arm: Mapping[str, Sequence[float | None]], rows: Sequence[int]
 ) -> dict[str, list[float | None]]:
-    """The scores by arm, None for every answer to a row if an answer of any arm to it has none.
-
-    ``rows`` are the rows of the answers, the same for all arms. If no row is left, there are no arms.
-    """
+    """The scores by arm, None for every answer to a row if an answer of any arm to it has none. ``rows`` are the rows
+    of the answers, the same for all arms. If no row is left, there are no arms."""
     without = {row for scores in by_arm.values() for row, score in zip(rows, scores, strict=True) if score is None}
     if without >= set(rows):
         return {}
@@ -242,10 +228,8 @@ def of_prompts(arm: Answered, scores: Sequence[float | None]) -> list[float | No
 def scores_of_prompts(
     scores: Sequence[float | None], finals: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
 ) -> list[float | None]:
-    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates).
-
-    ``finals`` are the final answers that the majority is taken of. A prompt without scores (None) has none.
-    """
+    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates). ``finals``
+    are the final answers that the majority is taken of. A prompt without scores (None) has none."""
     size = pass_size(aggregate)
     of_prompts: list[float | None] = []
     for group, answers in zip(grouped(scores, per_prompt), grouped(finals, per_prompt), strict=True):
@@ -262,14 +246,9 @@ def scores_of_prompts(
 
 
 def pass_at_k(correct: Sequence[bool], k: int) -> float:
-    """The probability that at least one of ``k`` of these answers, drawn without replacement, is correct.
-
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021, section 2.1, with n answers of which c are
-    correct.
-
-    Raises:
-        ValueError: there are fewer than ``k`` answers.
-    """
+    """The probability that at least one of ``k`` of these answers, drawn without replacement, is correct. The unbiased
+    estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021, section 2.1, with n answers of which c are correct. Raises
+    ValueError: there are fewer than ``k`` answers."""
     if not 1 <= k <= len(correct):
         raise ValueError(f"pass@{k} needs at least {k} answers, and there are {len(correct)}")
     wrong = len(correct) - sum(correct)
@@ -277,11 +256,9 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
 
 
 def majority_score(answers: Sequence[str], scores: Sequence[float]) -> float:
-    """The score of the most frequent final answer (Wang et al. 2023, self-consistency).
-
-    Answers that are equally frequent count with the mean of their scores, as if one of them was drawn. An empty final
-    answer does not vote. Without any vote the score is the mean of all.
-    """
+    """The score of the most frequent final answer (Wang et al. 2023, self-consistency). Answers that are equally
+    frequent count with the mean of their scores, as if one of them was drawn. An empty final answer does not vote.
+    Without any vote the score is the mean of all."""
     votes = Counter(answer for answer in answers if answer)
     if not votes:
         return sum(scores) / len(scores)

@@ -83,11 +83,8 @@ class BagOfWords:
 
 
 def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWords:
-    """Fits a model to ``pairs``; ``groups`` name the prompt of each pair, so that no prompt is in two folds.
-
-    Raises:
-        DataError: no word differs between the answers of at least ``FEWEST`` pairs.
-    """
+    """Fits a model to ``pairs``; ``groups`` name the prompt of each pair, so that no prompt is in two folds. Raises
+    DataError: no word differs between the answers of at least ``FEWEST`` pairs."""
     counts = Counter(word for pair in pairs for word in _differences_of(pair))
     words = tuple(sorted(word for word, count in counts.items() if count >= FEWEST))
     if not words:
@@ -225,14 +222,11 @@ Array = NDArray[np.float64]
 
 def win_rate(points: Sequence[float], extra_length: Sequence[float], *, samples: int, seed: int) -> Interval | None:
     """The win rate at equal lengths with its 95 % interval, over resampled prompts; None if it cannot be told.
-
-    ``points`` are 1, .5 or 0 a prompt; ``extra_length`` is by how much the arm's answer is longer. The model is
-    logit P(win) = θ + φ · tanh(extra length / its standard deviation), and the win rate at equal lengths is σ(θ). The
-    paper's term for the difficulty of a prompt is left out: it is estimated from many arms, and an evaluation has few.
-
-    It cannot be told unless each arm has the longer answer on a share of ``_EACH_WAY`` of the prompts: otherwise
-    nothing was seen near equal lengths, and length and arm are nearly the same thing.
-    """
+    ``points`` are 1, .5 or 0 a prompt; ``extra_length`` is by how much the arm's answer is longer. The model is logit
+    P(win) = θ + φ · tanh(extra length / its standard deviation), and the win rate at equal lengths is σ(θ). The paper's
+    term for the difficulty of a prompt is left out: it is estimated from many arms, and an evaluation has few. It
+    cannot be told unless each arm has the longer answer on a share of ``_EACH_WAY`` of the prompts: otherwise nothing
+    was seen near equal lengths, and length and arm are nearly the same thing."""
     won, lengths = np.asarray(points, dtype=np.float64), np.asarray(extra_length, dtype=np.float64)
     spread = lengths.std()
     if len(won) < 2 or min((lengths > 0.0).mean(), (lengths < 0.0).mean()) < _EACH_WAY:
@@ -251,10 +245,8 @@ def win_rate(points: Sequence[float], extra_length: Sequence[float], *, samples:
 
 
 def _fit(features: Array, won: Array, weights: Array) -> Array:
-    """``[resamples, 2]`` coefficients of a logistic regression with a slight ridge, by Newton's method.
-
-    ``weights`` are ``[resamples, prompts]``: how often each prompt was drawn.
-    """
+    """``[resamples, 2]`` coefficients of a logistic regression with a slight ridge, by Newton's method. ``weights`` are
+    ``[resamples, prompts]``: how often each prompt was drawn."""
     coefficients = np.zeros((len(weights), features.shape[1]))
     ridge = _PENALTY * np.eye(features.shape[1])
     for _ in range(_LENGTH_STEPS):

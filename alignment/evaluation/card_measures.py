@@ -1,8 +1,6 @@
-"""The figures of a reward model's report card (docs/design/0016).
-
-A margin is the score of the chosen answer minus that of the rejected one. σ(margin) is the probability, under a
-Bradley-Terry model, that the chosen answer is the better one. A tie counts as half right.
-"""
+"""The figures of a reward model's report card (docs/design/0016). A margin is the score of the chosen answer minus that
+of the rejected one. σ(margin) is the probability, under a Bradley-Terry model, that the chosen answer is the better
+one. A tie counts as half right."""
 
 from __future__ import annotations
 
@@ -45,11 +43,9 @@ _OUTLIERS = 0.99
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A pair with its judgements, chosen answer first.
-
-    ``scores`` are the model's, ``tokens`` the lengths of prompt and answer together. ``words`` is the margin of a bag
-    of words and ``rule`` the rule's score of each answer; None without a bag of words or a rule.
-    """
+    """A pair with its judgements, chosen answer first. ``scores`` are the model's, ``tokens`` the lengths of prompt and
+    answer together. ``words`` is the margin of a bag of words and ``rule`` the rule's score of each answer; None
+    without a bag of words or a rule."""
 
     pair: PreferencePair
     scores: tuple[float, float]
@@ -64,7 +60,6 @@ class Judged:
 
     @property
     def longer_by(self) -> int:
-        """How many tokens longer the chosen answer is."""
         return self.tokens[0] - self.tokens[1]
 
     @property
@@ -79,7 +74,6 @@ class Judged:
 
     @property
     def record(self) -> ScoredPair:
-        """A line of ``pairs.jsonl``."""
         pair = self.pair
         return ScoredPair(
             id=pair.id,
@@ -152,16 +146,16 @@ def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[Subset]:
     names = list(dict.fromkeys(judged.subset for judged in pairs))
     if len(names) < 2:
         return []
-    return [_subset(name, [judged for judged in pairs if judged.subset == name], intervals) for name in names]
-
-
-def _subset(name: str, pairs: Sequence[Judged], intervals: Intervals) -> Subset:
-    return Subset(
-        name=name or "none",
-        num_pairs=len(pairs),
-        accuracy=intervals.of(_model(pairs), pairs),
-        baselines={judge: float(np.mean(values)) for judge, values in _simpler(pairs).items()},
-    )
+    return [
+        Subset(
+            name=name or "none",
+            num_pairs=len(members),
+            accuracy=intervals.of(_model(members), members),
+            baselines={judge: float(np.mean(values)) for judge, values in _simpler(members).items()},
+        )
+        for name in names
+        for members in [[judged for judged in pairs if judged.subset == name]]
+    ]
 
 
 def _model(pairs: Sequence[Judged]) -> list[float]:
@@ -177,11 +171,9 @@ def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
 
 def calibration(margins: Sequence[float]) -> Calibration:
     """Whether the model is right as often as it is confident: σ(|margin|) against the share of pairs it gets right.
-
-    Confidence is that in the answer that the model prefers, so that no pair has to be flipped at random. ``ece`` is
-    the mean distance of the two over the bins, weighted by their pairs (Naeini et al. 2015). ``brier`` is the mean of
-    (1 − σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing.
-    """
+    Confidence is that in the answer that the model prefers, so that no pair has to be flipped at random. ``ece`` is the
+    mean distance of the two over the bins, weighted by their pairs (Naeini et al. 2015). ``brier`` is the mean of (1 −
+    σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing."""
     values = np.asarray(margins, dtype=np.float64)
     confidence = sigmoid(np.abs(values))
     share = np.asarray(right(margins))
@@ -265,7 +257,6 @@ def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreeme
 
 
 def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
-    """The pairs where the model is most confident in the wrong answer, the most confident first."""
     wrong = sorted((judged for judged in pairs if judged.margin < 0), key=lambda judged: judged.margin)
     return wrong[:count]
 
@@ -301,7 +292,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Pearson's correlation; None if either does not vary."""
     if len(left) < 2 or np.std(left) == 0 or np.std(right) == 0:
         return None
     return float(np.corrcoef(left, right)[0, 1])

@@ -167,7 +167,6 @@ def grade_conclusions(gradings: Sequence[Grading], num_prompts: int, labels: Map
 
 
 def coverage_conclusions(num_scored: Mapping[str, int], num_prompts: int) -> list[str]:
-    """A sentence for each metric that applies only to some of the prompts."""
     return [
         f"{metric} covers {count} of {num_prompts} prompts; on the others it has no value for an answer of an arm."
         if count
@@ -238,7 +237,6 @@ def contradictions(evaluation: Evaluation) -> list[str]:
 
 
 def _real_pairs(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    """The better and the worse arm of each real difference in the primary metric."""
     for item in evaluation.comparisons:
         verdict = evaluation.verdict(item)
         if verdict == BETTER:
@@ -251,14 +249,10 @@ def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[
     if evaluation.judge is None:
         return
     for pair in evaluation.judge.pairs:
-        if pair.win_rate is not None and _preferred(pair) == worse and {pair.arm, pair.against} == {better, worse}:
+        preferred = {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict)
+        if pair.win_rate is not None and preferred == worse and {pair.arm, pair.against} == {better, worse}:
             rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean
             yield f"{evaluation.judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
-
-
-def _preferred(pair: JudgedPair) -> str:
-    """The arm that the judge really prefers; empty if it prefers none, or judged too few prompts to say."""
-    return {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict, "")
 
 
 def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class SavedReplies:
-    """Replies by the key of what was asked.
-
-    New ones are appended to ``file``, which no other process may write; those in the files ``others`` are known too.
-    """
+    """Replies by the key of what was asked. New ones are appended to ``file``, which no other process may write; those
+    in the files ``others`` are known too."""
 
     def __init__(self, file: Path, others: Sequence[Path] = ()) -> None:
         self._file = file
@@ -37,10 +34,8 @@ class SavedReplies:
         return self._known[key]
 
     def save(self, key: str, value: Any) -> None:
-        """Adds a reply. Called by one thread only.
-
-        A line starts with its line break, since the line before may have been cut off.
-        """
+        """Adds a reply. Called by one thread only. A line starts with its line break, since the line before may have
+        been cut off."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"key": key, "value": value}))
@@ -65,19 +60,13 @@ Call = Callable[[Any], Sequence[Any]]
 """Asks the client it is given; returns a value for each key of the call. Raises ValueError for what is no reply."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Reply:
-    """The result of a call: a value for each of its keys, or the ``error`` of its last try."""
-
-    values: Sequence[Any] = field(default_factory=tuple)
-    error: str = ""
+_Reply = tuple[Sequence[Any], str]
+"""The result of a call: a value for each of its keys, or none and the error of its last try."""
 
 
 class EndpointCalls:
     """Calls one server. ``where`` is the setting that ``config`` comes from, and ``role`` what the server is.
-
-    ``without`` says how to do without it. A failure is an error of the type ``failure``.
-    """
+    ``without`` says how to do without it. A failure is an error of the type ``failure``."""
 
     def __init__(
         self,
@@ -106,37 +95,33 @@ class EndpointCalls:
         progress: Callable[[int], None],
     ) -> list[Any]:
         """The value of each key, in order; ``progress`` receives how many different ones are known so far.
-
-        ``calls_for`` divides the keys without a saved value, each once, into calls.
-
-        Raises:
-            StageError: a call failed. All other calls are made first, unless ``GIVE_UP`` calls failed in a row.
-        """
+        ``calls_for`` divides the keys without a saved value, each once, into calls. Raises StageError: a call failed.
+        All other calls are made first, unless ``GIVE_UP`` calls failed in a row."""
         different = dict.fromkeys(keys)
         missing = [key for key in different if key not in self._replies]
         done, errors, calls = len(different) - len(missing), [], list(calls_for(missing)) if missing else []
-        for asked, reply in self._replies_to(calls):
-            errors += [reply.error] if reply.error else []
+        for asked, error in self._replies_to(calls):
+            errors += [error] if error else []
             done += len(asked)
             progress(done)
         if errors:
             raise self._failure(len(errors), len(calls), errors[-1])
         return [self._replies[key] for key in keys]
 
-    def _replies_to(self, calls: Sequence[tuple[Sequence[str], Call]]) -> Iterator[tuple[Sequence[str], _Reply]]:
-        """Keys and replies as they arrive; what was answered is saved first."""
+    def _replies_to(self, calls: Sequence[tuple[Sequence[str], Call]]) -> Iterator[tuple[Sequence[str], str]]:
+        """Keys and errors as replies arrive; what was answered is saved first."""
         pool = ThreadPoolExecutor(self._config.concurrency)
         try:
             pending = {pool.submit(self._reply, call, len(asked)): asked for asked, call in calls}
             in_a_row, done = 0, 0
             for future in as_completed(pending):
-                reply, done = future.result(), done + 1
-                in_a_row = in_a_row + 1 if reply.error else 0
+                (values, error), done = future.result(), done + 1
+                in_a_row = in_a_row + 1 if error else 0
                 if in_a_row >= GIVE_UP:
-                    raise self._failure(in_a_row, done, reply.error)
-                for key, value in zip(pending[future], reply.values, strict=bool(reply.values)):
+                    raise self._failure(in_a_row, done, error)
+                for key, value in zip(pending[future], values, strict=bool(values)):
                     self._replies.save(key, value)
-                yield pending[future], reply
+                yield pending[future], error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -146,9 +131,9 @@ class EndpointCalls:
         try:
             values = call(self._client)
         except (OpenAIError, Refused, ValueError, RecursionError) as error:  # a body that is not JSON, or not a reply
-            return _Reply(error=reason(error, key=self._key))
+            return (), reason(error, key=self._key)
         assert len(values) == count, "a call gives a value for each of its keys"
-        return _Reply(values=values)
+        return values, ""
 
     def _failure(self, failed: int, calls: int, error: str) -> StageError:
         return self._failure_type(
@@ -161,11 +146,8 @@ class EndpointCalls:
 
 
 class Endpoint:
-    """Sends prompts to the endpoint.
-
-    ``where`` is the setting above ``endpoint``, whose last part names the endpoint's role. ``without`` says how to do
-    without it. A failure is an error of the type ``failure``.
-    """
+    """Sends prompts to the endpoint. ``where`` is the setting above ``endpoint``, whose last part names the endpoint's
+    role. ``without`` says how to do without it. A failure is an error of the type ``failure``."""
 
     def __init__(
         self,
@@ -184,11 +166,8 @@ class Endpoint:
         )
 
     def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[str]:
-        """The judge's reply to each prompt, in order; ``progress`` receives the number done so far.
-
-        Raises:
-            StageError: a call failed. All other calls are made first, unless too many failed in a row.
-        """
+        """The judge's reply to each prompt, in order; ``progress`` receives the number done so far. Raises StageError:
+        a call failed. All other calls are made first, unless too many failed in a row."""
         keys = [self._key_of(prompt) for prompt in prompts]
         prompt_of = dict(zip(keys, prompts, strict=True))
 

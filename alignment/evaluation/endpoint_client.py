@@ -37,22 +37,14 @@ class _Allowance(threading.local):
         self.seconds, self.end, self.left = seconds, time.monotonic() + seconds, MOST_BYTES
 
     def remaining(self) -> float:
-        """The seconds left for this try.
-
-        Raises:
-            Refused: no time is left.
-        """
+        """The seconds left for this try. Raises Refused: no time is left."""
         remaining = self.end - time.monotonic()
         if remaining <= 0:
             raise Refused(f"timed out: the whole answer did not arrive within {self.seconds:g} s")
         return remaining
 
     def take(self, content: bytes) -> bytes:
-        """Counts received bytes and returns them.
-
-        Raises:
-            Refused: the answer is too long.
-        """
+        """Counts received bytes and returns them. Raises Refused: the answer is too long."""
         self.left -= len(content)
         if self.left < 0:
             raise Refused(f"its answer is longer than {MOST_BYTES >> 20} MiB")
@@ -60,27 +52,22 @@ class _Allowance(threading.local):
 
 
 def bounded_client(seconds: float, *, direct: bool = False) -> Any:
-    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds.
-
-    ``direct``: without the proxies of the environment, for a server on this machine.
-    """
+    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds. ``direct``: without
+    the proxies of the environment, for a server on this machine."""
     from openai import DefaultHttpxClient
 
     allowance = _Allowance()
-
-    def begin(_: Any) -> None:
-        allowance.begin(seconds)
 
     client = DefaultHttpxClient(
         timeout=seconds,
         follow_redirects=False,
         trust_env=not direct,
         headers={"Accept-Encoding": "identity"},
-        event_hooks={"request": [begin], "response": [_refuse_packed]},
+        event_hooks={"request": [lambda _: allowance.begin(seconds)], "response": [_refuse_packed]},
     )
     for transport in (client._transport, *client._mounts.values()):  # direct, and through proxies of the environment
         if transport is not None:
-            transport._pool._network_backend = _Backend(transport._pool._network_backend, allowance)
+            transport._pool._network_backend = _Bounded(transport._pool._network_backend, allowance)
     return client
 
 
@@ -91,55 +78,33 @@ def _refuse_packed(response: Any) -> None:
         raise Refused(f"its answer is compressed ({packing:.20}), which was not requested")
 
 
-class _Backend:
-    """Opens connections whose reads keep within the allowance."""
+class _Bounded:
+    """A network backend or a connection of it, encrypted or not, that waits and reads within the allowance."""
 
-    def __init__(self, backend: Any, allowance: _Allowance) -> None:
-        self._backend = backend
+    def __init__(self, wrapped: Any, allowance: _Allowance) -> None:
+        self._wrapped = wrapped
         self._allowance = allowance
 
-    def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> Any:
-        """Opens a connection."""
-        within = _within(timeout, self._allowance)
-        return _Stream(self._backend.connect_tcp(*address, timeout=within, **options), self._allowance)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
 
-    def sleep(self, seconds: float) -> None:
-        """Waits."""
-        self._backend.sleep(seconds)
+    def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> _Bounded:
+        connection = self._wrapped.connect_tcp(*address, timeout=self._within(timeout), **options)
+        return _Bounded(connection, self._allowance)
 
-
-class _Stream:
-    """A connection, encrypted or not."""
-
-    def __init__(self, stream: Any, allowance: _Allowance) -> None:
-        self._stream = stream
-        self._allowance = allowance
+    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Bounded:
+        encrypted = self._wrapped.start_tls(ssl_context, server_hostname, timeout=self._within(timeout))
+        return _Bounded(encrypted, self._allowance)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """The next bytes."""
-        return self._allowance.take(self._stream.read(max_bytes, timeout=_within(timeout, self._allowance)))
+        return self._allowance.take(self._wrapped.read(max_bytes, timeout=self._within(timeout)))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends bytes."""
-        self._stream.write(buffer, timeout=_within(timeout, self._allowance))
+        self._wrapped.write(buffer, timeout=self._within(timeout))
 
-    def close(self) -> None:
-        """Closes the connection."""
-        self._stream.close()
-
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Stream:
-        """The same connection, encrypted."""
-        within = _within(timeout, self._allowance)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout=within), self._allowance)
-
-    def get_extra_info(self, info: str) -> Any:
-        """Information about the connection."""
-        return self._stream.get_extra_info(info)
-
-
-def _within(timeout: float | None, allowance: _Allowance) -> float:
-    remaining = allowance.remaining()
-    return remaining if timeout is None else min(timeout, remaining)
+    def _within(self, timeout: float | None) -> float:
+        remaining = self._allowance.remaining()
+        return remaining if timeout is None else min(timeout, remaining)
 
 
 PACKAGE = "openai>=3,<4"
@@ -149,11 +114,7 @@ _HIDDEN = 8
 
 def api_key(variable: str | None, *, where: str, without: str = "set api_key_env to null") -> str:
     """The key in an environment variable, or "" if a server needs none; ``where`` is the setting that names it, and
-    ``without`` says what to do if there is no key.
-
-    Raises:
-        ConfigError: the environment variable is not set.
-    """
+    ``without`` says what to do if there is no key. Raises ConfigError: the environment variable is not set."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "")
@@ -167,11 +128,8 @@ def api_key(variable: str | None, *, where: str, without: str = "set api_key_env
 
 
 def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = False) -> Any:
-    """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment.
-
-    Raises:
-        ConfigError: its package is not installed.
-    """
+    """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment. Raises ConfigError:
+    its package is not installed."""
     try:
         from openai import OpenAI
     except ImportError:
@@ -191,10 +149,8 @@ def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = Fal
 
 
 def reason(error: Exception, *, key: str) -> str:
-    """The error as one line, without the key, which some servers repeat in their messages.
-
-    A quoted reply may have been cut in the middle of the key, so its beginnings are hidden too.
-    """
+    """The error as one line, without the key, which some servers repeat in their messages. A quoted reply may have been
+    cut in the middle of the key, so its beginnings are hidden too."""
     line = " ".join(_words(error).split())
     for size in range(len(key), min(len(key), _HIDDEN) - 1, -1) if key else ():
         line = line.replace(key[:size], "***")

@@ -31,13 +31,9 @@ def asked_turns(rows: Sequence[HeldOutPrompt]) -> list[AskedTurn]:
 
 
 def continued(row: HeldOutPrompt, answers: Sequence[str]) -> HeldOutPrompt:
-    """The row as it asks its next turn: its messages, these answers, and the user's turns behind each of them.
-
-    Its reference is the one to that turn.
-
-    Example: ``continued(row, ["4."])`` of a row that asks "2 + 2?" and then "Times 3?" has the messages "2 + 2?", "4."
-    and "Times 3?".
-    """
+    """The row as it asks its next turn: its messages, these answers, and the user's turns behind each of them. Its
+    reference is the one to that turn. Example: ``continued(row, ["4."])`` of a row that asks "2 + 2?" and then "Times
+    3?" has the messages "2 + 2?", "4." and "Times 3?"."""
     exchanges = zip(answers, row.later_turns[: len(answers)], strict=True)
     turns = [
         Message(role=role, content=content)
@@ -50,10 +46,8 @@ def continued(row: HeldOutPrompt, answers: Sequence[str]) -> HeldOutPrompt:
 
 
 def prompts_of_answers(rows: Sequence[HeldOutPrompt], texts: Sequence[str], *, per_prompt: int) -> list[HeldOutPrompt]:
-    """The prompt of each answer: the conversation before it, with the earlier answers of the same sample.
-
-    ``texts`` are an arm's answers, ``per_prompt`` to each turn.
-    """
+    """The prompt of each answer: the conversation before it, with the earlier answers of the same sample. ``texts`` are
+    an arm's answers, ``per_prompt`` to each turn."""
     asked: list[HeldOutPrompt] = []
     for row, of_row in zip(rows, _of_rows(rows, texts, per_prompt), strict=True):
         for turn in range(row.num_turns):
@@ -78,14 +72,10 @@ def draw_examples(
     generator: torch.Generator,
     where: str,
 ) -> list[Message]:
-    """``2 · count`` turns of as many exchanges: rows of one user turn and its answer, in random order.
-
-    Rows with a system message or several turns are skipped, and so is every row that repeats half of a held-out prompt
-    (alignment/data/overlap.py): an example must not give an answer away.
-
-    Raises:
-        DataError: there are fewer such rows than ``count``.
-    """
+    """``2 · count`` turns of as many exchanges: rows of one user turn and its answer, in random order. Rows with a
+    system message or several turns are skipped, and so is every row that repeats half of a held-out prompt
+    (alignment/data/overlap.py): an example must not give an answer away. Raises DataError: there are fewer such rows
+    than ``count``."""
     fitting = [row for row in conversations if [turn.role for turn in row.messages] == ["user", "assistant"]]
     near = {overlap.learned for overlap in HeldOut(map(asked, held_out)).overlaps(map(asked, fitting))}
     free = [row for row in fitting if row.where not in near]
@@ -136,11 +126,8 @@ class LetterRows:
 def letter_rows(
     tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Callable[[HeldOutPrompt], Sequence[Message]]
 ) -> LetterRows:
-    """``turns`` gives the prompt of a row as the arm sees it; every row has ``choices`` (the plan checks this).
-
-    Raises:
-        DataError: the chat template refuses a row.
-    """
+    """``turns`` gives the prompt of a row as the arm sees it; every row has ``choices`` (the plan checks this). Raises
+    DataError: the chat template refuses a row."""
 
     def prompt_and_letters(row: HeldOutPrompt) -> tuple[list[int], list[list[int]]]:
         messages, letters = with_choices(turns(row), row.choices), ascii_uppercase[: len(row.choices)]
@@ -154,13 +141,8 @@ def choice_scores(
     rows: Sequence[HeldOutPrompt], asked: LetterRows, logprobs: Sequence[float], *, name: str
 ) -> list[float]:
     """1 for each row whose right choice is the likeliest under the policy called ``name``, else 0. If k choices are
-    equally likely, each of them has 1 / k of the point, as if one of them was drawn.
-
-    ``logprobs`` are those of ``asked.flat()``.
-
-    Raises:
-        NonFiniteError: a log-probability is not finite.
-    """
+    equally likely, each of them has 1 / k of the point, as if one of them was drawn. ``logprobs`` are those of
+    ``asked.flat()``. Raises NonFiniteError: a log-probability is not finite."""
     if not all(map(math.isfinite, logprobs)):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",

@@ -21,10 +21,8 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A part of the text number ``row``: ``scored`` tokens after those that are only ``read``.
-
-    Example: a text of three tokens without BOS gives ``read [5]``, ``scored [6 7]``.
-    """
+    """A part of the text number ``row``: ``scored`` tokens after those that are only ``read``. Example: a text of three
+    tokens without BOS gives ``read [5]``, ``scored [6 7]``."""
 
     row: int
     read: list[int]
@@ -76,11 +74,8 @@ class Measured:
 
 
 def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Question]) -> Material:
-    """Texts and questions as tokens.
-
-    Raises:
-        DataError: a text has a single token, so there is none to predict; or the template refuses a question.
-    """
+    """Texts and questions as tokens. Raises DataError: a text has a single token, so there is none to predict; or the
+    template refuses a question."""
     rows = tokenize_rows(texts, lambda text: _chunks(tokenizer, text))
     return Material(
         chunks=[Chunk(row=row, read=read, scored=scored) for row, spans in enumerate(rows) for read, scored in spans],
@@ -89,13 +84,9 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
 
 
 def measured(material: Material, chunks: Sequence[float], choices: Sequence[float], *, name: str) -> Measured:
-    """What the policy called ``name`` made of all texts and questions.
-
-    ``chunks`` and ``choices`` are the log-probabilities of ``material.chunk_rows`` and ``material.choice_rows``.
-
-    Raises:
-        NonFiniteError: a log-probability is not finite.
-    """
+    """What the policy called ``name`` made of all texts and questions. ``chunks`` and ``choices`` are the
+    log-probabilities of ``material.chunk_rows`` and ``material.choice_rows``. Raises NonFiniteError: a log-probability
+    is not finite."""
     if not all(map(math.isfinite, [*chunks, *choices])):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",
@@ -198,7 +189,6 @@ def is_right(question: Question, scores: Sequence[float]) -> bool:
 
 
 def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
-    """An arm by itself, without a comparison."""
     right = _right(arm, asked.questions)
     nats = sum(arm.nats) / sum(asked.tokens)
     return ArmForgetting(
@@ -215,18 +205,12 @@ def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting
 def _after(
     row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
 ) -> ArmForgetting:
-    """The arm compared with the base model, and whether it keeps within the limits."""
     right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
-    rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
+    rise = intervals.of_ratio(more, asked.tokens).through(lambda nats: math.expm1(min(nats, _MOST)))
     drop = intervals.of_difference(right_before, right)
     reasons = _reasons(rise, drop, limits)
     return replace(row, rise=rise, drop=drop, passed=not reasons, reasons=reasons)
-
-
-def _as_rise(nats: float) -> float:
-    """Additional nats per token as a relative rise of perplexity."""
-    return math.expm1(min(nats, _MOST))
 
 
 def _reasons(rise: Interval, drop: Interval, limits: Limits) -> list[str]:
@@ -250,7 +234,6 @@ def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:
 
 
 def _by_task(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers by task; questions without a task are left out."""
     by_task: dict[str, list[float]] = {}
     for question, value in zip(questions, right, strict=True):
         if question.task:

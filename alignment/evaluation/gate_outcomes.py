@@ -1,7 +1,5 @@
-"""Whether an evaluation meets its gates: by how much one arm has to be better than another, with confidence.
-
-A gate that asks for a difference asks for one that the evaluation calls real.
-"""
+"""Whether an evaluation meets its gates: by how much one arm has to be better than another, with confidence. A gate
+that asks for a difference asks for one that the evaluation calls real."""
 
 from __future__ import annotations
 
@@ -17,11 +15,9 @@ from alignment.records.interval import Interval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateOutcome:
-    """A gate and what was measured.
-
-    ``compared`` names the difference, such as ``dpo − sft in total``. ``gain`` is None if it is not known;
-    ``why_unknown`` then says why. ``is_better``: the evaluation calls the arm better, by the p value ``adjusted_p``.
-    """
+    """A gate and what was measured. ``compared`` names the difference, such as ``dpo − sft in total``. ``gain`` is None
+    if it is not known; ``why_unknown`` then says why. ``is_better``: the evaluation calls the arm better, by the p
+    value ``adjusted_p``."""
 
     compared: str
     required: float
@@ -66,20 +62,15 @@ class GateOutcome:
 
 
 def outcomes(gates: Sequence[GateConfig], evaluation: Evaluation, artifact: Path) -> list[GateOutcome]:
-    """The outcome of each gate, in order. ``artifact`` is the folder of the evaluation's result.
-
-    Raises:
-        ValueError: a line of its samples is not JSON.
-    """
+    """The outcome of each gate, in order. ``artifact`` is the folder of the evaluation's result. Raises ValueError: a
+    line of its samples is not JSON."""
     comparisons = [*evaluation.comparisons, *evaluation.other_comparisons]
     return [_outcome(gate, evaluation, artifact, comparisons) for gate in gates]
 
 
 def compared(arm: str, against: str, metric: str, *, higher_is_better: bool) -> str:
-    """The difference that a gate requires to be above a number: ``dpo − sft in total``.
-
-    ``arm`` and ``against`` are labels. If less of the metric is better, the sides change places.
-    """
+    """The difference that a gate requires to be above a number: ``dpo − sft in total``. ``arm`` and ``against`` are
+    labels. If less of the metric is better, the sides change places."""
     first, second = (arm, against) if higher_is_better else (against, arm)
     return f"{first} − {second} in {metric}{'' if higher_is_better else ' (less is better)'}"
 
@@ -142,6 +133,5 @@ def _why_unknown(arm: dict[str, float], against: dict[str, float]) -> str:
 
 
 def _signed(value: float, form: str) -> str:
-    """A number with its sign; zero has none."""
     text = format(value, form)
     return text.replace("-", "−") if float(text) < 0 else f"+{text}" if float(text) > 0 else text.removeprefix("-")

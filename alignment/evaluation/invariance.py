@@ -1,9 +1,7 @@
-"""Whether a score depends on what it must not depend on: other rows in the batch, their order, or padding.
-
-Rows are scored as for the report card, and again each alone, in another order, and padded on either side by the
-model's plain forward, which uses neither the flat stream nor its attention. In exact arithmetic nothing would change.
-In bfloat16 sums are rounded a little differently; scoring in float32 separates rounding from a fault.
-"""
+"""Whether a score depends on what it must not depend on: other rows in the batch, their order, or padding. Rows are
+scored as for the report card, and again each alone, in another order, and padded on either side by the model's plain
+forward, which uses neither the flat stream nor its attention. In exact arithmetic nothing would change. In bfloat16
+sums are rounded a little differently; scoring in float32 separates rounding from a fault."""
 
 from __future__ import annotations
 
@@ -76,18 +74,13 @@ def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: tor
 def moved(
     score: Score, padded: Callable[[Rows, bool], Tensor] | None, rows: Rows, generator: torch.Generator
 ) -> Rescored:
-    """How far each score moves under each change; ``rows`` are pairs, chosen answer first.
-
-    ``padded`` takes rows and whether to pad on the left; it is None if the model cannot run on padded rows.
-    """
+    """How far each score moves under each change; ``rows`` are pairs, chosen answer first. ``padded`` takes rows and
+    whether to pad on the left; it is None if the model cannot run on padded rows."""
     usual = score(rows)
     order = torch.randperm(len(rows), generator=generator)
     reordered = torch.empty_like(usual)
     reordered[order] = score([rows[index] for index in order.tolist()])
-    changed = {
-        "alone": torch.cat([score([row]) for row in rows]),
-        "in another order": reordered,
-    }
+    changed = {"alone": torch.cat([score([row]) for row in rows]), "in another order": reordered}
     if padded is not None:
         changed |= {"padded on the left": padded(rows, True), "padded on the right": padded(rows, False)}
     return Rescored(

@@ -14,7 +14,6 @@ from alignment.records.interval import Interval
 
 
 def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
-    """The metrics as ``evaluation.json`` lists them."""
     return [
         Metric(name=metric.name, higher_is_better=metric.higher_is_better, of_answers=metric.source != "choice")
         for metric in metrics
@@ -94,7 +93,6 @@ def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
 
 
 def prompts(artifact: Path) -> set[str]:
-    """Every prompt of an evaluation, whether it has scores or not."""
     return {sample.prompt for sample in read_samples(artifact)}
 
 

@@ -23,10 +23,8 @@ def are_shares(*series: Sequence[float]) -> bool:
 
 
 def share_interval(hits: int, count: int) -> Interval:
-    """The share of ``hits`` with the rates p at which it is at most 1.96 standard errors from p (Wilson 1927).
-
-    Example: 0 of 54 gives 0 to z² / (54 + z²) = 0.066.
-    """
+    """The share of ``hits`` with the rates p at which it is at most 1.96 standard errors from p (Wilson 1927). Example:
+    0 of 54 gives 0 to z² / (54 + z²) = 0.066."""
     share, spread = hits / count, _Z**2 / count
     middle = share + spread / 2
     reach = _Z * math.sqrt(share * (1 - share) / count + spread / count / 4)
@@ -36,12 +34,10 @@ def share_interval(hits: int, count: int) -> Interval:
 
 
 def paired_share_interval(more: int, less: int, count: int) -> Interval:
-    """The difference of two shares over the same prompts with its score interval (Tango 1998, eq. 6 to 8).
-
-    ``more`` prompts have only the first of the two properties, ``less`` only the second, of ``count`` prompts. The
-    interval has the differences that are at most 1.96 standard errors from the observed one. The standard error is that
-    under the likeliest rates with this difference, so it is not zero where no prompt differs.
-    """
+    """The difference of two shares over the same prompts with its score interval (Tango 1998, eq. 6 to 8). ``more``
+    prompts have only the first of the two properties, ``less`` only the second, of ``count`` prompts. The interval has
+    the differences that are at most 1.96 standard errors from the observed one. The standard error is that under the
+    likeliest rates with this difference, so it is not zero where no prompt differs."""
     difference = (more - less) / count
 
     def is_above(candidate: float) -> bool:
@@ -58,13 +54,9 @@ def paired_share_interval(more: int, less: int, count: int) -> Interval:
 
 
 def unvaried_interval(value: float, count: int, *, least: float, most: float) -> Interval:
-    """The mean of ``count`` values between ``least`` and ``most`` that all equal ``value``.
-
-    Other values may have a share of up to z² / (n + z²) (Wilson 1927) and lie at the end of the range. Of shares, and
-    of differences of two shares, these are the intervals of the functions above.
-
-    Example: 20 values of 1 between 0 and 1 give 0.839 to 1.
-    """
+    """The mean of ``count`` values between ``least`` and ``most`` that all equal ``value``. Other values may have a
+    share of up to z² / (n + z²) (Wilson 1927) and lie at the end of the range. Of shares, and of differences of two
+    shares, these are the intervals of the functions above. Example: 20 values of 1 between 0 and 1 give 0.839 to 1."""
     share = _Z**2 / (count + _Z**2)
     return Interval(mean=value, low=value - share * (value - least), high=value + share * (most - value))
 
@@ -123,11 +115,7 @@ class Intervals:
 
 
 def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """The interval of a mean over prompts; ``values`` may be paired differences.
-
-    Raises:
-        ValueError: no values.
-    """
+    """The interval of a mean over prompts; ``values`` may be paired differences. Raises ValueError: no values."""
     return ratio_interval(values, [1] * len(values), samples=samples, seed=seed)
 
 
@@ -136,10 +124,7 @@ def grouped_interval(
 ) -> Interval:
     """The interval of a mean whose values depend on each other within a group, such as pairs of answers to one prompt:
     whole groups are drawn. Values lie between ``least`` and ``most``, which counts if all groups have the same mean.
-
-    Raises:
-        ValueError: no values.
-    """
+    Raises ValueError: no values."""
     if not values:
         raise ValueError("an interval needs at least one value")
     _, group_of = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
@@ -151,11 +136,7 @@ def grouped_interval(
 
 
 def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """The interval of Σ values / Σ sizes, such as nats per token over texts.
-
-    Raises:
-        ValueError: no values.
-    """
+    """The interval of Σ values / Σ sizes, such as nats per token over texts. Raises ValueError: no values."""
     if not len(values):
         raise ValueError("an interval needs at least one value")
     data, weights = np.asarray(values, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
@@ -169,13 +150,11 @@ def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: 
 
 
 def detectable(differences: Sequence[float], *, comparisons: int = 1) -> float | None:
-    """The true mean difference that four of five evaluations of this size would show among so many ``comparisons``.
-
-    (z + .84) · s / √n, with the standard deviation s of the paired differences: the size at which a test has a power of
-    80 % (Cohen 1988, chapter 2, in the normal approximation). z is the quantile for a level of 5 % shared by the
+    """The true mean difference that four of five evaluations of this size would show among so many ``comparisons``. (z
+    + .84) · s / √n, with the standard deviation s of the paired differences: the size at which a test has a power of 80
+    % (Cohen 1988, chapter 2, in the normal approximation). z is the quantile for a level of 5 % shared by the
     comparisons, 1.96 for a single one: what Holm's correction asks of the first. None where no difference could be
-    shown: the smallest p value of a randomisation test on n prompts is 2 / 2ⁿ.
-    """
+    shown: the smallest p value of a randomisation test on n prompts is 2 / 2ⁿ."""
     count = len(differences)
     if count < 2 or 2.0 ** (1 - count) * comparisons >= LEVEL:
         return None
@@ -191,10 +170,8 @@ _CLOSE = 1e-9
 
 
 def adjusted_p_values(series: Sequence[Sequence[float]], *, seed: int) -> tuple[list[float], list[float]]:
-    """The p value of each series of paired differences, and those adjusted for their number (``holm``).
-
-    Series of one length are over the same prompts.
-    """
+    """The p value of each series of paired differences, and those adjusted for their number (``holm``). Series of one
+    length are over the same prompts."""
     p_values = p_values_of(series, seed=seed, comparisons=len(series))
     return p_values, holm(p_values)
 
@@ -211,15 +188,12 @@ def p_values_of(series: Sequence[Sequence[float]], *, seed: int, comparisons: in
 
 
 def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int, comparisons: int | None = None) -> list[float]:
-    """The two-sided p value of each series of paired differences over the same prompts.
-
-    They are to be corrected for so many ``comparisons``, by default those of ``series``: random signs are drawn in
-    proportion, because the least p value is the inverse of their number.
-
-    If two arms were alike, each prompt's difference could as well have the other sign (Fisher 1935, chapter 3). The
-    p value is the share of random signs under which the mean is at least as far from zero, the observed signs counted
-    as one of them (Phipson and Smyth 2010). So it is never zero, and it is 1 where all differences are zero.
-    """
+    """The two-sided p value of each series of paired differences over the same prompts. They are to be corrected for so
+    many ``comparisons``, by default those of ``series``: random signs are drawn in proportion, because the least p
+    value is the inverse of their number. If two arms were alike, each prompt's difference could as well have the other
+    sign (Fisher 1935, chapter 3). The p value is the share of random signs under which the mean is at least as far from
+    zero, the observed signs counted as one of them (Phipson and Smyth 2010). So it is never zero, and it is 1 where all
+    differences are zero."""
     if not series:
         return []
     differences = np.asarray(series, dtype=np.float64).T
@@ -236,12 +210,9 @@ def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int, comparis
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm 1979).
-
-    Of comparisons without any true difference, one falls below a level with at most the probability of that level.
-
-    The k-th smallest of m is multiplied by m - k + 1. Example: ``[0.01, 0.04, 0.03]`` becomes ``[0.03, 0.06, 0.06]``.
-    """
+    """p values adjusted for their number (Holm 1979). Of comparisons without any true difference, one falls below a
+    level with at most the probability of that level. The k-th smallest of m is multiplied by m - k + 1. Example:
+    ``[0.01, 0.04, 0.03]`` becomes ``[0.03, 0.06, 0.06]``."""
     adjusted = [1.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -255,12 +226,9 @@ ScoresByArm = Mapping[str, Sequence[float]]
 
 
 def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """The family of all pairs of arms by all of these metrics.
-
-    The scores of a metric are over the same prompts for all arms; other metrics may be over others, as those of several
-    benchmarks are. Every two arms are compared: trained ones with the untrained ones, with the ``reference`` and with
-    each other.
-    """
+    """The family of all pairs of arms by all of these metrics. The scores of a metric are over the same prompts for all
+    arms; other metrics may be over others, as those of several benchmarks are. Every two arms are compared: trained
+    ones with the untrained ones, with the ``reference`` and with each other."""
     compared = [
         (metric, arm, against)
         for metric, by_arm in scores.items()

@@ -48,12 +48,7 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
     """Raises NonFiniteError if a figure of the arm called ``name`` is not finite on any prompt."""
     losses = [-reference.logprob / reference.tokens for reference in arm.references if reference is not None]
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
-    metrics = {
-        "reward": rewards or [],
-        "log-ratio": log_ratios or [],
-        "loss": losses,
-        "perplexity": perplexities,
-    }
+    metrics = {"reward": rewards or [], "log-ratio": log_ratios or [], "loss": losses, "perplexity": perplexities}
     for metric, values in metrics.items():
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
@@ -76,14 +71,12 @@ def arm_result(
     intervals: Intervals,
     sampled: bool = False,
 ) -> ArmResult:
-    """The figures of one arm.
-
-    ``scores`` are by metric, one per turn; ``rewards`` and ``log_ratios`` have one entry per answer. ``log_ratios``
-    are log π − log reference of its answers, in nats, which are summed over the turns of a conversation. Of answers
-    ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones they do not.
-    """
-    answers = arm.answers
-    loss = _loss(arm, intervals)
+    """The figures of one arm. ``scores`` are by metric, one per turn; ``rewards`` and ``log_ratios`` have one entry per
+    answer. ``log_ratios`` are log π − log reference of its answers, in nats, which are summed over the turns of a
+    conversation. Of answers ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones
+    they do not."""
+    answers, loss = arm.answers, _loss(arm, intervals)
+    first_texts = [answer.text for answer in answers[:: arm.per_prompt]]  # further samples may well be the same
     return ArmResult(
         name=name,
         label=label,
@@ -97,22 +90,15 @@ def arm_result(
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
         refusals=intervals.of_scores(arm.means([float(is_refusal(answer.text)) for answer in answers])),
-        distinct=_share_of_different([answer.text for answer in answers[:: arm.per_prompt]]),
+        distinct=len(set(first_texts)) / len(first_texts),
         ended=intervals.of_scores(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
 
 
-def _share_of_different(texts: Sequence[str]) -> float:
-    """Of the first answer to each prompt: further samples of one prompt may well be the same."""
-    return len(set(texts)) / len(texts)
-
-
 def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
-    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one.
-
-    A metric without any score in a turn is left out there.
-    """
+    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one. A metric
+    without any score in a turn is left out there."""
     longest = max(arm.turns, default=1)
     groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
     return [
@@ -149,12 +135,10 @@ def judged_pair(
     intervals: Intervals,
 ) -> JudgedPair:
     """A row of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
-
     ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
     None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
     judge's, None where it has no score or the answers are identical. If the share of invalid verdicts exceeds
-    ``max_invalid``, there is no win rate. The verdict is that of a single pair (``with_verdicts``).
-    """
+    ``max_invalid``, there is no win rate. The verdict is that of a single pair (``with_verdicts``)."""
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = points.count(None) / len(points) if both is None else invalid_share(both)
@@ -236,14 +220,9 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
 
 
 def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
-    """An arm's answers to each prompt."""
     of_metrics = {metric: of_prompts(arm, values) for metric, values in scores.items()}
     turns = [
-        TurnAnswer(
-            text=answers[0].text,
-            further=[answer.text for answer in answers[1:]],
-            scores=_at(scores, number),
-        )
+        TurnAnswer(text=answers[0].text, further=[a.text for a in answers[1:]], scores=_at(scores, number))
         for number, answers in enumerate(grouped(arm.answers, arm.per_prompt))
     ]
     return [
@@ -258,5 +237,4 @@ def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
 
 
 def _at(scores: Scores, index: int) -> dict[str, float]:
-    """The scores at an index, by metric; a metric that has none there is left out."""
     return {metric: score for metric, values in scores.items() if (score := values[index]) is not None}

@@ -77,10 +77,8 @@ def conversations_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The judge's prompt about two conversations of several turns (as in MT-Bench, Zheng et al. 2023, section 3.5).
-
     ``first`` and ``second`` are the answers to the request and to each of the user's ``later_turns``; ``first`` is
-    shown as A. Both conversations are shown in full, one after the other.
-    """
+    shown as A. Both conversations are shown in full, one after the other."""
     parts = [*shown_tools(tools), between("request", text_of(request))]
     for name, answers in (("A", first), ("B", second)):
         for number, answer in enumerate(answers, start=1):
@@ -91,7 +89,6 @@ def conversations_prompt(
 
 
 def text_of(turns: Sequence[Message]) -> str:
-    """Turns as text, each behind its role."""
     return "\n\n".join(f"{turn.role}: {turn_text(turn)}" for turn in turns)
 
 
@@ -148,11 +145,9 @@ class Rubric:
     def prompt(
         self, messages: Sequence[Message], answer: str, *, reference: str, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
-        """The grader's prompt about an answer to the last of ``messages``, one user turn.
-
-        Each turn has markers of its own, because earlier answers of a conversation are a model's text too. ``tools``
-        are those that the assistant could call.
-        """
+        """The grader's prompt about an answer to the last of ``messages``, one user turn. Each turn has markers of its
+        own, because earlier answers of a conversation are a model's text too. ``tools`` are those that the assistant
+        could call."""
         shown = reference if self.show_reference else ""
         parts = [*shown_tools(tools), *(between(turn.role, turn_text(turn)) for turn in messages)]
         parts += [between("reference", shown)] if shown else []
@@ -178,7 +173,6 @@ class Rubric:
 
 
 def rubric_of(grader: GradingConfig, text: str | None = None) -> Rubric:
-    """The rubric of a grader, with another ``text`` if one is given."""
     return Rubric(
         text=text or grader.rubric,
         lowest=grader.lowest,
@@ -210,7 +204,6 @@ class BothOrders:
 
     @property
     def valid(self) -> bool:
-        """Whether neither verdict is invalid."""
         return Verdict.invalid not in (self.arm_first, self.arm_second)
 
     @property
@@ -242,7 +235,6 @@ def points_of(score: float | None, other: float | None) -> float | None:
 
 
 def invalid_share(judged: Sequence[BothOrders]) -> float:
-    """The share of invalid verdicts."""
     verdicts = [verdict for orders in judged for verdict in (orders.arm_first, orders.arm_second)]
     return sum(verdict is Verdict.invalid for verdict in verdicts) / len(verdicts)
 
@@ -254,24 +246,19 @@ def agreement(judged: Sequence[BothOrders]) -> float | None:
 
 
 def position_bias(judged: Sequence[BothOrders]) -> float | None:
-    """Verdicts for the answer shown first minus those for the second, as a share of the valid ones, from -1 to 1.
-
-    A judge that agrees with itself in both orders has 0; a judge that always names the first answer has 1.
-    """
+    """Verdicts for the answer shown first minus those for the second, as a share of the valid ones, from -1 to 1. A
+    judge that agrees with itself in both orders has 0; a judge that always names the first answer has 1."""
     valid = [orders for orders in judged if orders.valid]
     return sum(orders.lean for orders in valid) / len(valid) if valid else None
 
 
 def same_share(points: Sequence[float], other_points: Sequence[float]) -> float:
-    """The share of prompts with the same points."""
     return sum(point == other for point, other in zip(points, other_points, strict=True)) / len(points)
 
 
 def kappa(points: Sequence[float], other_points: Sequence[float]) -> float | None:
-    """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what chance gives at their frequencies.
-
-    None if chance alone makes them agree on everything.
-    """
+    """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what chance gives at their frequencies. None if
+    chance alone makes them agree on everything."""
     number = len(points)
     counts, other_counts = Counter(points), Counter(other_points)
     chance = sum(counts[point] * other_counts[point] for point in (WIN, TIE, LOSS)) / number**2

@@ -1,8 +1,6 @@
-"""Win rates from votes of people: points of each prompt, agreement between annotators, and what was not judged.
-
-A prompt's points are the mean of its votes (1 for the arm, .5 for a tie, 0 for the other), so that a prompt counts
-once, however many annotators judged it. The interval resamples prompts.
-"""
+"""Win rates from votes of people: points of each prompt, agreement between annotators, and what was not judged. A
+prompt's points are the mean of its votes (1 for the arm, .5 for a tie, 0 for the other), so that a prompt counts once,
+however many annotators judged it. The interval resamples prompts."""
 
 from __future__ import annotations
 
@@ -31,15 +29,12 @@ class VotesOnPair:
 
     @property
     def annotators(self) -> list[str]:
-        """Everybody who voted, in the order of the first votes."""
         return list(dict.fromkeys(vote.annotator for vote in self.votes))
 
     def points(self) -> list[float | None]:
-        """The arm's points on each prompt; None for a prompt that nobody judged.
-
-        Two equal answers are not shown to anybody. They tie, once the pairs that people judged reach beyond them in
-        the ``queue``: counted all at once, they would weigh too much while only a part is judged.
-        """
+        """The arm's points on each prompt; None for a prompt that nobody judged. Two equal answers are not shown to
+        anybody. They tie, once the pairs that people judged reach beyond them in the ``queue``: counted all at once,
+        they would weigh too much while only a part is judged."""
         votes = self._by_pair()
         judged = {key: mean(vote.points(self.arm) for vote in of_pair) for key, of_pair in votes.items()}
         counted = judged | dict.fromkeys(self._reached(votes), TIE)
@@ -62,7 +57,6 @@ class VotesOnPair:
         return {pair.key for pair in ordered[:end] if pair.same}
 
     def alpha(self) -> float | None:
-        """Krippendorff's α of the votes (see ``krippendorff_alpha``)."""
         return krippendorff_alpha([[vote.points(self.arm) for vote in votes] for votes in self._by_pair().values()])
 
     def position_bias(self) -> float | None:
@@ -87,10 +81,9 @@ def row_of(
     intervals: Intervals,
 ) -> JudgedPair:
     """A row of the judge's table. ``wins`` are prompts on which the arm has more than half of the points.
-
     ``extra_words`` says by how many words the arm's answer is longer, ``by_metric`` are the points by the primary
-    metric; both have an entry for each prompt. With fewer than ``FEWEST_PROMPTS`` judged prompts there is no win rate.
-    """
+    metric; both have an entry for each prompt. With fewer than ``FEWEST_PROMPTS`` judged prompts there is no win
+    rate."""
     points = judged.points()
     voted = {vote.pair for vote in judged.votes}
     num_judged = sum(pair.key in voted for pair in judged.pairs)
@@ -132,7 +125,6 @@ def row_of(
 def _compared(
     pairs: Sequence[AnswerPair], points: Sequence[float | None], by_metric: Sequence[float | None]
 ) -> list[tuple[float, float]]:
-    """Whom the votes and the metric prefer on each prompt with different answers that both judged."""
     return [
         (_side(value), by_score)
         for pair, value, by_score in zip(pairs, points, by_metric, strict=True)
@@ -141,5 +133,4 @@ def _compared(
 
 
 def _side(points: float) -> float:
-    """Whom most of the votes on a prompt prefer."""
     return WIN if points > TIE else LOSS if points < TIE else TIE

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from alignment.core import typed_json
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import Label, Name
+from alignment.records import ResultFile
 from alignment.records.evaluation import NO_DIFFERENCE, Comparison, Metric
 
 FILE = "benchmark.json"
@@ -79,13 +81,14 @@ class BenchmarkArm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Benchmark:
+class Benchmark(ResultFile):
     """All arms on all tasks.
 
     ``harness`` is the version of lm-evaluation-harness. ``comparisons`` are by the first metric of each task,
     ``other_comparisons`` by the others; each is a family of its own, over all tasks. ``cut``: a limit left rows out.
     """
 
+    file: ClassVar[str] = FILE
     harness: Name = ""
     chat_template: bool = False
     tasks: list[BenchmarkTask] = field(default_factory=list)
@@ -100,7 +103,6 @@ class Benchmark:
         return any(task.num_rows < task.all_rows for task in self.tasks)
 
     def label(self, name: str) -> str:
-        """The label of the arm ``name``."""
         return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
 
     def verdict(self, comparison: Comparison) -> str:
@@ -110,20 +112,6 @@ class Benchmark:
         metrics = {task.key(metric): metric.higher_is_better for task in self.tasks for metric in task.metrics}
         metric = Metric(name=comparison.metric, higher_is_better=metrics.get(comparison.metric, True))
         return metric.direction(comparison.difference)
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> Benchmark:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / FILE, Benchmark, remedy=f"delete {artifact} to remake it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,9 +145,5 @@ def write_rows(folder: Path, rows: list[BenchmarkRow]) -> None:
 
 
 def read_rows(artifact: Path) -> Iterator[BenchmarkRow]:
-    """The rows of an artifact; empty if it has none.
-
-    Raises:
-        ValueError: a line is not JSON.
-    """
+    """The rows of an artifact; empty if it has none. Raises ValueError: a line is not JSON."""
     return typed_json.lines(artifact / SAMPLES, BenchmarkRow)

@@ -64,12 +64,10 @@ class StageCost:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all phases."""
         return sum(phase.seconds for phase in self.phases.values())
 
     @property
     def flop(self) -> float:
-        """FLOP of all phases."""
         return sum(phase.flop for phase in self.phases.values())
 
 
@@ -88,7 +86,6 @@ class RunCost:
     version: int = 1
 
     def write(self, path: Path) -> None:
-        """Replaces the file."""
         typed_json.write(path, self)
 
     @property
@@ -99,9 +96,5 @@ class RunCost:
 
     @staticmethod
     def read(path: Path) -> RunCost:
-        """Reads the file.
-
-        Raises:
-            ArtifactError: it is damaged.
-        """
+        """Reads the file. Raises ArtifactError: it is damaged."""
         return typed_json.read(path, RunCost, remedy="plan again")

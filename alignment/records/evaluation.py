@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from alignment.core import typed_json
 from alignment.core.artifacts import write_lines
 from alignment.core.errors import ArtifactError
 from alignment.core.typed_json import LEFT_OUT_IF_EMPTY, Label, Name
+from alignment.records import ResultFile
 from alignment.records.interval import Interval
 
 FILE = "evaluation.json"
@@ -127,10 +128,8 @@ class Comparison:
 
     @property
     def real(self) -> bool:
-        """Whether the difference is more than chance among the comparisons of its family.
-
-        Older files have no p value: the interval has to exclude zero.
-        """
+        """Whether the difference is more than chance among the comparisons of its family. Older files have no p value:
+        the interval has to exclude zero."""
         return self.interval.excludes_zero() if self.adjusted_p is None else self.adjusted_p < LEVEL
 
     @property
@@ -267,7 +266,7 @@ class Grading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Evaluation(ResultFile):
     """The results of all arms and their comparisons.
 
     ``primary`` names the metric of ``comparisons``; without metrics there are neither. The comparisons by other metrics
@@ -276,6 +275,7 @@ class Evaluation:
     metric applies, for metrics that do not apply to all. ``conclusions`` say what an evaluation of this size can show.
     """
 
+    file: ClassVar[str] = FILE
     num_prompts: int | None = None
     metrics: list[Metric] = field(default_factory=list)
     primary: Name | None = None
@@ -332,20 +332,6 @@ class Evaluation:
         """Whether the difference is more than chance, and was measured on enough prompts to say so."""
         return self.verdict(comparison) in (BETTER, WORSE)
 
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> Evaluation:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / FILE, Evaluation, remedy=f"delete {artifact} to remake it")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnAnswer:
@@ -399,11 +385,7 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
 
 
 def read_samples(artifact: Path) -> Iterator[Sample]:
-    """The samples of an artifact; empty if it has none.
-
-    Raises:
-        ArtifactError: a line is not JSON.
-    """
+    """The samples of an artifact; empty if it has none. Raises ArtifactError: a line is not JSON."""
     file = artifact / SAMPLES
     try:
         yield from typed_json.lines(file, Sample)

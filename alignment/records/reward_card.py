@@ -6,11 +6,10 @@ Shares are of pairs and between 0 and 1. A field is None or empty if there was n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from alignment.core import typed_json
 from alignment.core.typed_json import KEY, LEFT_OUT_IF_EMPTY, Line, Name
+from alignment.records import ResultFile
 from alignment.records.interval import Interval
 
 FILE = "card.json"
@@ -166,9 +165,10 @@ class Invariances:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardCard:
+class RewardCard(ResultFile):
     """The card. ``worst`` are pairs in which the model is most sure of the wrong answer, ``warnings`` are sentences."""
 
+    file: ClassVar[str] = FILE
     reward: Name = ""
     rows_too_long: int = 0
     learned: Learned | None = None
@@ -185,17 +185,3 @@ class RewardCard:
     invariances: Invariances | None = None
     warnings: list[str] = field(default_factory=list)
     version: int = 1
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> RewardCard:
-        """The card of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / FILE, RewardCard, remedy=f"delete {artifact} to remake it")

@@ -83,11 +83,8 @@ class RunRecord:
 
     @staticmethod
     def read(run_folder: Path) -> RunRecord:
-        """The record of the run in this folder.
-
-        Raises:
-            ArtifactError: there is none, it is damaged, or it was written by a newer version.
-        """
+        """The record of the run in this folder. Raises ArtifactError: there is none, it is damaged, or it was written
+        by a newer version."""
         try:
             return typed_json.read(run_folder / FILE, RunRecord, remedy="start the run again to rewrite it")
         except FileNotFoundError:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from typing import ClassVar
 
-from alignment.core import typed_json
 from alignment.core.typed_json import Label, Name
+from alignment.records import ResultFile
 from alignment.records.interval import Interval
 
 SAMPLING_FILE = "sampling.json"
-COUNTS = (
-    "prompts",
-    "answers",
-    "rows",
-    "rows_too_long",
-    "prompts_evaluated",
-    "prompts_repeated",
-    "prompts_without_row",
-    "prompts_tied",
-    "answers_repeated",
-    "answers_empty",
-    "answers_without_end",
-)
-"""The fields of the record that are also counts in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +22,7 @@ class BestOf:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
+class Sampling(ResultFile):
     """Counts of a stage that samples answers.
 
     ``prompts`` counts the prompts that were asked. Prompts that are too long, that are also evaluated, or that were
@@ -44,6 +30,7 @@ class Sampling:
     empty or have no end. A prompt is ``tied`` if it has several usable answers and all of them have the same score.
     """
 
+    file: ClassVar[str] = SAMPLING_FILE
     select: Name
     prompts: int
     answers: int
@@ -59,20 +46,9 @@ class Sampling:
     best_of: list[BestOf] = field(default_factory=list)
     version: int = 1
 
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / SAMPLING_FILE, self)
 
-    @staticmethod
-    def read(artifact: Path) -> Sampling:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / SAMPLING_FILE, Sampling, remedy=f"delete {artifact} to remake it")
-
+COUNTS = tuple(part.name for part in fields(Sampling) if part.type == "int" and part.name != "version")
+"""The fields of the record that are also counts in the manifest."""
 
 DISTILLATION_FILE = "distillation.json"
 
@@ -125,18 +101,18 @@ class Timing:
     after: Assisted
 
     def speed_up(self, assisted: Assisted) -> float:
-        """How many times faster the answers were made with a draft."""
         return self.seconds / assisted.seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distillation:
+class Distillation(ResultFile):
     """The record of a stage; ``gamma`` tokens are drafted per step, and ``temperature`` is the temperature of sampling.
 
     ``prompts`` counts the held-out prompts, and ``tokens`` the tokens of the teacher's answers to them. The student has
     the first ``layers`` of its ``init``; None if it is not a part of another model.
     """
 
+    file: ClassVar[str] = DISTILLATION_FILE
     method: Name
     layers: int | None
     temperature: float
@@ -147,20 +123,6 @@ class Distillation:
     after: StudentFigures
     timing: Timing | None = None
     version: int = 1
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / DISTILLATION_FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> Distillation:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / DISTILLATION_FILE, Distillation, remedy=f"delete {artifact} to remake it")
 
 
 FORGETTING_FILE = "forgetting.json"
@@ -179,7 +141,6 @@ class Limits:
 
     @property
     def judge(self) -> bool:
-        """Whether there is any limit."""
         return self.perplexity_rise is not None or self.ability_drop is not None
 
 
@@ -209,9 +170,10 @@ class ArmForgetting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forgetting:
+class Forgetting(ResultFile):
     """All arms, the base model first; every arm has ``passed`` if nothing was ``judged``."""
 
+    file: ClassVar[str] = FORGETTING_FILE
     num_texts: int | None = None
     num_tokens: int | None = None
     num_questions: int | None = None
@@ -220,20 +182,6 @@ class Forgetting:
     arms: list[ArmForgetting] = field(default_factory=list)
     passed: bool = False
     version: int = 1
-
-    def write(self, folder: Path) -> None:
-        """Writes the file into an artifact's folder."""
-        typed_json.write(folder / FORGETTING_FILE, self)
-
-    @staticmethod
-    def read(artifact: Path) -> Forgetting:
-        """The record of an artifact.
-
-        Raises:
-            FileNotFoundError: the artifact has none.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
-        return typed_json.read(artifact / FORGETTING_FILE, Forgetting, remedy=f"delete {artifact} to remake it")
 
 
 LEFT_OUT_FILE = "left_out.jsonl"

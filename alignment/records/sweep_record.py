@@ -91,12 +91,8 @@ class SweepRecord:
 
     @staticmethod
     def read(folder: Path) -> SweepRecord:
-        """The record of the sweep in this folder.
-
-        Raises:
-            FileNotFoundError: no trial of it has ended yet.
-            ArtifactError: it is damaged, or was written by a newer version.
-        """
+        """The record of the sweep in this folder. Raises FileNotFoundError: no trial of it has ended yet;
+        ArtifactError: it is damaged, or was written by a newer version."""
         return typed_json.read(folder / FILE, SweepRecord, remedy="start the sweep again to rewrite it")
 
     @property
@@ -106,7 +102,6 @@ class SweepRecord:
 
     @property
     def done(self) -> list[Trial]:
-        """The trials that have values."""
         return [trial for trial in self.trials if trial.state == "done"]
 
 
@@ -129,10 +124,5 @@ class TrialOutcome:
 
     @staticmethod
     def read(file: Path) -> TrialOutcome:
-        """How the trial ended.
-
-        Raises:
-            FileNotFoundError: it wrote nothing.
-            ArtifactError: the file is damaged.
-        """
+        """How the trial ended. Raises FileNotFoundError: it wrote nothing; ArtifactError: the file is damaged."""
         return typed_json.read(file, TrialOutcome, remedy="start the sweep again; the trial runs again")

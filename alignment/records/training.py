@@ -40,22 +40,16 @@ class MetricsLog:
         write_text(self._path, "".join(line + "\n" for line in lines_to_keep))
 
     def last(self) -> dict[str, Any]:
-        """The newest step, or an empty dict."""
         return (self.rows() or [{}])[-1]
 
     def rows(self) -> list[dict[str, Any]]:
-        """All steps in the file."""
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
         return [parse_json(line) for line in lines if line]
 
 
 def written_rows(path: Path) -> list[dict[str, Any]]:
-    """The steps of a file to which a stage may be writing now: a line counts once it has ended.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON.
-    """
+    """The steps of a file to which a stage may be writing now: a line counts once it has ended. Raises
+    FileNotFoundError: there is no such file; ValueError: a line is not JSON."""
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     return [parse_json(line) for line in lines]
 

@@ -51,7 +51,6 @@ class Vote:
 
     @property
     def line(self) -> str:
-        """The vote as a line of the file, without its line break."""
         return json.dumps(typed_json.to_json(self), ensure_ascii=False)
 
     def points(self, arm: str) -> float:
@@ -65,11 +64,8 @@ def pair_key(messages: Sequence[Mapping[str, Any]], answers: Mapping[str, str]) 
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """All votes of a file, in the order in which they were given; empty if there is no file.
-
-    Raises:
-        DataError: a line is not a vote, was changed after it was written, or repeats a vote; names the line.
-    """
+    """All votes of a file, in the order in which they were given; empty if there is no file. Raises DataError: a line
+    is not a vote, was changed after it was written, or repeats a vote; names the line."""
     votes = []
     first: dict[tuple[str, str], int] = {}
     for number, line in enumerate(written_lines(path), start=1):
@@ -88,11 +84,7 @@ def read_votes(path: Path) -> list[Vote]:
 
 
 def written_lines(path: Path) -> list[str]:
-    """The lines that have ended; empty if there is no file.
-
-    Raises:
-        DataError: the file is not UTF-8.
-    """
+    """The lines that have ended; empty if there is no file. Raises DataError: the file is not UTF-8."""
     try:
         *lines, _unfinished = path.read_bytes().decode().split("\n")
     except FileNotFoundError:
@@ -103,11 +95,8 @@ def written_lines(path: Path) -> list[str]:
 
 
 def append_vote(path: Path, vote: Vote) -> None:
-    """Adds a vote; when this returns, the vote is on the disk. If it fails, the file is as it was.
-
-    Raises:
-        OSError: the file cannot be written to.
-    """
+    """Adds a vote; when this returns, the vote is on the disk. If it fails, the file is as it was. Raises OSError: the
+    file cannot be written to."""
     content = f"{vote.line}\n".encode()
     is_new = not path.exists()
     with naming(path):
@@ -129,12 +118,8 @@ def append_vote(path: Path, vote: Vote) -> None:
 
 
 def remove_vote(path: Path, vote: Vote) -> None:
-    """Takes a vote out of the file by one rename; all other lines stay as they are.
-
-    Raises:
-        OSError: the file cannot be written to.
-        DataError: a line is not a vote.
-    """
+    """Takes a vote out of the file by one rename; all other lines stay as they are. Raises OSError: the file cannot be
+    written to; DataError: a line is not a vote."""
     others = [
         line
         for number, line in enumerate(written_lines(path), start=1)
@@ -162,7 +147,6 @@ def _parsed(line: str, *, where: str) -> Vote:
 
 
 def _problem(vote: Vote) -> str:
-    """What contradicts itself in a vote; empty if nothing does."""
     if len(vote.answers) != 2:
         return f"'answers' must have the answers of two arms; it has {len(vote.answers)}"
     if vote.preferred not in (*vote.answers, TIE):

@@ -66,11 +66,8 @@ class Status:
 
     @staticmethod
     def read(run_folder: Path) -> Status | None:
-        """How the stage ended, or None if its processes did not write it.
-
-        Raises:
-            ArtifactError: the file is damaged, or was written by a newer version.
-        """
+        """How the stage ended, or None if its processes did not write it. Raises ArtifactError: the file is damaged, or
+        was written by a newer version."""
         try:
             remedy = f"start the run again; the stage's log is {run_folder / 'log.txt'}"
             return typed_json.read(run_folder / STATUS, Status, remedy=remedy)

@@ -1,7 +1,5 @@
-"""Reasons in a stage's own metrics not to build on its result, a sentence each.
-
-The driver prints them when the stage ends; ``align status`` and the report show them again.
-"""
+"""Reasons in a stage's own metrics not to build on its result, a sentence each. The driver prints them when the stage
+ends; ``align status`` and the report show them again."""
 
 from __future__ import annotations
 
@@ -13,15 +11,12 @@ _SMOKE_PROFILE = "smoke"
 
 
 def is_smoke(profile: str) -> bool:
-    """Whether the profile only checks that a run works."""
     return profile == _SMOKE_PROFILE
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """Doubts about an evaluation.
-
-    They are too few prompts, arms whose answers were cut off, a judge without a verdict, a winner that repeats itself.
-    """
+    """Doubts about an evaluation. They are too few prompts, arms whose answers were cut off, a judge without a verdict,
+    a winner that repeats itself."""
     doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
     if scores_answers(evaluation):
         doubts += _cut_off(evaluation)
@@ -45,10 +40,13 @@ def compares_answers(evaluation: Evaluation) -> bool:
 
 
 def _cut_off(evaluation: Evaluation) -> list[str]:
-    """Arms all or most of whose answers were cut off."""
     doubts = []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
-    most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
+    most_cut = [
+        f"{arm.label} ({1 - arm.ended.mean:.0%})"
+        for arm in evaluation.arms
+        if arm.ended is not None and 0.0 < arm.ended.mean < 0.5
+    ]
     for amount, labels in (("all", all_cut), ("most", most_cut)):
         if labels:
             doubts.append(
@@ -59,7 +57,6 @@ def _cut_off(evaluation: Evaluation) -> list[str]:
 
 
 def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
-    """A judge that was asked, and of which nothing can be concluded for any pair of arms."""
     judge = evaluation.judge
     if judge is None or not judge.pairs or any(pair.win_rate is not None for pair in judge.pairs):
         return []
@@ -73,18 +70,14 @@ def most_varied(evaluation: Evaluation) -> ArmResult | None:
 
 
 def repeats_itself(arm: ArmResult, other: ArmResult) -> bool:
-    """Whether an arm has less than half of another one's share of distinct answers.
-
-    The share itself says little: a task may have few right answers.
-    """
+    """Whether an arm has less than half of another one's share of distinct answers. The share itself says little: a
+    task may have few right answers."""
     return arm.distinct is not None and other.distinct is not None and arm.distinct < other.distinct / 2
 
 
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
-    """Arms that are better than another by the primary metric, with less than half of its share of distinct answers.
-
-    A policy that says the same to everybody has often found a gap in what scores it, if that reads its answers.
-    """
+    """Arms that are better than another by the primary metric, with less than half of its share of distinct answers. A
+    policy that says the same to everybody has often found a gap in what scores it, if that reads its answers."""
     if not compares_answers(evaluation):
         return []
     arms = {arm.name: arm for arm in evaluation.arms}
@@ -111,7 +104,3 @@ def too_few_prompts(evaluation: Evaluation) -> str:
     if number != evaluation.num_prompts:
         counted = f"only {number} of {evaluation.num_prompts} prompts have a score by {evaluation.primary} in every arm"
     return f"{counted}, too few for a verdict, which needs at least {FEWEST_PROMPTS}"
-
-
-def _mostly_cut(arm: ArmResult) -> bool:
-    return arm.ended is not None and 0.0 < arm.ended.mean < 0.5

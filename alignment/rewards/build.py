@@ -26,6 +26,13 @@ from alignment.rewards.scorers import RuleScorer, Scorer
 from alignment.rewards.served import Asking, GradeScorer, ServerScorer
 from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
 
+_COMBINING: dict[Combine, Callable[[EnsembleConfig], Callable[[Tensor], Tensor]]] = {
+    Combine.mean: lambda _: mean,
+    Combine.min: lambda _: worst,
+    Combine.mean_minus_std: lambda config: partial(mean_minus_std, weight=config.std_weight),
+}
+"""``[members, answers]`` → ``[answers]``."""
+
 
 def build_rewards(
     scorers: Mapping[str, ScorerConfig],
@@ -89,7 +96,7 @@ class _Builder:
         return Ensemble(
             source=ENSEMBLE,
             members=[self._column(member_field(field, number), member) for number, member in members],
-            combine=_combining(scorer.ensemble),
+            combine=_COMBINING[scorer.ensemble.combine](scorer.ensemble),
             weight=scorer.weight,
             normalize=scorer.normalize,
             clip=scorer.clip,
@@ -135,13 +142,3 @@ class _Builder:
             return TokenScorer(own_model.to(self.run.device), self.run)
         model, tokenizer = load_external(model_input.path, self.run.dtype, source=model_input.ref)
         return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=model_input.ref)
-
-
-def _combining(config: EnsembleConfig) -> Callable[[Tensor], Tensor]:
-    """``[members, answers]`` → ``[answers]``."""
-    how: dict[Combine, Callable[[Tensor], Tensor]] = {
-        Combine.mean: mean,
-        Combine.min: worst,
-        Combine.mean_minus_std: partial(mean_minus_std, weight=config.std_weight),
-    }
-    return how[config.combine]

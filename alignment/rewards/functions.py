@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -101,6 +102,7 @@ def _package(name: str) -> str:
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
 
+@dataclass(eq=False)
 class FunctionScorer:
     """Calls ``function(prompts, completions, rows)`` once per batch.
 
@@ -108,9 +110,8 @@ class FunctionScorer:
     the data file; all are copies, so that a function may change them.
     """
 
-    def __init__(self, source: FunctionSource, function: Function) -> None:
-        self._source = source
-        self._function = function
+    source: FunctionSource
+    function: Function
 
     def scores(self, answers: Answers) -> Tensor:
         """``[answers]`` float64: what the function returns.
@@ -118,22 +119,22 @@ class FunctionScorer:
         Raises:
             RewardError: it raised, or did not return one usable number per answer; names the line or the row.
         """
-        return scores_from(self._returned(answers), answers, source=str(self._source))
+        return scores_from(self._returned(answers), answers, source=str(self.source))
 
     def optional_scores(self, answers: Answers) -> list[float | None]:
         """As ``scores``, but None for an answer to a row to which the function, a metric, does not apply."""
-        return optional_scores_from(self._returned(answers), answers, source=str(self._source))
+        return optional_scores_from(self._returned(answers), answers, source=str(self.source))
 
     def _returned(self, answers: Answers) -> Any:
         prompts = [[copy.deepcopy(message.as_dict()) for message in prompt.messages] for prompt in answers.prompts]
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
-            return self._function(prompts, list(answers.texts), rows)
+            return self.function(prompts, list(answers.texts), rows)
         except BaseException as error:  # a user's function may raise anything, even SystemExit
-            if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
+            if _is_ours(error) or disk_error(error, folder=self.source.file.parent):
                 raise
             when = f"called for answers to {answers.locations()}{_lacking(error, answers)}"
-            raise _raised(error, self._source, when) from error
+            raise _raised(error, self.source, when) from error
 
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:

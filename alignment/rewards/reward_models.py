@@ -49,19 +49,19 @@ class Computation:
     tokens: int
 
 
+@dataclass(eq=False)
 class TokenScorer:
     """A reward model that shares the policy's tokenizer and reads its token ids unchanged."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, run: Computation) -> None:
-        self._model = model
-        self._run = run
+    model: PreTrainedModel | PeftModel
+    run: Computation
 
     @torch.no_grad()
     def scores(self, answers: Answers) -> Tensor:
         """The score at each answer's last token."""
-        with products_in(self._run.dtype, self._run.device), reused_norms(self._model):
-            parts = batches(answers.prompt_ids, answers.answer_ids, tokens=self._run.tokens, device=self._run.device)
-            return torch.cat([scalar_scores(self._model, part.rows) for part in parts]).float().cpu()
+        with products_in(self.run.dtype, self.run.device), reused_norms(self.model):
+            parts = batches(answers.prompt_ids, answers.answer_ids, tokens=self.run.tokens, device=self.run.device)
+            return torch.cat([scalar_scores(self.model, part.rows) for part in parts]).float().cpu()
 
 
 class TextScorer:
@@ -158,11 +158,7 @@ def _read(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, 
             return AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": []}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(folder),
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
+            str(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=source) from error

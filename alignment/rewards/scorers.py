@@ -78,7 +78,8 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
         RewardError: the value is anything else; names the function by its ``source``, the row and the value.
     """
     pairs = zip(_one_each(given, answers, source), answers.prompts, strict=True)
-    return _tensor([checked_number(value, where=prompt.where, source=source) for value, prompt in pairs])
+    scores = [checked_number(value, where=prompt.where, source=source) for value, prompt in pairs]
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def optional_scores_from(given: Any, answers: Answers, *, source: str) -> list[float | None]:
@@ -108,7 +109,10 @@ def checked_number(value: Any, *, where: str, source: str) -> float:
         raise _refused(
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source
         )
-    number = _as_float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large for a float
+        number = math.inf
     _refuse_size(number, value, where=where, source=source)
     return number
 
@@ -120,17 +124,6 @@ def _refuse_size(number: float, written: object = None, *, where: str, source: s
         raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is not finite", source)
     if abs(number) > LARGEST:
         raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is outside ±{LARGEST:g}", source)
-
-
-def _tensor(scores: Sequence[float]) -> Tensor:
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-def _as_float(value: Real | np.bool) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer too large for a float
-        return math.inf
 
 
 def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
@@ -151,4 +144,4 @@ class RuleScorer:
     def scores(self, answers: Answers) -> Tensor:
         """The rule's score of each answer."""
         pairs = zip(answers.texts, answers.rows, strict=True)
-        return _tensor([self._rule.score(text, self._expected[row]) for text, row in pairs])
+        return torch.tensor([self._rule.score(text, self._expected[row]) for text, row in pairs], dtype=torch.float64)

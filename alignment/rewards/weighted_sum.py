@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -52,13 +52,16 @@ class Ensemble:
     clip: float | None = None
 
 
+@dataclass(eq=False)
 class RunningMoments:
-    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5)."""
+    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5).
 
-    def __init__(self, *, count: int = 0, mean: float = 0.0, squares: float = 0.0) -> None:
-        self._count = count
-        self._mean = mean
-        self._squares = squares  # the sum of squared distances from the mean
+    ``squares`` is the sum of squared distances from the mean.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
 
     def take_in(self, values: Tensor) -> None:
         """Adds ``[values]`` in float64."""
@@ -67,20 +70,16 @@ class RunningMoments:
             return
         mean = float(values.mean())
         squares = float(((values - mean) ** 2).sum())
-        apart, total = mean - self._mean, self._count + number
-        self._squares += squares + apart**2 * self._count * number / total
-        self._mean += apart * number / total
-        self._count = total
+        apart, total = mean - self.mean, self.count + number
+        self.squares += squares + apart**2 * self.count * number / total
+        self.mean += apart * number / total
+        self.count = total
 
     def normalised(self, values: Tensor) -> Tensor:
         """``(values − mean) / deviation``; only ``values − mean`` before the first batch or if all were equal."""
-        deviation = math.sqrt(self._squares / self._count) if self._count else 0.0
-        flat = deviation <= _FLAT * abs(self._mean)
-        return (values - self._mean) / (1.0 if flat else deviation)
-
-    def state(self) -> dict[str, float]:
-        """The constructor's arguments that restore this."""
-        return {"count": self._count, "mean": self._mean, "squares": self._squares}
+        deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
+        flat = deviation <= _FLAT * abs(self.mean)
+        return (values - self.mean) / (1.0 if flat else deviation)
 
 
 class RewardMix:
@@ -123,7 +122,10 @@ class RewardMix:
             prompts=[self._prompts[row] for row in rows],
             rows=rows,
         )
-        return Scores.of({name: _usable_scores(part, seen) for name, part in self._columns.items()})
+        scores = {name: part.scorer.scores(seen) for name, part in self._columns.items()}
+        for name, part in self._columns.items():
+            refuse_unusable(scores[name], seen, source=part.source)
+        return Scores.of({name: of_part.float() for name, of_part in scores.items()})
 
     def observe(self, scores: Scores) -> None:
         """Updates the running normalisation; every process gets the whole batch, so that all compute the same."""
@@ -150,7 +152,7 @@ class RewardMix:
 
     def state(self) -> dict[str, Any]:
         """The running normalisation, as plain JSON values."""
-        return {name: moments.state() for name, moments in self._moments.items()}
+        return {name: asdict(moments) for name, moments in self._moments.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state`` returned."""
@@ -185,13 +187,6 @@ def _members(name: str, ensemble: Ensemble) -> dict[str, Part]:
     """The members by their names in metrics."""
     names = _names([member.source for member in ensemble.members])
     return {f"{name}/{own}": member for own, member in zip(names, ensemble.members, strict=True)}
-
-
-def _usable_scores(part: Part, answers: Answers) -> Tensor:
-    """``[answers]`` float32."""
-    scores = part.scorer.scores(answers)
-    refuse_unusable(scores, answers, source=part.source)
-    return scores.float()
 
 
 def _names(sources: Sequence[str]) -> list[str]:

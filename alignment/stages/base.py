@@ -182,44 +182,8 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
-def _no_paths(*_: Any) -> Mapping[str, Path]:
-    return {}
-
-
-def _no_metric(_: Any) -> MetricConfig | None:
-    return None
-
-
-def _no_scorers(_: Any) -> Mapping[str, ScoreSourceConfig]:
-    return {}
-
-
 def _unchanged(config: Any, *_: Any) -> Any:
     return config
-
-
-def _no_metrics(_: Any) -> Reported:
-    return Reported()
-
-
-def _no_files(*_: Any) -> Mapping[str, str]:
-    return {}
-
-
-def _no_rows(_: Any) -> MadeRows | None:
-    return None
-
-
-def _no_tokens(*_: Any) -> float | None:
-    return None
-
-
-def _no_words(*_: Any) -> str:
-    return ""
-
-
-def _no_stage(_: Circumstances) -> NewStage | None:
-    return None
 
 
 def whole_rows(config: Any) -> Limits:
@@ -254,9 +218,9 @@ class OtherFiles:
     folder)``: what the result will lack because files are not there yet, as sentences.
     """
 
-    paths: Callable[[Any, Path], Mapping[str, Path]] = _no_paths
+    paths: Callable[[Any, Path], Mapping[str, Path]] = lambda *_: {}
     located: Callable[[Any], Any] = _unchanged
-    content: Callable[[Any, str], Mapping[str, str]] = _no_files
+    content: Callable[[Any, str], Mapping[str, str]] = lambda *_: {}
     code: Callable[[Any], Sequence[str]] = _nothing
     hub_data: Callable[[Any], Sequence[str]] = _nothing
     notes: Callable[[Any, Path], Iterable[str]] = _nothing
@@ -320,14 +284,14 @@ class Outcome:
     requires of an evaluation. ``primary(config)``: the metric by which it compares arms, if it does.
     """
 
-    metrics: Callable[[Any], Reported] = _no_metrics
-    why_missing: Callable[[Any, str, str], str] = _no_words
+    metrics: Callable[[Any], Reported] = lambda _: Reported()
+    why_missing: Callable[[Any, str, str], str] = lambda *_: ""
     doubts: Callable[[Mapping[str, float]], Sequence[str]] = _nothing
     lines: Callable[[Path], Sequence[str]] = _nothing
     tables: Callable[[Path], Sequence[ResultTable]] = _nothing
-    against_forgetting: Callable[[str], str] = _no_words
+    against_forgetting: Callable[[str], str] = lambda *_: ""
     gates: Callable[[Any], Sequence[GateConfig]] = _nothing
-    primary: Callable[[Any], MetricConfig | None] = _no_metric
+    primary: Callable[[Any], MetricConfig | None] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,7 +304,7 @@ class Proposals:
     """
 
     questions: Callable[[Circumstances], Iterable[Question]] = _nothing
-    stage: Callable[[Circumstances], NewStage | None] = _no_stage
+    stage: Callable[[Circumstances], NewStage | None] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -375,15 +339,15 @@ class StageKind:
     rehearse: str = ""
     rehearse_reads_base: bool = True
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
-    rows: Callable[[Any], MadeRows | None] = _no_rows
+    rows: Callable[[Any], MadeRows | None] = lambda _: None
     leaves_out: str = ""
-    scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = _no_scorers
+    scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = lambda _: {}
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged
     as_read: Callable[[Any], Any] = _unchanged
     curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
     headline: str = ""
-    tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None] = _no_tokens
+    tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None] = lambda *_: None
     references: References = References()
     files: OtherFiles = OtherFiles()
     launch: LaunchShape = LaunchShape()

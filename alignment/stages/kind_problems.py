@@ -63,11 +63,10 @@ def _groups(hint: Any) -> list[type]:
 
 def _not_for_recipes(hint: Any) -> list[Any]:
     """The parts of a setting's type that no value can have."""
-    options = _options(hint)
     groups = _groups(hint)
     if not groups:
-        return [part for option in options for part in _not_plain(option)]
-    if get_origin(hint) is list or hint is groups[0] or (len(options) == 1 and NoneType in get_args(hint)):
+        return _not_plain(hint)
+    if get_origin(hint) is list or hint is groups[0] or (len(_options(hint)) == 1 and NoneType in get_args(hint)):
         return []
     by_kind = len(groups) == len(get_args(hint)) and all("kind" in field_types(group) for group in groups)
     return [] if by_kind else [hint]
@@ -75,24 +74,20 @@ def _not_for_recipes(hint: Any) -> list[Any]:
 
 def _not_plain(hint: Any) -> list[Any]:
     """The parts of a type without dataclasses that no value can have."""
-    base, arguments = get_origin(hint), get_args(hint)
-    if base is list and arguments:
-        return _of_union(arguments[0])
-    if base is dict and arguments[:1] == (str,):
-        return _of_union(arguments[1])
+    options, base, arguments = _options(hint), get_origin(hint), get_args(hint)
+    if options != [hint]:
+        return [part for option in options for part in _not_plain(option)]
+    if (base is list and arguments) or (base is dict and arguments[:1] == (str,)):
+        return _not_plain(arguments[-1])
     is_plain = hint in (bool, int, float, str, Any) or (isinstance(hint, type) and issubclass(hint, Enum))
     return [] if base is None and is_plain else [hint]
-
-
-def _of_union(hint: Any) -> list[Any]:
-    return [part for option in _options(hint) for part in _not_plain(option)]
 
 
 def _why_not_made(group: type) -> str:
     try:
         group()
     except Exception as error:  # noqa: BLE001 - another package's code
-        return f"{type(error).__name__}: {error}"
+        return _raised(error)
     return ""
 
 
@@ -123,20 +118,11 @@ def of_kind(kind: StageKind) -> str:
         problem = next(of_settings(settings), "")
     except Exception as error:  # noqa: BLE001
         return f"has settings whose types cannot be read: {_raised(error)}; import the types outside TYPE_CHECKING"
-    if problem:
-        return problem
     declared = getattr(config, "kind", None)
-    if declared != kind.name:
+    if not problem and declared != kind.name:
         instead = "without a kind" if declared is None else f"of the kind {declared!r}"
-        return f"has settings {instead}; write kind: str = {kind.name!r} in {settings.__name__}"
-    return (
-        _launch_problem(kind)
-        or _function_problem(kind)
-        or _data_problem(kind, config)
-        or _rows_problem(kind, config)
-        or _metrics_problem(kind, config)
-        or _charts_problem(kind, config)
-    )
+        problem = f"has settings {instead}; write kind: str = {kind.name!r} in {settings.__name__}"
+    return problem or _launch_problem(kind) or _call_problem(kind, config)
 
 
 def _launch_problem(kind: StageKind) -> str:
@@ -149,12 +135,8 @@ def _launch_problem(kind: StageKind) -> str:
             f"trains a model, but {kind.config.__name__} lacks {', '.join(lacking)}; "
             f"add these settings or, if it trains no model, {_IN_ONE_PROCESS}"
         )
-    return ""
-
-
-def _function_problem(kind: StageKind) -> str:
-    """Only the module is looked up, not the function: importing it would import the training libraries."""
     for field, named in (("run", kind.run), ("rehearse", kind.rehearse)):
+        # Only the module is looked up, not the function: importing it would import the training libraries.
         module, _, function = named.partition(":")
         missing = "no function" if not (module and function) else "" if _exists(module) else f"no module {module}"
         if missing and (named or field == "run"):
@@ -169,52 +151,32 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _data_problem(kind: StageKind, config: Any) -> str:
+def _call_problem(kind: StageKind, config: Any) -> str:
+    """Calls what a plan and the live view call, where an error would end the run."""
+    settings, name = to_plain(config), kind.config.__name__
+    called = f"data({name}())"
     try:
         slots = [(slot.field, slot.record, slot.rows) for slot in kind.data(config)]
-    except Exception as error:  # noqa: BLE001
-        return f"has a data function that fails: data({kind.config.__name__}()) raises {_raised(error)}; correct it"
-    for field, record, _ in slots:
-        if record not in _RECORDS:
-            names = ", ".join(known.__name__ for known in _RECORDS)
-            return (
-                f"reads {field!r} as {record!r}, which is not a record; use a class of alignment.data.records: {names}"
-            )
-    if kind.trains and not any(field == "data" and rows is not None for field, _, rows in slots):
-        return "trains a model, but data has no DataSlot(field='data', …, rows=…); add one, which says what it learns"
-    return ""
-
-
-def _rows_problem(kind: StageKind, config: Any) -> str:
-    """A plan checks the stages that read the rows by the row that the kind shows."""
-    try:
-        shown = kind.rows(config)
-    except Exception as error:  # noqa: BLE001
-        return f"cannot show its rows: rows({kind.config.__name__}()) raises {_raised(error)}; correct it"
-    if kind.produces == ROWS and not isinstance(shown, MadeRows):
-        return "makes rows, but shows none; add rows=lambda config: MadeRows(example='{…}', others={})"
-    return ""
-
-
-def _metrics_problem(kind: StageKind, config: Any) -> str:
-    called = f"Outcome.metrics({kind.config.__name__}())"
-    try:
-        declared = kind.outcome.metrics(config)
-    except Exception as error:  # noqa: BLE001
-        return f"cannot name its metrics: {called} raises {_raised(error)}; correct it"
-    return "" if isinstance(declared, Reported) else f"returns no Reported from {called}; return Reported(…)"
-
-
-def _charts_problem(kind: StageKind, config: Any) -> str:
-    """The live view of a run calls these two, where an error would end the run."""
-    settings = to_plain(config)
-    called = f"curves(settings of {kind.config.__name__}())"
-    try:
+        called = f"rows({name}())"
+        made = kind.rows(config)
+        called = f"Outcome.metrics({name}())"
+        reported: Any = kind.outcome.metrics(config)
+        called = f"curves(settings of {name}())"
         charts = list(kind.curves(settings))
         called = "tokens(settings, {'step': 1})"
         tokens = kind.tokens(settings, {"step": 1})
     except Exception as error:  # noqa: BLE001
-        return f"cannot be shown while it runs: {called} raises {_raised(error)}; correct it"
+        return f"has a function that fails: {called} raises {_raised(error)}; correct it"
+    if others := [(field, record) for field, record, _ in slots if record not in _RECORDS]:
+        names = ", ".join(known.__name__ for known in _RECORDS)
+        field, record = others[0]
+        return f"reads {field!r} as {record!r}, which is not a record; use a class of alignment.data.records: {names}"
+    if kind.trains and not any(field == "data" and rows is not None for field, _, rows in slots):
+        return "trains a model, but data has no DataSlot(field='data', …, rows=…); add one, which says what it learns"
+    if kind.produces == ROWS and not isinstance(made, MadeRows):
+        return "makes rows, but shows none; add rows=lambda config: MadeRows(example='{…}', others={})"
+    if not isinstance(reported, Reported):
+        return f"returns no Reported from Outcome.metrics({name}()); return Reported(…)"
     if not all(isinstance(chart, Curve) for chart in charts):
         return f"returns {charts!r:.60} from curves(settings); return a list of Curve(…)"
     is_number = tokens is None or isinstance(tokens, int | float)
@@ -226,23 +188,23 @@ def _raised(error: Exception) -> str:
 
 
 def returned(
-    function: Callable[..., Iterable[Any]],
-    argument: object,
+    function: Callable[[Any], Iterable[Any]],
+    given: object,
     *,
     name: str,
     where: str,
-    expected: str,
-    is_expected: Callable[[Any], bool],
     passes: tuple[type[Exception], ...] = (AlignmentError,),
 ) -> list[Any]:
-    """The list that the function ``name`` of a kind returns. ``expected`` names in words what is in it.
+    """The list that the function ``Outcome.NAME`` of a kind returns: tables, or else texts.
 
     Raises:
         KindError: the function raised, or returned something else. ``where`` names the kind and its package.
         Exception: those in ``passes``, as the function raised them.
     """
+    expected = "ResultTable with a Cell for each column" if name.endswith("tables") else "texts"
+    is_expected = _is_table if name.endswith("tables") else lambda value: isinstance(value, str)
     try:
-        values = function(argument)
+        values = function(given)
         items = [] if isinstance(values, str) else list(values)
         if isinstance(values, str) or not all(map(is_expected, items)):
             raise TypeError(f"it returned {values!r:.60}, not a list of {expected}")
@@ -257,12 +219,9 @@ def returned(
     return items
 
 
-def is_table(value: object) -> bool:
-    """Whether it is a table with a cell for each column in each row."""
-    if not isinstance(value, ResultTable):
-        return False
+def _is_table(value: object) -> bool:
     try:
-        return all(
+        return isinstance(value, ResultTable) and all(
             len(cells) == len(value.columns) and all(isinstance(cell, Cell) for cell in cells)
             for _, cells in value.rows
         )

@@ -7,7 +7,7 @@ A kind that cannot be loaded is listed by ``problems()``; it stops only a run th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -137,14 +137,12 @@ def origin_of(kind_name: str) -> str:
 
 def produced_by(kind_name: str) -> str:
     """The kind of artifact that stages of this kind make; "" for an unknown kind, as in an old record."""
-    row = registered().get(kind_name)
-    return "" if row is None or row.kind is None else row.kind.produces
+    return kinds()[kind_name].produces if kind_name in kinds() else ""
 
 
 def trains(kind_name: str) -> bool:
     """Whether stages of this kind train a model; False for an unknown kind."""
-    row = registered().get(kind_name)
-    return row is not None and row.kind is not None and row.kind.trains
+    return kind_name in kinds() and kinds()[kind_name].trains
 
 
 def as_trained(config: StageConfig) -> TrainedConfig | None:
@@ -160,52 +158,15 @@ def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
     return slot.rows, kind.learning.limits(config)
 
 
-def _of_package(row: Registered, name: str, function: Callable[[Any], Iterable[Any]], argument: object) -> list[Any]:
-    """What one of the kind's functions that return texts gives. Faults in another package's function name its line.
-
-    Raises:
-        KindError: a function of another package failed.
-    """
-    if row.origin == OURS:
-        return list(function(argument))
-    return kind_problems.returned(
-        function,
-        argument,
-        name=name,
-        where=_named(row),
-        expected="texts",
-        is_expected=lambda value: isinstance(value, str),
-    )
-
-
-def _named(row: Registered) -> str:
-    return f"kind of stage {row.name!r} ({row.origin})"
-
-
-def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
-    """Warnings against using a result of this kind, given the metrics in its manifest.
-
-    Raises:
-        KindError: a function of another package failed.
-    """
-    row = registered().get(kind_name)
-    if row is None or row.kind is None:
-        return []
-    return _of_package(row, "Outcome.doubts", row.kind.outcome.doubts, metrics)
-
-
 def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
     """The charts of a stage of this kind with these plain settings; only the loss for an unknown kind."""
-    row = registered().get(kind_name)
-    return [LOSS] if row is None or row.kind is None else list(row.kind.curves(settings))
+    return list(kinds()[kind_name].curves(settings)) if kind_name in kinds() else [LOSS]
 
 
 def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
     """The chart that is shown while a stage of this kind runs, with its metric as the only one; None without charts."""
-    charts = curves(kind_name, settings)
-    row = registered().get(kind_name)
-    metric = "" if row is None or row.kind is None else row.kind.headline
-    for chart in charts:
+    metric = kinds()[kind_name].headline if kind_name in kinds() else ""
+    for chart in curves(kind_name, settings):
         if metric in ("", *chart.keys):
             return replace(chart, keys=(metric or chart.keys[0],), labels=("",))
     return None
@@ -213,8 +174,7 @@ def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
 
 def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
     """The tokens of a line of metrics.jsonl that does not count them itself; None if that cannot be told."""
-    row = registered().get(kind_name)
-    return None if row is None or row.kind is None else row.kind.tokens(settings, line)
+    return kinds()[kind_name].tokens(settings, line) if kind_name in kinds() else None
 
 
 def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | None:
@@ -222,8 +182,7 @@ def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | Non
 
     A reward model has learned from preferences, so its scores count as these.
     """
-    row = registered().get(kind_name)
-    teacher = None if row is None or row.kind is None else row.kind.learning.learns_from
+    teacher = kinds()[kind_name].learning.learns_from if kind_name in kinds() else None
     by_model = any(source == REWARD or is_reference(source) for source in _sources(settings.get("scorers", REWARD)))
     return LearnsFrom.preferences if teacher is LearnsFrom.scores and by_model else teacher
 
@@ -239,16 +198,18 @@ def _sources(scorers: Any) -> Iterator[str]:
         yield from _sources([scorers.get(name) for name in ("source", "ensemble", "members")])
 
 
+def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
+    """Warnings against using a result of this kind, given the metrics in its manifest; KindError as in ``lines_of``."""
+    return _shown(kind_name, "doubts", metrics)
+
+
 def lines_of(kind_name: str, artifact: Path) -> list[str]:
     """The lines printed about a result of this kind.
 
     Raises:
         KindError: a function of another package failed.
     """
-    row = registered().get(kind_name)
-    if row is None or row.kind is None:
-        return []
-    return _of_package(row, "Outcome.lines", row.kind.outcome.lines, artifact)
+    return _shown(kind_name, "lines", artifact)
 
 
 def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
@@ -259,21 +220,21 @@ def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
         ArtifactError: the file is damaged, or was written by a newer version.
         KindError: a function of another package failed.
     """
+    return _shown(kind_name, "tables", artifact)
+
+
+def _shown(kind_name: str, name: str, given: Any) -> list[Any]:
+    """What ``Outcome.NAME`` of the kind returns; faults in another package's function name its line."""
     row = registered().get(kind_name)
     if row is None or row.kind is None:
         return []
+    function = getattr(row.kind.outcome, name)
     if row.origin == OURS:
-        return list(row.kind.outcome.tables(artifact))
-    is_complete = read_manifest(artifact) is not None
-    return kind_problems.returned(
-        row.kind.outcome.tables,
-        artifact,
-        name="Outcome.tables",
-        where=_named(row),
-        expected="ResultTable with a Cell for each column",
-        is_expected=kind_problems.is_table,
-        passes=(AlignmentError,) if is_complete else (AlignmentError, FileNotFoundError),
-    )
+        return list(function(given))
+    may_lack_files = name == "tables" and read_manifest(given) is None
+    passes = (AlignmentError, FileNotFoundError) if may_lack_files else (AlignmentError,)
+    where = f"kind of stage {kind_name!r} ({row.origin})"
+    return kind_problems.returned(function, given, name=f"Outcome.{name}", where=where, passes=passes)
 
 
 def read_spec(path: Path) -> StageSpec:

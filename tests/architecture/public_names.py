@@ -1,7 +1,5 @@
-"""Describes the public API in lines of text: ``python -m tests.architecture.public_names`` records it.
-
-A name that callers use, a parameter, a field, a method or an exit code that changes, changes a line.
-"""
+"""Describes the public API in lines of text: ``python -m tests.architecture.public_names`` records it. A name that
+callers use, a parameter, a field, a method or an exit code that changes, changes a line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""The fingerprint of every stage of every recipe is what it was: a change makes users' results anew.
-
-``python -m tests.architecture.test_fingerprints`` writes the table, after a change that was meant.
-"""
+"""The fingerprint of every stage of every recipe is what it was: a change makes users' results anew. ``python -m
+tests.architecture.test_fingerprints`` writes the table, after a change that was meant."""
 
 from __future__ import annotations
 

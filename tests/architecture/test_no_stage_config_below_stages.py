@@ -1,7 +1,5 @@
-"""Nothing below ``stages`` takes a stage's settings: it takes plain values, or a small record of its own.
-
-Groups of settings that several kinds share (``alignment.config.scoring``, ``….adapter``) are plain values here.
-"""
+"""Nothing below ``stages`` takes a stage's settings: it takes plain values, or a small record of its own. Groups of
+settings that several kinds share (``alignment.config.scoring``, ``….adapter``) are plain values here."""
 
 from __future__ import annotations
 
@@ -77,26 +75,3 @@ def test_no_module_below_the_stages_takes_a_stages_settings(room: str) -> None:
         for use in settings_taken(ast.parse(path.read_text(encoding="utf-8")), classes)
     ]
     assert uses == []
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from alignment.stages.ppo.config import PpoConfig",
-        "import alignment.stages.sft.kind",
-        "from alignment.config.stage import TrainedConfig",
-        "def build(stage: PpoConfig): ...",
-        "def build(stage: 'DpoConfig'): ...",
-        "def build(config: Any): ...",
-        "def build(optim: list[config.PpoOptimConfig]): ...",
-        "lr = context.spec.config.optim",
-        "adapter = getattr(self.spec.config, 'adapter', None)",
-    ],
-)
-def test_settings_are_seen_however_they_are_taken(code: str) -> None:
-    assert list(settings_taken(ast.parse(code), classes_of_settings()))
-
-
-@pytest.mark.parametrize("code", ["job_type = spec.config.kind", "def scorer(config: ScorerConfig): ..."])
-def test_what_all_stages_have_and_groups_that_kinds_share_may_be_taken(code: str) -> None:
-    assert not list(settings_taken(ast.parse(code), classes_of_settings()))

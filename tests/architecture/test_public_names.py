@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import alignment
 from tests.architecture.public_names import RECORD, lines
 
@@ -56,12 +54,3 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
     for name, module in known.items():
         assert getattr(alignment, name).__module__ == module
     assert set(alignment.__all__) <= set(dir(alignment))
-
-
-def test_a_name_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'lode_run'"):
-        alignment.lode_run  # type: ignore[attr-defined]  # noqa: B018
-
-
-def test_the_wheel_says_that_it_is_typed() -> None:
-    assert (PACKAGE / "py.typed").read_bytes() == b""

@@ -145,10 +145,7 @@ def served(folder: Path, adapter: AdapterConfig) -> Path:
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("advantage", "adapter", "sharding"),
-    [
-        (Advantage.grpo, LORA, Sharding.zero3),
-        (Advantage.dr_grpo, FULL, Sharding.zero3),
-    ],
+    [(Advantage.grpo, LORA, Sharding.zero3), (Advantage.dr_grpo, FULL, Sharding.zero3)],
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
 def test_two_processes_learn_from_an_engine_what_one_learns(

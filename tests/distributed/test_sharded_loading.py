@@ -37,11 +37,7 @@ SLACK = 60 * MB
 
 ROWS = {
     "conversations": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
-    "preferences": {
-        "messages": [{"role": "user", "content": "Hi"}],
-        "chosen": "Hello.",
-        "rejected": "Go.",
-    },
+    "preferences": {"messages": [{"role": "user", "content": "Hi"}], "chosen": "Hello.", "rejected": "Go."},
 }
 
 

@@ -29,11 +29,7 @@ def steadied(spec: StageSpec, **changes: Any) -> StageSpec:
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("kind", "adapter", "sharding", "rate"),
-    [
-        ("sft", LORA, NONE, 0.1),
-        ("sft", FULL, ZERO3, 3e-2),
-        ("reward", FULL, FSDP, 3e-2),
-    ],
+    [("sft", LORA, NONE, 0.1), ("sft", FULL, ZERO3, 3e-2), ("reward", FULL, FSDP, 3e-2)],
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
 def test_two_processes_hand_on_what_one_hands_on(

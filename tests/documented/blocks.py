@@ -50,9 +50,7 @@ class BadComment(Exception):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
     """A fenced block: the page relative to the root, the line of its first fence, and what the comments before it say.
-
-    Example: ``Block(page="docs/running.md", line=3, language="bash", text="align run quickstart", comments={})``.
-    """
+    Example: ``Block(page="docs/running.md", line=3, language="bash", text="align run quickstart", comments={})``."""
 
     page: str
     line: int
@@ -69,11 +67,6 @@ class Block:
     def needs(self) -> list[str]:
         """Why it is not executed; empty if it is."""
         return [need.strip() for need in self.comments.get("needs", "").split(",") if need.strip()]
-
-    @property
-    def why(self) -> str:
-        """The same in words."""
-        return "; ".join(NEEDS[need] for need in self.needs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +100,7 @@ class Table:
 
 
 def blocks(page: Path, text: str | None = None) -> list[Block]:
-    """The blocks of a page, in order.
-
-    Raises:
-        BadComment: a comment before a block says nothing that is known.
-    """
+    """The blocks of a page, in order. Raises BadComment: a comment before a block says nothing that is known."""
     lines = (page.read_text(encoding="utf-8") if text is None else text).splitlines()
     page_blocks = []
     for first, last, indent, language in _fences(lines):

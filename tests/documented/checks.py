@@ -1,7 +1,5 @@
-"""What a command, a recipe, a row and a script of the documentation have to stand, in the reader's folder.
-
-A check raises what is wrong: the command's own error, or an AssertionError.
-"""
+"""What a command, a recipe, a row and a script of the documentation have to stand, in the reader's folder. A check
+raises what is wrong: the command's own error, or an AssertionError."""
 
 from __future__ import annotations
 

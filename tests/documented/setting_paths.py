@@ -27,9 +27,7 @@ MISSING = object()
 @cache
 def defaults() -> dict[str, list[Any]]:
     """Every path with its defaults; several where the setting depends on a kind, as ``launch.backend.num_machines``.
-
-    Stages are called by their kinds: ``stages.dpo.beta``. Settings inside lists follow the list: ``scorers.weight``.
-    """
+    Stages are called by their kinds: ``stages.dpo.beta``. Settings inside lists follow the list: ``scorers.weight``."""
     by_path: dict[str, list[Any]] = {}
     for path, _, default in _every():
         by_path.setdefault(path, []).append(default)
@@ -108,12 +106,9 @@ def tree_of(block: Block) -> dict[str, Any]:
 
 
 def recipe_text(block: Block) -> str:
-    """A recipe that holds the block's settings.
-
-    A fragment overrides the settings of the quickstart, or of the recipe that ``on:`` names. Stages that it sets or
-    refers to and that the recipe lacks are added; the beginning of their names, or the name ``judge``, says of which
-    kind they are.
-    """
+    """A recipe that holds the block's settings. A fragment overrides the settings of the quickstart, or of the recipe
+    that ``on:`` names. Stages that it sets or refers to and that the recipe lacks are added; the beginning of their
+    names, or the name ``judge``, says of which kind they are."""
     tree = tree_of(block)
     if "defaults" in tree:
         return block.text

@@ -25,14 +25,6 @@ _CODE = re.compile(r"`([^`]+)`")
 _LITERAL = re.compile(r"`([^`]+)`|(-?[\d,]*\.?\d+)|(true|false|null|none|–)", re.IGNORECASE)
 
 
-def is_about_settings(table: Table) -> bool:
-    """Whether the first column has names that are checked."""
-    head = table.head[0]
-    if head in HEADS:
-        return table.head[1] != ""  # or it is about keys of a keyboard
-    return head.startswith("`") and any(path.endswith(f".{head.strip('`')}") for path in choices())
-
-
 def faults(table: Table) -> Iterator[str]:
     """What is wrong with the table, by row."""
     assert table.settings is not None

@@ -37,13 +37,6 @@ def test_a_table_has_settings_that_exist_with_their_defaults_and_every_choice(ta
     assert list(tables.faults(table)) == []
 
 
-def test_every_table_of_settings_says_whose_they_are() -> None:
-    ids = [table.id for page in PAGES for table in tables_of(page)]
-    assert len(ids) > len(TABLES)
-    unmarked = [table for page in PAGES for table in tables_of(page) if not table.settings]
-    assert [table.id for table in unmarked if tables.is_about_settings(table)] == []
-
-
 def test_the_table_of_commands_has_every_verb_with_its_summary() -> None:
     (rows,) = [table.rows for table in tables_of(ROOT / "docs/running.md") if table.head[0] == "command"]
     shown = {verb: row[1] for row in rows for verb in re.findall(r"`align ([a-z-]+)", row[0])}
@@ -84,40 +77,3 @@ def test_what_pip_is_told_to_install_is_what_the_package_asks_for() -> None:
     for requirement in installed:
         name, _, extra = requirement.rstrip("]").partition("[")
         assert extra in extras if name == PROJECT["name"] else requirement in asked, requirement
-
-
-PAGE = ROOT / "docs/start/README.md"
-WORDS_A_MINUTE = 220
-MAX_MINUTES = 10
-_LINK = re.compile(r"\]\(([^)#]+)(#[^)]+)?\)")
-_HEADING = re.compile(r"#+ (.+)")
-JOBS = {row[0]: row for table in tables_of(PAGE) if table.head[-1] == "minutes" for row in table.rows}
-
-
-def _anchor(heading: str) -> str:
-    return "#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
-
-
-def _words(page: Path, anchor: str) -> int:
-    """Words of a page, or of the part below one heading of it, up to the next heading."""
-    lines = page.read_text(encoding="utf-8").splitlines()
-    if anchor:
-        headings = [(number, _HEADING.fullmatch(line)) for number, line in prose_of(page)]
-        starts = [(number, _anchor(match[1])) for number, match in headings if match] + [(len(lines) + 1, "")]
-        (position,) = [index for index, (_, name) in enumerate(starts) if name == anchor]
-        lines = lines[starts[position][0] - 1 : starts[position + 1][0] - 1]
-    return sum(len(line.split()) for line in lines)
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_a_job_takes_as_many_minutes_of_reading_as_its_row_says(job: str) -> None:
-    _, pages, minutes = JOBS[job]
-    links = _LINK.findall(pages)
-    assert links
-    words = _words(ROOT / "README.md", "") + sum(_words(PAGE.parent / page, anchor) for page, anchor in links)
-    assert int(minutes) == round(words / WORDS_A_MINUTE), f"{words} words"
-    assert words / WORDS_A_MINUTE < MAX_MINUTES
-
-
-def test_there_are_ten_jobs() -> None:
-    assert len(JOBS) == 10

@@ -1,7 +1,5 @@
 """A folder like the reader's: data files of the names that the documentation uses, and the files that its blocks are.
-
-Nothing here imports torch before ``tiny_model`` is called.
-"""
+Nothing here imports torch before ``tiny_model`` is called."""
 
 from __future__ import annotations
 

@@ -77,13 +77,11 @@ class Align:
     forked: Forked | None = None
 
     def argv(self, verb: str, *overrides: str) -> list[str]:
-        """The command line, as a list."""
         own = (f"output={self.output}", f"model.source=path:{self.model}")
         return [sys.executable, "-m", "alignment.cli", verb, self.recipe, *own, *_small(self.recipe), *overrides]
 
     @property
     def environment(self) -> dict[str, str]:
-        """That of the command."""
         return environment() | self.variables
 
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
@@ -116,7 +114,6 @@ class Align:
         return recorded
 
     def states(self, run: str | None = None) -> dict[str, str]:
-        """How each stage stands."""
         return {name: stage["state"] for name, stage in self.stages(run).items()}
 
     def rows(self, stage: str, name: str = "metrics.jsonl", *, run: str | None = None) -> list[dict[str, Any]]:
@@ -125,7 +122,6 @@ class Align:
         return [json.loads(line) for line in file.read_text().splitlines()]
 
     def artifact(self, stage: str) -> Path:
-        """The folder of a stage's result in the last run."""
         return Path(self.stages()[stage]["artifact"])
 
     def weights(self) -> dict[str, str]:
@@ -152,7 +148,6 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def new_align(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
-    """Makes a command with an empty output folder."""
     return lambda: Align(output=tmp_path_factory.mktemp("output"), model=tiny_model_folder)
 
 

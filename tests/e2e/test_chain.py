@@ -75,22 +75,6 @@ def test_a_run_that_nothing_tracked_is_sent_to_a_tracker_afterwards(finished: Al
     assert [stored["loss", row["step"]] for row in rows] == [[pytest.approx(row["loss"], rel=1e-6)] for row in rows]
 
 
-def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, tmp_path: Path) -> None:
-    def export(result: str, to: str, *more: str, code: int = 0) -> str:
-        return finished.on("export", result, "--to", str(tmp_path / to), *more, code=code)
-
-    printed = export("quickstart/dpo", "model")
-    assert f"written: {tmp_path / 'model'}" in printed
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert "f16 costs" in export("quickstart/dpo", "gguf", "--as", "gguf", "--max-gap", "0.1")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model-f16.gguf")
-    assert 'stop "<|im_end|>"' in (tmp_path / "gguf" / "Modelfile").read_text()
-    export("quickstart/dpo", "adapter", "--as", "adapter", code=4)
-    export("quickstart/sft", "adapter", "--as", "adapter")
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished.model), tmp_path / "adapter")
-    assert "did you mean 'ppo'" in export("quickstart/pppo", "other", code=2)
-
-
 def test_a_policy_loads_without_us(finished: Align) -> None:
     """Plain transformers and PEFT: the base, then each adapter merged in order."""
     for stage in ("sft", "dpo", "ppo"):
@@ -231,8 +215,8 @@ def test_votes_give_a_win_rate_and_train_a_reward_model(new_forked: Callable[[],
     assert ballots.total == 12
     for annotator in ("ada", "bo"):
         for number in range(12):
-            ballot = ballots.standing(annotator).ballot
-            assert ballot is not None
+            ballot = ballots.standing(annotator)
+            assert ballot.pair is not None
             ballots.vote(annotator, ballot.pair.key, Choice.tie if number % 4 == 0 else Choice.first)
     printed = align("run", *EVALUATION, f"stages.reward.data.source=path:{votes}")
     assert "6 rows are left out" in printed, "ties"

@@ -36,12 +36,10 @@ from tests.transformers_server import missing, model_served
 
 UPDATES = 3
 
-
 METHODS: dict[str, dict[str, Any]] = {
     "PPO": {},
     "RLOO": {"advantage": Advantage.rloo, "critic": Critic.none, "completions_per_prompt": 2},
 }
-
 
 DIFFER = "may differ from those of an uninterrupted run"
 
@@ -67,7 +65,6 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def kill(spec: StageSpec) -> None:
-    """SIGKILL to the stage's process."""
     for heartbeat in Heartbeat.read_all(spec.work).values():
         with suppress(ProcessLookupError):
             os.kill(heartbeat.pid, signal.SIGKILL)

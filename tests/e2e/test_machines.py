@@ -106,10 +106,7 @@ def _worker(driver: subprocess.Popen[str], align: Align, rank: int) -> psutil.Pr
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [
-        (signal.SIGKILL, "process 1 ended by signal 9"),
-        (signal.SIGSTOP, "process 1 of 2 has not run for 12 seconds: "),
-    ],
+    [(signal.SIGKILL, "process 1 ended by signal 9"), (signal.SIGSTOP, "process 1 of 2 has not run for 12 seconds: ")],
 )
 def test_a_lost_process_ends_the_run_and_is_named(
     new_align: Callable[[], Align], number: signal.Signals, expected: str

@@ -99,10 +99,7 @@ def test_the_notebook_of_the_docs_runs(tmp_path: Path) -> None:
     assert "verdict" in shown(notebook, "differences_frame()")["text/plain"]
     assert [bool(shown(notebook, words).get("image/png")) for words in ("barh(", 'y="loss"')] == [True, True]
     again = shown(notebook, "stages.dpo.beta=0.3")["text/plain"].splitlines()
-    assert [line.split()[1:3] for line in again[1:]] == [
-        ["sft", "reuse"],
-        *([name, "run"] for name in stages[1:]),
-    ]
+    assert [line.split()[1:3] for line in again[1:]] == [["sft", "reuse"], *([name, "run"] for name in stages[1:])]
     assert alignment.load_run(tmp_path / "runs/quickstart-smoke").state == "done"
 
 

@@ -15,7 +15,6 @@ from tests.e2e.forked import KILLED, Forked
 
 OUTSIDE = Path(__file__).parents[1] / "data" / "outside"
 
-
 README = ROOT / "alignment/stages/README.md"
 
 
@@ -29,7 +28,6 @@ stages:
     optim: {batch_size: 2, max_steps: 6, micro_batch_tokens: 64}
   report: {kind: report, evaluation: null}
 """
-
 
 SWEEP = """\
 objective: {stage: backwards, metric: loss, minimize: true}
@@ -55,7 +53,6 @@ class Outside:
         return printed
 
     def artifact(self) -> Path:
-        """The result of the stage."""
         record = json.loads((self.folder / "runs/mine/run.json").read_text())
         return Path(record["stages"]["backwards"]["artifact"])
 

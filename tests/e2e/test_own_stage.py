@@ -19,12 +19,10 @@ from tests.e2e.forked import Forked
 
 PAGE = ROOT / "docs/own_stage.md"
 
-
 ROWS_PAGE = ROOT / "docs/own_rows.md"
 
 
 def block_of(language: str, containing: str = "", *, page: Path = PAGE) -> Block:
-    """The page's only block of the language with this text."""
     (block,) = [
         candidate for candidate in blocks(page) if candidate.language == language and containing in candidate.text
     ]
@@ -68,12 +66,10 @@ class Reader:
         return printed
 
     def record(self) -> dict[str, Any]:
-        """The stages of the run."""
         stages: dict[str, Any] = json.loads((self.folder / "runs/words/run.json").read_text(encoding="utf-8"))["stages"]
         return stages
 
     def report(self) -> str:
-        """The page of the run."""
         return (self.folder / "runs/words/report.html").read_text(encoding="utf-8")
 
     def change(self, name: str, old: str, new: str) -> None:

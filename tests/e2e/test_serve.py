@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,6 @@ from tests.served import (
 from tests.tiny import BASE_SOURCE
 
 ABSENT = [name for name in (*PAGE_LIBRARIES, "openai") if importlib.util.find_spec(name) is None]
-
 
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"serving needs {', '.join(ABSENT)}, not installed")
 
@@ -110,12 +108,3 @@ def test_a_fault_while_loading_has_its_exit_code(run: ServedRun, forked: Forked,
     code, printed = forked.run([*command(copy, "--arm", "base", "--port", "0")[3:]])
     assert code == 3, printed
     assert "data: base: the tokenizer has no chat template" in printed
-
-
-def test_a_port_that_is_taken_is_named(run: ServedRun, forked: Forked) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        code, printed = forked.run(command(run, "--port", str(taken.getsockname()[1]))[3:])
-    assert code == 8
-    assert "busy: --port: another program already listens on port" in printed

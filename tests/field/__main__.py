@@ -92,10 +92,8 @@ def summary(draw: Draw) -> str:
 
 
 def run(trial: Trial, *, number: int, seed: int) -> int:
-    """Checks so many draws; returns how many failed.
-
-    Each comes from a seed of its own, because hypothesis follows up on a draw with others that are much like it.
-    """
+    """Checks so many draws; returns how many failed. Each comes from a seed of its own, because hypothesis follows up
+    on a draw with others that are much like it."""
     drawn: list[Draw] = []
     while len(drawn) < number:
         seed_of_draw = 1000 * seed + len(drawn)

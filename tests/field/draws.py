@@ -59,14 +59,12 @@ REAL = {case.title: case for case in CASES if case.without_thought and text_of(c
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """A run: everything that it depends on, as plain data, so that it can be written down and run again.
-
-    ``rows`` says for each stage from which file, from which row on and how many rows it takes, how many characters of
-    an answer are kept, and whether refused rows are skipped. ``stages`` are the settings of each stage by its name.
-    ``killed`` is the number of the checkpoint after which the last stage is killed. ``tokens`` is another size of its
-    micro-batches. ``template`` is the tokenizer's, ``export`` the form in which the result is exported. With ``costs``
-    its memory is planned first.
-    """
+    """A run: everything that it depends on, as plain data, so that it can be written down and run again. ``rows`` says
+    for each stage from which file, from which row on and how many rows it takes, how many characters of an answer are
+    kept, and whether refused rows are skipped. ``stages`` are the settings of each stage by its name. ``killed`` is the
+    number of the checkpoint after which the last stage is killed. ``tokens`` is another size of its micro-batches.
+    ``template`` is the tokenizer's, ``export`` the form in which the result is exported. With ``costs`` its memory is
+    planned first."""
 
     architecture: str
     biased: bool

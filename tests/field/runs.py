@@ -71,12 +71,9 @@ class Field:
         self, draw: Draw, name: str = "run", *, killed: int | None = None, like: Run | None = None, **optim: Any
     ) -> Run:
         """Plans and runs it. With ``killed`` it is killed after so many checkpoints, and run again; ``optim`` changes
-        the last stage's optimiser. With ``like`` it has the overrides and the earlier stages of that run.
-
-        Raises:
-            Refused: it cannot be run, and the error says what to change.
-            Broken: the command failed, or refused something without an error that says so.
-        """
+        the last stage's optimiser. With ``like`` it has the overrides and the earlier stages of that run. Raises
+        Refused: it cannot be run, and the error says what to change; Broken: the command failed, or refused something
+        without an error that says so."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         recipe = write_recipe(draw, folder, optim)
@@ -119,12 +116,8 @@ class Field:
         self._answer(["status", "field"], run.folder)
 
     def export(self, run: Run) -> Path:
-        """The result as ``draw.export``, however much rounding costs.
-
-        Raises:
-            Refused: a GGUF file has no such models.
-            Broken: the command failed.
-        """
+        """The result as ``draw.export``, however much rounding costs. Raises Refused: a GGUF file has no such models;
+        Broken: the command failed."""
         folder = run.folder / "exported"
         options = ["--to", str(folder), "--as", str(run.draw.export), "--max-gap", "100"]
         self._answer(["export", f"field/{run.draw.last}", *options], run.folder, refuses=run.draw.export == "gguf")

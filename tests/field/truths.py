@@ -33,12 +33,8 @@ LEAST_MEMORY, MOST_MEMORY = 0.5, 1.25
 
 
 def check(field: Field, draw: Draw) -> None:
-    """Runs the draw, and holds it to everything.
-
-    Raises:
-        Refused: the draw cannot be run, and the error says what to change.
-        Broken: something is not true.
-    """
+    """Runs the draw, and holds it to everything. Raises Refused: the draw cannot be run, and the error says what to
+    change; Broken: something is not true."""
     run = field.run(draw)
     _starts_at_the_reference(run)
     _weights_are_finite_and_changed(run)

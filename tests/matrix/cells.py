@@ -1,9 +1,7 @@
-"""One cell of the compatibility table: a stage under an adapter and a launcher, on a tiny model and a few rows.
-
-A cell works when its run of two processes tells the losses of the run of one, and its artifact, read by transformers
-and PEFT alone, holds the same weights, none of them empty, its scalar head included. The rows are of very unequal
-length and micro-batches small, so that the two processes cut their shares into unequal numbers of pieces.
-"""
+"""One cell of the compatibility table: a stage under an adapter and a launcher, on a tiny model and a few rows. A cell
+works when its run of two processes tells the losses of the run of one, and its artifact, read by transformers and PEFT
+alone, holds the same weights, none of them empty, its scalar head included. The rows are of very unequal length and
+micro-batches small, so that the two processes cut their shares into unequal numbers of pieces."""
 
 from __future__ import annotations
 

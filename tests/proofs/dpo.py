@@ -56,11 +56,7 @@ def learned(
         adapter=adapter,
         **loss,
         optim=OptimConfig(
-            lr=1e-2,
-            batch_size=len(pairs),
-            micro_batch_tokens=100_000,
-            epochs=STEPS,
-            schedule=Schedule.cosine,
+            lr=1e-2, batch_size=len(pairs), micro_batch_tokens=100_000, epochs=STEPS, schedule=Schedule.cosine
         ),
         log_every=STEPS,
         save_every=STEPS,

@@ -117,7 +117,7 @@ def draw_card(card: Path, file: Path) -> None:
     """How sure a reward model is and how right, and its margins."""
     titles = ("Share right, over how sure it is", "Pairs, over the margin of their scores")
     figures = plots(typed_json.read(card, RewardCard, remedy=""))
-    stack(file, dict(zip(titles, (figure.svg for figure in figures), strict=True)), below="left of 0 it is wrong")
+    stack(file, dict(zip(titles, (figure["svg"] for figure in figures), strict=True)), below="left of 0 it is wrong")
 
 
 if __name__ == "__main__":

@@ -143,10 +143,7 @@ def _killed_after(align: Align, target: Target, steps: int, seconds: float) -> i
     before = lowest = _steps(align, target)
     steps = max(steps, before + 1)
     process = subprocess.Popen(
-        align.argv("run", *target.overrides),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
+        align.argv("run", *target.overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
     begun = time.monotonic()
     while (now := _steps(align, target)) < steps:

@@ -141,11 +141,7 @@ def learned(
         desirable_weight=1.0,
         undesirable_weight=1.0,
         optim=OptimConfig(
-            lr=1e-2,
-            batch_size=len(rows),
-            micro_batch_tokens=100_000,
-            epochs=STEPS,
-            schedule=Schedule.cosine,
+            lr=1e-2, batch_size=len(rows), micro_batch_tokens=100_000, epochs=STEPS, schedule=Schedule.cosine
         ),
         log_every=STEPS,
         save_every=STEPS,

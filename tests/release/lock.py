@@ -1,8 +1,6 @@
 """Writes ``requirements.lock``: the packages of ``constraints.txt`` with hashes, for Linux on x86-64 without a GPU.
-
 ``make lock`` calls it. pip says which file of each package it would take under each version of Python, and with which
-hash; nothing is installed. torch is left out as in the constraints, because each machine has a build of its own.
-"""
+hash; nothing is installed. torch is left out as in the constraints, because each machine has a build of its own."""
 
 from __future__ import annotations
 

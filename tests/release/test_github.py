@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 
 
 def content(path: Path) -> Any:
@@ -40,17 +38,3 @@ def test_the_hooks_are_those_of_make_check() -> None:
         line.removeprefix("\t$(BIN)/").removesuffix(" .").replace(" --check", "") for line in recipe[1].splitlines()
     ]
     assert called == checks
-
-
-@pytest.mark.parametrize("form", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.name)
-def test_a_form_can_be_shown(form: Path) -> None:
-    """GitHub's rules: a name, a description, and fields of known types with ids of their own."""
-    parsed = content(form)
-    assert parsed["name"]
-    assert parsed["description"]
-    fields = [field for field in parsed["body"] if field["type"] != "markdown"]
-    assert {field["type"] for field in fields} <= {"textarea", "input", "dropdown", "checkboxes"}
-    ids = [field["id"] for field in fields]
-    assert len(ids) == len(set(ids)) == len({field["attributes"]["label"] for field in fields})
-    assert all(field["attributes"].get("options") for field in fields if field["type"] in ("dropdown", "checkboxes"))
-    assert re.findall(r"https?://", form.read_text(encoding="utf-8")) == []

@@ -1,7 +1,5 @@
 """The driver works from a wheel, in an environment with its own requirements alone and in a folder that holds nothing.
-
-`make check-dist` installs everything and trains.
-"""
+`make check-dist` installs everything and trains."""
 
 from __future__ import annotations
 

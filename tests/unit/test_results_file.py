@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from tests import results_file
-from tests.matrix.__main__ import page
-from tests.matrix.cells import ADAPTERS, LAUNCHERS, STAGES
 
 OLD: dict[str, Any] = {"date": "2026-11-01", "commit": "a" * 40, "device": "CPU, old"}
 NEW: dict[str, Any] = {"date": "2026-11-02", "commit": "b" * 40, "device": "CPU, new"}
@@ -31,13 +29,6 @@ def test_a_run_of_which_nothing_is_left_is_dropped() -> None:
     assert merged == {"runs": [NEW], "proofs": [{"name": "x", "seconds": 3, "run": 0}]}
 
 
-def test_entries_of_one_run_share_it() -> None:
-    first = results_file.merge({}, NEW, "cells", [{"stage": "sft", "adapter": "full"}], names=("stage", "adapter"))
-    both = results_file.merge(first, NEW, "cells", [{"stage": "sft", "adapter": "lora"}], names=("stage", "adapter"))
-    assert both["runs"] == [NEW]
-    assert [(cell["adapter"], cell["run"]) for cell in both["cells"]] == [("full", 0), ("lora", 0)]
-
-
 def test_results_of_sources_that_are_not_committed_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,36 +44,3 @@ def test_results_of_sources_that_are_not_committed_are_not_written(
     assert results_file.update(file, "proofs", [{"name": "x"}], names=("name",)) is None
     assert not file.exists()
     assert "docs/proofs.json is left as it is: 1 files are not committed (?? tests/)" in capsys.readouterr().out
-
-
-def test_new_files_among_the_sources_count_as_uncommitted(tmp_path: Path) -> None:
-    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/new.py").touch()
-    assert results_file.uncommitted(tmp_path) == ["?? tests/"]
-
-
-def test_the_page_says_which_cell_comes_from_which_run() -> None:
-    cells = [
-        {
-            "adapter": adapter,
-            "stage": stage,
-            "launcher": launcher,
-            "dtype": "float32",
-            "state": "works",
-            "run": int(launcher == "zero3"),
-        }
-        for adapter in ADAPTERS
-        for stage in STAGES
-        for launcher in LAUNCHERS
-    ]
-    cells[0] |= {"state": "refused", "reason": "too small"}
-    del cells[1]
-    lines = page({"runs": [OLD, NEW], "cells": cells}).splitlines()
-    assert "- a: 2026-11-01, commit aaaaaaa, CPU, old" in lines
-    assert "- b: 2026-11-02, commit bbbbbbb, CPU, new" in lines
-    row = next(line for line in lines if line.startswith(f"| {ADAPTERS[0]} | {STAGES[0]} |"))
-    assert row.split(" | ")[2] == "refused (1) a"
-    assert row.split(" | ")[3] == "not tried"
-    assert row.endswith("works b |")
-    assert "1. too small" in lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -89,17 +88,6 @@ def test_a_stage_runs_without_cudnns_attention(tmp_path: Path, monkeypatch: pyte
     assert enabled == [False]
 
 
-def test_progress_that_cannot_be_written_ends_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
-    monkeypatch.setattr("os.replace", _full)
-    context.progress("training", 1, 2)
-    assert not list(context.spec.work.rglob("*.tmp"))
-
-
-def _full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -107,15 +95,6 @@ def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
     status = _status_of(lambda: signal.raise_signal(number), tmp_path, monkeypatch, code=75)
     assert status["state"] == "preempted"
     assert "it was not training" in status["error"]
-
-
-def test_a_signal_in_the_last_step_is_not_said_to_have_lost_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
-        raise Preempted(saved=False, trained=True)
-
-    status = _status_of(stop, tmp_path, monkeypatch, code=75)
-    assert status["state"] == "preempted"
-    assert status["error"].endswith("its training had ended, and the next attempt continues from the last checkpoint")
 
 
 def test_a_signal_while_trackers_close_does_not_replace_the_error(
@@ -273,17 +252,6 @@ def test_advice_on_memory_is_about_the_phase_that_ran_out_of_it(
     may_choose_again = chosen and phase not in ("sampling", "answering")
     assert ("to choose it again" if may_choose_again else remedy) in error
     assert ("micro_batch_tokens" in error) == ("micro_batch_tokens" in remedy and not may_choose_again)
-
-
-def test_out_of_memory_with_a_chosen_size_says_how_to_choose_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = tiny_spec(tmp_path, SftConfig())
-    own = spec.work / "micro_batch.json"
-    own.parent.mkdir(parents=True, exist_ok=True)
-    own.write_text("{}")
-    _, status = ended(tmp_path, monkeypatch, MemoryError("9 GB"))
-    assert f"delete {own} and {spec.artifact.parent / 'cache' / 'micro-batch-*.json'}" in status["error"]
 
 
 def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

@@ -21,19 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all others. They are control tokens, which only a chat template can write: in the text of a row they are "
         "ordinary text, as are all control tokens. With --in-text they are tokens in the text of rows and answers too."
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a model, written as in model.source: bundled:NAME, path:FOLDER or hub:ORG/NAME"
-    )
-    parser.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
-    parser.add_argument(
-        "--in-text", action="store_true", help="add tokens that the text of rows contains (default: control tokens)"
-    )
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model, written as in model.source: bundled:NAME, path:FOLDER or hub:ORG/NAME")
+    add("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
+    add("--in-text", action="store_true", help="add tokens that the text of rows contains (default: control tokens)")
+    add("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the model; returns the exit code."""
-
     return add_tokens(console, arguments.model, arguments.tokens, to=arguments.to, in_text=arguments.in_text)
 
 
@@ -57,17 +53,8 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str,
     model = model_sources.resolve(source, where="MODEL")
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
-    argv = [
-        sys.executable,
-        "-m",
-        "alignment.commands.add_tokens.worker",
-        str(model.folder),
-        "--to",
-        str(target),
-        *(["--in-text"] if in_text else []),
-        "--",
-        *tokens,
-    ]
+    argv = [sys.executable, "-m", "alignment.commands.add_tokens.worker", str(model.folder), "--to", str(target)]
+    argv += [*(["--in-text"] if in_text else []), "--", *tokens]
     code = write_folder(argv, target, verb="add-tokens")
     if code == 0:
         advice = [ADVICE.format(target), *([] if in_text else [OF_CONTROL])]

@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.config.model import NEW_TOKENS
 from alignment.core.artifacts import readable, write_json
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, ConfigError, ModelError
+from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import explained, parse_json, partial_folder
 from alignment.core.model_files import refuse_weights_elsewhere
-from alignment.core.terminal import complain, make_unfailing
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.add_tokens.worker", description=__doc__)
@@ -38,14 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-text", action="store_true")
     parser.add_argument("tokens", nargs="+")
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with explained(options.to.parent):
-            print(add_tokens(options.folder, options.to, options.tokens, in_text=options.in_text))
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    silence_libraries()
+    with explained(options.to.parent):
+        print(add_tokens(options.folder, options.to, options.tokens, in_text=options.in_text))
     return 0
 
 
@@ -124,5 +118,4 @@ def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import parts_of
+from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.launch import SamplingConfig
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.config.model import Dtype
 from alignment.core.errors import DataError
 from alignment.core.model_files import positions_in
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -33,20 +34,6 @@ MOST_TOKENS = 4096
 """Of a conversation behind vLLM, which must have room for the keys and values of all of them."""
 
 
-class Answerer(Protocol):
-    """Answers one prompt at a time."""
-
-    @property
-    def positions(self) -> int:
-        """The number of tokens that it can read and write."""
-
-    def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
-        """Calls ``on_token`` with each token as it is generated. ``seed`` determines the draws above temperature 0."""
-
-    def close(self) -> None:
-        """Ends what it started."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnAnswerer:
     """Generates with a loaded model."""
@@ -55,18 +42,23 @@ class OwnAnswerer:
 
     @property
     def positions(self) -> int:
-        """The model's."""
+        """The number of tokens that it can read and write."""
         return positions_of(unwrapped(self.model).base_model)
 
     def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
-        """Generates in a batch of one."""
+        """Calls ``on_token`` with each token as it is generated; ``seed`` determines the draws above temperature 0."""
+        sampling = None
+        if generation.temperature != 0:
+            rng = torch.Generator().manual_seed(seed)
+            uniforms = torch.rand(1, generation.max_new_tokens, dtype=torch.float64, generator=rng)
+            sampling = Sampling(temperature=generation.temperature, uniforms=uniforms)
         generate(
             self.model,
             [prompt],
             max_new_tokens=generation.max_new_tokens,
             end_ids=generation.end_ids,
             batch_size=1,
-            sampling=_sampling(generation, seed),
+            sampling=sampling,
             on_token=lambda _, token: on_token(token),
         )
 
@@ -87,43 +79,18 @@ class ServedAnswerer:
         self.session.stream(self.weights, Asked(prompt=prompt, answers=1, seed=seed), generation, on_token)
 
     def close(self) -> None:
-        """Ends the server."""
+        """Ends what it started."""
         self.session.close()
 
 
-def own_answerer(policy: Lineage, dtype: Dtype) -> OwnAnswerer:
-    """Loads the policy as an evaluation does.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    model = load_policy(policy, DTYPES[dtype]).to(own_device())
-    use_flat_attention(model)
-    return OwnAnswerer(model=model)
-
-
-def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> ServedAnswerer:
-    """Starts a server for the policy, which ends with this process.
-
-    Raises:
-        ConfigError: there is no environment with vLLM.
-        ModelError: vLLM does not take the policy.
-        StageError: the server cannot be started.
-    """
+def _served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> ServedAnswerer:
+    """Starts a server for the policy, which ends with this process."""
     interpreter(config.python, package="vllm", where="--engine-python")
     session = EngineSession(config, where="--engine")
     needed = served_weights(policy, highest_rank=RANKS[-1])
     positions = min(MOST_TOKENS, positions_in(needed.below.base) or _positions_by_default(needed.below.base))
-    model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
-    session.start(
-        VllmOptions(
-            model=model,
-            dtype=dtype.value,
-            max_length=positions,
-            rank=needed.rank,
-            on_gpu=own_device().type == "cuda",
-        )
-    )
+    model, on_gpu = write_merged(needed.below, DTYPES[dtype], session.folder / "base"), own_device().type == "cuda"
+    session.start(VllmOptions(model=model, dtype=dtype.value, max_length=positions, rank=needed.rank, on_gpu=on_gpu))
     weights = Weights() if needed.adapter is None else Weights(name="policy", folder=needed.adapter)
     session.use(weights)
     return ServedAnswerer(session=session, weights=weights, positions=positions)
@@ -133,14 +100,6 @@ def _positions_by_default(model: Path) -> int:
     """Those of a configuration that leaves them to its class."""
     config = AutoConfig.from_pretrained(str(model)).get_text_config()
     return getattr(config, "max_position_embeddings", None) or MOST_TOKENS
-
-
-def _sampling(generation: Generation, seed: int) -> Sampling | None:
-    if generation.temperature == 0:
-        return None
-    rng = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(1, generation.max_new_tokens, dtype=torch.float64, generator=rng)
-    return Sampling(temperature=generation.temperature, uniforms=uniforms)
 
 
 HALF_A_CHARACTER = "\ufffd"
@@ -165,18 +124,15 @@ class ChatSession:
     """A policy called ``name``, what answers for it, and its conversation so far."""
 
     name: str
-    answerer: Answerer
+    answerer: OwnAnswerer | ServedAnswerer
     tokenizer: Any
     options: GenerationOptions
     history: list[Message] = field(default_factory=list)
     answers: int = 0
 
     def __post_init__(self) -> None:
-        """Renders a first prompt, so that an unusable template is refused at once.
-
-        Raises:
-            DataError: there is no chat template, or it refuses the given system message.
-        """
+        """Renders a first prompt, so that an unusable template is refused at once. Raises DataError: there is no chat
+        template, or it refuses the given system message."""
         self.ends = end_ids(self.tokenizer)
         self._rendered([Message(role="user", content="Hi.")])
 
@@ -185,14 +141,9 @@ class ChatSession:
         self.history.clear()
 
     def answer(self, words: str, *, on_text: Callable[[str], None], note: Callable[[str], None]) -> None:
-        """Answers the user's ``words``: ``on_text`` receives the text as it is generated.
-
-        A KeyboardInterrupt ends the answer early. ``note`` receives a message if turns were dropped because the
-        conversation became too long for the model.
-
-        Raises:
-            DataError: the template refuses these words, or they alone are too long; the history does not change then.
-        """
+        """Answers the user's ``words``: ``on_text`` receives the text as it is generated; a KeyboardInterrupt ends it.
+        ``note`` receives a message if turns were dropped because the conversation became too long for the model. Raises
+        DataError: the template refuses these words, or they alone are too long; the history does not change then."""
         asked = Message(role="user", content=words)
         prompt = self._fitting(asked, note)
         room = self.answerer.positions - len(prompt)
@@ -221,10 +172,8 @@ class ChatSession:
             left, dropped = left[2:], dropped + 1
             prompt = self._rendered([*left, asked])
         if len(prompt) >= positions:
-            raise DataError(
-                f"that makes {len(prompt)} tokens, but {self.name} has room for {positions}, including its answer",
-                remedy="write less",
-            )
+            message = f"that makes {len(prompt)} tokens, but {self.name} has room for {positions}, including its answer"
+            raise DataError(message, remedy="write less")
         if dropped:
             self.history = left
             turns = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
@@ -246,7 +195,6 @@ class _Text:
         self._ids: list[int] = []
 
     def add(self, token: int) -> None:
-        """Adds a token."""
         self._ids.append(token)
         self._emit(self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip().rstrip(HALF_A_CHARACTER))
 
@@ -262,29 +210,19 @@ class _Text:
 
 
 def load_session(
-    name: str,
-    artifact: Path | None,
-    base: Path | None,
-    dtype: Dtype,
-    *,
-    options: GenerationOptions,
-    template: TemplateChoice,
-    engine: SamplingConfig | None,
+    policy: StoredPolicy, *, options: GenerationOptions, engine: SamplingConfig | None = None
 ) -> ChatSession:
-    """A session with a stage's result on its base (None if it contains its own), or with the bare ``base``.
-
-    With ``engine`` a vLLM server answers.
+    """A session with a policy; with ``engine`` a vLLM server answers.
 
     Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: a model cannot be loaded.
-        DataError: see ``ChatSession``.
-        ConfigError: there is no environment with vLLM.
-        StageError: the server cannot be started.
-    """
-    lineage, tokenizer = parts_of(artifact, base, template)
+        ArtifactError, ModelError, DataError: as ``parts_of`` and ``ChatSession``, or a model cannot be loaded.
+        ConfigError, StageError: there is no environment with vLLM, or the server cannot be started."""
+    lineage, tokenizer = parts_of(*policy.sources)
+    dtype = Dtype(policy.dtype)
     if engine is None:
-        answerer: Answerer = own_answerer(lineage, dtype)
+        model = load_policy(lineage, DTYPES[dtype]).to(own_device())
+        use_flat_attention(model)
+        answerer: OwnAnswerer | ServedAnswerer = OwnAnswerer(model=model)
     else:
-        answerer = served_answerer(lineage, dtype, engine)
-    return ChatSession(name=name, answerer=answerer, tokenizer=tokenizer, options=options)
+        answerer = _served_answerer(lineage, dtype, engine)
+    return ChatSession(name=policy.name, answerer=answerer, tokenizer=tokenizer, options=options)

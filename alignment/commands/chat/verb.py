@@ -30,27 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "/exit or Ctrl-D ends the program."
     )
     add_policies(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="the text of the system message")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 always takes the most likely token (default: 0)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--system", default="", metavar="TEXT", help="the text of the system message")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the most likely token (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)")
+    add(
         "--engine",
         choices=("own", "vllm"),
         default="own",
         help="what generates the answers: this program (default) or vLLM",
     )
-    parser.add_argument(
+    add(
         "--engine-python",
         metavar="PATH",
         help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
@@ -60,16 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
-    """Talks until the user ends it; returns the exit code.
-
-    Raises:
-        ConfigError: an option has no effect, or the arms cannot talk.
-    """
-
+    """Talks until the user ends it; returns the exit code. Raises ConfigError: an option has no effect, or the arms
+    cannot talk."""
     if arguments.engine != "vllm" and arguments.engine_python is not None:
-        raise ConfigError(
-            "only vLLM has this option", where="--engine-python", remedy="leave it out, or use --engine vllm"
-        )
+        remedy = "leave it out, or use --engine vllm"
+        raise ConfigError("only vLLM has this option", where="--engine-python", remedy=remedy)
     output, (result,) = runs_of(arguments, arguments.result)
     return chat(
         console,
@@ -100,17 +86,12 @@ def chat(
     ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
 
     Raises:
-        ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
-            an option is invalid.
-        ArtifactError: a stage has no result yet.
-        ModelError: a base is missing on this machine, or a chat template did not end.
-        StageError: the process was killed.
-    """
+        ConfigError: an option is invalid, there are more than two arms, or as ``PolicyFinder.policies``.
+        ModelError, StageError: the process was killed, as in ``run_worker``."""
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
-        raise ConfigError(
-            f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy="name one or two"
-        )
+        remedy = "name one or two"
+        raise ConfigError(f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy=remedy)
     policies = PolicyFinder(console, result, output).policies(arms)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chat.json"
@@ -126,13 +107,9 @@ def chat(
 
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
-    if options["max_new_tokens"] < 1:
-        raise ConfigError(
-            f"{options['max_new_tokens']} is not a valid length", where="--max-new-tokens", remedy="give 1 or more"
-        )
-    if not 0 <= options["temperature"] < float("inf"):
-        raise ConfigError(
-            f"{options['temperature']} is not a valid temperature",
-            where="--temperature",
-            remedy="give 0 (greedy) or more",
-        )
+    length, temperature = options["max_new_tokens"], options["temperature"]
+    if length < 1:
+        raise ConfigError(f"{length} is not a valid length", where="--max-new-tokens", remedy="give 1 or more")
+    if not 0 <= temperature < float("inf"):
+        message = f"{temperature} is not a valid temperature"
+        raise ConfigError(message, where="--temperature", remedy="give 0 (greedy) or more")

@@ -11,22 +11,19 @@ import json
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
+from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.config.launch import SamplingConfig
-from alignment.config.model import Dtype, TemplateChoice
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, DataError, StageError
-from alignment.core.terminal import Terminal, Unfailing, complain, make_unfailing, visible
+from alignment.core.errors import DataError, StageError
+from alignment.core.terminal import Terminal, Unfailing, visible
 
 INTERRUPTED = 130
 WIDE = 100
@@ -35,49 +32,29 @@ WIDE = 100
 HELP = "/reset starts again, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the driver ignores it, which is inherited
     (file,) = sys.argv[1:] if arguments is None else arguments
     chat = json.loads(Path(file).read_text(encoding="utf-8"))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
+    silence_libraries()
     screen = Screen()
     try:
         engine = SamplingConfig(**chat["engine"]) if chat["engine"] else None
         options = GenerationOptions(**chat["options"])
-        sessions = [_load(session, options, screen, engine) for session in chat["sessions"]]
+        sessions = []
+        for policy in (StoredPolicy(**session) for session in chat["sessions"]):
+            screen.note(f"{policy.name}: {policy.described} …")
+            sessions.append(load_session(policy, options=options, engine=engine))
         with ExitStack() as open_sessions:
             for session in sessions:
                 open_sessions.callback(session.answerer.close)
             screen.note(HELP)
             converse(sessions, screen)
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
-
-
-def _load(
-    settings: dict[str, Any],
-    options: GenerationOptions,
-    screen: Screen,
-    engine: SamplingConfig | None,
-) -> ChatSession:
-    screen.note(f"{settings['name']}: {settings['described']} …")
-    artifact, base = (Path(settings[key] or "") if settings[key] else None for key in ("artifact", "base"))
-    return load_session(
-        str(settings["name"]),
-        artifact,
-        base,
-        Dtype(settings["dtype"]),
-        options=options,
-        template=TemplateChoice(source=settings["chat_template"], options=settings["template_options"]),
-        engine=engine,
-    )
 
 
 def converse(sessions: Sequence[ChatSession], screen: Screen) -> None:
@@ -95,18 +72,19 @@ def converse(sessions: Sequence[ChatSession], screen: Screen) -> None:
 
 
 def _answer_all(sessions: Sequence[ChatSession], words: str, screen: Screen) -> None:
+    """Answers side by side if there is room, else below each other as they come."""
     beside = len(sessions) > 1 and screen.is_wide
-    answers = [CollectedAnswer(session.name) for session in sessions]
-    for session, answer in zip(sessions, answers, strict=True):
+    answers: list[tuple[str, list[str]]] = [(session.name, []) for session in sessions]
+    for session, (name, pieces) in zip(sessions, answers, strict=True):
         if beside:
-            screen.note(f"{session.name} is thinking …")
-            _answer(session, words, answer.add, screen)
+            screen.note(f"{name} is thinking …")
+            _answer(session, words, pieces.append, screen)
         else:
-            screen.write(f"{session.name}: ")
+            screen.write(f"{name}: ")
             _answer(session, words, screen.write, screen)
             screen.write("\n")
     if beside:
-        screen.columns(answers)
+        screen.columns([(name, "".join(pieces)) for name, pieces in answers])
 
 
 def _answer(session: ChatSession, words: str, on_text: Callable[[str], None], screen: Screen) -> None:
@@ -117,18 +95,6 @@ def _answer(session: ChatSession, words: str, on_text: Callable[[str], None], sc
         on_text(f"[{error}]")
     except KeyboardInterrupt:
         on_text(" [stopped]")
-
-
-class CollectedAnswer:
-    """An answer that is printed once it is complete."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.text = ""
-
-    def add(self, text: str) -> None:
-        """Appends text."""
-        self.text += text
 
 
 class Screen:
@@ -177,15 +143,14 @@ class Screen:
         sys.stdout.write(visible(text))
         sys.stdout.flush()
 
-    def columns(self, answers: Sequence[CollectedAnswer]) -> None:
-        """Prints answers side by side."""
+    def columns(self, answers: Sequence[tuple[str, str]]) -> None:
+        """Prints answers side by side, each below its name."""
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
-        for answer in answers:
-            table.add_column(visible(answer.name), ratio=1, overflow="fold")
-        table.add_row(*(Text(visible(answer.text.strip())) for answer in answers))
+        for name, _ in answers:
+            table.add_column(visible(name), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(text.strip())) for _, text in answers))
         self._console.print(table)
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

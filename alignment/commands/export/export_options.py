@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from alignment.core.errors import ConfigError
 
@@ -29,29 +29,13 @@ class ExportOptions:
     llama_python: str | None = None
     has_modelfile: bool = True
 
-    def refuse_unused(self) -> None:
-        """An option that the form does not use is a mistake.
-
-        Raises:
-            ConfigError: an option of one form stands beside another.
-        """
-        of_gguf = {"--dtype": self.dtype, "--llama-python": self.llama_python, "--no-modelfile": not self.has_modelfile}
-        given = {name: (GGUF, value) for name, value in of_gguf.items()} | {
-            "--engine-python": (VLLM, self.engine_python)
-        }
-        for name, (form, value) in given.items():
-            if value and self.form != form:
-                raise ConfigError(
-                    f"is an option of --as {form}", where=name, remedy=f"leave it out, or add --as {form}"
-                )
-
     @property
     def as_arguments(self) -> list[str]:
         """The same options on a command line."""
         arguments = ["--as", self.form, "--max-gap", str(self.max_gap)]
-        arguments += [] if self.dtype is None else ["--dtype", self.dtype]
-        arguments += [] if self.engine_python is None else ["--engine-python", self.engine_python]
-        arguments += [] if self.llama_python is None else ["--llama-python", self.llama_python]
+        for name in ("dtype", "engine_python", "llama_python"):
+            if (value := getattr(self, name)) is not None:
+                arguments += [f"--{name.replace('_', '-')}", value]
         return arguments if self.has_modelfile else [*arguments, "--no-modelfile"]
 
 
@@ -95,18 +79,16 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(arguments: argparse.Namespace) -> ExportOptions:
-    """The options that were given.
-
-    Raises:
-        ConfigError: see ``ExportOptions.refuse_unused``.
-    """
-    options = ExportOptions(
-        form=arguments.form,
-        max_gap=arguments.max_gap,
-        engine_python=arguments.engine_python,
-        dtype=arguments.dtype,
-        llama_python=arguments.llama_python,
-        has_modelfile=arguments.has_modelfile,
-    )
-    options.refuse_unused()
+    """The options that were given. Raises ConfigError: an option of one form stands beside another."""
+    options = ExportOptions(**{field.name: getattr(arguments, field.name) for field in fields(ExportOptions)})
+    of_gguf = {
+        "--dtype": options.dtype,
+        "--llama-python": options.llama_python,
+        "--no-modelfile": not options.has_modelfile,
+    }
+    for form, given in ((GGUF, of_gguf), (VLLM, {"--engine-python": options.engine_python})):
+        for name, value in given.items():
+            if value and options.form != form:
+                remedy = f"leave it out, or add --as {form}"
+                raise ConfigError(f"is an option of --as {form}", where=name, remedy=remedy)
     return options

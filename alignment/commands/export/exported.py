@@ -18,13 +18,7 @@ from alignment.data.tokens.rendering import turn_end_token
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.adapters import is_prefix, put_back
-from alignment.models.assembly.load import (
-    DTYPES,
-    Lineage,
-    load_policy,
-    products_in,
-    saved_adapters,
-)
+from alignment.models.assembly.load import DTYPES, Lineage, load_policy, products_in, saved_adapters
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import capped, logit_cap
@@ -43,7 +37,6 @@ TEXTS = (
     "The meeting was moved from Tuesday to Thursday because two people were ill, and nobody told the third.",
 )
 """Texts of the rows on which a written model must give the outputs of the one in memory."""
-
 
 RELOADED = 1e-4
 """Maximum difference of log-probabilities after a reload: equal weights, but computed by other code."""
@@ -99,17 +92,11 @@ def stream_logprobs(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor
 
 
 def refuse_differences(actual: Tensor, expected: Tensor, folder: Path) -> None:
-    """Outputs after a reload must be those from before.
-
-    Raises:
-        ModelError: they differ by more than ``RELOADED``.
-    """
+    """Outputs after a reload must be those from before. Raises ModelError: they differ by more than ``RELOADED``."""
     worst = float((actual - expected).abs().max())
     if worst > RELOADED:
-        raise ModelError(
-            f"the outputs of the written model differ by {worst:.3g} from the expected ones; nothing was exported",
-            where=str(folder),
-        )
+        message = f"the outputs of the written model differ by {worst:.3g} from the expected ones; nothing was exported"
+        raise ModelError(message, where=str(folder))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,11 +121,7 @@ class ExportedResult:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens that end an answer here.
-
-        Raises:
-            DataError: the chat template never ends a turn.
-        """
+        """The tokens that end an answer here. Raises DataError: the chat template never ends a turn."""
         return sorted(end_ids(self.tokenizer)) if self.tokenizer.chat_template else self.text_ends
 
     @property
@@ -165,10 +148,7 @@ def merged_policy(
     result: ExportedResult, dtype: torch.dtype, *, max_gap: float
 ) -> tuple[PreTrainedModel, torch.Tensor, list[str]]:
     """The policy with its adapters merged into weights of ``dtype``, its log-probabilities, and a note on merging.
-
-    Raises:
-        ModelError: an adapter is a prefix, or merging changed more than ``max_gap``.
-    """
+    Raises ModelError: an adapter is a prefix, or merging changed more than ``max_gap``."""
     refuse_prefix(result.lineage)
     merged = load_policy(result.lineage, dtype)
     expected = logprobs(merged, result.rows)
@@ -181,11 +161,9 @@ def merged_policy(
         "token"
     )
     if gap.mean_kl > max_gap:
-        raise ModelError(
-            f"{note}; --max-gap allows {max_gap:g}",
-            where=str(result.lineage.adapters[-1].path),
-            remedy="export it as an adapter, or allow more with --max-gap",
-        )
+        message = f"{note}; --max-gap allows {max_gap:g}"
+        remedy = "export it as an adapter, or allow more with --max-gap"
+        raise ModelError(message, where=str(result.lineage.adapters[-1].path), remedy=remedy)
     return merged, expected, [f"{note} (--max-gap allows {max_gap:g})"]
 
 
@@ -200,10 +178,7 @@ def _logprobs_as_trained(result: ExportedResult) -> torch.Tensor:
 
 
 def refuse_prefix(lineage: Lineage) -> None:
-    """A prefix is keys and values in front of a text, which no weight can hold.
-
-    Raises:
-        ModelError: an adapter is a prefix.
-    """
+    """A prefix is keys and values in front of a text, which no weight can hold. Raises ModelError: an adapter is a
+    prefix."""
     if any(is_prefix(adapter.path) for adapter in lineage.adapters):
         raise ModelError("a prefix cannot be merged into weights", remedy="export it as an adapter (--as adapter)")

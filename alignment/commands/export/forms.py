@@ -12,24 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from alignment.commands.export import exported
 from alignment.commands.export.export_options import GGUF_TYPES, ExportOptions
-from alignment.commands.export.exported import (
-    ExportedResult,
-    logprobs,
-    logprobs_of_answers,
-    merged_policy,
-    refuse_differences,
-    refuse_prefix,
-    stream_logprobs,
-)
-from alignment.commands.export.gguf_form.gguf_file import (
-    architecture_of,
-    file_metadata,
-    gap_of_file,
-    model_metadata,
-    refuse_other_metadata,
-    write_file,
-)
+from alignment.commands.export.exported import ExportedResult, logprobs, refuse_differences
+from alignment.commands.export.gguf_form import gguf_file
+from alignment.commands.export.gguf_form.gguf_file import write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import check_by_llama
 from alignment.commands.export.gguf_form.modelfile import modelfile
 from alignment.commands.export.gguf_form.vocabulary import vocabulary
@@ -50,36 +37,36 @@ from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import scales_logits
 
+_AS_MODEL = "export it as a model"
+
 
 def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     """Copies the adapter's folder as PEFT wrote it; it must be the only difference between the base and the policy.
-
-    ``generation_config.json`` is that of the policy, as in the other forms.
-
-    Raises:
-        ModelError: the result is not one adapter on a public base, or it gives other outputs when PEFT loads it.
-    """
+    ``generation_config.json`` is that of the policy, as in the other forms. Raises ModelError: the result is not one
+    adapter on a public base, or it gives other outputs when PEFT loads it."""
     lineage = result.lineage
     if result.manifest.kind == REWARD_MODEL:
-        raise ModelError(
-            "an adapter cannot hold the head of a reward model and its offset", remedy="export it as a model"
-        )
+        raise ModelError("an adapter cannot hold the head of a reward model and its offset", remedy=_AS_MODEL)
     if len(lineage.adapters) != 1 or lineage.source == "self":
         stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
-        raise ModelError(
-            f"it is not a single adapter on a public base, but {stack} on {lineage.source}",
-            remedy="export it as a model",
-        )
+        message = f"it is not a single adapter on a public base, but {stack} on {lineage.source}"
+        raise ModelError(message, remedy=_AS_MODEL)
     shutil.copytree(lineage.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = _base_for_peft(result)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     # PEFT does not read it; the card's lines do, because the base ends answers and samples in its own way.
-    generation_settings(_stops(result), result.tokenizer.pad_token_id).save_pretrained(str(folder))
+    try:
+        stops = result.stops
+    except DataError:  # the template ends no turn where none was learned, as in continued pretraining
+        stops = result.text_ends
+    generation_settings(stops, result.tokenizer.pad_token_id).save_pretrained(str(folder))
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     policy = original.get_base_model()
     # The flat forward, which supports a prefix, leaves out what a model does to its logits.
-    expected = logprobs(original, result.rows) if scales_logits(policy) else stream_logprobs(policy, result.rows)
+    expected = (
+        logprobs(original, result.rows) if scales_logits(policy) else exported.stream_logprobs(policy, result.rows)
+    )
     again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
     notes = [
@@ -93,14 +80,6 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     return notes
 
 
-def _stops(result: ExportedResult) -> list[int]:
-    """The tokens that end an answer; the template ends no turn where none was learned, as in continued pretraining."""
-    try:
-        return result.stops
-    except DataError:
-        return result.text_ends
-
-
 def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
     """The base's name on the hub and its commit, or its folder; the revision in the recipe may be a branch."""
     source, content = result.lineage.source, result.manifest.base["content"]
@@ -111,13 +90,10 @@ def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
 
 
 def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> list[str]:
-    """Writes a causal language model with the adapters merged; returns notes about it.
-
-    Raises:
-        ModelError: see ``merged_policy``; or it gives other outputs when it is loaded.
-    """
+    """Writes a causal language model with the adapters merged; returns notes about it. Raises ModelError: see
+    ``exported.merged_policy``; or it gives other outputs when it is loaded."""
     dtype = DTYPES[result.dtype]
-    merged, expected, notes = merged_policy(result, dtype, max_gap=max_gap)
+    merged, expected, notes = exported.merged_policy(result, dtype, max_gap=max_gap)
     merged.config.use_cache = True
     # So that `generate` stops where it stopped here, and the base's own settings change no answer.
     merged.generation_config = generation_settings(result.stops, result.tokenizer.pad_token_id)
@@ -135,7 +111,7 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     Raises:
         ModelError: an adapter is a prefix, or the classifier gives other scores when it is loaded.
     """
-    refuse_prefix(result.lineage)
+    exported.refuse_prefix(result.lineage)
     dtype = DTYPES[result.dtype]
     model = load_scalar(result.lineage, dtype)
     load_scalar_head(model, result.artifact / HEAD)
@@ -147,12 +123,17 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     exact = _scores_at_ends(model, rows)
     model.score.to(dtype)
     expected = _scores_at_ends(model, rows)
+    change = float((expected - exact).abs().max())
+    rounded = (
+        f"loaded in {result.dtype.value}, its head and scores are rounded, which changed scores by at most "
+        f'{change:.2g} on the test texts; loaded with dtype="float32", they are not'
+    )
     again = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     refuse_differences(_scores(again, rows), expected, folder)
     return [
         f"its scores are the scores in training plus {float(model.score_offset):.4f}, the offset that makes chosen "
         "answers score 0",
-        *_rounding(result.dtype, float((expected - exact).abs().max())),
+        *([] if result.dtype is Dtype.float32 else [rounded]),
         padding,
         "loaded by transformers, it gives the same scores at the end of the test texts as before it was saved",
     ]
@@ -175,15 +156,6 @@ def _set_padding(model: PreTrainedModel, result: ExportedResult) -> str:
     if tokenizer.pad_token == before:
         return f"its padding token is {before}"
     return f"its padding token is {tokenizer.pad_token}, because {before} ends turns, and padding would hide their ends"
-
-
-def _rounding(dtype: Dtype, change: float) -> list[str]:
-    if dtype is Dtype.float32:
-        return []
-    return [
-        f"loaded in {dtype.value}, its head and scores are rounded, which changed scores by at most {change:.2g} on "
-        'the test texts; loaded with dtype="float32", they are not'
-    ]
 
 
 @torch.no_grad()
@@ -209,10 +181,8 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     """Writes a causal language model as ``--as model`` does, and has a vLLM server answer with it.
 
     Raises:
-        ConfigError: there is no environment with vLLM.
-        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities.
-        StageError: vLLM does not load it.
-    """
+        ConfigError, StageError: there is no environment with vLLM, or vLLM does not load it.
+        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities."""
     if result.manifest.kind == REWARD_MODEL:
         raise ModelError("vLLM generates answers, and a reward model gives none", remedy="export it as a model")
     interpreter(options.engine_python, package="vllm", where="--engine-python")
@@ -220,7 +190,7 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
     of_vllm = _vllm_answers(result, folder, generation, options)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
-    under = logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
+    under = exported.logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
     differences = [
@@ -230,11 +200,9 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     ]
     gap = sum(differences) / len(differences)
     if gap > OTHER_WEIGHTS:
-        raise ModelError(
-            f"vLLM's log-probabilities differ from ours by {gap:.2f} nats per token; nothing was exported",
-            where=str(folder),
-            remedy="this version of vLLM computes the model differently; use --as model or --as gguf",
-        )
+        message = f"vLLM's log-probabilities differ from ours by {gap:.2f} nats per token; nothing was exported"
+        remedy = "this version of vLLM computes the model differently; use --as model or --as gguf"
+        raise ModelError(message, where=str(folder), remedy=remedy)
     equal = sum(answer.ids == own for answer, own in zip(of_vllm, ours, strict=True))
     return [
         *notes,
@@ -271,22 +239,19 @@ def _vllm_answers(
 
 
 def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
-    """Writes the file, and the Modelfile unless it is not wanted; returns notes about them.
-
-    Adapters are merged in float32, so that a weight is rounded once, to the file's type.
+    """Writes the file, and the Modelfile unless it is not wanted; returns notes about them. Adapters are merged in
+    float32, so that a weight is rounded once, to the file's type.
 
     Raises:
         ModelError: the result cannot be a GGUF file, merging or the type changed more than ``options.max_gap``, or the
-            file is read otherwise by transformers or llama.cpp.
-    """
+            file is read otherwise by transformers or llama.cpp."""
     if result.manifest.kind == REWARD_MODEL:
-        raise ModelError(
-            "a GGUF file has no field for the head of a reward model and its offset", remedy="export it as a model"
-        )
+        remedy = "export it as a model"
+        raise ModelError("a GGUF file has no field for the head of a reward model and its offset", remedy=remedy)
     dtype = options.dtype or GGUF_TYPES[0]
     file = folder / f"model-{dtype}.gguf"
-    architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged
-    merged, expected, notes = merged_policy(result, torch.float32, max_gap=options.max_gap)
+    gguf_file.architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged
+    merged, expected, notes = exported.merged_policy(result, torch.float32, max_gap=options.max_gap)
     words = vocabulary(result.tokenizer, merged.config.vocab_size, result.stops)
     notes += words.notes
     folder.mkdir()
@@ -301,11 +266,16 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         notes += about
     name = f"{result.manifest.stage}-{result.manifest.fingerprint[:8]}"
-    metadata = {**model_metadata(merged.config), "general.name": name, **file_metadata(dtype), **words.metadata}
+    metadata = {
+        **gguf_file.model_metadata(merged.config),
+        "general.name": name,
+        **gguf_file.file_metadata(dtype),
+        **words.metadata,
+    }
     notes += write_file(file, merged, metadata, dtype)
     del merged  # reading back needs the memory
-    refuse_other_metadata(file, metadata)
-    gap = gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
+    gguf_file.refuse_other_metadata(file, metadata)
+    gap = gguf_file.gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
     notes.append(
         f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token on the test texts, read by transformers in float32; the "
         f"largest change of a log-probability is {gap.largest:.3g}"

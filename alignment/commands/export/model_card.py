@@ -19,7 +19,6 @@ from alignment.commands.export.provenance import (
 )
 from alignment.core.artifacts import FROM_OUTSIDE, POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
-from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 from alignment.stages.base import ResultTable
 
@@ -29,16 +28,12 @@ _CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceCla
 def usage_lines(manifest: Manifest, form: str, files: Sequence[str], turn_end: str | None) -> list[str]:
     """Markdown with commands or Python; ``turn_end`` is the token that ends a turn, None without a chat template."""
     if form == GGUF:
-        return ["```console", *_programs(manifest, files), "```"]
+        (file,) = (name for name in files if name.endswith(".gguf"))
+        ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
+        ollama = ollama if "Modelfile" in files else []
+        return ["```console", *ollama, f"$ llama-server --model {file} --jinja", "```"]
     served = ["```bash", "vllm serve .  # in this folder", "```", ""] if form == VLLM else []
     return [*served, "```python", *_python(manifest, form, turn_end), "```"]
-
-
-def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:
-    """Commands for a folder with a GGUF file."""
-    (file,) = (name for name in files if name.endswith(".gguf"))
-    ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
-    return [*(ollama if "Modelfile" in files else []), f"$ llama-server --model {file} --jinja"]
 
 
 def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
@@ -134,9 +129,6 @@ def model_card(
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-# ---- what it is -----------------------------------------------------------------------------------------------------
-
-
 def _header(manifest: Manifest, origin: Provenance, form: str) -> list[str]:
     scheme, _, rest = str(manifest.base["source"]).partition(":")
     hubs = [
@@ -159,9 +151,11 @@ def _header(manifest: Manifest, origin: Provenance, form: str) -> list[str]:
 def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     kind = "reward model" if manifest.kind == REWARD_MODEL else "policy"
     own = manifest.base["source"] == "self"
-    base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
+    source = value_without_folders(str(manifest.base["source"]))
+    base = "All weights were trained." if own else f"Its base is `{source}`."
     stage = f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline."
-    made = "An adapter that PEFT saved, which alignment-pipeline did not train." if _is_outside(manifest) else stage
+    is_outside = manifest.identity["kind"] == FROM_OUTSIDE
+    made = "An adapter that PEFT saved, which alignment-pipeline did not train." if is_outside else stage
     scaled = f"The recipe was run under the profile `{origin.profile}`, which changes its settings."
     if origin.profile == "smoke":
         scaled = "It comes from a smoke run (`profile=smoke`), which shows only that the recipe runs; do not use it."
@@ -175,30 +169,18 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     ]
 
 
-def _is_outside(manifest: Manifest) -> bool:
-    return str(manifest.identity["kind"]) == FROM_OUTSIDE
-
-
 def _published(note: str) -> str:
     """A note without folders of the machine; behind its last colon may be a path with spaces."""
     words, colon, value = note.rpartition(": ")
     return f"{without_folders(words)}{colon}{value_without_folders(value)}"
 
 
-def _source(manifest: Manifest) -> str:
-    return value_without_folders(str(manifest.base["source"]))
-
-
 def _licence(manifest: Manifest) -> str:
-    """The licence is known only for a bundled base."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
     if scheme == "bundled" and name in bundled_model.MODELS:
         base = bundled_model.MODELS[name].licence
         return f"{base} (the base). The licences of the training data apply too; they are not recorded here."
     return "the licences of the base and of the training data apply; they are not recorded here."
-
-
-# ---- what was measured ----------------------------------------------------------------------------------------------
 
 
 def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
@@ -215,8 +197,7 @@ def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
 
 
 def _tabled(result: Tabled) -> Iterator[str]:
-    """The columns about this policy in each table that has them."""
-    for table in result.tables:
+    for table in result.record:
         columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
         if result.arm not in columns:
             continue
@@ -227,7 +208,6 @@ def _tabled(result: Tabled) -> Iterator[str]:
 
 
 def _table(table: ResultTable, columns: list[str], headings: list[str], introduction: str) -> Iterator[str]:
-    """These columns of a table, below a sentence."""
     at = [list(table.columns).index(key) for key in columns]
     yield from (introduction, "", f"| {' | '.join(('', *headings))} |", f"|{'---|' * (len(columns) + 1)}")
     for label, cells in table.rows:
@@ -238,39 +218,41 @@ def _table(table: ResultTable, columns: list[str], headings: list[str], introduc
 def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
         return ["No evaluation of it is recorded."]
-    evaluation = judged.evaluation
-    lines = [f"As an arm of an evaluation{_prompts(evaluation)} (`{judged.manifest.fingerprint[:8]}`):", ""]
+    evaluation = judged.record
+    compared = [pair for pair in evaluation.comparisons if judged.arm.name in (pair.arm, pair.against)]
+    prompts = "" if evaluation.num_prompts is None else f" on {evaluation.num_prompts} held-out prompts"
+    if prompts and evaluation.num_compared != evaluation.num_prompts:  # fewer have a grade by the primary metric
+        prompts += f", {evaluation.num_compared} of them graded in every arm"
+    lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| metric | mean | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _values(judged)]
-    return [*lines, "", *(_in_words(comparison, evaluation) for comparison in judged.comparisons)]
-
-
-def _prompts(evaluation: Evaluation) -> str:
-    """``on 200 held-out prompts``; fewer have a grade by a primary metric that grades. Empty where it is not known."""
-    if evaluation.num_prompts is None:
-        return ""
-    some = evaluation.num_compared != evaluation.num_prompts
-    graded = f", {evaluation.num_compared} of them graded in every arm" if some else ""
-    return f" on {evaluation.num_prompts} held-out prompts{graded}"
+    for name, value in _values(judged):
+        bounds = "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
+        lines.append(f"| {name} | {value.mean:.4g} | {bounds} |")
+    lines.append("")
+    for pair in compared:
+        interval = f"{pair.difference:+.3f} ({pair.low:+.3f} to {pair.high:+.3f}) in {evaluation.primary}"
+        verdict = f"{interval}{pair.p_in_words}, {evaluation.verdict(pair)}"
+        lines.append(f"- {_arm(pair.arm)} against {_arm(pair.against)}: {verdict}")
+    return lines
 
 
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
     """All measured values, with the direction of each metric, and win rates with judge and opponent."""
-    metrics = {metric.name: metric for metric in judged.evaluation.metrics}
+    metrics = {metric.name: metric for metric in judged.record.metrics}
     for name, value in judged.arm.all_metrics.items():
         if name in metrics:
             yield f"{name} ({'more' if metrics[name].higher_is_better else 'less'} is better)", value
         elif name != "win_rate":
             yield name, value
-    for pair in judged.verdicts:
-        if pair.win_rate is not None and judged.evaluation.judge is not None:
-            judge = value_without_folders(judged.evaluation.judge.name)
-            yield f"win rate against {_arm(pair.against)}, by {judge}", pair.win_rate
+    if (judge := judged.record.judge) is not None:
+        for pair in judge.pairs:
+            if pair.arm == judged.arm.name and pair.win_rate is not None:
+                yield f"win rate against {_arm(pair.against)}, by {value_without_folders(judge.name)}", pair.win_rate
 
 
 def _forgot(measured: Remembered) -> list[str]:
     """How much the policy forgot of the base's abilities, and whether that is within the limits."""
-    arm, limits = measured.arm, measured.limits
+    arm, limits = measured.arm, measured.record.limits
     lines = [
         f"Compared with its base, in a measurement of forgetting (`{measured.manifest.fingerprint[:8]}`):",
         "",
@@ -282,34 +264,16 @@ def _forgot(measured: Remembered) -> list[str]:
         ("drop of the share of right answers", arm.drop, limits.ability_drop),
     ):
         most = "none" if limit is None else f"{limit:+.1%}"
-        lines.append(f"| {name} | {_change(change)} | {most} |")
+        mean = "–" if change is None else f"{change.mean:+.1%}"
+        bounds = change.bounds if change is not None else None
+        low_to_high = "–" if bounds is None else f"{bounds[0]:+.1%} to {bounds[1]:+.1%}"
+        lines.append(f"| {name} | {mean} | {low_to_high} | {most} |")
     verdict = "It passed." if arm.passed else f"It forgot too much: {'; '.join(arm.reasons)}."
     return [*lines, "", verdict if limits.judge else "It was not judged: no limits were set."]
 
 
-def _change(change: Interval | None) -> str:
-    """The mean and its interval, as two cells of a table."""
-    if change is None or change.bounds is None:
-        return "– | –" if change is None else f"{change.mean:+.1%} | –"
-    low, high = change.bounds
-    return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
-
-
-def _bounds(value: Interval) -> str:
-    return "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
-
-
-def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
-    interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f}) in {evaluation.primary}"
-    verdict = f"{interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
-    return f"- {_arm(comparison.arm)} against {_arm(comparison.against)}: {verdict}"
-
-
 def _arm(name: Any) -> str:
     return str(name).removeprefix("stage:")
-
-
-# ---- limits, lineage, command ---------------------------------------------------------------------------------------
 
 
 def _limits(manifest: Manifest, origin: Provenance) -> list[str]:
@@ -333,25 +297,20 @@ def _chain(manifest: Manifest, origin: Provenance) -> list[str]:
         lines += _step(step)
     if origin.lost:
         lines.append(f"- artifacts not found, so not described here: {'; '.join(origin.lost)}")
+    options = []
+    if chosen := manifest.identity.get("base", {}).get("template_options"):
+        given = json.dumps(chosen, ensure_ascii=False)
+        options = [
+            f"- options of the chat template, as defaults in it: `{given}`. A server that sends values of its own, as "
+            f"llama-server does for `enable_thinking`, must be given them: `--chat-template-kwargs '{given}'`"
+        ]
     lines += [
         f"- adapters, bottom first: {' → '.join(manifest.adapters) or 'none'}",
         f"- tokenizer `{manifest.tokenizer_sha256[:12]}`, chat template `{manifest.chat_template_sha256[:12]}`",
-        *_template_options(manifest),
+        *options,
         "- all settings: `lineage.json`",
     ]
     return lines
-
-
-def _template_options(manifest: Manifest) -> list[str]:
-    """What a server must be given: nothing, unless it sends values of its own for the template's options."""
-    options = manifest.identity.get("base", {}).get("template_options")
-    if not options:
-        return []
-    given = json.dumps(options, ensure_ascii=False)
-    return [
-        f"- options of the chat template, as defaults in it: `{given}`. A server that sends values of its own, as "
-        f"llama-server does for `enable_thinking`, must be given them: `--chat-template-kwargs '{given}'`"
-    ]
 
 
 def _step(step: Step) -> list[str]:
@@ -361,29 +320,25 @@ def _step(step: Step) -> list[str]:
     inputs = ", ".join(
         f"{name} `{value[:12] if ':' not in value else value}`" for name, value in manifest.inputs.items()
     )
-    if _is_outside(manifest):
+    if manifest.identity["kind"] == FROM_OUTSIDE:
         return [f"- **{manifest.stage}**, fingerprint `{manifest.fingerprint}`; base content `{base.get('content')}`"]
+    identity = manifest.identity  # rows of another stage have no hash of their own: the inputs name that stage
+    contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]
+    hashes = f"; content `{', '.join(map(str, contents))}`" if contents else ""
     adapter, optim = config.get("adapter", {}), config.get("optim", {})
     others = _flat({name: value for name, value in config.items() if name not in _ELSEWHERE})
     names = _OF_ADAPTER.get(adapter.get("kind", ""), _OF_ADAPTER["low-rank"])
     return [
         f"- **{manifest.stage}** ({manifest.identity['kind']}), fingerprint `{manifest.fingerprint}`",
         f"  - takes {inputs or 'the base'}; base content `{base.get('content')}`, computed in {base.get('dtype')}",
-        f"  - data: {data}{_contents(manifest.identity)}",
+        f"  - data: {data}{hashes}",
         *([f"  - adapter: {_settings(adapter, names)}"] if adapter else []),
         *([f"  - optimiser: {_settings(optim, _OF_OPTIM)}"] if optim else []),
         f"  - settings: {_settings(others, list(others))}; seed {manifest.identity.get('seed')}",
     ]
 
 
-def _contents(identity: Mapping[str, Any]) -> str:
-    """The hashes of a step's data; rows of another stage have none, because the inputs name that stage."""
-    contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]
-    return f"; content `{', '.join(map(str, contents))}`" if contents else ""
-
-
 def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
     settings: dict[str, Any] = {}
     for name, value in tree.items():
         settings |= _flat(value, f"{ahead}{name}.") if isinstance(value, dict) else {ahead + name: value}
@@ -391,14 +346,9 @@ def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The settings that are set, as text."""
     pairs = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
-    texts = [f"{name} {value_without_folders(_as_text(value))}" for name, value in pairs]
-    return ", ".join(texts)
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    texts = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in pairs]
+    return ", ".join(f"{name} {value_without_folders(text)}" for name, text in texts)
 
 
 def _again(manifest: Manifest, origin: Provenance) -> list[str]:

@@ -7,19 +7,19 @@ left out and listed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeAlias, TypeVar
 
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.terminal import complain
-from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
+from alignment.records.evaluation import ArmResult, Evaluation
 from alignment.records.run import FILE as RUN_FILE
 from alignment.records.run import RunRecord
-from alignment.records.stages import ArmForgetting, Forgetting, Limits
+from alignment.records.stages import ArmForgetting, Forgetting
 from alignment.stages.base import ResultTable
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import tables_of
@@ -42,42 +42,25 @@ class Step:
     data: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
-    """An evaluation with this artifact as one of its arms."""
-
-    arm: ArmResult
-    evaluation: Evaluation
-    manifest: Manifest
-
-    @property
-    def comparisons(self) -> list[Comparison]:
-        """The paired differences with this artifact."""
-        return [pair for pair in self.evaluation.comparisons if self.arm.name in (pair.arm, pair.against)]
-
-    @property
-    def verdicts(self) -> list[JudgedPair]:
-        """The judge's pairs whose first arm is this artifact."""
-        judge = self.evaluation.judge
-        return [] if judge is None else [pair for pair in judge.pairs if pair.arm == self.arm.name]
+Arm = TypeVar("Arm")
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Remembered:
-    """A measurement of forgetting of this artifact, and its limits."""
+class Measured(Generic[Arm, Record]):
+    """A result that has this artifact as one of its arms, and what it says of that arm."""
 
-    arm: ArmForgetting
-    limits: Limits
+    arm: Arm
+    record: Record
     manifest: Manifest
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tabled:
-    """A result of another kind that has this artifact as the arm ``arm``, with the tables that the kind brings."""
-
-    arm: str
-    tables: list[ResultTable]
-    manifest: Manifest
+Judged: TypeAlias = Measured[ArmResult, Evaluation]
+Remembered: TypeAlias = Measured[ArmForgetting, Forgetting]
+Tabled: TypeAlias = Measured[str, list[ResultTable]]
+"""A result of another kind, with the arm's name and the tables that the kind brings."""
+Store: TypeAlias = Mapping[str, tuple[Path, Manifest]]
+"""Artifacts by fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,17 +86,19 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
     store = _store(artifact.parent)
     records = _records(artifact.parent.parent / "runs", run)
     steps, lost = _steps(manifest, store)
-    own_record = next((record for record in records if artifact.name in _artifacts(record)), None)
-    named = [Step(manifest=step, data=_sources(store.get(step.fingerprint, artifact).name, records)) for step in steps]
+    own = next((record for record in records if artifact.name in _artifacts(record)), None)
+    kinds = sorted({candidate.kind for _, candidate in store.values()})
+    tabled = [_measured(kind, manifest, store, own, lambda name, *result: (name, _tables(*result))) for kind in kinds]
+    folder_of = {fingerprint: folder for fingerprint, (folder, _) in store.items()}
     return Provenance(
-        steps=named,
+        steps=[Step(manifest=s, data=_sources(folder_of.get(s.fingerprint, artifact).name, records)) for s in steps],
         lost=lost,
         own=_tables(artifact, manifest),
-        evaluation=_evaluation(manifest, store, own_record),
-        forgetting=_forgetting(manifest, store, own_record),
-        others=list(_others(manifest, store, own_record)),
-        command=_command(own_record) if own_record else [],
-        profile=own_record.profile if own_record else "",
+        evaluation=_measured("evaluation", manifest, store, own, _of_evaluation),
+        forgetting=_measured("forgetting", manifest, store, own, _of_forgetting),
+        others=[result for result in tabled if result is not None and result.record],
+        command=_command(own) if own else [],
+        profile=own.profile if own else "",
     )
 
 
@@ -127,25 +112,17 @@ def value_without_folders(value: str) -> str:
     return _FOLDERS.sub("", _MARKED.sub("", _WHOLE.sub(r"\1", value)))
 
 
-def _store(folder: Path) -> dict[str, Path]:
-    """Artifacts by fingerprint."""
-    folders = {}
+def _store(folder: Path) -> Store:
+    """The artifacts of a folder; damage of another one does not matter here."""
+    store = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        manifest = _read(path.parent)
-        if manifest is not None:
-            folders[manifest.fingerprint] = path.parent
-    return folders
-
-
-def _read(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except ArtifactError:  # damage of another artifact does not matter here
-        return None
+        with suppress(ArtifactError):
+            if (manifest := read_manifest(path.parent)) is not None:
+                store[manifest.fingerprint] = (path.parent, manifest)
+    return store
 
 
 def _records(folder: Path, first: str | None) -> list[RunRecord]:
-    """What runs are recorded, the named one first, then the newest ones."""
     records = []
     for path in folder.glob(f"*/{RUN_FILE}"):
         with suppress(ArtifactError):
@@ -154,48 +131,37 @@ def _records(folder: Path, first: str | None) -> list[RunRecord]:
 
 
 def _artifacts(record: RunRecord) -> dict[str, str]:
-    """The stages of a run by their artifact's name."""
     return {Path(stage.artifact).name: name for name, stage in record.stages.items()}
 
 
-def _steps(manifest: Manifest, store: dict[str, Path]) -> tuple[list[Manifest], list[str]]:
+def _steps(manifest: Manifest, store: Store) -> tuple[list[Manifest], list[str]]:
     """The artifact and all its inputs, each after its own inputs."""
     done: dict[str, Manifest] = {}
     lost: list[str] = []
 
     def visit(artifact: Manifest) -> None:
         for name, fingerprint in artifact.inputs.items():
-            if fingerprint in done or not _is_fingerprint(fingerprint):  # otherwise it is a model from outside
+            if fingerprint in done or ":" in fingerprint:  # a model from outside
                 continue
-            folder = store.get(fingerprint)
-            input_manifest = None if folder is None else _read(folder)
-            if input_manifest is None:
-                lost.append(f"{name} of {artifact.stage}, `{fingerprint[:8]}`")
+            if fingerprint in store:
+                visit(store[fingerprint][1])
             else:
-                visit(input_manifest)
+                lost.append(f"{name} of {artifact.stage}, `{fingerprint[:8]}`")
         done[artifact.fingerprint] = artifact
 
     visit(manifest)
     return list(done.values()), lost
 
 
-def _is_fingerprint(value: str) -> bool:
-    return ":" not in value
-
-
 def _sources(artifact: str, records: list[RunRecord]) -> list[str]:
+    """The sources of the stage that made an artifact, its main one first, as a run names them."""
     for record in records:
         stage = _artifacts(record).get(artifact)
         if stage and (settings := record.settings_of(stage)):
-            return [value_without_folders(source) for source in _named(settings.get("data")) if source]
+            data = settings.get("data")
+            parts = [data, *(data.get("mix") or [])] if isinstance(data, dict) else []
+            return [value_without_folders(str(part["source"])) for part in parts if part.get("source")]
     return []
-
-
-def _named(data: Any) -> Iterator[str]:
-    if isinstance(data, dict):
-        yield str(data.get("source") or "")
-        for part in data.get("mix") or []:
-            yield str(part.get("source") or "")
 
 
 def _command(record: RunRecord) -> list[str]:
@@ -204,39 +170,14 @@ def _command(record: RunRecord) -> list[str]:
     return ["align", "run", *map(value_without_folders, [record.recipe or "RECIPE", *overrides])]
 
 
-def _evaluation(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Judged | None:
-    result = _measurement("evaluation", manifest, store, run)
-    if result is None:
-        return None
-    try:
-        record = Evaluation.read(result.folder)
-    except (ArtifactError, OSError):
-        return None
-    arm = record.arm(result.arm)
-    return None if arm is None else Judged(arm=arm, evaluation=record, manifest=result.manifest)
+def _of_evaluation(name: str, folder: Path, _: Manifest) -> tuple[ArmResult | None, Evaluation]:
+    record = Evaluation.read(folder)
+    return record.arm(name), record
 
 
-def _forgetting(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Remembered | None:
-    result = _measurement("forgetting", manifest, store, run)
-    if result is None:
-        return None
-    try:
-        record = Forgetting.read(result.folder)
-    except (ArtifactError, OSError):
-        return None
-    arm = next((arm for arm in record.arms if arm.name == result.arm), None)
-    return None if arm is None else Remembered(arm=arm, limits=record.limits, manifest=result.manifest)
-
-
-def _others(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Iterator[Tabled]:
-    """The results of kinds that bring their own tables, one of each kind."""
-    kinds = {candidate.kind for folder in store.values() if (candidate := _read(folder)) is not None}
-    for kind in sorted(kinds):
-        result = _measurement(kind, manifest, store, run)
-        if result is not None:
-            tables = _tables(result.folder, result.manifest)
-            if tables:
-                yield Tabled(arm=result.arm, tables=tables, manifest=result.manifest)
+def _of_forgetting(name: str, folder: Path, _: Manifest) -> tuple[ArmForgetting | None, Forgetting]:
+    record = Forgetting.read(folder)
+    return next((arm for arm in record.arms if arm.name == name), None), record
 
 
 def _tables(folder: Path, manifest: Manifest) -> list[ResultTable]:
@@ -250,25 +191,25 @@ def _tables(folder: Path, manifest: Manifest) -> list[ResultTable]:
         return []
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Measurement:
-    """A result that has the artifact among its arms, under the name ``arm``."""
-
-    folder: Path
-    manifest: Manifest
-    arm: str
-
-
-def _measurement(kind: str, manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> _Measurement | None:
-    """The result of this kind with the artifact among its arms: the run's own one, or else the newest."""
+def _measured(
+    kind: str,
+    manifest: Manifest,
+    store: Store,
+    run: RunRecord | None,
+    read: Callable[[str, Path, Manifest], tuple[Arm | None, Record]],
+) -> Measured[Arm, Record] | None:
+    """The result of this kind with the artifact among its arms: the run's own one, or else the newest. ``read`` reads
+    it for the arm of a name; None if it cannot be read."""
     own = _artifacts(run) if run else {}
     results = []
-    for folder in store.values():
-        candidate = _read(folder)
-        if candidate is None or candidate.kind != kind:
-            continue
-        arms = candidate.identity.get("arms", {})
-        arm = next((name for name in arms if candidate.inputs.get(name) == manifest.fingerprint), None)
-        if arm is not None:
-            results.append(_Measurement(folder=folder, manifest=candidate, arm=arm))
-    return max(results, key=lambda result: (result.folder.name in own, result.manifest.created), default=None)
+    for folder, candidate in store.values():
+        arms = candidate.identity.get("arms", {}) if candidate.kind == kind else {}
+        named = next((name for name in arms if candidate.inputs.get(name) == manifest.fingerprint), None)
+        if named is not None:
+            results.append((named, folder, candidate))
+    chosen = max(results, key=lambda result: (result[1].name in own, result[2].created), default=None)
+    if chosen is not None:
+        with suppress(ArtifactError, OSError):
+            arm, record = read(*chosen)
+            return None if arm is None else Measured(arm=arm, record=record, manifest=chosen[2])
+    return None

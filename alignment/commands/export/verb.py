@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the folder; returns the exit code."""
-
     output, (result,) = runs_of(arguments, arguments.result)
     return export(console, result, to=arguments.to, options=options_of(arguments), output=output)
 
@@ -60,9 +59,8 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind not in EXPORTED:
-        raise ConfigError(
-            f"{folder.name} is of kind {manifest.kind}; only a policy or a reward model can be exported", where=result
-        )
+        message = f"{folder.name} is of kind {manifest.kind}; only a policy or a reward model can be exported"
+        raise ConfigError(message, where=result)
     target = new_folder(to)
     argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target)]
     argv += _with_llama_python(options).as_arguments

@@ -11,25 +11,21 @@ import argparse
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from alignment.commands.export.export_options import GGUF, VLLM, ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.exported import ExportedResult, exported_result
 from alignment.commands.export.forms import write_adapter, write_for_vllm, write_gguf, write_policy, write_reward
 from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance, value_without_folders
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError
 from alignment.core.files import explained, partial_folder
-from alignment.core.terminal import complain, make_unfailing
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.export.worker", description=__doc__)
@@ -41,25 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_form_arguments(parser)
     parser.add_argument("--run", help="the run whose evaluation the card describes, if several runs have this artifact")
     given = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with explained(given.to.parent):
-            print(export(given.artifact, given.base, given.to, options_of(given), run=given.run))
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    silence_libraries()
+    with explained(given.to.parent):
+        print(export(given.artifact, given.base, given.to, options_of(given), run=given.run))
     return 0
 
 
 def export(artifact: Path, base: Path | None, to: Path, options: ExportOptions, *, run: str | None = None) -> str:
-    """Writes the folder ``to`` in one rename; returns notes about it.
-
-    Raises:
-        ModelError: the result cannot have this form, merging or rounding changed more than ``options.max_gap``, or the
-            written model gives other outputs when it is loaded.
-    """
+    """Writes the folder ``to`` in one rename; returns notes about it. Raises ModelError: the result cannot have this
+    form, merging or rounding changed more than ``options.max_gap``, or the written model gives other outputs when it is
+    loaded."""
     result = exported_result(artifact, verify(artifact, content=True), base)
     partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,5 +98,4 @@ def _lineage(manifest: Manifest) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

@@ -25,33 +25,23 @@ class Choice(str, Enum):
 
 
 class Refused(Exception):
-    """A vote or an undo that cannot be taken; nothing was written."""
+    """A vote or an undo that cannot be taken; nothing was written. ``status`` is the one of HTTP."""
 
-
-class UnknownPair(Refused):
-    """A vote for something that is not among the pairs of this evaluation."""
-
-
-class AlreadyJudged(Refused):
-    """A second vote of an annotator for a pair."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ballot:
-    """A pair as an annotator sees it: ``answers`` in the order shown."""
-
-    pair: AnswerPair
-    answers: tuple[str, str]
+    def __init__(self, message: str, *, status: int = 409) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """How far an annotator is: ``ballot`` is the next pair, None once all ``total`` are judged."""
+    """How far an annotator is: ``pair`` is the next one, with its ``answers`` in the order shown; None once all
+    ``total`` are judged."""
 
     annotator: str
     judged: int
     total: int
-    ballot: Ballot | None
+    pair: AnswerPair | None
+    answers: tuple[str, ...]
 
 
 class Ballots:
@@ -80,29 +70,19 @@ class Ballots:
     def standing(self, annotator: str) -> Standing:
         """How far the annotator is, and the next pair."""
         judged = {vote.pair for vote in self._own(annotator)}
-        following = next((pair for key, pair in self._pairs.items() if key not in judged), None)
-        return Standing(
-            annotator=annotator,
-            judged=len(judged),
-            total=self.total,
-            ballot=None if following is None else _ballot(following, annotator),
-        )
+        pair = next((pair for key, pair in self._pairs.items() if key not in judged), None)
+        answers = () if pair is None else tuple(pair.answers[arm] for arm in _shown(pair, annotator))
+        return Standing(annotator=annotator, judged=len(judged), total=self.total, pair=pair, answers=answers)
 
     def vote(self, annotator: str, key: str, choice: Choice) -> None:
-        """Stores a vote; when this returns, it is on the disk.
-
-        Raises:
-            UnknownPair: there is no such pair.
-            AlreadyJudged: the annotator has judged it already.
-            OSError: the file cannot be written to; no part of the vote is in it.
-        """
+        """Stores a vote; when this returns, it is on the disk. Raises Refused: there is no such pair, or the annotator
+        has judged it already; OSError: the file cannot be written to, and no part of the vote is in it."""
         pair = self._pairs.get(key)
         if pair is None:
-            raise UnknownPair("There is no such pair in this evaluation.")
+            raise Refused("There is no such pair in this evaluation.", status=404)
         if any(vote.pair == key for vote in self._own(annotator)):
-            raise AlreadyJudged(f"{annotator} has judged this pair already. Undo that vote first.")
-        first = shown_first(pair, annotator)
-        second = next(arm for arm in pair.answers if arm != first)
+            raise Refused(f"{annotator} has judged this pair already. Undo that vote first.")
+        first, second = _shown(pair, annotator)
         vote = Vote(
             pair=key,
             annotator=annotator,
@@ -118,13 +98,8 @@ class Ballots:
         self._votes.append(vote)
 
     def undo(self, annotator: str) -> None:
-        """Takes the annotator's last vote back.
-
-        Raises:
-            Refused: there is none.
-            OSError: the file cannot be written to; the vote is still there.
-            DataError: somebody else has written to the file, and not votes.
-        """
+        """Takes the annotator's last vote back. Raises Refused: there is none; OSError: the file cannot be written to,
+        and the vote is still there; DataError: somebody else has written to the file, and not votes."""
         own = self._own(annotator)
         if not own:
             raise Refused(f"{annotator} has no vote to undo.")
@@ -137,18 +112,15 @@ class Ballots:
 
 
 def annotator_name(text: str) -> str:
-    """The name without superfluous spaces.
-
-    Raises:
-        ValueError: it is empty, too long, or holds characters that cannot be printed.
-    """
+    """The name without superfluous spaces. Raises ValueError: it is empty, too long, or holds characters that cannot be
+    printed."""
     name = unicodedata.normalize("NFC", " ".join(text.split()))
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a name must have 1 to {LONGEST_NAME} printable characters")
     return name
 
 
-def _ballot(pair: AnswerPair, annotator: str) -> Ballot:
+def _shown(pair: AnswerPair, annotator: str) -> tuple[str, str]:
+    """The arms in the order in which the annotator sees them."""
     first = shown_first(pair, annotator)
-    second = next(arm for arm in pair.answers if arm != first)
-    return Ballot(pair=pair, answers=(pair.answers[first], pair.answers[second]))
+    return first, next(arm for arm in pair.answers if arm != first)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +13,13 @@ from rich.console import Console
 from alignment.commands.judge.ballots import Ballots, annotator_name
 from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.commands.shared.following import run_folder
-from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
+from alignment.commands.shared.listening import listening, refuse_without_page_libraries
 from alignment.config.faults import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.core.files import cut_unfinished_line
 from alignment.core.locks import held
+from alignment.core.wording import counted
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
 from alignment.pipeline.execute.run_differences import evaluations
 from alignment.records.evaluation import FEWEST_PROMPTS, SAMPLES, Evaluation, read_samples
@@ -31,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serves a page on this machine where people compare the answers of two arms without knowing which arm gave "
         "which. Every vote is stored at once. Ctrl-C ends the page, and the same command continues."
     )
-    parser.add_argument("run", metavar="RUN", help="the name or the recipe's path of a run with a finished evaluation")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the name or the recipe's path of a run with a finished evaluation")
+    add(
         "--arm",
         dest="arms",
         action="append",
@@ -41,47 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an arm of the evaluation, such as sft; give the option twice (default: the evaluation's arms, if it "
         "has just two)",
     )
-    parser.add_argument("--stage", metavar="NAME", help="the evaluation, if the run has several")
-    parser.add_argument(
-        "--annotator", metavar="NAME", help="the name of the person who judges (default: the page asks)"
-    )
-    parser.add_argument(
-        "--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl in this folder)"
-    )
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
-    parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
+    add("--stage", metavar="NAME", help="the evaluation, if the run has several")
+    add("--annotator", metavar="NAME", help="the name of the person who judges (default: the page asks)")
+    add("--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl in this folder)")
+    add("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
+    add("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
     add_output(parser)
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user ends it; returns the exit code."""
-
-    options = Options(
-        stage=arguments.stage,
-        annotator=arguments.annotator,
-        votes=arguments.votes,
-        port=arguments.port,
-        opens_browser=arguments.opens_browser,
-    )
     output, (run,) = runs_of(arguments, arguments.run)
-    return judge(console, run, arguments.arms, options=options, output=output)
+    options = {name: getattr(arguments, name) for name in ("stage", "annotator", "votes", "port", "opens_browser")}
+    return judge(console, run, arguments.arms, output=output, **options)
 
 
-_MORE_SAME = "have two identical answers and count as ties"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """The options of the command line; None where the default applies."""
-
-    stage: str | None = None
-    annotator: str | None = None
-    votes: str | None = None
-    port: int = 0
-    opens_browser: bool = False
-
-
-def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, output: Path) -> int:
+def judge(
+    console: Console,
+    run: str,
+    arms: Sequence[str],
+    *,
+    output: Path,
+    stage: str | None = None,
+    annotator: str | None = None,
+    votes: str | None = None,
+    port: int = 0,
+    opens_browser: bool = False,
+) -> int:
     """Serves the page until Ctrl-C; returns the exit code.
 
     Raises:
@@ -91,50 +79,44 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         ArtifactError: the evaluation is damaged.
         Busy: another server writes the same votes, or the port is taken.
     """
-    refuse_without(PAGE_LIBRARIES, where="align judge", needs="the page needs")
+    refuse_without_page_libraries(where="align judge", needs="the page needs")
     from alignment.commands.judge.web_app import application
     from alignment.commands.shared.page_server import PageServer
 
-    annotator = _annotator(options.annotator)
-    stage, artifact = _evaluation(run, options.stage, output)
+    try:
+        name = None if annotator is None else annotator_name(annotator)
+    except ValueError as error:
+        raise ConfigError(f"{annotator!r:.60}: {error}", where="--annotator", remedy="give another name") from None
+    stage, artifact = _evaluation(run, stage, output)
     pair = _two_arms(arms, Evaluation.read(artifact))
-    file = _votes_file(options.votes, output / "runs" / run / stage)
+    file = _votes_file(votes, output / "runs" / run / stage)
     pairs = _pairs(artifact, pair)
-    judge_settings = "{kind: people}" if options.votes is None else f"{{kind: people, votes: {file}}}"
+    judge_settings = "{kind: people}" if votes is None else f"{{kind: people, votes: {file}}}"
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
         held(file.with_name(f"{file.name}.lock"), wait=False, remedy="judge on its page, or stop it"),
-        listening(options.port) as listener,
+        listening(port) as listener,
     ):
         if cut_unfinished_line(file):
-            _print(console, f"{file}: an incomplete vote at the end was removed; it was never confirmed")
+            say(f"{file}: an incomplete vote at the end was removed; it was never confirmed")
         ballots = Ballots(file, pairs, pair)
-        page = PageServer(lambda token: application(ballots, token, run=run, annotator=annotator), listener)
-        _introduce(console, ballots, file, pair, stage=stage)
-        _print(console, f"judge at {page.address} (Ctrl-C ends)")
-        if options.opens_browser:
+        page = PageServer(lambda token: application(ballots, token, run=run, annotator=name), listener)
+        _introduce(say, ballots, file, pair, stage=stage)
+        say(f"judge at {page.address} (Ctrl-C ends)")
+        if opens_browser:
             webbrowser.open(page.address)
         page.serve()
-        _summarise(console, ballots, file, judge_settings, stage=stage)
+        _summarise(say, ballots, file, judge_settings, stage=stage)
     return 0
-
-
-def _annotator(name: str | None) -> str | None:
-    try:
-        return None if name is None else annotator_name(name)
-    except ValueError as error:
-        raise ConfigError(f"{name!r:.60}: {error}", where="--annotator", remedy="give another name") from None
 
 
 def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
     """The evaluation of a run: its stage and its artifact, whose content is what was made."""
     artifacts = evaluations(run_folder(output, run))
     if not artifacts:
-        raise ConfigError(
-            f"the run {run!r} has no finished evaluation, so there are no answers to judge",
-            where="RUN",
-            remedy="add a stage of kind evaluate to its recipe, and run it",
-        )
+        message = f"the run {run!r} has no finished evaluation, so there are no answers to judge"
+        raise ConfigError(message, where="RUN", remedy="add a stage of kind evaluate to its recipe, and run it")
     if stage is None and len(artifacts) > 1:
         raise ConfigError(f"the run has several evaluations: {', '.join(artifacts)}", where="--stage")
     name = next(iter(artifacts)) if stage is None else stage.removeprefix("stage:")
@@ -145,26 +127,19 @@ def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
 
 
 def _two_arms(arms: Sequence[str], evaluation: Evaluation) -> tuple[str, str]:
-    """The full names of the two arms to compare."""
     named = {name: arm.name for arm in evaluation.arms for name in (arm.label, arm.name)}
     labels = [arm.label for arm in evaluation.arms]
-    if not arms and len(labels) == 2:
-        arms = labels
+    arms = labels if not arms and len(labels) == 2 else arms
     for arm in arms:
         if arm not in named:
             raise ConfigError(f"no arm {arm!r} in this evaluation; {suggestion(arm, labels)}", where="--arm")
-    chosen = [named[arm] for arm in arms]
+    chosen, remedy = [named[arm] for arm in arms], f"its arms: {', '.join(labels)}"
     if not chosen:
-        raise ConfigError(
-            f"the evaluation has {len(labels)} arms, and two are compared",
-            where="--arm",
-            remedy=f"name two of them, `--arm {' --arm '.join(labels[:2])}`; its arms: {', '.join(labels)}",
-        )
+        remedy = f"name two of them, `--arm {' --arm '.join(labels[:2])}`; {remedy}"
+        raise ConfigError(f"the evaluation has {len(labels)} arms, and two are compared", where="--arm", remedy=remedy)
     if len(chosen) != 2:
         given = "one arm was" if len(chosen) == 1 else f"{len(chosen)} arms were"
-        raise ConfigError(
-            f"{given} given, but two are compared", where="--arm", remedy=f"its arms: {', '.join(labels)}"
-        )
+        raise ConfigError(f"{given} given, but two are compared", where="--arm", remedy=remedy)
     if chosen[0] == chosen[1]:
         raise ConfigError(f"{arms[0]!r} cannot be compared with itself", where="--arm", remedy="name two arms")
     return chosen[0], chosen[1]
@@ -175,60 +150,49 @@ def _votes_file(votes: str | None, folder: Path) -> Path:
         return folder / FILE
     file = Path(votes).expanduser().resolve()  # the lock is beside the file itself, whatever links lead there
     if file.suffix != ".jsonl" or (file.exists() and not file.is_file()) or not file.parent.is_dir():
-        raise ConfigError(
-            f"{votes!r} cannot store votes", where="--votes", remedy="name a .jsonl file in a folder that exists"
-        )
+        remedy = "name a .jsonl file in a folder that exists"
+        raise ConfigError(f"{votes!r} cannot store votes", where="--votes", remedy=remedy)
     return file
 
 
 def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
     samples = list(read_samples(artifact))
     if any(sample.later_turns for sample in samples):
-        raise DataError(
-            "has prompts with several turns, but people judge single answers",
-            where=str(artifact / SAMPLES),
-            remedy="judge an evaluation whose prompts have one turn",
-        )
+        message = "has prompts with several turns, but people judge single answers"
+        remedy = "judge an evaluation whose prompts have one turn"
+        raise DataError(message, where=str(artifact / SAMPLES), remedy=remedy)
     pairs = pairs_of_samples(samples, arms)
     if not pairs:
-        raise ArtifactError(
-            "has no prompt with answers of both arms", where=str(artifact / SAMPLES), remedy="run it again"
-        )
+        remedy = "run it again"
+        raise ArtifactError("has no prompt with answers of both arms", where=str(artifact / SAMPLES), remedy=remedy)
     return pairs
 
 
-def _introduce(console: Console, ballots: Ballots, file: Path, arms: tuple[str, str], *, stage: str) -> None:
-    _print(console, f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
+def _introduce(say: Callable[[str], None], ballots: Ballots, file: Path, arms: tuple[str, str], *, stage: str) -> None:
+    say(f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
     if ballots.num_same:
-        more = "has two identical answers and counts as a tie" if ballots.num_same == 1 else _MORE_SAME
-        _print(console, f"{ballots.num_same} more {more} without a vote")
+        same = ("has two identical answers and counts as a tie", "have two identical answers and count as ties")
+        more = same[ballots.num_same > 1]
+        say(f"{ballots.num_same} more {more} without a vote")
     if ballots.num_stale:
-        stale = "vote in the file is" if ballots.num_stale == 1 else "votes in the file are"
-        count = "does" if ballots.num_stale == 1 else "do"
-        _print(console, f"{ballots.num_stale} {stale} for other answers of these arms and {count} not count")
+        are, do = ("vote in the file is", "does") if ballots.num_stale == 1 else ("votes in the file are", "do")
+        say(f"{ballots.num_stale} {are} for other answers of these arms and {do} not count")
     if ballots.num_prompts < FEWEST_PROMPTS:
-        plural = "" if ballots.num_prompts == 1 else "s"
-        _print(
-            console,
-            f"note: at most {ballots.num_prompts} prompt{plural} can be judged, but a win rate needs {FEWEST_PROMPTS}; "
-            f"evaluate on more held-out prompts (stages.{stage}.data), and judge those",
+        say(
+            f"note: at most {counted(ballots.num_prompts, 'prompt')} can be judged, but a win rate needs "
+            f"{FEWEST_PROMPTS}; evaluate on more held-out prompts (stages.{stage}.data), and judge those"
         )
-    _print(console, f"votes: {file}")
+    say(f"votes: {file}")
 
 
-def _summarise(console: Console, ballots: Ballots, file: Path, settings: str, *, stage: str) -> None:
+def _summarise(say: Callable[[str], None], ballots: Ballots, file: Path, settings: str, *, stage: str) -> None:
     judged = ballots.judged()
     counts = ", ".join(f"{name} {count} of {ballots.total}" for name, count in judged.items())
     finished = [name for name, count in judged.items() if count == ballots.total]
     left = f", so nothing is left for {' and '.join(finished)}" if finished else ""
-    _print(console, f"judged: {counts or 'nothing yet'}{left}; votes: {file}")
+    say(f"judged: {counts or 'nothing yet'}{left}; votes: {file}")
     if judged:
-        _print(
-            console,
+        say(
             f"to count them: put `judge: {settings}` into stages.{stage} of the recipe, and run it again; "
-            "if you only give it as an override, a later run without it leaves the votes out of its report",
+            "if you only give it as an override, a later run without it leaves the votes out of its report"
         )
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -13,23 +12,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from alignment.commands.judge.ballots import AlreadyJudged, Ballots, Choice, Refused, UnknownPair, annotator_name
-from alignment.commands.shared.guarded_app import guarded, script, style
+from alignment.commands.judge.ballots import Ballots, Choice, Refused, annotator_name
+from alignment.commands.shared.guarded_app import assets, guarded
 from alignment.core.errors import DataError
 from alignment.report.kit.pages import environment
 from alignment.report.kit.text import prose
 
 MOST_BYTES = 4096
 """The longest form; one has a name, a hash and a digit."""
-_STATUS: Mapping[type[Exception], int] = {UnknownPair: 404, AlreadyJudged: 409, Refused: 409}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """A turn of the prompt as the page shows it."""
-
-    role: str
-    text: str
 
 
 def application(ballots: Ballots, token: str, *, run: str, annotator: str | None) -> ASGIApp:
@@ -40,8 +30,7 @@ def application(ballots: Ballots, token: str, *, run: str, annotator: str | None
         Route("/judge", pages.judge),
         Route("/vote", pages.vote, methods=["POST"]),
         Route("/undo", pages.undo, methods=["POST"]),
-        Route("/style.css", _style),
-        Route("/keys.js", _script),
+        *assets("alignment.commands.judge", "judge.css", "keys.js"),
     ]
     return guarded(routes, token, command="align judge")
 
@@ -62,35 +51,31 @@ class _Pages:
         return self._page("start.html.j2", judged=self._ballots.judged())
 
     async def judge(self, request: Request) -> Response:
-        """The annotator's next pair."""
         try:
             name = annotator_name(request.query_params.get("annotator", ""))
         except ValueError as error:
             return self._page("start.html.j2", status=400, problem=f"{error}.", judged=self._ballots.judged())
         standing = self._ballots.standing(name)
-        if standing.ballot is None:
+        if standing.pair is None:
             return self._page("done.html.j2", standing=standing)
         return self._page(
             "ballot.html.j2",
             standing=standing,
-            turns=_turns(standing.ballot.pair.messages),
-            answers=[prose(answer) for answer in standing.ballot.answers],
+            turns=_turns(standing.pair.messages),
+            answers=[prose(answer) for answer in standing.answers],
         )
 
     async def vote(self, request: Request) -> Response:
-        """Stores a vote, and goes on to the next pair."""
-
         def store(name: str, form: Mapping[str, str]) -> None:
             try:
                 choice = Choice(form.get("choice", ""))
             except ValueError:
-                raise _Malformed("A vote is 1, 2 or 0.") from None
+                raise ValueError("A vote is 1, 2 or 0.") from None
             self._ballots.vote(name, form.get("pair", ""), choice)
 
         return await self._changed(request, store)
 
     async def undo(self, request: Request) -> Response:
-        """Takes the annotator's last vote back, and shows that pair again."""
         return await self._changed(request, lambda name, _: self._ballots.undo(name))
 
     async def _changed(self, request: Request, change: Callable[[str, Mapping[str, str]], None]) -> Response:
@@ -100,8 +85,8 @@ class _Pages:
             name = annotator_name(form.get("annotator", ""))
             change(name, form)
         except Refused as refusal:
-            return self._refused(name, str(refusal), status=_STATUS[type(refusal)])
-        except (_Malformed, ValueError) as error:
+            return self._refused(name, str(refusal), status=refusal.status)
+        except ValueError as error:
             return self._refused(name, str(error), status=400)
         except OSError as error:
             problem = f"The votes file cannot be written: {error.strerror}. Nothing else was changed."
@@ -119,25 +104,18 @@ class _Pages:
         return HTMLResponse(html, status_code=status)
 
 
-class _Malformed(Exception):
-    """A form that no page of this application sends."""
-
-
 async def _form(request: Request) -> Mapping[str, str]:
-    """The fields of a form; of a field that is repeated, the last.
-
-    Raises:
-        _Malformed: it is too long, or has too many fields.
-    """
+    """The fields of a form; of a field that is repeated, the last. Raises ValueError: it is too long, or has too many
+    fields."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > MOST_BYTES:
-            raise _Malformed("The form is too long.")
+            raise ValueError("The form is too long.")
     try:
         return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=8))
     except ValueError:
-        raise _Malformed("The form has too many fields.") from None
+        raise ValueError("The form has too many fields.") from None
 
 
 def _link_to(annotator: str) -> str:
@@ -148,19 +126,10 @@ def _to_judge(annotator: str) -> Response:
     return RedirectResponse(_link_to(annotator), status_code=303)
 
 
-def _turns(messages: list[dict[str, Any]]) -> list[Turn]:
+def _turns(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
     turns = []
     for message in messages:
         calls = [json.dumps(call, ensure_ascii=False, indent=1) for call in message.get("tool_calls") or []]
         text = "\n".join([*filter(None, [str(message.get("content") or "")]), *calls])
-        turns.append(Turn(role=prose(message.get("role", "")), text=prose(text)))
+        turns.append({"role": prose(message.get("role", "")), "text": prose(text)})
     return turns
-
-
-async def _style(_: Request) -> Response:
-    """The style of the reports, and what only this page has."""
-    return style("alignment.commands.judge", "judge.css")
-
-
-async def _script(_: Request) -> Response:
-    return script("alignment.commands.judge", "keys.js")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from alignment.core.model_files import formats_of_weights, positions_in, weights
 from alignment.costs.devices import DEVICES
 from alignment.data.templates import own_template
 from alignment.pipeline.sources import model_sources
-from alignment.stages.base import LearnsFrom, StageKind
+from alignment.stages.base import LearnsFrom
 from alignment.stages.registry import kinds
 
 _CHATML = "chatml"
@@ -50,10 +50,7 @@ class BaseModel:
 
 def base_model(source: str | None, *, announce: Callable[[str], None]) -> BaseModel:
     """The model of a source, or the default one. Of a hub's model the configuration and the tokenizer are downloaded.
-
-    Raises:
-        ModelError: there is no such model, a folder has no weights, or it cannot be fetched.
-    """
+    Raises ModelError: there is no such model, a folder has no weights, or it cannot be fetched."""
     chosen = source or ModelConfig().source
     scheme, _, rest = chosen.partition(":")
     if scheme == "path" and rest:  # nobody downloads its weights later, so the recipe could not be planned
@@ -78,11 +75,8 @@ def _number_of_weights(folder: Path) -> int | None:
 
 
 def free_bytes(device: str | None) -> tuple[float, str]:
-    """The memory to train in, and its name.
-
-    Raises:
-        ConfigError: there is no such device, or this machine has a GPU, whose memory is not looked at.
-    """
+    """The memory to train in, and its name. Raises ConfigError: there is no such device, or this machine has a GPU,
+    whose memory is not looked at."""
     names = ", ".join(DEVICES)
     if device is None and hardware.count_devices():
         raise ConfigError("what GPU does this machine have?", where="--device", remedy=f"one of {names}")
@@ -97,9 +91,8 @@ def adapter_for(model: BaseModel, memory: tuple[float, str], dtype: Reasoned | N
     """LoRA, or QLoRA where the weights leave too little memory: in 16 bits, or in the ``dtype`` of ``dtype_for``."""
     free, whose = memory
     if model.weights is None:
-        return Reasoned(
-            value=AdapterKind.lora.value, why="the weights are not downloaded yet; align plan --cost shows what fits"
-        )
+        why = "the weights are not downloaded yet; align plan --cost shows what fits"
+        return Reasoned(value=AdapterKind.lora.value, why=why)
     sizes = {AdapterKind.lora: _HALF_WIDE if dtype is None else _WIDE, AdapterKind.qlora: _IN_FOUR_BITS}
     needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in sizes.items()}
     kind = AdapterKind.lora if needs[AdapterKind.lora] <= free else AdapterKind.qlora
@@ -126,44 +119,25 @@ def questions(circumstances: Circumstances) -> list[Question]:
 
 
 def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
-    """The stages of the recipe, by the names of their kinds.
-
-    Raises:
-        ConfigError: no stage uses a file, or the scorer.
-    """
+    """The stages of the recipe, by the names of their kinds. Raises ConfigError: no stage uses a file, or the
+    scorer."""
     stages: dict[str, NewStage] = {}
     for kind in kinds().values():
         stage = kind.proposals.stage(circumstances)
         if stage is not None:
             stages[kind.name] = stage
-            circumstances = _after(kind, circumstances)
+            made = {name: list(earlier) for name, earlier in circumstances.made.items()}
+            made.setdefault(kind.produces, []).append(kind.name)
+            begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
+            start = f"stage:{kind.name}" if begins else circumstances.start
+            circumstances = replace(circumstances, made=made, start=start)
     scorer = circumstances.answer(SCORER)
     if scorer and not any(scorer in repr(stage.settings) for stage in stages.values()):
-        raise ConfigError(
-            f"{scorer!r} has no effect: no stage scores answers",
-            where=f"--{SCORER.name}",
-            remedy="leave it out",
-        )
-    for files in _unused(circumstances, stages):
-        raise ConfigError(
-            f"no stage uses {files}",
-            where="FILE",
-            remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
-        )
-    return stages
-
-
-def _after(kind: StageKind, circumstances: Circumstances) -> Circumstances:
-    """The circumstances for kinds behind this one."""
-    made: Mapping[str, list[str]] = {name: list(stages) for name, stages in circumstances.made.items()}
-    made = {**made, kind.produces: [*made.get(kind.produces, []), kind.name]}
-    begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
-    return replace(circumstances, made=made, start=f"stage:{kind.name}" if begins else circumstances.start)
-
-
-def _unused(circumstances: Circumstances, stages: Mapping[str, NewStage]) -> Iterator[str]:
-    """The names of files that no stage reads."""
+        message = f"{scorer!r} has no effect: no stage scores answers"
+        raise ConfigError(message, where=f"--{SCORER.name}", remedy="leave it out")
     read = [id(stage.reads) for stage in stages.values()]
     for rows in circumstances.rows.values():
         if id(rows) not in read:
-            yield ", ".join(rows.files)
+            remedy = "leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout"
+            raise ConfigError(f"no stage uses {', '.join(rows.files)}", where="FILE", remedy=remedy)
+    return stages

@@ -8,8 +8,8 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,22 +23,15 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, StageError
 from alignment.core.terminal import visible
 from alignment.core.wording import counted
-from alignment.data.doctor import Diagnosis, counted_records
+from alignment.data import records as record_types
+from alignment.data.doctor import counted_records
 from alignment.data.fields import SetAside
 from alignment.data.formats import format_of
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.reading import Reader, prepared
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
+from alignment.data.records import HeldOutPrompt, LabelledAnswer, Prompt, Record
 from alignment.data.row_files import RawRow
 from alignment.pipeline.backends import processes
 
@@ -69,7 +62,7 @@ class DataFile:
     @property
     def has_prompts(self) -> bool:
         """Whether its rows ask something."""
-        return self.record is not PlainText
+        return self.record is not record_types.PlainText
 
     def counted(self) -> DataFile:
         """The same file, its records and prompts counted."""
@@ -82,18 +75,19 @@ class DataFile:
 
     def read(self) -> Iterator[CountedRow]:
         """Each row that can be parsed."""
-        of_prompt, own = (self._reader(record) for record in (HeldOutPrompt, self.record))
+        of_prompt, own = (
+            Reader(format=self.format, record=record, data=self.data) for record in (HeldOutPrompt, self.record)
+        )
         for row in source_rows(self.path, self.data):
             if isinstance(row, RawRow):
-                prompts = _records(of_prompt, row) if self.has_prompts else []
+                prompts: list[Any] = []
+                with suppress(DataError):
+                    prompts = of_prompt.records(row) if self.has_prompts else []
                 try:
                     number, faulty = len(own.records(row)), False
                 except DataError as error:
                     number, faulty = 0, not isinstance(error, SetAside)
                 yield CountedRow(value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty)
-
-    def _reader(self, record: type[Record]) -> Reader:
-        return Reader(format=self.format, record=record, data=self.data)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,12 +122,8 @@ class CountedRow:
 
 
 def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, str] | None = None) -> DataFile:
-    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own.
-
-    Raises:
-        DataError: it cannot be read, or no stage can use it.
-        ConfigError: the user interrupted the reading.
-    """
+    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError: it
+    cannot be read, or no stage can use it."""
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -149,7 +139,7 @@ def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, 
     faults = diagnosis.num_unreadable + diagnosis.faulty.count([stages])
     file = DataFile(
         name=visible(Path(source.partition(":")[2] or source).name or source),
-        source=_source(source, diagnosis),
+        source=snapshot_name(diagnosis.path) or (source if ":" in source else f"path:{source}"),
         path=path,
         format=diagnosis.format,
         record=Prompt if record is HeldOutPrompt else record,
@@ -178,31 +168,7 @@ def joined(files: Sequence[DataFile]) -> Rows:
     )
 
 
-def refuse_repeated(files: Sequence[str]) -> None:
-    """Accepts files that are all different.
-
-    Raises:
-        ConfigError: a file is named twice.
-    """
-    for number, file in enumerate(files):
-        if file in files[:number]:
-            raise ConfigError(f"{file} is named twice", where="FILE", remedy="name each file once")
-
-
-def _source(source: str, diagnosis: Diagnosis) -> str:
-    if snapshot := snapshot_name(diagnosis.path):
-        return snapshot
-    return source if ":" in source else f"path:{source}"
-
-
-def _records(reader: Reader, row: RawRow) -> list[Any]:
-    try:
-        return reader.records(row)
-    except DataError:
-        return []
-
-
-_LAST_LEARNED = (Prompt, PreferencePair, LabelledAnswer, Conversation)
+_LAST_LEARNED = (Prompt, record_types.PreferencePair, LabelledAnswer, record_types.Conversation)
 """Records whose prompts are held out: those of the last stage that learns."""
 FEWEST, _SHARE, _MOST = 50, 0.1, 200
 """At least so many different prompts are needed to hold out a tenth of them, but at most so many (chosen, not
@@ -221,17 +187,12 @@ class NewFiles:
 
     @contextmanager
     def create(self, path: Path) -> Iterator[IO[str]]:
-        """Opens a new file.
-
-        Raises:
-            ConfigError: it exists already.
-        """
+        """Opens a new file. Raises ConfigError if it exists already."""
         try:
             stream = path.open("x", encoding="utf-8")
         except FileExistsError:
-            raise ConfigError(
-                f"{path} exists already", where="--out", remedy="move it, or choose another name"
-            ) from None
+            remedy = "move it, or choose another name"
+            raise ConfigError(f"{path} exists already", where="--out", remedy=remedy) from None
         self.written.append(path)
         with stream:
             yield stream
@@ -260,11 +221,8 @@ def held_out_keys(files: Sequence[DataFile]) -> frozenset[int]:
 
 
 def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tuple[DataFile, list[DataFile]]:
-    """A file of the prompts ``keys``, and the files without them; one that has none of them stays what it is.
-
-    Raises:
-        ConfigError: a file to write exists already.
-    """
+    """A file of the prompts ``keys``, and the files without them; one that has none of them stays what it is. Raises
+    ConfigError: a file to write exists already."""
     source = _asked_file(files)
     assert source is not None, "the prompts come from a file"
     path = new.beside("heldout")
@@ -273,7 +231,7 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         for row in source.read():
             if row.key is not None and row.key in left:
                 left.remove(row.key)
-                _write(stream, _held_out_row(source, row))
+                stream.write(_line(_held_out_row(source, row)))
     first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
     columns = {} if source.record is LabelledAnswer else source.columns  # of labelled answers only the turns are left
     form = format_of(prepared(first, SourceConfig(columns=dict(columns))))
@@ -286,8 +244,9 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         record=Prompt,
         faulty=0.0,
         columns=columns,
+        number=len(keys),
+        prompts=keys,
     )
-    held_out = replace(held_out, number=len(keys), prompts=keys)
     return held_out, without(files, held_out, new)
 
 
@@ -309,7 +268,7 @@ def _without(file: DataFile, keys: frozenset[int], texts: HeldOut, new: NewFiles
     with new.create(path) as stream:
         for row in file.read():
             if row.key not in left_out and not row.faulty:
-                _write(stream, row.value)
+                stream.write(_line(row.value))
                 number += row.number
     prompts = frozenset(key for key in file.prompts if key not in left_out)
     return replace(
@@ -331,46 +290,26 @@ def _held_out_row(file: DataFile, row: CountedRow) -> Any:
     return {"messages": [turn.as_dict() for turn in row.prompt.messages], **tools}
 
 
-def _write(stream: IO[str], row: Any) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+def _line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-Measure = Callable[[Mapping[str, Any]], Sequence[Lengths]]
-"""What ``alignment.commands.new.worker.measured`` is."""
 _ERRORS = {error.exit_code: error for error in (DataError, ModelError)}
 
 
-def measured_lengths(
-    files: Sequence[DataFile], folder: Path, template: str | None, *, measure: Measure | None = None
-) -> list[Lengths]:
-    """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder.
-
-    Raises:
-        ModelError: there is no usable tokenizer.
-        DataError: no record of a file can be rendered.
-        StageError: the process failed.
-    """
-    asked = {
-        "folder": str(folder),
-        "template": template,
-        "files": [
-            {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
-        ],
-    }
-    return list((_in_process if measure is None else measure)(asked))
-
-
-def _in_process(asked: Mapping[str, Any]) -> list[Lengths]:
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
-        write_json(question, asked)
+def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | None) -> list[Lengths]:
+    """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder. It raises as
+    ``measured`` of the worker does; StageError: its process failed."""
+    described = [
+        {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        question, answer = Path(temporary) / "asked.json", Path(temporary) / "answer.json"
+        write_json(question, {"folder": str(folder), "template": template, "files": described})
         code = processes.call([sys.executable, "-m", "alignment.commands.new.worker", str(question), str(answer)])
         if code or not answer.is_file():
-            raise StageError(
-                f"the process that counts tokens ended with {code}",
-                where="new",
-                remedy="its output is above; a chat template that runs forever is stopped",
-            )
+            remedy = "its output is above; a chat template that runs forever is stopped"
+            raise StageError(f"the process that counts tokens ended with {code}", where="new", remedy=remedy)
         content = json.loads(answer.read_text(encoding="utf-8"))
     if fault := content.get("error"):
         kind = _ERRORS.get(fault["code"], AlignmentError)

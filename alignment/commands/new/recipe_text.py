@@ -18,47 +18,34 @@ Ask = Callable[[str], str]
 
 
 def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: Ask | None) -> dict[str, str]:
-    """The answer to each question, and those that were given although nobody asked.
-
-    ``given`` are answers by the names of questions. ``ask`` is None without a terminal.
-
-    Raises:
-        ConfigError: an answer is missing and nobody can be asked, or one would change nothing.
-    """
-    by_name = {question.name: question for question in questions}
-    missing = [question for name, question in by_name.items() if name not in given]
+    """The answer to each question, and those that were ``given``, by the names of questions, although nobody asked.
+    ``ask`` is None without a terminal. Raises ConfigError: an answer is missing and nobody can be asked."""
+    missing = [question for question in questions if question.name not in given]
     if missing and ask is None:
-        lines = "".join(f"\n  --{question.name}: {_described(question)}" for question in missing)
-        raise ConfigError(
-            f"these files leave a choice open:{lines}", remedy="add the options, or run the command on a terminal"
-        )
+        lines = "".join(f"\n  --{question.name}: {_described(question, indent=4)}" for question in missing)
+        remedy = "add the options, or run the command on a terminal"
+        raise ConfigError(f"these files leave a choice open:{lines}", remedy=remedy)
     return {**given, **{question.name: _asked(question, ask) for question in missing if ask is not None}}
 
 
 def refuse_unasked(questions: Sequence[Question], given: Mapping[str, str], known: Sequence[Question]) -> None:
-    """Accepts answers with choices only to questions that these files raise.
-
-    Raises:
-        ConfigError: an answer would change nothing.
-    """
+    """Accepts answers with choices only to questions that these files raise. Raises ConfigError: an answer would change
+    nothing."""
     raised = {question.name for question in questions}
     for question in known:
         if question.choices and question.name in given and question.name not in raised:
-            raise ConfigError(
-                f"{given[question.name]!r} has no effect: the question does not arise for these files",
-                where=f"--{question.name}",
-                remedy="leave it out",
-            )
+            message = f"{given[question.name]!r} has no effect: the question does not arise for these files"
+            raise ConfigError(message, where=f"--{question.name}", remedy="leave it out")
 
 
-def _described(question: Question) -> str:
-    return "".join([question.text, *(f"\n    {choice}: {meaning}" for choice, meaning in question.choices.items())])
+def _described(question: Question, *, indent: int) -> str:
+    choices = (f"{' ' * indent}{choice}: {meaning}" for choice, meaning in question.choices.items())
+    return "\n".join([question.text, *choices])
 
 
 def _asked(question: Question, ask: Ask) -> str:
     """The answer that the user types, once it is one of the choices."""
-    lines = [question.text, *(f"  {choice}: {meaning}" for choice, meaning in question.choices.items())]
-    text = "\n".join([*lines, f"--{question.name}: "])
+    text = f"{_described(question, indent=2)}\n--{question.name}: "
     while True:
         try:
             answer = ask(text).strip()
@@ -77,14 +64,17 @@ _SMALL = 1e-2
 
 
 def group_lines(settings: Mapping[str, Any], *, depth: int) -> Iterator[str]:
-    """Lines of a group of settings; each is plain, a group of further ones, or ``Reasoned``."""
+    """Lines of a group of settings; each is plain, a group of further ones, or ``Reasoned``, whose reason stands behind
+    the line, or above it if the two together are too long."""
     pad = " " * _INDENT * depth
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield f"{pad}{flow(key)}:"
             yield from group_lines(value, depth=depth + 1)
         elif isinstance(value, Reasoned):
-            yield from _with_reason(f"{pad}{flow(key)}: {flow(value.value)}", value.why, pad)
+            line, comment = f"{pad}{flow(key)}: {flow(value.value)}", comment_lines(value.why, pad=pad)
+            behind = f"{line}  {comment[0].strip()}" if len(comment) == 1 else " " * _WIDTH * 2
+            yield from [behind] if len(behind) <= _WIDTH else [*comment, line]
         else:
             yield f"{pad}{flow(key)}: {flow(value)}"
 
@@ -101,13 +91,6 @@ def flow(value: Any) -> str:
         value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
     )
     return text.removesuffix("\n").removesuffix("...").removesuffix("\n")
-
-
-def _with_reason(line: str, why: str, pad: str) -> list[str]:
-    """The reason behind the line, or above it if the two together are too long."""
-    comment = comment_lines(why, pad=pad)
-    behind = f"{line}  {comment[0].strip()}" if len(comment) == 1 else ""
-    return [behind] if behind and len(behind) <= _WIDTH else [*comment, line]
 
 
 class _Dumper(yaml.SafeDumper):

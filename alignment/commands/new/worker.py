@@ -13,28 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
+from alignment.commands.shared.worker_process import run_as_program, silence_libraries
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.model import TemplateChoice
 from alignment.config.new_recipe import Lengths
 from alignment.core.artifacts import write_json
-from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.terminal import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
+from alignment.data.tokens import row_kinds
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import (
-    CONVERSATIONS,
-    LABELLED_ANSWERS,
-    PAIRS,
-    PROMPTS,
-    TEXTS,
-    Kind,
-    Tokenized,
-    tokenized,
-)
+from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES, lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 
@@ -42,13 +31,22 @@ LOOKED_AT = 5_000
 """Maximum number of records of a file whose tokens are counted."""
 _AT_ONCE = 500
 _LIMITS = Limits(row=sys.maxsize)
-_KINDS = {kind.record.__name__: kind for kind in (CONVERSATIONS, LABELLED_ANSWERS, PAIRS, PROMPTS, TEXTS)}
+_KINDS = {
+    kind.record.__name__: kind
+    for kind in (
+        row_kinds.CONVERSATIONS,
+        row_kinds.LABELLED_ANSWERS,
+        row_kinds.PAIRS,
+        row_kinds.PROMPTS,
+        row_kinds.TEXTS,
+    )
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Answers one request; an error is a part of the answer. Returns exit code 0."""
     asked, answer = map(Path, arguments)
-    transformers_logging.set_verbosity_error()
+    silence_libraries()
     try:
         lengths = measured(json.loads(asked.read_text(encoding="utf-8")))
     except AlignmentError as error:
@@ -76,11 +74,14 @@ def _lengths(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) ->
     readable = [record for record in records if record.parts]
     if not readable:
         raise next((record.fault for record in records if record.fault), DataError("has no rows", where=str(path)))
-    has_answers = kind.record is not PlainText
     return Lengths(
         rows=[record.tokens for record in readable],
         prompts=[max(len(parts.prompt) for parts in record.parts) for record in readable],
-        answers=[_longest_answer(record) for record in readable] if has_answers else [],
+        answers=[
+            max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
+            for record in readable
+            if kind.record is not PlainText
+        ],
         remarks=_remarks(records),
     )
 
@@ -88,32 +89,20 @@ def _lengths(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) ->
 def _remarks(records: Sequence[Tokenized]) -> list[str]:
     """Sentences on records that cannot be rendered, and on what the chat template leaves out of others."""
     faults = [record.fault for record in records if record.fault is not None]
-    remarks = [lost_words(loss, count, len(records)) for loss in LOSSES if (count := _lose(loss, records))]
+    losing = {loss: sum(loss in record.lost for record in records) for loss in LOSSES}
+    remarks = [lost_words(loss, count, len(records)) for loss, count in losing.items() if count]
     if faults:
         such = f"such as {Path(faults[0].where).name}: {faults[0].message}"
         remarks.append(f"{len(faults):,} of {len(records):,} records cannot be rendered, {such}")
     return remarks
 
 
-def _lose(loss: str, records: Sequence[Tokenized]) -> int:
-    return sum(loss in record.lost for record in records)
-
-
-def _longest_answer(record: Tokenized) -> int:
-    return max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
-
-
 def _tokenized(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) -> Iterator[Tokenized]:
     lenient = SourceConfig(columns=columns, on_error=OnError.skip, max_skipped=1.0)
-    for records in _batches(islice(iterate(path, kind.record, lenient), LOOKED_AT)):
-        yield from tokenized(tokenizer, kind, records, _LIMITS)
-
-
-def _batches(records: Iterator[Any]) -> Iterator[list[Any]]:
+    records = islice(iterate(path, kind.record, lenient), LOOKED_AT)
     while batch := list(islice(records, _AT_ONCE)):
-        yield batch
+        yield from tokenized(tokenizer, kind, batch, _LIMITS)
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main(sys.argv[1:]))
+    run_as_program(lambda: main(sys.argv[1:]))

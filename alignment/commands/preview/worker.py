@@ -16,13 +16,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core import files
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, DataError
-from alignment.core.terminal import Terminal, complain, make_unfailing
+from alignment.core.errors import DataError
+from alignment.core.terminal import Terminal
 from alignment.core.wording import counted
 from alignment.data.near_duplicates import record_key
 from alignment.data.overlap import HeldOut, asked, asked_in
@@ -30,7 +29,7 @@ from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES
-from alignment.data.tokens.token_spans import RecordSpans, TokenSpan, histogram, record_spans
+from alignment.data.tokens.token_spans import RecordSpans, histogram, record_spans
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.stages.registry import as_trained, learned_data, read_spec
@@ -39,11 +38,12 @@ CONTENT_POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """
     """img-src data:; base-uri 'none'; form-action 'none'">"""
 )
-"""The same policy as on the report's pages."""
+"""The same policy as on the report's pages: the page loads and runs nothing, whatever the rows contain."""
 LOOKED_AT = 5_000
 """Maximum number of records whose tokens are counted."""
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the first error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.preview.worker", description=__doc__)
@@ -52,48 +52,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=Path)
     parser.add_argument("--against", type=Path, help="an evaluation's stage file, whose prompts must not be learned")
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
+    silence_libraries()
     console = Terminal(soft_wrap=True, highlight=False, record=options.html is not None)
-    try:
-        held_out = None if options.against is None else _held_out(read_spec(options.against))
-        for file in options.stage_files:
-            show_stage(console, read_spec(file), rows=options.rows, held_out=held_out)
-        if options.html is not None:
-            with files.explained(options.html.parent):
-                files.write_text(options.html, _page(console))
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    held_out = None
+    if options.against is not None:
+        evaluation = read_spec(options.against)
+        data = getattr(evaluation.config, "data", None)
+        assert isinstance(data, DataConfig), "the driver names an evaluation"
+        held_out = HeldOut(asked_in(evaluation.data_path, data))
+    for file in options.stage_files:
+        show_stage(console, read_spec(file), rows=options.rows, held_out=held_out)
+    if options.html is not None:
+        with files.explained(options.html.parent):
+            head = '<meta charset="UTF-8">'
+            files.write_text(options.html, console.export_html().replace(head, f"{head}\n{CONTENT_POLICY}", 1))
     return 0
 
 
-def _page(console: Console) -> str:
-    """The printed output as a page that loads and runs nothing, whatever the rows contain."""
-    head = '<meta charset="UTF-8">'
-    return console.export_html().replace(head, f"{head}\n{CONTENT_POLICY}", 1)
-
-
-def _held_out(spec: StageSpec) -> HeldOut:
-    data = getattr(spec.config, "data", None)
-    assert isinstance(data, DataConfig), "the driver names an evaluation"
-    return HeldOut(asked_in(spec.data_path, data))
-
-
 def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOut | None = None) -> None:
-    """Prints the first records of each of a stage's sources, and a summary of all.
-
-    Raises:
-        DataError: no row can be read, or no row can be tokenised.
-    """
+    """Prints the first records of each of a stage's sources, and a summary of all. Raises DataError: no row can be
+    read, or no row can be tokenised."""
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     kind, limits = learned_data(config)
     for number, (data, path) in enumerate(spec.sources(config.data, "data")):
         setting = f"stages.{spec.stage}.data" + (f".mix[{number - 1}]" if number else "")
-        lenient = replace(
-            data, on_error=OnError.skip, max_skipped=1.0
-        )  # faults are printed and do not stop the preview
+        # Faults are printed and do not stop the preview.
+        lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
         reading = start(path, lenient, setting=setting)
         records = list(islice(iterate(path, kind.record, lenient, reading=reading), LOOKED_AT))
         is_whole = len(records) < LOOKED_AT or len(records) == data.limit
@@ -125,7 +111,6 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
 
 
 def _of_tokens(records: Sequence[Tokenized], readable: Sequence[RecordSpans], limits: Limits) -> list[str]:
-    """Lines on the lengths of records, how many are too long, and how much is learned."""
     lengths = [record.tokens for record in records if record.tokens]
     too_long = sum(isinstance(record.fault, RowTooLong) for record in records)
     cut = sum(record.cut != "" for record in records)
@@ -141,7 +126,6 @@ def _of_tokens(records: Sequence[Tokenized], readable: Sequence[RecordSpans], li
 
 
 def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], reading: Reading) -> list[str]:
-    """Lines on unusual rows, each with an example."""
     keys = [record_key(record.record) for record in records]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     repeated = [record.record.where for index, record in enumerate(records) if first[keys[index]] != index]
@@ -152,15 +136,9 @@ def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], read
         ("has", "have", "text that looks like a control token but is ordinary text", lookalikes),
         ("becomes", "become", "several rows, because the chat template changes earlier turns", split),
     ]
-    oddities += [
-        (
-            "loses",
-            "lose",
-            f"{loss} in the chat template",
-            [record.record.where for record in records if loss in record.lost],
-        )
-        for loss in LOSSES
-    ]
+    for loss in LOSSES:
+        losing = [record.record.where for record in records if loss in record.lost]
+        oddities.append(("loses", "lose", f"{loss} in the chat template", losing))
     lines = [
         f"{counted(len(rows), f'record {verb}', f'records {plural}')} {rest}, such as {rows[0]}"
         for verb, plural, rest, rows in oddities
@@ -202,10 +180,8 @@ def _stops(
     """A line on why the stage would stop at these records, if it would; ``is_whole``: the stage reads no others."""
     number = len(records_of_source)
     others = "" if is_whole else f"if the other records are like the first {number:,}, "
-    dropped, cut = (
-        sum(isinstance(record.fault, RowTooLong) for record in records_of_source),
-        sum(record.cut != "" for record in records_of_source),
-    )
+    dropped = sum(isinstance(record.fault, RowTooLong) for record in records_of_source)
+    cut = sum(record.cut != "" for record in records_of_source)
     longest, where = max(record.tokens for record in records_of_source), str(reading.path)
     try:
         refuse_faults_of(reading, data)
@@ -226,16 +202,11 @@ def _print_record(console: Console, record: RecordSpans) -> None:
         for learned, group in groupby(spans, key=lambda span: span.learned):
             text.append("⟦" if learned else "", style="green")
             for span in group:
-                text.append(span.text, style=_style(span))
+                colour = "magenta" if span.control else "green" if span.learned else "default"
+                text.append(span.text, style=f"not bold {'underline ' if span.differs else ''}{colour}")
             text.append("⟧" if learned else "", style="green")
         console.print(text)
 
 
-def _style(span: TokenSpan) -> str:
-    colour = "magenta" if span.control else "green" if span.learned else "default"
-    return f"not bold {'underline ' if span.differs else ''}{colour}"
-
-
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

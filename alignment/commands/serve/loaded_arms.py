@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import generation_settings, parts_of
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -36,33 +36,20 @@ class LoadedArm:
 
 
 def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
-    """Loads the policies on this process's device.
-
-    Raises:
-        ArtifactError: an artifact is missing or damaged.
-        ModelError: a model cannot be loaded.
-        DataError: a policy has no usable chat template.
-    """
-    return [_load(policy) for policy in policies]
-
-
-def _load(policy: StoredPolicy) -> LoadedArm:
-    lineage, tokenizer = lineage_and_tokenizer(policy)
-    model = merged(lineage, tokenizer, policy.dtype).to(own_device())
-    return LoadedArm(name=policy.name, model=model.requires_grad_(False), tokenizer=tokenizer)
+    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError: an artifact is
+    damaged, a model cannot be loaded, or a policy has no usable chat template."""
+    arms = []
+    for policy in policies:
+        lineage, tokenizer = lineage_and_tokenizer(policy)
+        model = merged(lineage, tokenizer, policy.dtype).to(own_device())
+        arms.append(LoadedArm(name=policy.name, model=model.requires_grad_(False), tokenizer=tokenizer))
+    return arms
 
 
 def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
-    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once.
-
-    Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: there is no usable tokenizer.
-        DataError: there is no usable chat template.
-    """
-    artifact, base = (Path(folder) if folder else None for folder in (policy.artifact, policy.base))
-    template = TemplateChoice(source=policy.chat_template, options=policy.template_options)
-    lineage, tokenizer = parts_of(artifact, base, template)
+    """What the policy consists of; a first prompt is rendered, so that an unusable template is refused at once. It
+    raises as ``load_arms`` does."""
+    lineage, tokenizer = parts_of(*policy.sources)
     try:
         prompt_ids(tokenizer, [Message(role="user", content="Hi.")])
     except DataError as error:
@@ -88,11 +75,8 @@ _FACTOR = re.compile(r"(.*)\.(lora_[AB]\.weight)")
 
 
 def write_sum(folders: Sequence[Path], to: Path) -> None:
-    """Writes the sum of saved LoRA adapters in PEFT's form.
-
-    Raises:
-        ModelError: an adapter holds something else than factors.
-    """
+    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError: an adapter holds something else than
+    factors."""
     configs = [saved_config(folder) for folder in folders]
     ranks = [config.r for config in configs]
     scales = [config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) for config in configs]
@@ -102,7 +86,11 @@ def write_sum(folders: Sequence[Path], to: Path) -> None:
     for module in modules:
         ours = [adapter.get(module) for adapter in adapters]
         shape = next(factors for factors in ours if factors is not None)
-        filled = [factors or _zeros(shape, rank) for factors, rank in zip(ours, ranks, strict=True)]
+        inputs, outputs = shape[_A].shape[1], shape[_B].shape[0]
+        filled = [
+            factors or {_A: torch.zeros(rank, inputs), _B: torch.zeros(outputs, rank)}
+            for factors, rank in zip(ours, ranks, strict=True)
+        ]
         joined[f"{module}.{_A}"] = torch.cat([factors[_A] for factors in filled])
         joined[f"{module}.{_B}"] = torch.cat(
             [scale * factors[_B] for scale, factors in zip(scales, filled, strict=True)], dim=1
@@ -124,10 +112,3 @@ def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise ModelError(f"holds {name}, which is not a factor", where=str(folder))
         factors.setdefault(match[1], {})[match[2]] = tensor.float()
     return factors
-
-
-def _zeros(like: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    return {
-        _A: torch.zeros(rank, like[_A].shape[1]),
-        _B: torch.zeros(like[_B].shape[0], rank),
-    }

@@ -19,14 +19,8 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn import ModuleList
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cli.serving.utils import (
-    ReasoningText,
-    ToolCall,
-    build_response_parser,
-    get_response_template,
-    parse_assistant_message,
-    response_events_to_chunks,
-)
+from transformers.cli.serving import utils as serving
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 from transformers.generation.streamers import BaseStreamer
 
 from alignment.commands.serve.loaded_arms import LoadedArm
@@ -48,22 +42,14 @@ def answer_reader(tokenizer: Any, model: PreTrainedModel, end_ids: Iterable[int]
     those before and after a call, it keeps the last. Without a form, an answer is all text.
     """
     reader = copy.copy(tokenizer)
-    form = get_response_template(tokenizer, model)
-    if form is None and with_tools and _writes_calls(tokenizer):
-        form = get_response_template(tokenizer, _WITH_CALLS)
+    form = serving.get_response_template(tokenizer, model)
+    if form is None and with_tools:
+        template = tokenizer.get_chat_template(tools=[{}])
+        writes_calls = _CALL in template and "<function=" not in template
+        form = serving.get_response_template(tokenizer, _WITH_CALLS) if writes_calls else None
     if form is not None:
         reader.response_template = _with_ends(form, tokenizer, end_ids)
     return reader
-
-
-def reads_calls(reader: Any) -> bool:
-    """Whether calls are recognised in answers that this reader divides."""
-    return "tool_calls" in (getattr(reader, "response_template", None) or {}).get("fields", {})
-
-
-def _writes_calls(tokenizer: Any) -> bool:
-    template = tokenizer.get_chat_template(tools=[{}])
-    return _CALL in template and "<function=" not in template
 
 
 def _with_ends(known: Mapping[str, Any], tokenizer: Any, end_ids: Iterable[int]) -> Mapping[str, Any]:
@@ -90,7 +76,7 @@ def divided(
     if reader is None:
         return text, None, []
     try:
-        content, thoughts, calls = parse_assistant_message(
+        content, thoughts, calls = serving.parse_assistant_message(
             reader, model, ids, input_ids=prompt_ids, cleaned_content=text, tools=tools
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -131,30 +117,12 @@ class StopCut:
         return held
 
     def _beginning_of_a_stop(self, text: str) -> int:
-        """The length of the longest end of ``text`` with which a stop begins."""
         longest = max(map(len, self._stops), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((size for size in lengths if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
 
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """The text before an answer: a conversation that the chat template rendered, or any other, ``is_chat`` False."""
-
-    text: str
-    is_chat: bool
-
-    def ids(self, tokenizer: Any) -> list[int]:
-        """Its token ids. In front of a text the tokenizer may put BOS; a chat template writes its own."""
-        return encode(tokenizer, self.text) if self.is_chat else list(tokenizer(self.text)["input_ids"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Begun:
-    """The prompt was taken; the answer follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,8 +137,9 @@ class Ended:
     reason: str
 
 
-Piece: TypeAlias = Begun | Ended | ToolCall | str
-"""Of an answer: ``Begun``, texts and calls as they are generated if they are streamed, and ``Ended``."""
+Piece: TypeAlias = Ended | ToolCall | str
+"""Of an answer: an empty text once the prompt is taken, texts and calls as they are generated if they are streamed, and
+``Ended``."""
 
 
 class PolicyGeneration:
@@ -184,7 +153,8 @@ class PolicyGeneration:
             with_tools: answer_reader(arm.tokenizer, arm.model, ends, with_tools=with_tools)
             for with_tools in (False, True)
         }
-        self.reads_calls = reads_calls(self._readers[True])
+        form = getattr(self._readers[True], "response_template", None) or {}
+        self.reads_calls = "tool_calls" in form.get("fields", {})
         self._thread = ThreadPoolExecutor(1)
         self._is_left: Callable[[], bool] = bool
         for layers in (module for module in arm.model.modules() if isinstance(module, ModuleList)):
@@ -197,10 +167,10 @@ class PolicyGeneration:
         return positions_of(self._model.base_model)
 
     async def pieces(
-        self, prompt: Prompt, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = ()
+        self, prompt: str, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = (), *, is_chat: bool
     ) -> AsyncGenerator[Piece, None]:
-        """The pieces of an answer, which ``Ended`` divides into content, thoughts and calls in a chat. Closing the
-        iterator ends the work.
+        """The pieces of an answer to a conversation that the chat template rendered, which ``Ended`` divides into
+        content, thoughts and calls, or to any other text. Closing the iterator ends the work.
 
         Raises:
             RequestError: the prompt is empty, or leaves no room for an answer (400), or the model failed (500).
@@ -212,7 +182,7 @@ class PolicyGeneration:
             with suppress(RuntimeError):  # the server ends, and its loop is closed
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        reader = self._readers[bool(tools)] if prompt.is_chat else None
+        reader = self._readers[bool(tools)] if is_chat else None
         work: Future[None] = self._thread.submit(
             self._answer, prompt, options, tools, reader, emit=emit, is_left=is_left.is_set
         )
@@ -220,14 +190,19 @@ class PolicyGeneration:
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
-            _raise_failure(work)
+            error = None if work.cancelled() else work.exception()
+            if isinstance(error, RequestError):
+                raise error
+            if error is not None:
+                _LOG.error("an answer failed", exc_info=error)
+                raise RequestError(f"{type(error).__name__}: {error}", status=500) from error
         finally:
             is_left.set()
             work.cancel()
 
     def _answer(
         self,
-        prompt: Prompt,
+        prompt: str,
         options: AnswerOptions,
         tools: Sequence[Mapping[str, Any]],
         reader: Any,
@@ -235,14 +210,15 @@ class PolicyGeneration:
         emit: Callable[[Piece], None],
         is_left: Callable[[], bool],
     ) -> None:
-        ids = prompt.ids(self.tokenizer)
-        self._refuse_length(len(ids), "messages" if prompt.is_chat else "prompt")
+        # In front of a text the tokenizer may put BOS; a chat template writes its own.
+        ids = list(self.tokenizer(prompt)["input_ids"]) if reader is None else encode(self.tokenizer, prompt)
+        self._refuse_length(len(ids), "prompt" if reader is None else "messages")
         config = self._config(options, len(ids))
-        emit(Begun())
+        emit("")
         input_ids = torch.tensor([ids], device=self._model.device)
         answer = _Answer(self.tokenizer, options, emit, self._end_if_left)
         if reader is not None and options.is_streamed:
-            answer.parser = build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
+            answer.parser = serving.build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
         if options.seed is not None:
             torch.manual_seed(options.seed)
         self._is_left = is_left
@@ -302,15 +278,6 @@ class PolicyGeneration:
         )
 
 
-def _raise_failure(work: Future[None]) -> None:
-    error = None if work.cancelled() else work.exception()
-    if isinstance(error, RequestError):
-        raise error
-    if error is not None:
-        _LOG.error("an answer failed", exc_info=error)
-        raise RequestError(f"{type(error).__name__}: {error}", status=500) from error
-
-
 class _AnswerOver(Exception):
     """Ends the generation of an answer: a stop was written, or nobody waits for it."""
 
@@ -339,7 +306,7 @@ class _Answer(BaseStreamer):
         if self._prompt_follows:
             self._prompt_follows = False
             if self.parser is not None:
-                self._pass_on(response_events_to_chunks(self.parser.initial_events))
+                self._pass_on(serving.response_events_to_chunks(self.parser.initial_events))
             return
         for token in value.tolist():
             self._add(token)
@@ -348,15 +315,13 @@ class _Answer(BaseStreamer):
         """``finish`` does what is left, also for an answer that ends at a stop."""
 
     def finish(self) -> None:
-        """Passes on what was held back."""
         if self.parser is not None:
             with suppress(ValueError, RuntimeError):  # the answer ends within a call
-                self._pass_on(response_events_to_chunks(self.parser.finalize()[1]))
+                self._pass_on(serving.response_events_to_chunks(self.parser.finalize()[1]))
         if rest := self._content.rest():
             self._emit(rest)
 
     def has_ended(self, end_ids: Sequence[int]) -> bool:
-        """Whether it ends by itself or at a stop."""
         return self._ends.has_ended or bool(self.ids and self.ids[-1] in end_ids)
 
     def _add(self, token: int) -> None:
@@ -366,7 +331,7 @@ class _Answer(BaseStreamer):
         if self.parser is None:
             self._pass_on([plain])
         elif text := self._with_control.step(self._backend, token):
-            self._pass_on(response_events_to_chunks(self.parser.feed(text)))
+            self._pass_on(serving.response_events_to_chunks(self.parser.feed(text)))
         if self._ends.has_ended:
             raise _AnswerOver
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ COLDEST, HOTTEST = 0.01, 100.0
 _BIAS = 100.0
 _SEEDS = 2**63
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
-_Asks = Callable[[Any], bool]
-"""Whether a value asks for more than the field's absence does."""
+Fields = tuple[Sequence[str], Mapping[str, Sequence[str]]]
+"""The fields that are read or change nothing, and the values (as JSON) of others that ask for no more than absence
+does."""
 
 
 class RequestError(Exception):
@@ -53,65 +54,49 @@ class AnswerOptions:
     streams_usage: bool
 
 
-def _other_than(usual: Any) -> _Asks:
-    return lambda value: bool(value != usual)
-
-
-def _is_not_text(value: Any) -> bool:
-    return not isinstance(value, Mapping) or value.get("type") != "text"
-
-
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Fields that change no answer."""
 _OPTIONS = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "logit_bias")
-_UNSUPPORTED: Mapping[str, _Asks] = {"n": _other_than(1), "presence_penalty": bool, "frequency_penalty": bool}
 _OF_TOOLS = ("tool_choice", "parallel_tool_calls")
 """Fields that mean nothing without tools."""
-CHAT_FIELDS = (*_OPTIONS, *_IGNORED, "messages", "tools", "chat_template_kwargs", "max_completion_tokens")
-CHAT_UNSUPPORTED: Mapping[str, _Asks] = {
-    **_UNSUPPORTED,
-    "logprobs": bool,
-    "top_logprobs": bool,
-    "response_format": _is_not_text,
-    "tool_choice": _other_than("auto"),
-    "parallel_tool_calls": _other_than(True),
-    "functions": bool,
-    "function_call": bool,
-    "reasoning_effort": bool,
-    "prediction": bool,
-    "audio": bool,
-    "modalities": _other_than(["text"]),
-    "verbosity": _other_than("medium"),
-    "web_search_options": _other_than(False),
-}
-COMPLETION_FIELDS = (*_OPTIONS, *_IGNORED, "prompt")
-COMPLETION_UNSUPPORTED: Mapping[str, _Asks] = {
-    **_UNSUPPORTED,
-    "best_of": _other_than(1),
-    "echo": bool,
-    "logprobs": lambda value: value is not False,
-    "suffix": bool,
-}
+_NOTHING = ("0", "0.0", "false", '""', "[]", "{}")
+_COMMON = {"n": ("1",), "presence_penalty": _NOTHING, "frequency_penalty": _NOTHING}
+CHAT: Fields = (
+    (*_OPTIONS, *_IGNORED, "messages", "tools", "chat_template_kwargs", "max_completion_tokens"),
+    {
+        **_COMMON,
+        **dict.fromkeys(("logprobs", "top_logprobs", "functions", "function_call", "audio"), _NOTHING),
+        **dict.fromkeys(("reasoning_effort", "prediction"), _NOTHING),
+        "response_format": ('{"type": "text"}',),
+        "tool_choice": ('"auto"',),
+        "parallel_tool_calls": ("true",),
+        "modalities": ('["text"]',),
+        "verbosity": ('"medium"',),
+        "web_search_options": ("false",),
+    },
+)
+COMPLETION: Fields = (
+    (*_OPTIONS, *_IGNORED, "prompt"),
+    {**_COMMON, "best_of": ("1",), "echo": _NOTHING, "logprobs": ("false",), "suffix": _NOTHING},
+)
 
 
 def body_of(raw: bytes) -> dict[str, Any]:
-    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs.
-
-    Raises:
-        RequestError: the body is something else.
-    """
+    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs. Raises RequestError: the body
+    is something else."""
     try:
         body = json.loads(raw, parse_constant=_finite, parse_float=_finite)
-        if not isinstance(body, dict):
-            raise RequestError("the body is not a JSON object")
-        for name, value in body.items():
-            if _has_half_a_character([name, value]):
-                readable = name.encode(errors="replace").decode()
-                raise RequestError(
-                    f"{readable} contains half of a surrogate pair, which is no character", param=readable
-                )
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON that can be read: {error}") from error
+    if not isinstance(body, dict):
+        raise RequestError("the body is not a JSON object")
+    for name, value in body.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            readable = name.encode(errors="replace").decode()
+            message = f"{readable} contains half of a surrogate pair, which is no character"
+            raise RequestError(message, param=readable) from None
     return body
 
 
@@ -121,41 +106,29 @@ def _finite(text: str) -> float:
     return number
 
 
-def _has_half_a_character(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def refuse_unsupported(body: Mapping[str, Any], known: Sequence[str], unsupported: Mapping[str, _Asks]) -> None:
-    """Checks the names of the fields; a field of ``unsupported`` may only ask for what its absence means.
-
-    Raises:
-        RequestError: a field asks for what is not supported, or is unknown.
-    """
+def refuse_unsupported(body: Mapping[str, Any], fields: Fields) -> None:
+    """Checks the names of the fields, and that those which have no effect ask for nothing. Raises RequestError: a field
+    asks for what is not supported, or is unknown."""
+    known, others = fields
     for name, value in body.items():
         if value is None or name in known or (name in _OF_TOOLS and not body.get("tools")):
             continue
-        asks_for_more = unsupported.get(name)
-        if asks_for_more is None:
+        if name not in others:
             raise RequestError(f"there is no field {name!r} here; leave it out", param=name)
-        if asks_for_more(value):
+        if json.dumps(value) not in others[name]:
             raise _wrong(name, value, "is not supported here; leave it out, or serve with --engine vllm")
 
 
 def options_of(body: Mapping[str, Any], vocabulary: int) -> AnswerOptions:
-    """The options of an answer by a policy with so many token ids.
-
-    Raises:
-        RequestError: an option has a value that it cannot have.
-    """
+    """The options of an answer by a policy with so many token ids. Raises RequestError: an option has a value that it
+    cannot have."""
     limits = [_count(body, name) for name in ("max_completion_tokens", "max_tokens")]
     temperature = _number(body, "temperature", 1.0, 0.0, HOTTEST)
     if 0 < temperature < COLDEST:
         raise _wrong("temperature", temperature, f"is not 0, or from {COLDEST} to {HOTTEST:g}")
-    stream = _flag(body, "stream")
+    seed = body.get("seed")
+    if seed is not None and not (type(seed) is int and -_SEEDS <= seed < _SEEDS):
+        raise _wrong("seed", seed, "is not a whole number of 64 bits")
     stream_options = body.get("stream_options")
     if stream_options is not None and not isinstance(stream_options, dict):
         raise _wrong("stream_options", stream_options, "is not an object")
@@ -163,10 +136,10 @@ def options_of(body: Mapping[str, Any], vocabulary: int) -> AnswerOptions:
         max_tokens=next((limit for limit in limits if limit is not None), None),
         temperature=temperature,
         top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
-        seed=_seed(body.get("seed")),
+        seed=seed,
         bias=_bias(body.get("logit_bias"), vocabulary),
         stops=_stops(body.get("stop")),
-        is_streamed=stream,
+        is_streamed=_flag(body, "stream"),
         streams_usage=_flag(stream_options or {}, "include_usage"),
     )
 
@@ -192,12 +165,6 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _wrong(name, value, "is not true or false")
     return bool(value)
-
-
-def _seed(value: Any) -> int | None:
-    if value is not None and not (type(value) is int and -_SEEDS <= value < _SEEDS):
-        raise _wrong("seed", value, "is not a whole number of 64 bits")
-    return value
 
 
 def _bias(value: Any, vocabulary: int) -> dict[int, float]:
@@ -250,10 +217,8 @@ def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_
     if tools and not reads_tools(template):
         raise RequestError("the chat template of this policy has no place for tools; leave them out", param="tools")
     if tools and not reads_calls:
-        raise RequestError(
-            "the form in which this policy calls tools is not known; serve with --engine vllm and --tool-parser",
-            param="tools",
-        )
+        message = "the form in which this policy calls tools is not known; serve with --engine vllm and --tool-parser"
+        raise RequestError(message, param="tools")
     options = _template_options(body.get("chat_template_kwargs"), template)
     try:
         templates = with_options(template, options)
@@ -278,11 +243,7 @@ def _template_options(value: Any, template: str) -> Mapping[str, Any]:
 
 
 def tools_of(value: Any) -> Tools:
-    """The tools of a request in the form for chat templates.
-
-    Raises:
-        RequestError: they are not a list of functions with names.
-    """
+    """The tools of a request for chat templates. Raises RequestError if they are not functions with names."""
     if value is not None and not isinstance(value, list):
         raise RequestError("tools is not a list", param="tools")
     for number, tool in enumerate(value or ()):
@@ -293,11 +254,7 @@ def tools_of(value: Any) -> Tools:
 
 
 def turns_of(messages: Any) -> Sequence[Message]:
-    """The messages of a request.
-
-    Raises:
-        RequestError: one has a form that no chat template reads.
-    """
+    """The messages of a request. Raises RequestError if one has a form that no chat template reads."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages, or it is empty", param="messages")
     return [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
@@ -314,10 +271,13 @@ def _turn(message: Any, where: str) -> Message:
             raise RequestError(f"a message has no field {name!r} here; leave it out", param=f"{where}.{name}")
         if name in _TEXTS and not isinstance(value, (str, type(None))):
             raise RequestError(f"{name} is not a text", param=f"{where}.{name}")
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError("tool_calls is not a list", param=f"{where}.tool_calls")
     return Message(
         role=ROLES_OPENAI[role],
         content=_content(message.get("content"), f"{where}.content", may_be_absent=role == "assistant"),
-        tool_calls=_calls(message.get("tool_calls"), f"{where}.tool_calls"),
+        tool_calls=tuple(_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls or ())),
         thought=next((message[name] for name in THOUGHTS if message.get(name)), ""),
         call_id=message.get("tool_call_id") or "",
         name=message.get("name") or "",
@@ -335,12 +295,6 @@ def _content(content: Any, where: str, *, may_be_absent: bool) -> str:
     if not all(isinstance(text, str) for text in texts):
         raise RequestError("the content is neither a text nor a list of parts of the type text", param=where)
     return "".join(map(str, texts))
-
-
-def _calls(calls: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    if calls is not None and not isinstance(calls, list):
-        raise RequestError("tool_calls is not a list", param=where)
-    return tuple(_call(call, f"{where}[{number}]") for number, call in enumerate(calls or ()))
 
 
 def _call(call: Any, where: str) -> Mapping[str, Any]:

@@ -9,10 +9,9 @@ import asyncio
 import json
 import time
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,124 +23,75 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
+from alignment.commands.serve import request_checks as checks
 from alignment.commands.serve.loaded_arms import LoadedArm
-from alignment.commands.serve.policy_generation import Begun, Ended, Piece, PolicyGeneration, Prompt
-from alignment.commands.serve.request_checks import (
-    CHAT_FIELDS,
-    CHAT_UNSUPPORTED,
-    COMPLETION_FIELDS,
-    COMPLETION_UNSUPPORTED,
-    AnswerOptions,
-    RequestError,
-    body_of,
-    options_of,
-    prompt_of,
-    refuse_unsupported,
-    tools_of,
-)
+from alignment.commands.serve.policy_generation import Ended, Piece, PolicyGeneration
+from alignment.commands.serve.request_checks import AnswerOptions, Fields, RequestError
 from alignment.commands.shared.guarded_app import HOSTS
 from alignment.engines.server_process import HOST
 
+_OBJECTS = {
+    True: ("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    False: ("cmpl", "text_completion", "text_completion"),
+}
+"""Of a chat, or of a completion: how an id begins, and OpenAI's names of a whole reply and of a piece."""
 
-class Reply(ABC):
-    """The reply to one request, by the policy that is served as ``model``."""
 
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
+class Reply:
+    """The reply to one request, in the form of ``/v1/chat/completions`` or of ``/v1/completions``, by the policy that
+    is served as ``model``."""
 
-    def __init__(self, model: str) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._model = model
-        self._created = int(time.time())
+    def __init__(self, model: str, *, is_chat: bool) -> None:
+        prefix, self._object, self._chunk_object = _OBJECTS[is_chat]
+        self._id = f"{prefix}-{uuid.uuid4().hex}"
+        self._model, self._created = model, int(time.time())
+        self._is_chat = is_chat
+        self._calls = 0
 
     def whole(self, ended: Ended) -> dict[str, Any]:
         """The answer at once."""
-        return self._reply(self.whole_object, [_choice(self._answer(ended), ended.reason)], _usage(ended))
+        content: dict[str, Any] = {"text": ended.content}
+        if self._is_chat:
+            message: dict[str, Any] = {"role": "assistant", "content": ended.content, "refusal": None}
+            message |= {} if ended.thoughts is None else {"reasoning_content": ended.thoughts}
+            message |= {"tool_calls": list(map(self._call, ended.calls))} if ended.calls else {}
+            content = {"message": message}
+        return self._reply(self._object, content, ended.reason, ended)
 
-    def opening(self) -> Sequence[Mapping[str, Any]]:
-        """The chunks before the first piece."""
-        return []
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """What a stream has before its first piece: the role."""
+        if self._is_chat:
+            yield self._reply(self._chunk_object, {"delta": {"role": "assistant", "content": ""}})
 
-    def chunk(self, piece: ToolCall | str) -> dict[str, Any]:
-        """A piece of a stream."""
-        return self._reply(self.chunk_object, [_choice(self._piece(piece), None)], None)
+    def chunks(self, piece: Piece, *, with_usage: bool) -> Iterator[dict[str, Any]]:
+        """What a stream has of a piece; behind the last one also the numbers of tokens, if the client asks for them."""
+        if isinstance(piece, Ended):
+            yield self._reply(self._chunk_object, {"delta": {}} if self._is_chat else {"text": ""}, piece.reason)
+            if with_usage:
+                yield self._reply(self._chunk_object, None, usage=piece)
+        elif piece:
+            yield self._reply(self._chunk_object, {"delta": self._delta(piece)} if self._is_chat else {"text": piece})
 
-    def ending(self, ended: Ended) -> dict[str, Any]:
-        """Why a stream ended."""
-        return self._reply(self.chunk_object, [_choice(self._piece(""), ended.reason)], None)
-
-    def usage(self, ended: Ended) -> dict[str, Any]:
-        """The chunk with the numbers of tokens, for a client that asks for it."""
-        return self._reply(self.chunk_object, [], _usage(ended))
-
-    @abstractmethod
-    def _answer(self, ended: Ended) -> dict[str, Any]:
-        """The part of a choice that has the whole answer."""
-
-    @abstractmethod
-    def _piece(self, piece: ToolCall | str) -> dict[str, Any]:
-        """The part of a choice that has a piece; an empty text where there is none."""
-
-    def _reply(self, kind: str, choices: Sequence[Any], usage: Mapping[str, int] | None) -> dict[str, Any]:
-        head = {"id": self.id, "object": kind, "created": self._created, "model": self._model}
-        return {**head, "choices": choices, **({"usage": usage} if usage else {})}
-
-
-@final
-class CompletionReply(Reply):
-    """Of ``/v1/completions``."""
-
-    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def _answer(self, ended: Ended) -> dict[str, Any]:
-        return {"text": ended.content}
-
-    def _piece(self, piece: ToolCall | str) -> dict[str, Any]:
-        return {"text": piece}
-
-
-@final
-class ChatReply(Reply):
-    """Of ``/v1/chat/completions``."""
-
-    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self._calls = 0
-
-    def opening(self) -> Sequence[Mapping[str, Any]]:
-        """The role comes first."""
-        return [self._reply(self.chunk_object, [_choice({"delta": {"role": "assistant", "content": ""}}, None)], None)]
-
-    def _answer(self, ended: Ended) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": ended.content, "refusal": None}
-        if ended.thoughts is not None:
-            message["reasoning_content"] = ended.thoughts
-        if ended.calls:
-            message["tool_calls"] = [self._call(call) for call in ended.calls]
-        return {"message": message}
-
-    def _piece(self, piece: ToolCall | str) -> dict[str, Any]:
+    def _delta(self, piece: ToolCall | str) -> dict[str, Any]:
         if isinstance(piece, ToolCall):
-            return {"delta": {"tool_calls": [{"index": self._calls, **self._call(piece)}]}}
-        name = "reasoning_content" if isinstance(piece, ReasoningText) else "content"
-        return {"delta": {name: piece} if piece else {}}
+            return {"tool_calls": [{"index": self._calls, **self._call(piece)}]}
+        return {"reasoning_content" if isinstance(piece, ReasoningText) else "content": piece}
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         self._calls += 1
         function = {"name": call.name, "arguments": call.arguments}
-        return {"id": f"call_{self.id}_{self._calls}", "type": "function", "function": function}
+        return {"id": f"call_{self._id}_{self._calls}", "type": "function", "function": function}
 
-
-def _choice(content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-
-
-def _usage(ended: Ended) -> dict[str, int]:
-    total = ended.prompt_tokens + ended.tokens
-    return {"prompt_tokens": ended.prompt_tokens, "completion_tokens": ended.tokens, "total_tokens": total}
+    def _reply(
+        self, kind: str, content: Mapping[str, Any] | None, reason: str | None = None, usage: Ended | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": 0, **(content or {}), "logprobs": None, "finish_reason": reason}
+        reply: dict[str, Any] = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        reply["choices"] = [] if content is None else [choice]
+        if usage is not None:
+            prompt, answer = usage.prompt_tokens, usage.tokens
+            reply["usage"] = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return reply
 
 
 MOST_BYTES = 4 * 2**20
@@ -158,50 +108,43 @@ class PolicyApp:
     def routes(self) -> list[Route]:
         """The paths that are answered."""
         return [
-            Route("/health", self.health),
-            Route("/v1/models", self.models),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completion, methods=["POST"]),
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
         ]
 
-    async def health(self, _: Request) -> Response:
-        """Whether the server answers."""
+    async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def models(self, _: Request) -> Response:
-        """The names of the policies."""
+    async def _models(self, _: Request) -> Response:
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "alignment"} for name in self._policies]
         return JSONResponse({"object": "list", "data": models})
 
-    async def chat(self, request: Request) -> Response:
-        """Answers a conversation, which the policy's chat template renders."""
+    async def _chat(self, request: Request) -> Response:
         body = await _body(request)
-        policy = self._policy(body)
-        refuse_unsupported(body, CHAT_FIELDS, CHAT_UNSUPPORTED)
-        options = options_of(body, len(policy.tokenizer))
-        text = prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
-        pieces = policy.pieces(Prompt(text=text, is_chat=True), options, tools_of(body.get("tools")))
-        return await _reply(request, pieces, options, ChatReply(body["model"]))
+        policy, options = self._checked(body, checks.CHAT)
+        text = checks.prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
+        pieces = policy.pieces(text, options, checks.tools_of(body.get("tools")), is_chat=True)
+        return await _reply(request, pieces, options, Reply(body["model"], is_chat=True))
 
-    async def completion(self, request: Request) -> Response:
-        """Continues a text."""
+    async def _completion(self, request: Request) -> Response:
         body = await _body(request)
-        policy = self._policy(body)
-        refuse_unsupported(body, COMPLETION_FIELDS, COMPLETION_UNSUPPORTED)
-        options = options_of(body, len(policy.tokenizer))
+        policy, options = self._checked(body, checks.COMPLETION)
         if not isinstance(body.get("prompt"), str):
             raise RequestError("the prompt is not a text", param="prompt")
-        pieces = policy.pieces(Prompt(text=body["prompt"], is_chat=False), options)
-        return await _reply(request, pieces, options, CompletionReply(body["model"]))
+        pieces = policy.pieces(body["prompt"], options, is_chat=False)
+        return await _reply(request, pieces, options, Reply(body["model"], is_chat=False))
 
-    def _policy(self, body: Mapping[str, Any]) -> PolicyGeneration:
+    def _checked(self, body: Mapping[str, Any], fields: Fields) -> tuple[PolicyGeneration, AnswerOptions]:
         name = body.get("model")
         if not isinstance(name, str):
             raise RequestError("model: name the policy", param="model")
         if name not in self._policies:
             names = ", ".join(self._policies)
             raise RequestError(f"there is no model {name!r} here, only: {names}", param="model", status=404)
-        return self._policies[name]
+        checks.refuse_unsupported(body, fields)
+        return self._policies[name], checks.options_of(body, len(self._policies[name].tokenizer))
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -213,7 +156,7 @@ async def _body(request: Request) -> dict[str, Any]:
         raw += part
         if len(raw) > MOST_BYTES:
             raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", status=413)
-    return body_of(bytes(raw))
+    return checks.body_of(bytes(raw))
 
 
 async def _reply(request: Request, pieces: Any, options: AnswerOptions, reply: Reply) -> Response:
@@ -225,11 +168,7 @@ async def _reply(request: Request, pieces: Any, options: AnswerOptions, reply: R
 
 
 async def _unless_left(request: Request, work: Awaitable[T]) -> T:
-    """What ``work`` returns; it is cancelled if the client goes away.
-
-    Raises:
-        ClientDisconnect: it has gone.
-    """
+    """What ``work`` returns; it is cancelled if the client goes away. Raises ClientDisconnect: it has gone."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -244,8 +183,7 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 
 async def _whole(pieces: Any, reply: Reply) -> dict[str, Any]:
     async with aclosing(pieces):
-        ended = [piece async for piece in pieces if isinstance(piece, Ended)]
-    return reply.whole(ended[0])
+        return reply.whole([piece async for piece in pieces][-1])
 
 
 async def _events(pieces: Any, options: AnswerOptions, reply: Reply) -> AsyncIterator[str]:
@@ -255,19 +193,11 @@ async def _events(pieces: Any, options: AnswerOptions, reply: Reply) -> AsyncIte
             for chunk in reply.opening():
                 yield _event(chunk)
             async for piece in pieces:
-                for chunk in _chunks(piece, options, reply):
+                for chunk in reply.chunks(piece, with_usage=options.streams_usage):
                     yield _event(chunk)
         except RequestError as error:
             yield _event(_fault(error))
     yield "data: [DONE]\n\n"
-
-
-def _chunks(piece: Piece, options: AnswerOptions, reply: Reply) -> Sequence[Mapping[str, Any]]:
-    if isinstance(piece, Begun):
-        return []
-    if isinstance(piece, Ended):
-        return [reply.ending(piece), *([reply.usage(piece)] if options.streams_usage else [])]
-    return [reply.chunk(piece)]
 
 
 def _event(value: Mapping[str, Any]) -> str:
@@ -275,7 +205,6 @@ def _event(value: Mapping[str, Any]) -> str:
 
 
 def _fault(error: Exception) -> dict[str, Any]:
-    """An error in the form of OpenAI."""
     known = error if isinstance(error, RequestError) else RequestError(f"{type(error).__name__}: {error}", status=500)
     kind = "server_error" if known.status >= 500 else "invalid_request_error"
     return {"error": {"message": known.message, "type": kind, "param": known.param, "code": known.status}}
@@ -292,22 +221,16 @@ async def _refuse_path(request: Request, error: HTTPException) -> Response:
     return await _refuse(request, RequestError(message, status=error.status_code))
 
 
-async def _forget(_: Request, __: Exception) -> Response:
-    """Nobody reads it."""
-    return Response(status_code=499)
-
-
 def application(arms: Sequence[LoadedArm]) -> Starlette:
     """The ASGI app."""
+
+    async def forget(*_: Any) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
     # A web page that points its own name at 127.0.0.1 is refused by that name.
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)]
-    handlers: Any = {
-        404: _refuse_path,
-        405: _refuse_path,
-        RequestError: _refuse,
-        ClientDisconnect: _forget,
-        Exception: _refuse,
-    }
+    handlers: Any = {404: _refuse_path, 405: _refuse_path, RequestError: _refuse, Exception: _refuse}
+    handlers[ClientDisconnect] = forget
     return Starlette(routes=PolicyApp(arms).routes(), middleware=middleware, exception_handlers=handlers)
 
 

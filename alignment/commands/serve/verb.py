@@ -8,35 +8,25 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
 
 from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout, written_error
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
-from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
+from alignment.commands.shared.listening import listening, refuse_without_page_libraries
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core import hardware
 from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import write_text
 from alignment.core.terminal import Terminal, shorten
+from alignment.engines import server_process
 from alignment.engines.engine_environment import interpreter
-from alignment.engines.server_process import (
-    HOST,
-    NO_BINDING,
-    ON_CPU,
-    PORT,
-    Keeper,
-    ServerCommand,
-    ServerProcess,
-    adapter_arguments,
-    quiet_environment,
-)
+from alignment.engines.server_process import HOST, PORT, Keeper, ServerCommand, ServerProcess
 from alignment.evaluation.endpoint_client import api_key
 from alignment.pipeline.backends import command
 
@@ -50,43 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model name, until Ctrl-C."
     )
     add_policies(parser)
-    parser.add_argument(
-        "--engine", choices=ENGINES, default=ENGINES[0], help="the engine that serves (default: transformers)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port; 0 takes any free port (default: 8000)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="the engine that serves (default: transformers)")
+    add("--port", type=int, default=8000, metavar="N", help="port; 0 takes any free port (default: 8000)")
+    add(
         "--engine-python",
         metavar="PATH",
         help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
         "~/.cache/alignment/engines/vllm)",
     )
-    parser.add_argument(
-        "--api-key-env", metavar="VARIABLE", help="the environment variable with the key that clients must send (vLLM)"
-    )
-    parser.add_argument(
-        "--tool-parser", metavar="NAME", help="vLLM's parser for tool calls in answers (default: hermes)"
-    )
+    add("--api-key-env", metavar="VARIABLE", help="the environment variable with the key that clients must send (vLLM)")
+    add("--tool-parser", metavar="NAME", help="vLLM's parser for tool calls in answers (default: hermes)")
     add_output(parser)
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves until the user ends it; returns the exit code."""
-
-    options = Options(
-        engine=arguments.engine,
-        port=arguments.port,
-        engine_python=arguments.engine_python,
-        api_key_env=arguments.api_key_env,
-        tool_parser=arguments.tool_parser,
-    )
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     output, (result,) = runs_of(arguments, arguments.result)
     return serve(console, result, arguments.arms, options=options, output=output)
 
 
 WHERE = "align serve"
-KEY_WHERE = "--api-key-env"
+KEY_WHERE, _WITHOUT = "--api-key-env", "leave the option out"
 START_SECONDS = 3600.0
 """Loading large weights from a slow disk takes long; Ctrl-C ends the wait."""
 _SLOW_ON_CPU = "there is no GPU here: on a CPU the default engine was faster than vLLM (docs/serving.md#engines)"
@@ -120,7 +96,12 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
     """
     python = _environment(options)
     policies = PolicyFinder(console, result, output).policies(arms)
-    _refuse_policies(policies)
+    names = [policy.name for policy in policies]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        message = f"{names.count(repeated)} arms are called {repeated}"
+        raise ConfigError(message, where="--arm", remedy="name each once")
+    for policy in policies:
+        refuse_prefix(policy)
     layout = None if python is None else vllm_layout(policies)
     if python is not None and not hardware.count_devices():
         _print(console, _SLOW_ON_CPU)
@@ -133,10 +114,15 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
             server = _start(keeper, command, log, options.port or None)
             _introduce(console, server, policies, layout, options)
             with suppress(KeyboardInterrupt):
-                _watch(server, log)
+                while not server.has_ended:
+                    shorten(log)
+                    time.sleep(_POLL_SECONDS)
+                raise server.failure()
             _print(console, "stopped")
         except StageError:
-            _print_end(log)
+            if log.is_file():
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
+                _print(Terminal(stderr=True), "\n".join(lines))
             raise
     return 0
 
@@ -144,29 +130,14 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
 def _environment(options: Options) -> Path | None:
     """The interpreter that has vLLM, or None for the default engine."""
     if options.engine == "vllm":
-        _key(options)  # refused before anything is written
+        api_key(options.api_key_env, where=KEY_WHERE, without=_WITHOUT)  # refused before anything is written
         return interpreter(options.engine_python, package="vllm", where="--engine-python")
     for name in ("engine_python", "api_key_env", "tool_parser"):
         if getattr(options, name) is not None:
-            raise ConfigError(
-                "only vLLM has this option",
-                where=f"--{name.replace('_', '-')}",
-                remedy="leave it out, or use --engine vllm",
-            )
-    refuse_without(PAGE_LIBRARIES, where=WHERE, needs="the default engine needs")
+            where, remedy = f"--{name.replace('_', '-')}", "leave it out, or use --engine vllm"
+            raise ConfigError("only vLLM has this option", where=where, remedy=remedy)
+    refuse_without_page_libraries(where=WHERE, needs="the default engine needs")
     return None
-
-
-def _key(options: Options) -> str:
-    return api_key(options.api_key_env, where=KEY_WHERE, without="leave the option out")
-
-
-def _refuse_policies(policies: Sequence[StoredPolicy]) -> None:
-    for name, times in Counter(policy.name for policy in policies).items():
-        if times > 1:
-            raise ConfigError(f"{times} arms are called {name}", where="--arm", remedy="name each once")
-    for policy in policies:
-        refuse_prefix(policy)
 
 
 def _command(
@@ -178,13 +149,12 @@ def _command(
     python: Path | None,
     options: Options,
 ) -> ServerCommand:
-    """What starts the server; files that vLLM needs are written before."""
     settings = keeper.folder / "serve.json"
     write_text(settings, json.dumps({"policies": list(map(asdict, policies)), "engine": options.engine}))
     if python is None or layout is None:
         _print(console, f"loading {', '.join(policy.name for policy in policies)} …")
         return worker_command("the server", settings)
-    key = _key(options)
+    key = api_key(options.api_key_env, where=KEY_WHERE, without=_WITHOUT)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)
     if error := written_error(keeper.folder):
@@ -204,14 +174,6 @@ def _start(keeper: Keeper, command: ServerCommand, log: Path, port: int | None) 
         return ServerProcess(keeper, command, log=log, where=WHERE, start_timeout=START_SECONDS, port=port, look=_LOOK)
     except StageError as error:
         raise (written_error(keeper.folder) or error) from error
-
-
-def _watch(server: ServerProcess, log: Path) -> None:
-    """Returns never; Ctrl-C ends it."""
-    while not server.has_ended:
-        shorten(log)
-        time.sleep(_POLL_SECONDS)
-    raise server.failure()
 
 
 def _introduce(
@@ -240,12 +202,6 @@ def _curl(url: str, model: str, key_variable: str | None) -> str:
     )
 
 
-def _print_end(log: Path) -> None:
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
-        Terminal(stderr=True).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
 def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -271,9 +227,9 @@ def vllm_command(
 ) -> ServerCommand:
     """A vLLM server of the layout's policies. An empty ``api_key`` asks for none."""
     on_gpu = hardware.count_devices() > 0
-    variables = quiet_environment() | {"VLLM_API_KEY": api_key}
+    variables = server_process.quiet_environment() | {"VLLM_API_KEY": api_key}
     if not on_gpu:
-        variables |= {CACHE: os.environ.get(CACHE, CACHE_GB)} | NO_BINDING
+        variables |= {CACHE: os.environ.get(CACHE, CACHE_GB)} | server_process.NO_BINDING
     adapters = [json.dumps({"name": arm.name, "path": str(files.adapter(arm))}) for arm in layout.arms]
     rank = max((arm.rank for arm in layout.arms), default=0)
     return ServerCommand(
@@ -285,9 +241,9 @@ def vllm_command(
             *("--dtype", dtype, "--max-model-len", "-1"),  # the longest that fits
             *("--enable-auto-tool-choice", "--tool-call-parser", tool_parser or TOOL_PARSER),
             *("--host", HOST, "--port", PORT, "--disable-uvicorn-access-log"),
-            *adapter_arguments(rank, len(adapters)),
+            *server_process.adapter_arguments(rank, len(adapters)),
             *(("--lora-modules", *adapters) if adapters else ()),
-            *(() if on_gpu else ON_CPU),
+            *(() if on_gpu else server_process.ON_CPU),
         ],
         environment=variables,
         smaller="use a smaller model" if on_gpu else f"lower {CACHE} (GiB)",

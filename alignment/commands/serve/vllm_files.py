@@ -9,7 +9,7 @@ from alignment.commands.serve.loaded_arms import generation_config, lineage_and_
 from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import ModelError
-from alignment.data.templates import Templates, reads_tools
+from alignment.data.templates import reads_tools
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 
@@ -24,10 +24,8 @@ def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
 
     Raises:
         ConfigError: several policies cannot be served together.
-        ArtifactError: an artifact is missing or damaged.
-        ModelError: a model cannot be loaded, or policies have different tokenizers, templates or ends of answers.
-        DataError: a policy has no usable chat template.
-    """
+        ModelError: they have different tokenizers, templates or ends of answers.
+        ArtifactError, ModelError, DataError: as ``load_arms``."""
     layout = vllm_layout(policies)
     loaded = [lineage_and_tokenizer(policy) for policy in policies]
     lineage, tokenizer = loaded[0]
@@ -39,29 +37,22 @@ def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
         if len(arm.folders) > 1:
             write_sum(arm.folders, files.adapter(arm))
     if not reads_tools(tokenizer.chat_template):
-        tokenizer.chat_template = _without_tools(tokenizer.chat_template)
+        own = tokenizer.chat_template  # refuses the tools that it would leave out; vLLM passes the reason on
+        tokenizer.chat_template = (
+            _REFUSE_TOOLS + own if isinstance(own, str) else {name: _REFUSE_TOOLS + text for name, text in own.items()}
+        )
     tokenizer.save_pretrained(str(files.tokenizer))
     generation_config(tokenizer).save_pretrained(str(files.generation))
 
 
-def _without_tools(templates: Templates) -> Templates:
-    """Templates that refuse the tools that they would leave out; vLLM passes the reason on."""
-    if isinstance(templates, str):
-        return _REFUSE_TOOLS + templates
-    return {name: _REFUSE_TOOLS + text for name, text in templates.items()}
-
-
 def _refuse_other_tokenizer(first: StoredPolicy, tokenizer: Any, policy: StoredPolicy, other: Any) -> None:
     hashes, others = tokenizer_hashes(tokenizer), tokenizer_hashes(other)
-    differing = {
-        "vocabulary": hashes["tokenizer_sha256"] != others["tokenizer_sha256"],
-        "chat template": hashes["chat_template_sha256"] != others["chat_template_sha256"],
-        "set of tokens that end an answer": end_ids(tokenizer) != end_ids(other),
-    }
-    for name, differs in differing.items():
+    for name, differs in (
+        ("vocabulary", hashes["tokenizer_sha256"] != others["tokenizer_sha256"]),
+        ("chat template", hashes["chat_template_sha256"] != others["chat_template_sha256"]),
+        ("set of tokens that end an answer", end_ids(tokenizer) != end_ids(other)),
+    ):
         if differs:
-            raise ModelError(
-                f"{policy.name} has a different {name} than {first.name}, and one vLLM server can have only one",
-                where="--arm",
-                remedy="use --engine transformers, or serve one arm at a time",
-            )
+            message = f"{policy.name} has a different {name} than {first.name}, and one vLLM server can have only one"
+            remedy = "use --engine transformers, or serve one arm at a time"
+            raise ModelError(message, where="--arm", remedy=remedy)

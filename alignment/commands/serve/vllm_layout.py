@@ -14,16 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.core import errors
 from alignment.core.artifacts import Manifest, inside, read_manifest
-from alignment.core.errors import (
-    AlignmentError,
-    ArtifactError,
-    ConfigError,
-    DataError,
-    DiskError,
-    ModelError,
-    StageError,
-)
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from alignment.core.files import parse_json
 from alignment.engines.server_process import BASE, RANKS
 
@@ -50,26 +43,13 @@ class VllmLayout:
     arms: tuple[VllmArm, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VllmFiles:
-    """What is written for the server, below ``folder``."""
+    """What is written for the server, below ``folder``: the tokenizer with the chat template, the folder of the
+    generation config, which has the tokens that end an answer, and the merged weights of a single policy."""
 
-    folder: Path
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer with the chat template."""
-        return self.folder / "tokenizer"
-
-    @property
-    def generation(self) -> Path:
-        """The folder of the generation config, which has the tokens that end an answer."""
-        return self.folder / "generation"
-
-    @property
-    def merged(self) -> Path:
-        """The merged weights of a single policy."""
-        return self.folder / "weights"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer, self.generation, self.merged = folder / "tokenizer", folder / "generation", folder / "weights"
 
     def adapter(self, arm: VllmArm) -> Path:
         """The adapter of a policy: as training wrote it, or a sum of several, written here."""
@@ -77,14 +57,11 @@ class VllmFiles:
 
 
 def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
-    """How these policies are served.
-
-    Raises:
-        ConfigError: there are several, and they are not all LoRA adapters on the same weights.
-    """
+    """How these policies are served. Raises ConfigError: there are several, and they are not all LoRA adapters on the
+    same weights."""
     if len(policies) == 1:
         (policy,) = policies
-        is_merged = policy.artifact is not None and bool(manifest_of(policy).adapters)
+        is_merged = policy.artifact is not None and bool(_manifest_of(policy).adapters)
         return VllmLayout(weights=None if is_merged else _weights(policy), weights_name=policy.name)
     for policy in policies:
         _refuse_other_weights(policy, policies[0])
@@ -93,25 +70,13 @@ def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
 
 
 def refuse_prefix(policy: StoredPolicy) -> None:
-    """Checks that the policy is plain weights once its adapters are merged.
-
-    Raises:
-        ModelError: it has a prefix.
-    """
+    """Raises ModelError if the policy is not plain weights once its adapters are merged: if it has a prefix."""
     if policy.artifact is not None and any("num_virtual_tokens" in config for config in _configs(policy)):
-        raise ModelError(
-            f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve",
-            where="--arm",
-            remedy="use `align chat` instead",
-        )
+        message = f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve"
+        raise ModelError(message, where="--arm", remedy="use `align chat` instead")
 
 
-def manifest_of(policy: StoredPolicy) -> Manifest:
-    """The manifest of a policy that is an artifact.
-
-    Raises:
-        ArtifactError: the artifact is gone.
-    """
+def _manifest_of(policy: StoredPolicy) -> Manifest:
     manifest = read_manifest(Path(policy.artifact or ""))
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(policy.artifact))
@@ -140,7 +105,7 @@ def _refuse_other_weights(policy: StoredPolicy, first: StoredPolicy) -> None:
         return
     if policy.name == BASE:
         raise ConfigError(f"{BASE!r} is the name of the base model", where="--arm", remedy="rename its folder")
-    if any(applied.get("nf4") for applied in manifest_of(policy).adapters_stood.values()):
+    if any(applied.get("nf4") for applied in _manifest_of(policy).adapters_stood.values()):
         _refuse(policy, "its adapters were trained on weights in four bits")
     for config in _configs(policy):
         if config.get("use_dora"):
@@ -160,25 +125,24 @@ def _refuse(policy: StoredPolicy, reason: str) -> None:
 
 def _folders(policy: StoredPolicy) -> tuple[Path, ...]:
     artifact = Path(policy.artifact or "")
-    return tuple(inside(artifact, name) for name in manifest_of(policy).adapters)
+    return tuple(inside(artifact, name) for name in _manifest_of(policy).adapters)
 
 
 def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
-    """What PEFT wrote about each adapter of a policy."""
-    return [_config(folder / "adapter_config.json") for folder in _folders(policy)]
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
-    assert isinstance(config, dict), "PEFT writes an object"
-    return config
+    configs = []
+    for file in (folder / "adapter_config.json" for folder in _folders(policy)):
+        try:
+            configs.append(dict(parse_json(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
+    return configs
 
 
 _FILE = "error.json"
-_KINDS = {kind.exit_code: kind for kind in (ConfigError, DataError, ModelError, StageError, DiskError, ArtifactError)}
+_KINDS = {
+    kind.exit_code: kind
+    for kind in (ConfigError, errors.DataError, ModelError, errors.StageError, errors.DiskError, ArtifactError)
+}
 
 
 def write_error(folder: Path, error: AlignmentError) -> None:

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from alignment.commands.serve.loaded_arms import load_arms
 from alignment.commands.serve.vllm_layout import VllmFiles, write_error
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.core.child_processes import end_process
+from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
-from alignment.core.terminal import complain, make_unfailing
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     file, port = sys.argv[1:] if arguments is None else arguments
     folder = Path(file).parent
     settings = json.loads(Path(file).read_text(encoding="utf-8"))
     policies = [StoredPolicy(**policy) for policy in settings["policies"]]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
+    silence_libraries()
     try:
         if settings["engine"] == "vllm":
             from alignment.commands.serve.vllm_files import write_files
@@ -44,13 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             serve(load_arms(policies), int(port))
     except AlignmentError as error:
-        complain(error)
         with suppress(OSError):  # the driver shows what is in the log
             write_error(folder, error)
-        return error.exit_code
+        raise
     return 0
 
 
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

@@ -18,12 +18,9 @@ _RECIPE = ".yaml"
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds a recipe, which ``recipe_of`` requires, and overrides."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml"
-    )
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER"
-    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER")
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -36,28 +33,23 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> str:
-    """The given recipe.
-
-    Raises:
-        ConfigError: no recipe was given; the error lists the shipped ones.
-    """
+    """The given recipe. Raises ConfigError: no recipe was given; the error lists the shipped ones."""
     if arguments.recipe is None:
-        raise ConfigError(
-            f"which recipe? shipped: {', '.join(recipe_names())}",
-            remedy=f"such as: align {arguments.verb} quickstart",
-        )
+        remedy = f"such as: align {arguments.verb} quickstart"
+        raise ConfigError(f"which recipe? shipped: {', '.join(recipe_names())}", remedy=remedy)
     return str(arguments.recipe)
 
 
 def add_policies(parser: argparse.ArgumentParser) -> None:
     """Adds ``result`` and ``arms``, which ``PolicyFinder`` takes."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "result",
         metavar="RUN",
         help="a run's name or its recipe's path, RUN/STAGE, an artifact's folder, or an adapter that PEFT saved "
         "(path:FOLDER, hub:ORG/NAME)",
     )
-    parser.add_argument(
+    add(
         "--arm",
         dest="arms",
         action="append",
@@ -69,25 +61,19 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
 
 def runs_of(arguments: argparse.Namespace, *named: str) -> tuple[Path, list[str]]:
     """The folder that contains ``runs/``, and the names of runs that are given by name, or by the path of the recipe
-    from which ``align run`` named them.
+    from which ``align run`` named them: ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``.
 
-    ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``; anything else stays as it is. The folder
-    is ``--output``, else the ``output`` of the recipe, else the current one.
-
-    Raises:
-        ConfigError: a recipe does not compose, or the recipes have different folders.
-    """
+    The folder is ``--output``, else the ``output`` of the recipe, else the current one. Raises ConfigError: a recipe
+    does not compose, or the recipes have different folders."""
     located = [_run_of(argument) for argument in named]
     runs = [run for run, _ in located]
     if arguments.output is not None:
         return _absolute(arguments.output), runs
     folders = sorted({folder for _, folder in located if folder is not None})
     if len(folders) > 1:
-        raise ConfigError(
-            f"the recipes have different output folders: {', '.join(map(str, folders))}",
-            where="RUN",
-            remedy="name the folder that contains all of the runs with --output",
-        )
+        message = f"the recipes have different output folders: {', '.join(map(str, folders))}"
+        remedy = "name the folder that contains all of the runs with --output"
+        raise ConfigError(message, where="RUN", remedy=remedy)
     return (folders[0] if folders else Path.cwd()), runs
 
 
@@ -126,17 +112,12 @@ def run_worker(argv: Sequence[str], *, verb: str) -> int:
     """
     code = processes.call(argv)
     if code == -KILLED_BY:
-        raise ModelError(
-            f"the chat template ran for more than {KILLED_SECONDS:g} s in one step",
-            where=verb,
-            remedy="set model.chat_template=chatml, or path:FILE of another template",
-        )
+        message = f"the chat template ran for more than {KILLED_SECONDS:g} s in one step"
+        remedy = "set model.chat_template=chatml, or path:FILE of another template"
+        raise ModelError(message, where=verb, remedy=remedy)
     if code < 0:
-        raise StageError(
-            f"its process was ended by signal {-code}",
-            where=verb,
-            remedy="run it again; signal 9 often means that the machine ran out of memory",
-        )
+        remedy = "run it again; signal 9 often means that the machine ran out of memory"
+        raise StageError(f"its process was ended by signal {-code}", where=verb, remedy=remedy)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -16,16 +17,9 @@ from rich.status import Status
 
 from alignment.config.data import SourceConfig
 from alignment.core.terminal import Terminal
+from alignment.data import records as record_types
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
+from alignment.data.records import HeldOutPrompt, Prompt, Record
 from alignment.data.row_count import count_rows
 from alignment.data.source_files import locate
 from alignment.pipeline.execute.durations import duration
@@ -45,29 +39,33 @@ Clock = Callable[[], float]
 
 
 class RowProgress:
-    """Shows the number of rows read, the pace, and how long the rest takes if ``total`` knows the number of all rows.
+    """Shows the number of rows read, the pace, and how long the rest takes if ``total`` knows the number of all rows:
+    ``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``.
 
     ``total`` is called once, when there is something to show.
     """
 
     def __init__(self, console: Console, total: Callable[[], int | None], clock: Clock = time.monotonic) -> None:
-        self._console = console
-        self._count_all = total
-        self._total: int | None = None
-        self._clock = clock
+        self._console, self._clock = console, clock
+        self._count_all = functools.cache(total)
         self._began = clock()
         self._next = self._began + QUIET_SECONDS
         self._status: Status | None = None
-        self._is_shown = False
 
     def __call__(self, rows: int) -> None:
-        """``rows`` have been read."""
         if rows % _EVERY_ROWS or self._clock() < self._next:
             return
-        if not self._is_shown:
-            self._is_shown = True
-            self._total = self._count_all()
-        self._show(self._line(rows))
+        total, pace = self._count_all(), rows / max(self._clock() - self._began, 1e-9)
+        of_all = "" if total is None else f" of {total:,}"
+        left = "" if total is None else f", {duration(max(0, total - rows) / pace)} left"
+        line = f"{rows:,}{of_all} rows, {pace:,.0f} rows/s{left}"
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif self._status is None:
+            self._status = self._console.status(line)
+            self._status.start()
+        else:
+            self._status.update(line)
         self._next = self._clock() + _EVERY_SECONDS[self._console.is_terminal]
 
     def watched(self, rows: Iterable[T]) -> Iterator[T]:
@@ -79,69 +77,40 @@ class RowProgress:
         finally:
             self.end()
 
-    def _line(self, rows: int) -> str:
-        """``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``."""
-        pace = rows / max(self._clock() - self._began, 1e-9)
-        parts = [
-            f"{rows:,} rows" if self._total is None else f"{rows:,} of {self._total:,} rows",
-            f"{pace:,.0f} rows/s",
-        ]
-        if self._total is not None:
-            parts.append(f"{duration(max(0, self._total - rows) / pace)} left")
-        return ", ".join(parts)
-
-    def _show(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-            return
-        if self._status is None:
-            self._status = self._console.status(line)
-            self._status.start()
-        self._status.update(line)
-
     def end(self) -> None:
         """Removes the line from a terminal."""
         if self._status is not None:
             self._status.stop()
 
 
-class StopAfterRow:
-    """Is True once the user has pressed Ctrl-C; a second time interrupts at once."""
-
-    def __init__(self) -> None:
-        self._is_asked = False
-
-    def __bool__(self) -> bool:
-        return self._is_asked
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """Handles the signal."""
-        if self._is_asked:
-            signal.default_int_handler(number, frame)
-        self._is_asked = True
-
-
 @contextmanager
-def stop_after_row() -> Iterator[StopAfterRow]:
-    """Ctrl-C lets the row end that is being read, so that what was learned of the rows before it is whole."""
-    stop = StopAfterRow()
+def stop_after_row() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C lets the row end that is being read, so that what was learned of the rows before it is whole. Whether it
+    was pressed is yielded as a function; a second time interrupts at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            signal.default_int_handler(number, frame)
+        asked.set()
+
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield asked.is_set
         return
-    before = signal.signal(signal.SIGINT, stop.ask)
+    before = signal.signal(signal.SIGINT, ask)
     try:
-        yield stop
+        yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 _FIRST: tuple[type[Record], ...] = (
-    PreferencePair,
-    LabelledAnswer,
-    Conversation,
+    record_types.PreferencePair,
+    record_types.LabelledAnswer,
+    record_types.Conversation,
     HeldOutPrompt,
     Prompt,
-    PlainText,
+    record_types.PlainText,
 )
 """Records by how much of a row they need, the one that needs most first."""
 
@@ -163,11 +132,8 @@ def best_use(diagnosis: Diagnosis) -> tuple[str, type[Record]] | None:
 
 
 def path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
-    """The file or folder of a source; a hub's data set that is not on this machine is downloaded.
-
-    Raises:
-        DataError: there is no such file, or it cannot be fetched.
-    """
+    """The file or folder of a source; a hub's data set that is not on this machine is downloaded. Raises DataError:
+    there is no such file, or it cannot be fetched."""
     if not source.startswith("hub:"):
         return locate(source if ":" in source else f"path:{source}", where=where)
     path = data_sources.fetch(data_sources.resolve(source, where=where), announce=announce).path
@@ -181,20 +147,17 @@ def progress_of(console: Console, path: Path, data: SourceConfig) -> RowProgress
 
 
 def examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosis, bool]:
-    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row.
-
-    Raises:
-        DataError: the file cannot be read at all, or no known format has its columns.
-    """
+    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row. Raises DataError: the
+    file cannot be read at all, or no known format has its columns."""
     progress = progress_of(console, path, data)
     try:
-        with stop_after_row() as stop:
+        with stop_after_row() as is_stopped:
 
             def on_row(diagnosis: Diagnosis) -> bool:
                 progress(diagnosis.rows)
-                return not stop
+                return not is_stopped()
 
             diagnosis = examine(path, data, records(), go_on=on_row)
-            return diagnosis, not stop
+            return diagnosis, not is_stopped()
     finally:
         progress.end()

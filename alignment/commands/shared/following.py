@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from alignment.config.faults import suggestion
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
-from alignment.pipeline.execute.run_state import LiveJobs, as_it_is, explanation, state_of
+from alignment.pipeline.execute.run_state import LiveJobs, as_it_is, explanation
 from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN, RunReader, RunView, StageView
 from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Status
@@ -24,11 +25,7 @@ def run_names(output: Path) -> list[str]:
 
 
 def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
-    """The folder of a run.
-
-    Raises:
-        ConfigError: there is no such run; the error suggests one.
-    """
+    """The folder of a run. Raises ConfigError: there is no such run; the error suggests one."""
     names = run_names(output)
     if run not in names:
         raise ConfigError(f"no run {run!r} under {output / 'runs'}; {suggestion(run, names)}", where=where)
@@ -36,27 +33,18 @@ def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
 
 
 def current_run(output: Path) -> Path:
-    """The folder of the run that was started last, among those that go on if there are any.
-
-    Raises:
-        ConfigError: there is no run.
-    """
+    """The folder of the run that was started last, among those that go on if there are any. Raises ConfigError: there
+    is no run."""
     candidates = []
-    for name in run_names(output):
-        folder = output / "runs" / name
-        try:
+    for folder in (output / "runs" / name for name in run_names(output)):
+        with suppress(ArtifactError):  # another run may be readable
             record = RunRecord.read(folder)
-        except ArtifactError:  # another run may be readable
-            continue
-        state = state_of(folder, record)
-        candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, name))
+            state = as_it_is(folder, record).state
+            candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, folder))
     if not candidates:
-        raise ConfigError(
-            f"no readable run under {output / 'runs'}",
-            where="RUN",
-            remedy="start one: align run RECIPE; or name the folder that contains runs/ with --output",
-        )
-    return output / "runs" / max(candidates)[2]
+        remedy = "start one: align run RECIPE; or name the folder that contains runs/ with --output"
+        raise ConfigError(f"no readable run under {output / 'runs'}", where="RUN", remedy=remedy)
+    return max(candidates)[2]
 
 
 def goes_on(folder: Path, state: str, live_jobs: LiveJobs = slurm_jobs.live) -> bool:
@@ -103,23 +91,17 @@ class FollowedRun:
 
 def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[str]:
     """What a stage that has ended says to the user: why it failed, its notes, and doubts about its result."""
-    status = _status(folder / stage.name)
+    status = None
+    with suppress(AlignmentError):
+        status = Status.read(folder / stage.name)
     if stage.state == "failed":
         yield f"{stage.name}: {'failed' if status is None else status.error}\n  log: {folder / stage.name / 'log.txt'}"
     if stage.state == "done" and status is not None:
         yield from (f"{stage.name}: {note}" for note in status.notes)
     if stage.state in ("done", "reused") and not doubts.is_smoke(record.profile):
         entry = record.stages[stage.name]
-        artifact = artifact_folder(folder, stage.name, entry)
         try:
-            if artifact is not None:
+            if (artifact := artifact_folder(folder, stage.name, entry)) is not None:
                 yield from (f"{stage.name}: {doubt}" for doubt in notes.of_result(entry.kind, artifact))
         except AlignmentError as error:  # whoever uses the result is refused; this only looks on
             yield f"{stage.name}: {error}"
-
-
-def _status(folder: Path) -> Status | None:
-    try:
-        return Status.read(folder)
-    except AlignmentError:
-        return None

@@ -47,12 +47,12 @@ class _WithHeaders:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *own]
+                message["headers"] = [*message["headers"], *self._headers]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
@@ -77,15 +77,13 @@ class _WithToken:
             await self._app({**scope, "path": f"/{rest}"}, receive, send)
 
 
-def style(package: str, name: str, *more: str) -> Response:
-    """The style of the reports, what only the pages of this package have, and ``more`` style sheets as text."""
-    texts = [_text("alignment.report", "style.css"), *more, _text(package, name)]
-    return Response("\n".join(texts), media_type="text/css")
-
-
-def script(package: str, name: str) -> Response:
-    """A script of this package."""
-    return Response(_text(package, name), media_type="text/javascript")
+def assets(package: str, style: str, script: str, *more: str) -> list[Route]:
+    """The style of the reports with ``more`` style sheets and that of the package's pages, and the package's script."""
+    styles = "\n".join([_text("alignment.report", "style.css"), *more, _text(package, style)])
+    return [
+        Route("/style.css", Response(styles, media_type="text/css")),
+        Route(f"/{script}", Response(_text(package, script), media_type="text/javascript")),
+    ]
 
 
 def _text(package: str, name: str) -> str:

@@ -16,20 +16,14 @@ from alignment.models.assembly.load import Lineage, saved_adapters
 
 def parts_of(artifact: Path | None, base: Path | None, template: TemplateChoice) -> tuple[Lineage, Any]:
     """The lineage and the tokenizer of a stage's result on its base (None if it contains its own), or of a bare base.
-
-    Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: there is no usable tokenizer.
-        DataError: the chat template cannot be read.
-    """
+    Raises ArtifactError, ModelError, DataError: the artifact is damaged, there is no usable tokenizer, or the chat
+    template cannot be read."""
     if artifact is None:
         assert base is not None, "without an artifact there must be a base"
         return Lineage(source="base", base=base, adapters=()), load_tokenizer(base, template)
     manifest = verify(artifact, content=True)
     lineage = Lineage(
-        source=manifest.base["source"],
-        base=base or artifact / "model",
-        adapters=saved_adapters(artifact, manifest),
+        source=manifest.base["source"], base=base or artifact / "model", adapters=saved_adapters(artifact, manifest)
     )
     return lineage, load_tokenizer(artifact / TOKENIZER, model=lineage.base)
 
@@ -38,10 +32,5 @@ def generation_settings(end_ids: Iterable[int], pad_id: int | None) -> Generatio
     """Ends answers at ``end_ids``, and samples from the whole distribution at temperature 1, as training did, unless a
     client says otherwise."""
     return GenerationConfig(
-        eos_token_id=sorted(end_ids),
-        pad_token_id=pad_id,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
+        eos_token_id=sorted(end_ids), pad_token_id=pad_id, do_sample=True, temperature=1.0, top_p=1.0, top_k=0
     )

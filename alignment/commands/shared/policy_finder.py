@@ -49,14 +49,10 @@ class PolicyFinder:
     def _default(self) -> str:
         if self._record is None:
             return self._result
-        for name, manifest in self._last_manifests(self._record):
-            if manifest.kind == POLICY:
-                return name
-        raise ArtifactError(
-            "no stage of this run has produced a policy yet",
-            where=self._result,
-            remedy="run the recipe, or use --arm base",
-        )
+        if name := next((name for name, made in self._last_manifests(self._record) if made.kind == POLICY), None):
+            return name
+        message = "no stage of this run has produced a policy yet"
+        raise ArtifactError(message, where=self._result, remedy="run the recipe, or use --arm base")
 
     def _policy(self, arm: str) -> StoredPolicy:
         if arm == BASE:
@@ -66,15 +62,11 @@ class PolicyFinder:
         if name in stages:
             return self._of(result_of(self._run_folder, name, stages[name]), name)
         if self._record is not None and "/" not in arm:
-            raise ConfigError(
-                f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
-                where="--arm",
-                remedy="name a stage of another run as RUN/STAGE, and a folder by its path",
-            )
-        return self._of(
-            artifact_of(arm, self._output, self._console),
-            arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm,
-        )
+            message = f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}"
+            remedy = "name a stage of another run as RUN/STAGE, and a folder by its path"
+            raise ConfigError(message, where="--arm", remedy=remedy)
+        shown = arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
+        return self._of(artifact_of(arm, self._output, self._console), shown)
 
     def _of(self, folder: Path, name: str) -> StoredPolicy:
         manifest = _manifest_of_policy(folder)
@@ -92,33 +84,27 @@ class PolicyFinder:
         if self._record is None:
             folder = artifact_of(self._result, self._output, self._console)
             manifest = _manifest_of_policy(folder)
-            if manifest.base["source"] == "self":
-                raise ConfigError(
-                    f"{folder.name} contains whole weights and has no base", where="--arm", remedy="name another arm"
-                )
+            source, dtype = manifest.base["source"], manifest.identity["base"]["dtype"]
+            if source == "self":
+                message = f"{folder.name} contains whole weights and has no base"
+                raise ConfigError(message, where="--arm", remedy="name another arm")
+            base: Path | None = base_of(manifest, folder, self._console)
             template = _template_of(manifest, folder)
-            return StoredPolicy(
-                name=BASE,
-                described=manifest.base["source"],
-                artifact=None,
-                base=str(base_of(manifest, folder, self._console)),
-                dtype=manifest.identity["base"]["dtype"],
-                chat_template=template.source,
-                template_options=template.options,
-            )
-        model = self._record.config["model"]
+        else:
+            model = self._record.config["model"]
+            source, dtype, base = model["source"], model["dtype"], self._base_of_run(self._record, model["source"])
+            template = TemplateChoice(source=model.get("chat_template"), options=model.get("template_options", {}))
         return StoredPolicy(
             name=BASE,
-            described=model["source"],
+            described=source,
             artifact=None,
-            base=str(self._base_of_run(self._record, model["source"])),
-            dtype=model["dtype"],
-            chat_template=model.get("chat_template"),
-            template_options=model.get("template_options", {}),
+            base=str(base),
+            dtype=dtype,
+            chat_template=template.source,
+            template_options=template.options,
         )
 
     def _last_manifests(self, record: RunRecord) -> Iterator[tuple[str, Manifest]]:
-        """Those of the run's finished stages, by name, the last one first."""
         for name, stage in reversed(record.stages.items()):
             folder = artifact_folder(self._run_folder, name, stage)
             manifest = None if folder is None else read_manifest(folder)
@@ -149,11 +135,8 @@ def _template_of(manifest: Manifest, folder: Path) -> TemplateChoice:
 def _manifest_of_policy(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None and (folder / "config.json").is_file():
-        raise ConfigError(
-            "is a folder with a model, not the result of a stage",
-            where=str(folder),
-            remedy="name a result as RUN/STAGE; exported folders are for other programs",
-        )
+        remedy = "name a result as RUN/STAGE; exported folders are for other programs"
+        raise ConfigError("is a folder with a model, not the result of a stage", where=str(folder), remedy=remedy)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind != POLICY:

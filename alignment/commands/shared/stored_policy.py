@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from alignment.config.model import TemplateChoice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,3 +26,9 @@ class StoredPolicy:
     dtype: str
     chat_template: str | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[Path | None, Path | None, TemplateChoice]:
+        """Its artifact, its base, and the choice of the base's chat template."""
+        artifact, base = (Path(folder) if folder else None for folder in (self.artifact, self.base))
+        return artifact, base, TemplateChoice(source=self.chat_template, options=self.template_options)

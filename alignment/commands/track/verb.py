@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, run_worker, runs_of
-from alignment.config.faults import refuse, suggestion
+from alignment.commands.shared.following import run_folder
+from alignment.config.faults import refuse
 from alignment.config.rules import TRACKING_URL
 from alignment.config.run import LABELS, TrackingConfig, with_only
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import tracking_checks
-from alignment.records.run import FILE, RunRecord
+from alignment.records.run import RunRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Sends the run; returns the exit code."""
-
     output, (run,) = runs_of(arguments, arguments.run)
     return track(console, run, to=arguments.to, url=arguments.url, output=output)
 
@@ -44,12 +44,9 @@ def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int
         ConfigError: there is no such run, or the tracker cannot be used here.
         StageError: the process was killed.
     """
-    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
-    if run not in runs:
-        raise ConfigError(f"there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}", where="RUN")
+    folder = run_folder(output, run)
     if not TRACKING_URL.holds(url):
         raise ConfigError(f"not an address of a server; allowed: {TRACKING_URL.allowed}", where="--url")
-    folder = output / "runs" / run
     url = url or RunRecord.read(folder).config.get("tracking", {}).get("mlflow_url", "")
     refuse(list(tracking_checks.faults(with_only(TrackingConfig(), to, mlflow_url=url))))
     argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from alignment.commands.shared.worker_process import reported, run_as_program
 from alignment.config.run import LABELS, with_only
 from alignment.core.artifacts import read_manifest
-from alignment.core.child_processes import end_process
-from alignment.core.errors import AlignmentError, StageError
+from alignment.core.errors import StageError
 from alignment.core.files import explained
 from alignment.core.locks import held
-from alignment.core.terminal import complain, make_unfailing
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
 from alignment.records.training import METRICS, readable_rows
@@ -25,6 +24,7 @@ from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracker import stored_tables
 
 
+@reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.track.worker", description=__doc__)
@@ -33,12 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)  # what a tracker warns of is in the error
-    try:
-        with explained(options.folder):
-            send_run(options.folder, options.to, options.url)
-    except AlignmentError as error:
-        complain(error)
-        return error.exit_code
+    with explained(options.folder):
+        send_run(options.folder, options.to, options.url)
     return 0
 
 
@@ -69,16 +65,13 @@ def send_run(folder: Path, tracker: str, url: str) -> None:
 
 
 def send(spec: StageSpec, label: str) -> str:
-    """Sends all that the stage's files have to its trackers; returns a message about it.
-
-    Raises:
-        Busy: the stage is running, and sends its steps itself.
-        StageError: a tracker did not take everything.
-    """
+    """Sends all that the stage's files have to its trackers; returns a message about it. It raises as ``send_run``."""
     manifest = read_manifest(spec.artifact)
     content = spec.work / "content" if manifest is None else spec.artifact
     trackers = Trackers()
-    with _worker_lock(spec):
+    # A running worker holds this lock; a stage that has ended has no folder for it.
+    lock = held(spec.work / "worker.lock", wait=False) if spec.work.is_dir() else nullcontext()
+    with lock:
         rows = readable_rows(content / METRICS)[0] if (content / METRICS).is_file() else []
         trackers.start(spec)
         trackers.catch_up(rows)
@@ -92,11 +85,5 @@ def send(spec: StageSpec, label: str) -> str:
     return f"{spec.stage}: {label} has {len(rows)} steps" + ("" if manifest is None else " and the result")
 
 
-def _worker_lock(spec: StageSpec) -> AbstractContextManager[object]:
-    """The lock that a running worker holds; a stage that has ended has no folder for it."""
-    return held(spec.work / "worker.lock", wait=False) if spec.work.is_dir() else nullcontext()
-
-
 if __name__ == "__main__":
-    make_unfailing()
-    end_process(main())
+    run_as_program(main)

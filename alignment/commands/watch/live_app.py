@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from alignment.commands.shared.following import FollowedRun
-from alignment.commands.shared.guarded_app import guarded, script, style
+from alignment.commands.shared.guarded_app import assets, guarded
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps
@@ -41,12 +42,9 @@ _PACKAGE = "alignment.commands.watch"
 def application(folder: Path, token: str) -> ASGIApp:
     """The application for the run in ``folder``."""
     pages = _LivePages(folder)
-    routes = [
-        Route("/", pages.page),
-        Route("/status", pages.status),
-        Route("/style.css", _style),
-        Route("/watch.js", _script),
-    ]
+    stacked = environment("alignment.report").get_template("stacked.css.j2").render()
+    routes = [Route("/", pages.page), Route("/status", pages.status)]
+    routes += assets(_PACKAGE, "watch.css", "watch.js", stacked)
     return guarded(routes, token, command="align watch")
 
 
@@ -76,12 +74,10 @@ class _LivePages:
         self._drawn = 0.0
 
     def page(self, _: Request) -> Response:
-        """The whole page."""
         with self._lock:
             return self._answer("page.html.j2", with_report=True)
 
     def status(self, _: Request) -> Response:
-        """Where the stages are, and the revision of the report."""
         with self._lock:
             return self._answer("status.html.j2", with_report=False)
 
@@ -123,11 +119,10 @@ class _LivePages:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    try:
+    with suppress(OSError):
         status = file.stat()
-    except OSError:
-        return (0, 0)
-    return status.st_mtime_ns, status.st_size
+        return status.st_mtime_ns, status.st_size
+    return 0, 0
 
 
 def _row(stage: StageView) -> StageRow:
@@ -149,13 +144,3 @@ def _row(stage: StageView) -> StageRow:
         curve="" if stage.curve is None else sparkline(stage.curve.values, _CURVE_CELLS),
         speed=speed(stage),
     )
-
-
-def _style(_: Request) -> Response:
-    """The style of the reports, and what only this page has."""
-    stacked = environment("alignment.report").get_template("stacked.css.j2").render()
-    return style(_PACKAGE, "watch.css", stacked)
-
-
-def _script(_: Request) -> Response:
-    return script(_PACKAGE, "watch.js")

@@ -6,7 +6,7 @@ import argparse
 import threading
 import webbrowser
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.commands.shared.following import FollowedRun, current_run, run_folder
-from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
+from alignment.commands.shared.listening import listening, refuse_without_page_libraries
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.records.run import FILE, RunRecord
@@ -40,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user or the run ends it; returns the exit code."""
-
     output, runs = runs_of(arguments, *filter(None, [arguments.run]))
-    options = Options(port=arguments.port, opens_browser=arguments.opens_browser, until_done=arguments.until_done)
-    return watch(console, runs[0] if runs else None, options=options, output=output)
+    options = {name: getattr(arguments, name) for name in ("port", "opens_browser", "until_done")}
+    return watch(console, runs[0] if runs else None, output=output, **options)
 
 
 POLL_SECONDS = 1.0
@@ -51,16 +50,15 @@ LINGER_SECONDS = 6.0
 """How long the page can still be read after the end of the run, so that an open one shows it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """The options of the command line."""
-
-    port: int = 0
-    opens_browser: bool = False
-    until_done: bool = False
-
-
-def watch(console: Console, run: str | None, *, options: Options, output: Path) -> int:
+def watch(
+    console: Console,
+    run: str | None,
+    *,
+    output: Path,
+    port: int = 0,
+    opens_browser: bool = False,
+    until_done: bool = False,
+) -> int:
     """Serves the page of a run, or of the one that goes on, until Ctrl-C or until the run ends; returns the exit code.
 
     Raises:
@@ -68,30 +66,27 @@ def watch(console: Console, run: str | None, *, options: Options, output: Path) 
         ArtifactError: the run's record is damaged.
         Busy: the port is taken.
     """
-    refuse_without(PAGE_LIBRARIES, where="align watch", needs="the page needs")
+    refuse_without_page_libraries(where="align watch", needs="the page needs")
     from alignment.commands.shared.page_server import PageServer
     from alignment.commands.watch.live_app import application
 
     folder = current_run(output) if run is None else run_folder(output, run)
     RunRecord.read(folder)  # a damaged record is refused before anything is served
     ended = threading.Event()
-    with listening(options.port) as listener:
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with listening(port) as listener:
         server = PageServer(lambda token: application(folder, token), listener)
-        end = (
-            "Ctrl-C or the end of the run closes the page"
-            if options.until_done
-            else "Ctrl-C closes the page, not the run"
-        )
-        _print(console, f"watch {folder.name} at {server.address} ({end})")
-        if options.opens_browser:
+        end = "or the end of the run closes the page" if until_done else "closes the page, not the run"
+        say(f"watch {folder.name} at {server.address} (Ctrl-C {end})")
+        if opens_browser:
             webbrowser.open(server.address)
-        if options.until_done:
+        if until_done:
             threading.Thread(target=_stop_at_the_end, args=(folder, server, ended), daemon=True).start()
         server.serve()
         ended.set()
     record = as_it_is(folder, RunRecord.read(folder))
     for line in (f"{folder.name}: {record.state}", *explanation(folder, record)):
-        _print(console, line)
+        say(line)
     return 0
 
 
@@ -104,7 +99,3 @@ def _stop_at_the_end(folder: Path, server: PageServer, ended: threading.Event) -
                 ended.wait(LINGER_SECONDS)
                 server.stop()
                 return
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
 from alignment.core.model_files import formats_of_weights, is_adapter, refuse_weights_elsewhere
-from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
+from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, on_shadows, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
@@ -375,10 +375,15 @@ def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedMode
 
 
 def weights_sha256(lineage: Lineage) -> str:
-    """SHA-256 of the files of a policy's base and adapters, and of how each adapter is applied."""
+    """SHA-256 of the files of a policy's base and adapters, and of how each adapter is applied.
+
+    On shadows, where different results have the same zeros for weights, it is that of the folders' paths.
+    """
+    folders = [lineage.base, *(saved.path for saved in lineage.adapters)]
+    paths = list(map(str, folders)) if on_shadows() else []
     stood = [(saved.merged, saved.nf4) for saved in lineage.adapters]
-    sha = hashlib.sha256(json.dumps(stood).encode())
-    for folder in (lineage.base, *(saved.path for saved in lineage.adapters)):
+    sha = hashlib.sha256(json.dumps([*stood, *paths]).encode())
+    for folder in [] if paths else folders:
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
             sha.update(file.name.encode())
             with file.open("rb") as handle:

@@ -58,11 +58,9 @@ def of_worker(threads: int, pythonpath: str) -> dict[str, str]:
 
 def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """Makes OpenMP's idle threads sleep soon. By default they spin for milliseconds, and next to another busy process
-    they spin on the core that a working thread needs: training steps took 18 times as long.
-
-    On two Intel cores, sleeping at once cost nothing on a quiet machine. On two AMD cores it cost a fifth, and a short
-    spin a twentieth (docs/LOG.md, 2026-11-26).
-    """
+    they spin on the core that a working thread needs: training steps took 18 times as long. On two Intel cores,
+    sleeping at once cost nothing on a quiet machine. On two AMD cores it cost a fifth, and a short spin a twentieth
+    (docs/LOG.md, 2026-11-26)."""
     with suppress(OSError):
         if "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace"):
             return {"GOMP_SPINCOUNT": _SPINS_ON_AMD}
@@ -82,10 +80,8 @@ def _on_cpu() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """``argv`` to execute, and ``environment``: variables that are added to the caller's or replace them.
-
-    ``complete`` says which of the caller's it does not get.
-    """
+    """``argv`` to execute, and ``environment``: variables that are added to the caller's or replace them. ``complete``
+    says which of the caller's it does not get."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
@@ -106,10 +102,7 @@ def of_stage(
     launch: LaunchConfig, stage_file: Path, *, devices: Sequence[str], num_cores: int, pythonpath: str = ""
 ) -> Command:
     """The command that runs a stage on this machine. ``devices`` are its GPUs (``visible_devices``), none for the CPU.
-
-    Raises:
-        ConfigError: this launcher cannot start that many processes here.
-    """
+    Raises ConfigError: this launcher cannot start that many processes here."""
     kind = chosen_launcher(launch, num_devices=len(devices))
     argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
@@ -118,11 +111,8 @@ def of_stage(
 
 
 def here(launch: LaunchConfig, stage_file: Path) -> Command:
-    """The same with the GPUs, cores and ``PYTHONPATH`` of this process.
-
-    Raises:
-        ConfigError: this launcher cannot start that many processes here.
-    """
+    """The same with the GPUs, cores and ``PYTHONPATH`` of this process. Raises ConfigError: this launcher cannot start
+    that many processes here."""
     return of_stage(
         launch,
         stage_file,
@@ -141,11 +131,8 @@ def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[st
 
 
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
-    """The launch, with one process for each GPU if it asks for that.
-
-    Raises:
-        ConfigError: it asks for that, and there is no GPU.
-    """
+    """The launch, with one process for each GPU if it asks for that. Raises ConfigError: it asks for that, and there is
+    no GPU."""
     if launch.num_processes:
         return launch
     if num_devices == 0:
@@ -158,11 +145,8 @@ def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
 
 
 def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
-    """The launcher that ``auto`` selects, or the chosen one if it can start these processes.
-
-    Raises:
-        ConfigError: there are more processes than GPUs, or the chosen launcher cannot start them.
-    """
+    """The launcher that ``auto`` selects, or the chosen one if it can start these processes. Raises ConfigError: there
+    are more processes than GPUs, or the chosen launcher cannot start them."""
     workers = launch.num_processes
     if num_devices and workers > num_devices:
         raise ConfigError(
@@ -182,7 +166,6 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
 
 
 def _refusal(launch: LaunchConfig, num_devices: int) -> str:
-    """Why the chosen launcher cannot start this launch, or an empty string; torchrun can start all."""
     if launch.kind is LauncherKind.torchrun:
         return ""
     if launch.backend.num_machines > 1:

@@ -23,11 +23,8 @@ from alignment.stages.registry import as_trained, kind_of
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
-    """A stage's launch with its number of processes. A stage with one process has all the cores.
-
-    Raises:
-        ConfigError: it asks for a process on each GPU, and there is none.
-    """
+    """A stage's launch with its number of processes. A stage with one process has all the cores. Raises ConfigError: it
+    asks for a process on each GPU, and there is none."""
     runs_on = kind_of(config).launch.runs_on
     if runs_on is RunsOn.processes:
         return command.with_processes(launch, num_devices=num_devices)
@@ -56,10 +53,7 @@ def why_not_here(plan: Plan) -> str:
 
 def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage], *, num_devices: int) -> None:
     """Refuses stages that cannot be launched, before any stage runs. ``num_devices`` counts the GPUs they will find.
-
-    Raises:
-        ConfigError: some stage that has to run cannot be launched with these settings.
-    """
+    Raises ConfigError: some stage that has to run cannot be launched with these settings."""
     faults: list[Fault] = []
     for stage in stages:
         if not stage.has_to_run or kind_of(stage.config).launch.runs_on is RunsOn.driver:
@@ -76,11 +70,8 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
 
 
 def refuse_sizes(plan: Plan) -> None:
-    """Refuses batches, prompts and processes that do not work together on any machine.
-
-    Raises:
-        ConfigError: some stage that has to run cannot be split over its processes, or has too little data.
-    """
+    """Refuses batches, prompts and processes that do not work together on any machine. Raises ConfigError: some stage
+    that has to run cannot be split over its processes, or has too little data."""
     launch = plan.config.launch
     waiting = [stage for stage in plan.stages if stage.has_to_run]
     if launch.num_processes:  # otherwise the number depends on the machine

@@ -41,11 +41,8 @@ class ForkedProcess(psutil.Process):
         self._code: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, negative for a signal; 1 if the server does not report it, so that nobody knows.
-
-        Raises:
-            psutil.TimeoutExpired: it still runs.
-        """
+        """Its exit code, negative for a signal; 1 if the server does not report it, so that nobody knows. Raises
+        psutil.TimeoutExpired: it still runs."""
         if self._code is None:
             self._code = self._reported(timeout)
             self._reports.close()
@@ -81,11 +78,9 @@ class ForkServer:
         self, command: Command, *, output: int, keep_open: Sequence[int], gives_up: Callable[[], bool]
     ) -> ForkedProcess | None:
         """Starts a command with the descriptor ``output`` as its standard output, once the server has imported what it
-        is importing now.
-
-        None if it must be executed: it is not one module in one process, its environment differs where libraries read
-        it while they are imported, the server has ended, or the caller ``gives_up`` the wait for it.
-        """
+        is importing now. None if it must be executed: it is not one module in one process, its environment differs
+        where libraries read it while they are imported, the server has ended, or the caller ``gives_up`` the wait for
+        it."""
         environment = complete(command.environment)
         if not command.module or _early(environment) != _early(self._environment):
             return None

@@ -82,12 +82,6 @@ def showing_life(run_folder: Path, launch: LaunchConfig) -> Iterator[None]:
 
 
 def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, command_for: CommandFor) -> int:
-    """What every machine but the first does for these stages; returns the exit code of the run.
-
-    Raises:
-        StageError: the run failed on the first machine, or that gave no sign of life for ``launch.hang_seconds``.
-        ConfigError: the first machine makes another result.
-    """
     launch = plan.config.launch
     machine = f"machine {launch.backend.machine_rank} of {launch.backend.num_machines}"
     try:
@@ -128,7 +122,6 @@ class _SignsOfLife:
         self.have_changed = False
 
     def are_missing(self, limit: float) -> bool:
-        """Whether there has been none for so many seconds; 0 is no limit."""
         with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
             last = self._file.stat().st_mtime_ns
             if last != self._last:
@@ -151,7 +144,6 @@ class _Follower:
         self._signs = _SignsOfLife(plan.run_folder)
 
     def follow(self) -> int:
-        """0, or the exit code of a run that was stopped."""
         earlier = _read(self._folder / ATTEMPT).get("attempt", "")  # may be of a first machine that was killed
         while read_manifest(self._stage.artifact) is None:
             attempt = _read(self._folder / ATTEMPT)
@@ -218,7 +210,6 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _state(run_folder: Path) -> str:
-    """The state of the first machine's run, or an empty string if it cannot be read."""
     try:
         return RunRecord.read(run_folder).state
     except ArtifactError:

@@ -28,10 +28,8 @@ _NOT_FORKED = b"imports its libraries itself: the run's fork server has ended, h
 
 
 def call(argv: Sequence[str]) -> int:
-    """Runs a program of the worker's side on this terminal, with all cores; returns its exit code.
-
-    No process of the program outlives this call. After an interruption it has ``_CALL_GRACE_SECONDS`` to end.
-    """
+    """Runs a program of the worker's side on this terminal, with all cores; returns its exit code. No process of the
+    program outlives this call. After an interruption it has ``_CALL_GRACE_SECONDS`` to end."""
     variables = of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with _signals_deferred() as arrived:
         program = psutil.Popen(argv, env=complete(variables))
@@ -65,16 +63,13 @@ def execute(
     keep_open: Sequence[int] = (),
     server: ForkServer | None = None,
 ) -> int:
-    """Runs a command to its end; returns its exit code, negative for a signal.
-
-    Its output is appended to ``log``; of a long log, only the beginning and the end are kept. The command has its own
-    session, so that Ctrl-C reaches only this process. If this call is interrupted (by Ctrl-C, or an exception raised in
-    a signal handler), the workers are asked to stop, have ``grace_seconds`` to do so, and are then killed; the
-    interruption is raised again. No process of the command outlives this call. ``on_poll`` is called twice a second; if
-    it raises an AlignmentError, the workers are killed at once. ``on_stop`` is called with an interruption before the
-    wait. Descriptors in ``keep_open`` stay open in the command, and so do their locks. A command without a launcher is
-    forked by the ``server``, if there is one.
-    """
+    """Runs a command to its end; returns its exit code, negative for a signal. Its output is appended to ``log``; of a
+    long log, only the beginning and the end are kept. The command has its own session, so that Ctrl-C reaches only this
+    process. If this call is interrupted (by Ctrl-C, or an exception raised in a signal handler), the workers are asked
+    to stop, have ``grace_seconds`` to do so, and are then killed; the interruption is raised again. No process of the
+    command outlives this call. ``on_poll`` is called twice a second; if it raises an AlignmentError, the workers are
+    killed at once. ``on_stop`` is called with an interruption before the wait. Descriptors in ``keep_open`` stay open
+    in the command, and so do their locks. A command without a launcher is forked by the ``server``, if there is one."""
     with log.open("ab") as sink, _signals_deferred() as arrived:
         forked = None
         if server is not None:
@@ -140,7 +135,6 @@ def _signals_deferred() -> Iterator[list[int]]:
 
 
 def _exit_code(leader: psutil.Popen | ForkedProcess) -> int | None:
-    """The exit code, or None if the process still runs after a short wait."""
     try:
         return int(leader.wait(timeout=_POLL_SECONDS))
     except psutil.TimeoutExpired:
@@ -156,7 +150,6 @@ class _ProcessTree:
         self._known: dict[int, psutil.Process] = {}
 
     def look(self) -> None:
-        """Remembers the processes that exist now."""
         for process in children_of(self._leader, recursive=True):
             self._known.setdefault(process.pid, process)
 
@@ -189,7 +182,6 @@ class _ProcessTree:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """Whether the process runs; a zombie does not count."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -24,10 +24,8 @@ _ENDED = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What Slurm says of a job: ``Job(state="PENDING", reason="Priority", exit_code=0)``.
-
-    ``reason`` is why it waits, or the text ``None``, as Slurm writes it; ``exit_code`` is valid once it has ended.
-    """
+    """What Slurm says of a job: ``Job(state="PENDING", reason="Priority", exit_code=0)``. ``reason`` is why it waits,
+    or the text ``None``, as Slurm writes it; ``exit_code`` is valid once it has ended."""
 
     state: str
     reason: str = "None"
@@ -49,11 +47,7 @@ def submission(launch: LaunchConfig) -> SlurmBackend | None:
 
 
 def refuse_without_slurm() -> None:
-    """Refuses a machine on which jobs cannot be submitted.
-
-    Raises:
-        ConfigError: there is no ``sbatch``.
-    """
+    """Refuses a machine on which jobs cannot be submitted. Raises ConfigError: there is no ``sbatch``."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "there is no sbatch on this machine",
@@ -63,12 +57,8 @@ def refuse_without_slurm() -> None:
 
 
 def submit(file: Path, *, after: str | None) -> str:
-    """Submits a job file, to start when the job ``after`` has ended well; returns the job's id.
-
-    Raises:
-        ConfigError: Slurm refuses it, with the reason that Slurm gives.
-        Busy: Slurm does not answer now.
-    """
+    """Submits a job file, to start when the job ``after`` has ended well; returns the job's id. Raises ConfigError:
+    Slurm refuses it, with the reason that Slurm gives; Busy: Slurm does not answer now."""
     argv = ["sbatch", "--parsable"]
     if after is not None:
         argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
@@ -99,9 +89,7 @@ def cancel(jobs: Sequence[str]) -> bool:
 
 def look(jobs: Sequence[str]) -> dict[str, Job] | None:
     """What Slurm knows of each job, by id. It knows ended jobs for some minutes, or for as long as it keeps accounts.
-
-    None: Slurm is not there, or did not answer in time.
-    """
+    None: Slurm is not there, or did not answer in time."""
     if not jobs:
         return {}
     queued = _queue(jobs)
@@ -144,7 +132,6 @@ def _exit_code(text: str) -> int:
 
 
 def _call(argv: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str] | None:
-    """The outcome, or None if the command is not there or takes too long."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired):

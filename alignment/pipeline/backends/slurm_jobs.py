@@ -35,11 +35,8 @@ _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
 
 def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False) -> str:
     """The job file of a stage. The job runs ``align run … --stage NAME`` in ``folder``, where the user called it; with
-    ``wait`` it waits for another process that makes the same result.
-
-    Raises:
-        ConfigError: a value is not allowed in a directive of Slurm, such as a folder with a space in its name.
-    """
+    ``wait`` it waits for another process that makes the same result. Raises ConfigError: a value is not allowed in a
+    directive of Slurm, such as a folder with a space in its name."""
     slurm = plan.config.launch.backend
     assert isinstance(slurm, SlurmBackend), "no other backend submits jobs"
     directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
@@ -56,7 +53,6 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
 
 
 def _step(slurm: SlurmBackend, machines: int) -> list[str]:
-    """How ``srun`` starts the command once on each machine."""
     step = [f"--ntasks={machines}"]
     if machines == 1:
         step.append("--kill-on-bad-exit=1")
@@ -97,7 +93,6 @@ def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterato
 
 
 def _num_machines(config: StageConfig, slurm: SlurmBackend) -> int:
-    """A stage that does not run on all processes needs one machine."""
     return slurm.num_machines if kind_of(config).launch.runs_on.on_all else 1
 
 
@@ -110,7 +105,6 @@ def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
 
 
 def _literal(path: Path) -> str:
-    """The path, escaped for Slurm, which replaces what follows a % sign."""
     return str(path).replace("%", "%%")
 
 
@@ -137,22 +131,16 @@ _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 
 def job_files(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool = False) -> dict[str, str]:
-    """Stage → the content of its job file, if the run is submitted from the current folder.
-
-    Raises:
-        ConfigError: a value is not allowed in a job file.
-    """
+    """Stage → the content of its job file, if the run is submitted from the current folder. Raises ConfigError: a value
+    is not allowed in a job file."""
     folder = Path.cwd()
     return {stage.name: render(plan, stage, folder=folder, wait=wait) for stage in stages}
 
 
 def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[str, str]:
-    """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids.
-
-    Raises:
-        ConfigError, Busy: Slurm refuses one or does not answer; those before it are cancelled, or named and remembered
-            if that fails.
-    """
+    """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids. Raises
+    ConfigError, Busy: Slurm refuses one or does not answer; those before it are cancelled, or named and remembered if
+    that fails."""
     files = job_files(plan, stages, wait=wait)
     jobs: dict[str, str] = {}
     try:
@@ -198,11 +186,8 @@ def live(run_folder: Path) -> dict[str, str] | None:
 
 
 def refuse_queued(run_folder: Path) -> None:
-    """Refuses a run of which jobs wait or run; jobs that have ended are forgotten.
-
-    Raises:
-        Busy: there are such jobs, or Slurm does not answer, so that there may be some.
-    """
+    """Refuses a run of which jobs wait or run; jobs that have ended are forgotten. Raises Busy: there are such jobs, or
+    Slurm does not answer, so that there may be some."""
     jobs = read_jobs(run_folder)
     known = slurm.look(list(jobs.values()))
     if known is None:
@@ -221,10 +206,7 @@ def refuse_queued(run_folder: Path) -> None:
 
 def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], display: Display) -> None:
     """Shows each stage's job until it has ended; returns when all ended well. An interruption does not end the jobs.
-
-    Raises:
-        AlignmentError: a job failed; the kind of error is that of the driver in it.
-    """
+    Raises AlignmentError: a job failed; the kind of error is that of the driver in it."""
     for stage in stages:
         _follow_stage(plan, stage, jobs[stage.name], display)
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 
 from alignment.core.errors import PREEMPTED, ArtifactError, Preempted, StageError
 from alignment.pipeline.execute.durations import duration, time_taken
-from alignment.pipeline.execute.run_table import RunTable, figure, speed, steps
+from alignment.pipeline.execute.run_table import RunTable, figure, progress_line, speed
 from alignment.pipeline.execute.run_view import KILLED, STOPPED, RunReader, RunView, StageView
 from alignment.pipeline.execute.signals import Terminated
 from alignment.records.run import Attempts
@@ -34,7 +33,9 @@ class ChangeLines:
         self._print_line = print_line
         self._printed: set[str] = set()
         self._states: dict[str, str] = {}
-        self._progress: dict[str, _PrintedProgress] = {}
+        self._phases: dict[str, set[str]] = {}
+        self._parts: dict[str, set[object]] = {}
+        self._last: dict[str, object] = {}
 
     def note(self, text: str) -> None:
         """Prints something that is no change of a stage, such as a warning."""
@@ -55,49 +56,32 @@ class ChangeLines:
     def _show_stage(self, stage: StageView) -> None:
         before, self._states[stage.name] = self._states.get(stage.name, "waiting"), stage.state
         if stage.state != before:
-            self._progress.pop(stage.name, None)
-            self.note(_beginning(stage) if stage.state == "running" else _end(stage))
+            for seen in (self._phases, self._parts, self._last):
+                seen.pop(stage.name, None)
+            begins = stage.state == "running"
+            self.note(f"{stage.name}: starts ({stage.reason})" if begins else _end(stage))
         if stage.blocked:
             self.note(f"{stage.name}: {stage.blocked}")
-        if stage.progress is not None:
-            printed = self._progress.setdefault(stage.name, _PrintedProgress())
-            if printed.is_new(stage.progress):
-                self.note(_progress_line(stage, stage.progress))
+        if stage.progress is not None and self._is_new(stage.name, stage.progress):
+            left = "" if stage.seconds_left is None else f"{duration(stage.seconds_left)} left"
+            done = f"{stage.name}: {progress_line(stage.progress)}"
+            self.note(f"{', '.join(filter(None, [done, speed(stage), left]))}  {figure(stage)}".rstrip())
 
-
-class _PrintedProgress:
-    """The parts of its phases of which a stage's lines have told."""
-
-    def __init__(self) -> None:
-        self._phases: set[str] = set()
-        self._parts: set[tuple[str, int | None, int]] = set()
-        self._last: tuple[int | None, int] | None = None
-
-    def is_new(self, progress: Progress) -> bool:
-        """Whether the phase is new, or it has done another tenth.
+    def _is_new(self, stage: str, progress: Progress) -> bool:
+        """Whether the phase is new, or it has done another tenth; without a total, lines come at 10 and 100.
 
         Phases that take turns count the same steps (sampling and training); only the first of them counts then.
         """
-        part = (progress.total, _part(progress))
-        is_new_part = (progress.phase, *part) not in self._parts and part != self._last
-        is_new_phase = progress.phase not in self._phases
-        self._phases.add(progress.phase)
-        self._parts.add((progress.phase, *part))
-        if is_new_part or is_new_phase:
-            self._last = part
-            return True
-        return False
-
-
-def _part(progress: Progress) -> int:
-    """The number of tenths that are done; without a total the number of digits, so that a line comes at 10 and 100."""
-    if progress.total:
-        return progress.step * _PARTS // progress.total
-    return len(str(progress.step)) if progress.step else 0
-
-
-def _beginning(stage: StageView) -> str:
-    return f"{stage.name}: starts ({stage.reason})"
+        digits = len(str(progress.step)) if progress.step else 0
+        part = (progress.total, progress.step * _PARTS // progress.total if progress.total else digits)
+        phases, parts = self._phases.setdefault(stage, set()), self._parts.setdefault(stage, set())
+        is_new = progress.phase not in phases
+        is_new = is_new or ((progress.phase, part) not in parts and part != self._last.get(stage))
+        phases.add(progress.phase)
+        parts.add((progress.phase, part))
+        if is_new:
+            self._last[stage] = part
+        return is_new
 
 
 def _end(stage: StageView) -> str:
@@ -108,33 +92,13 @@ def _end(stage: StageView) -> str:
     return f"{stage.name}: {'  '.join([state, *filter(None, words)])}"
 
 
-def _progress_line(stage: StageView, progress: Progress) -> str:
-    """``dpo: training 12/57, 1,234 tokens/s, 3 min 20 s left  loss 1.83``."""
-    left = "" if stage.seconds_left is None else f"{duration(stage.seconds_left)} left"
-    parts = [f"{stage.name}: {progress.phase} {steps(progress)}".rstrip(), *filter(None, [speed(stage), left])]
-    return f"{', '.join(parts)}  {figure(stage)}".rstrip()
-
-
 Announce = Callable[[str], None]
-
-
-class Screen(Protocol):
-    """Where a run is shown."""
-
-    def note(self, text: str) -> None:
-        """Prints text that stays."""
-
-    def show(self, view: RunView) -> None:
-        """Shows the run as it is now."""
-
-    def end(self) -> None:
-        """Leaves what was shown last."""
 
 
 class Display:
     """Shows the files of a run on a screen, and what is not in them."""
 
-    def __init__(self, reader: RunReader, screen: Screen) -> None:
+    def __init__(self, reader: RunReader, screen: ChangeLines | _LiveScreen) -> None:
         self._reader = reader
         self._screen = screen
         self._blocked: dict[str, str] = {}
@@ -148,11 +112,7 @@ class Display:
         self._blocked[stage] = reason
 
     def poll(self) -> RunView:
-        """Shows the run as it is now; returns what is shown.
-
-        Raises:
-            ArtifactError: there is no record of the run.
-        """
+        """Shows the run as it is now; returns what is shown. Raises ArtifactError: there is no record of the run."""
         view = self._reader.look(self._blocked)
         self._screen.show(view)
         return view
@@ -221,10 +181,7 @@ def with_its_words(folder: Path, announce: Announce) -> Iterator[None]:
 @contextmanager
 def refused_in_vain(work: Path, stage: str) -> Iterator[None]:
     """Fails where a stop would let Slurm queue a job again and again that stores nothing before its time is over.
-
-    Raises:
-        StageError: the last attempts were all stopped before the stage had stored anything.
-    """
+    Raises StageError: the last attempts were all stopped before the stage had stored anything."""
     try:
         yield
     except (Terminated, Preempted) as stop:

@@ -15,7 +15,7 @@ from typing import Any
 
 from alignment import __version__
 from alignment.config.launch import DEVICE, LaunchConfig
-from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterKind
 from alignment.config.optim import expected_tokens
 from alignment.config.typed import to_plain
 from alignment.core import hardware
@@ -84,12 +84,6 @@ def way_of_training(name: str, way: str) -> str:
     return f"adapter@stages.{name}.adapter={WAYS[way]}"
 
 
-def way_of(adapter: AdapterConfig) -> str:
-    """The one of ``WAYS`` that an adapter is."""
-    bare = adapter.kind is AdapterKind.full and not adapter.master_weights
-    return "full without masters" if bare else adapter.kind.value
-
-
 _FOLDER = ".cost"
 _LOCK = "lock"
 """In the folder of a call, which holds it."""
@@ -104,13 +98,9 @@ def estimate(
     as_run: bool = False,
     announce: Callable[[str], None],
 ) -> RunCost:
-    """The cost of each stage on ``device`` with ``memory`` bytes, remembered for ``known``.
-
-    With ``as_run`` the longest micro-batch counts only where the stage would try it before its first step.
-
-    Raises:
-        StageError: the process failed.
-    """
+    """The cost of each stage on ``device`` with ``memory`` bytes, remembered for ``known``. With ``as_run`` the longest
+    micro-batch counts only where the stage would try it before its first step. Raises StageError: the process
+    failed."""
     stages = estimated_stages(plan)
     _clear(_folder(plan))
     folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -148,7 +138,6 @@ def _clear(folder: Path) -> None:
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:
-    """What the process is asked for a stage: its file, and those of the variants that a plan does not refuse."""
     asked: dict[str, Any] = {"file": _stage_file(plan, stage, folder), "cheaper": [], "ways": []}
     asked["processes"] = _launch_of(plan, stage).world_size
     trained = as_trained(stage.config)
@@ -160,20 +149,16 @@ def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_r
     for name in WAYS if trade else ():
         overrides = (way_of_training(stage.name, name),)
         variant = _variant(plan, stage, overrides)
-        if variant is not None and _way_of(variant[1]) != name:
+        adapter = None if variant is None or (other := as_trained(variant[1].config)) is None else other.adapter
+        bare = adapter is not None and adapter.kind is AdapterKind.full and not adapter.master_weights
+        if adapter is None or ("full without masters" if bare else adapter.kind.value) != name:
             variant = None  # a value from the command line keeps another adapter
         file = None if variant is None else _stage_file(*variant, folder, *overrides)
         asked["ways"].append({"name": name, "overrides": overrides, "file": file})
     return asked
 
 
-def _way_of(stage: PlannedStage) -> str:
-    trained = as_trained(stage.config)
-    return "" if trained is None else way_of(trained.adapter)
-
-
 def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Path) -> Way | None:
-    """A way of training a stage with the choices that a plan allows; None if the plan refuses the way."""
     variant = _variant(plan, stage, overrides) if overrides else (plan, stage)
     if variant is None:
         return None
@@ -191,7 +176,6 @@ def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Pa
 
 
 def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple[Plan, PlannedStage] | None:
-    """The plan with further overrides, and the stage in it; None if it is refused, or one of them has no effect."""
     try:
         other = make_plan(plan.recipe, [*plan.overrides, *overrides], find=resolve_shapes)
     except AlignmentError:
@@ -268,7 +252,6 @@ def _folder(plan: Plan) -> Path:
 
 
 def _file(plan: Plan, stage: PlannedStage, device: str) -> Path:
-    """Where the cost of a stage is remembered: for its settings, its launch, this version and this machine."""
     machine = [platform.node(), hardware.count_cores(), __version__]
     key = [stage.fingerprint, to_plain(stage.config), to_plain(plan.config.launch), device, machine]
     return _folder(plan) / f"{digest(key)}.json"
@@ -286,11 +269,8 @@ def checked_plan(
     recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str, verified: bool = False
 ) -> Plan:
     """A plan whose sizes fit together, and whose ``cost`` or ``trade`` on ``device`` can be estimated if it is wanted.
-
-    Raises:
-        AlignmentError: a fault in the plan, or sizes that no machine can combine.
-        ConfigError: ``device`` is not known, or is this machine and has a GPU.
-    """
+    Raises AlignmentError: a fault in the plan, or sizes that no machine can combine; ConfigError: ``device`` is not
+    known, or is this machine and has a GPU."""
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
     if (cost or trade) and device == THIS and hardware.count_devices():
@@ -305,12 +285,8 @@ def checked_plan(
 
 
 def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str], None]) -> RunCost:
-    """The cost of a ``checked_plan``, which takes ten seconds or more for each stage.
-
-    Raises:
-        ModelError: a model is not on this machine, so there is no configuration for its cost.
-        StageError: the process that estimates failed.
-    """
+    """The cost of a ``checked_plan``, which takes ten seconds or more for each stage. Raises ModelError: a model is not
+    on this machine, so there is no configuration for its cost; StageError: the process that estimates failed."""
     for model in (plan.base, *plan.sources.values()):
         if not model.ready:
             raise ModelError(
@@ -323,11 +299,8 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
 
 
 def known_costs(plan: Plan) -> RunCost | None:
-    """What was estimated before on this machine for stages with these settings; None if nothing was.
-
-    A stage that was not estimated has an error. Of the remedies, only those are left that fit into the memory that is
-    free now.
-    """
+    """What was estimated before on this machine for stages with these settings; None if nothing was. A stage that was
+    not estimated has an error. Of the remedies, only those are left that fit into the memory that is free now."""
     memory = hardware.free_memory()
     costs = [(stage, known(plan, stage, device=THIS)) for stage in estimated_stages(plan)]
     if all(cost is None for _, cost in costs):

@@ -27,14 +27,9 @@ WAIT = "wait for it with --wait, or stop it"
 
 
 def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage], wait: bool) -> Plan:
-    """The plan with the results of these stages on this machine that the store has.
-
-    Raises:
-        Busy: another process works on such a stage here, and ``wait`` is False.
-        ArtifactError: a result in the store is damaged.
-        DiskError: there is no room for it.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """The plan with the results of these stages on this machine that the store has. Raises Busy: another process works
+    on such a stage here, and ``wait`` is False; ArtifactError: a result in the store is damaged; DiskError: there is no
+    room for it; StoreError: the store cannot be reached or refuses."""
     waiting = [stage for stage in stages if stage.action is Action.fetch]
     if plan.store is None or not waiting:
         return plan
@@ -52,11 +47,8 @@ def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStag
 
 
 def set_damaged_aside(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage], wait: bool) -> None:
-    """Moves damaged results of these stages away, so that they are made or downloaded again.
-
-    Raises:
-        Busy: another process works on such a stage here, and ``wait`` is False.
-    """
+    """Moves damaged results of these stages away, so that they are made or downloaded again. Raises Busy: another
+    process works on such a stage here, and ``wait`` is False."""
     for stage in stages:
         if stage.action is Action.reuse or read_manifest(stage.artifact) is None:
             continue
@@ -73,17 +65,11 @@ def set_damaged_aside(plan: Plan, announce: Announce, *, stages: Sequence[Planne
 
 @contextmanager
 def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool) -> Iterator[bool]:
-    """Holds the lease of a stage while the block makes its result; yields whether it has to.
-
-    It has not if another machine has made it since the plan. Otherwise the work folder continues from the newest
-    checkpoint, those that the block makes are uploaded, and so is the result. The caller holds the lock of the stage.
-
-    Raises:
-        Busy: another machine works on the stage, and ``wait`` is False.
-        ArtifactError: a result in the store is damaged.
-        DiskError: there is no room for a download.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """Holds the lease of a stage while the block makes its result; yields whether it has to. It has not if another
+    machine has made it since the plan. Otherwise the work folder continues from the newest checkpoint, those that the
+    block makes are uploaded, and so is the result. The caller holds the lock of the stage. Raises Busy: another machine
+    works on the stage, and ``wait`` is False; ArtifactError: a result in the store is damaged; DiskError: there is no
+    room for a download; StoreError: the store cannot be reached or refuses."""
     store = plan.store
     if store is None:
         yield True
@@ -108,18 +94,14 @@ def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool)
 
 def upload(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
     """Uploads a complete result if the store lacks it, and removes checkpoints that a call left which was cut off.
-
-    Raises:
-        ArtifactError: the result is damaged.
-        StoreError: the store cannot be reached or refuses; the result stays here, and the next call uploads it.
-    """
+    Raises ArtifactError: the result is damaged; StoreError: the store cannot be reached or refuses; the result stays
+    here, and the next call uploads it."""
     if plan.store is not None:
         upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}"))
         RemoteCheckpoints(plan.store, stage.fingerprint).remove()
 
 
 def _download(store: ObjectStore, stage: PlannedStage, announce: Announce) -> bool:
-    """Downloads the result if the store has it; returns whether it did."""
     manifest = manifest_in(store, stage.artifact.name, fingerprint=stage.fingerprint)
     if manifest is None:
         return False

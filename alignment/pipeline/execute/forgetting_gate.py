@@ -13,36 +13,33 @@ from alignment.records.stages import ArmForgetting, Forgetting, Limits
 from alignment.stages.registry import kind_of
 
 
-def not_met(stages: Sequence[PlannedStage]) -> list[str]:
-    """A sentence for each arm that lost too much."""
-    return [sentence for stage, record in _failed(stages) for sentence in _sentences(stage.name, record)]
-
-
-def met(stages: Sequence[PlannedStage]) -> list[str]:
-    """A sentence for each trained arm that is within the limits; none if there are no limits."""
-    return [
-        f"stages.{stage.name}: {arm.label} is within the limits: {'; '.join(_within(arm, record.limits))}"
-        for stage, record in _measured(stages)
-        if record.judged
-        for arm in record.arms[1:]
-        if arm.passed
-    ]
+def sentences(stages: Sequence[PlannedStage]) -> Iterator[tuple[bool, str]]:
+    """For each arm that was judged: whether it is within the limits, and a sentence with what it lost."""
+    for stage, record in _measured(stages):
+        for number, arm in enumerate(record.arms):
+            if not arm.passed:
+                yield False, f"stages.{stage.name}: {arm.label} forgot too much: {'; '.join(arm.reasons)}"
+            elif number and record.judged:
+                within = "; ".join(_within(arm, record.limits))
+                yield True, f"stages.{stage.name}: {arm.label} is within the limits: {within}"
 
 
 def remedies(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> list[str]:
     """What helps against it. ``configs`` are all stages of the run."""
-    failed = _failed(stages)
-    arms = [arm.name for _, record in failed for arm in record.arms if not arm.passed]
+    failed = [(stage, record) for stage, record in _measured(stages) if not record.passed]
+    help_by_arm = {}
+    for arm in (arm.name for _, record in failed for arm in record.arms if not arm.passed):
+        name = arm.removeprefix("stage:")
+        general = f"{arm} was trained elsewhere; train it with general rows, a lower learning rate or fewer epochs"
+        own = configs.get(name)
+        help_by_arm[arm] = general if own is None else kind_of(own).outcome.against_forgetting(name)
     limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
-    return [*(_remedy(arm, configs) for arm in dict.fromkeys(arms)), *limits]
+    return [*help_by_arm.values(), *limits]
 
 
 def read_outcome(artifact: Path) -> Forgetting | None:
-    """The record of an artifact, or None if it has none yet.
-
-    Raises:
-        ArtifactError: it is damaged, or was written by a newer version.
-    """
+    """The record of an artifact, or None if it has none yet. Raises ArtifactError: it is damaged, or was written by a
+    newer version."""
     try:
         return Forgetting.read(artifact)
     except FileNotFoundError:
@@ -55,12 +52,7 @@ def _measured(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forget
     return [(stage, record) for stage, record in records if record is not None]
 
 
-def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
-    return [(stage, record) for stage, record in _measured(stages) if not record.passed]
-
-
 def _within(arm: ArmForgetting, limits: Limits) -> Iterator[str]:
-    """What the arm lost, and each limit."""
     if arm.rise is not None and limits.perplexity_rise is not None:
         rise = _percent(arm.rise)
         yield f"perplexity of general text {rise}, required: a rise of at most {limits.perplexity_rise:.1%}"
@@ -75,19 +67,3 @@ def _percent(change: Interval) -> str:
     """``+2.0% (+1.5% to +2.5%)``, without bounds that are not known."""
     bounds = "" if change.bounds is None else f" ({change.bounds[0]:+z.1%} to {change.bounds[1]:+z.1%})"
     return f"{change.mean:+z.1%}{bounds}"
-
-
-def _sentences(stage: str, record: Forgetting) -> Iterator[str]:
-    for arm in record.arms:
-        if not arm.passed:
-            yield f"stages.{stage}: {arm.label} forgot too much: {'; '.join(arm.reasons)}"
-
-
-def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:
-    name = arm.removeprefix("stage:")
-    config = configs.get(name)
-    if config is None:
-        return (
-            f"{arm} was trained elsewhere; train it with general rows mixed in, a lower learning rate or fewer epochs"
-        )
-    return kind_of(config).outcome.against_forgetting(name)

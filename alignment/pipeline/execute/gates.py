@@ -15,20 +15,21 @@ NOT_MET = "gate not met"
 
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is not met."""
-    return [*forgetting_gate.not_met(stages), *evaluation_gate.not_met(stages)]
+    return [sentence for is_met, sentence in _judged(stages) if not is_met]
 
 
 def met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is met: what was measured, and what is required."""
-    return [*forgetting_gate.met(stages), *evaluation_gate.met(stages)]
+    return [sentence for is_met, sentence in _judged(stages) if is_met]
+
+
+def _judged(stages: Sequence[PlannedStage]) -> list[tuple[bool, str]]:
+    return [*forgetting_gate.sentences(stages), *evaluation_gate.sentences(stages)]
 
 
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
-    """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run.
-
-    Raises:
-        GateNotMet: names each gate, what was measured, and the remedies.
-    """
+    """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run. Raises
+    GateNotMet: names each gate, what was measured, and the remedies."""
     if sentences := not_met(stages):
         remedies = [*forgetting_gate.remedies(stages, configs), *evaluation_gate.remedies(stages)]
         raise GateNotMet("\n  ".join(sentences), remedy="\n  → ".join(remedies))

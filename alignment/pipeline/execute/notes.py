@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.model import NEW_TOKENS, AdapterConfig, AdapterKind, Dtype
+from alignment.config.model import NEW_TOKENS, AdapterKind, Dtype
 from alignment.config.optim import is_automatic
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
@@ -68,7 +68,6 @@ def of_plan(plan: Plan) -> list[str]:
 
 
 def _adapters_from_outside(plan: Plan) -> Iterator[str]:
-    """The base model of each adapter that no stage made, and how it was recognised."""
     for ref, source in plan.sources.items():
         if source.folder is not None and is_adapter(source.folder):
             unsure = doubt(read_adapter(source.folder, where=ref), plan.base)
@@ -76,7 +75,6 @@ def _adapters_from_outside(plan: Plan) -> Iterator[str]:
 
 
 def _unread(plan: Plan) -> Iterator[str]:
-    """Files beside the recipe that are not read, and settings without effect."""
     for path in plan.unread_files:
         yield f"{path} is not read: a shipped file has its name; to use yours, rename it"
     yield from unread.sentences(plan.unread_settings)
@@ -97,19 +95,14 @@ def advice(plan: Plan) -> list[str]:
 
 def on_a_plan(plan: Plan) -> list[str]:
     """The notes and the advice that somebody who plans a run gets."""
-    return [*of_plan(plan), *_downloads(plan), *_jobs_without_requests(plan), *advice(plan)]
-
-
-def _downloads(plan: Plan) -> list[str]:
-    """The models that a run would download; the data stand beside their stages (``of_stage``)."""
-    if not not_reused(plan.stages):
-        return []
-    missing = {model.source: model for model in (plan.base, *plan.sources.values()) if not model.ready}
-    return [f"the run will download the model {source}" for source in missing]
+    missing = (
+        [model for model in (plan.base, *plan.sources.values()) if not model.ready] if not_reused(plan.stages) else []
+    )
+    downloads = [f"the run will download the model {source}" for source in dict.fromkeys(m.source for m in missing)]
+    return [*of_plan(plan), *downloads, *_jobs_without_requests(plan), *advice(plan)]
 
 
 def _jobs_without_requests(plan: Plan) -> Iterator[str]:
-    """A note if the jobs of Slurm ask for no GPU or no time, which training mostly needs."""
     submission = slurm.submission(plan.config.launch)
     if submission is None or not not_reused(plan.stages):
         return
@@ -146,7 +139,10 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
         metric = kind_of(evaluation.config).outcome.primary(evaluation.config)
         if metric is None:
             continue
-        for stage in (stage for stage in plan.stages if _learns_or_selects(stage)):
+        for stage in plan.stages:
+            kind = kind_of(stage.config)
+            if not (kind.trains or kind.produces == ROWS):  # it neither trains nor selects what others train on
+                continue
             fields = [
                 field
                 for field, scorer in kind_of(stage.config).scorers(stage.config).items()
@@ -159,17 +155,9 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
                 )
 
 
-def _learns_or_selects(stage: PlannedStage) -> bool:
-    """Whether policies get better by the stage's scorers: it trains with them, or selects what others train on."""
-    kind = kind_of(stage.config)
-    return kind.trains or kind.produces == ROWS
-
-
 def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...]:
-    """What gives these scores: equal for two sources that score alike. ``reward`` is the model that its stage names.
-
-    Of a server or a grader the model counts, whatever it is asked.
-    """
+    """What gives these scores: equal for two sources that score alike. ``reward`` is the model that its stage names. Of
+    a server or a grader the model counts, whatever it is asked."""
     name = getattr(config, REWARD, None) if source.source == REWARD else source.source
     served = source.server.model if source.server is not None else ""
     if source.source == GRADE:
@@ -179,7 +167,6 @@ def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...
 
 
 def _slow_format(plan: Plan) -> Iterator[str]:
-    """A note if the run would be several times slower because this processor has no bfloat16."""
     waits = any(stage.has_to_run and kind_of(stage.config).run for stage in plan.stages)
     on_cpu = not feasibility.devices_for(plan.config.launch)
     if waits and on_cpu and plan.config.model.dtype is Dtype.bfloat16 and not hardware.has_bfloat16():
@@ -213,14 +200,12 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
 
 
 def _labels(stage: PlannedStage) -> Iterator[str]:
-    """What a stage makes of the labels of its rows."""
     config = as_trained(stage.config)
     if config is not None and (labels := labels_of(config.data, stage.seen.get("data"))):
         yield from (f"{stage.name}: {note}" for note in kind_of(config).learning.label_notes(config, labels))
 
 
 def _left_out(plan: Plan) -> Iterator[str]:
-    """Notes on rows that give stages nothing, such as ties among votes; stages often read the same rows."""
     fields: dict[tuple[str, int, bool], list[str]] = {}
     for stage in plan.stages:
         for field, seen in stage.seen.items():
@@ -233,7 +218,6 @@ def _left_out(plan: Plan) -> Iterator[str]:
 
 
 def _near_held_out(stage: PlannedStage) -> Iterator[str]:
-    """A note if a stage learns what its own validation nearly asks; equal prompts are refused."""
     learned, held_out = stage.seen.get("data"), stage.seen.get(validation_checks.DATA)
     if learned is None or held_out is None:
         return
@@ -274,7 +258,6 @@ def _resembling(count: int, noun: str, which: str) -> str:
 
 
 def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:
-    """The overlaps of learned and held-out texts, with the stages that learn them; stages often learn the same rows."""
     overlaps: dict[tuple[LocatedText, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
@@ -311,16 +294,12 @@ def frozen_rows(plan: Plan) -> str | None:
         config = as_trained(stage.config)
         if config is None or config.init != BASE or not stage.has_to_run:
             continue
-        if not _trains_rows(config.adapter):
+        names = config.adapter.modules_to_save
+        has_embeddings = any("embed" in name or name.endswith("wte") for name in names)
+        if config.adapter.kind is not AdapterKind.full and not has_embeddings:
             return (
                 f"{stage.name} does not train the rows of the new tokens {tokens}: these stay the mean of all other "
                 f"rows; set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (or this model's name for it), "
                 "or adapter=full"
             )
     return None
-
-
-def _trains_rows(adapter: AdapterConfig) -> bool:
-    """Whether the embeddings are trained: with all weights, or as a module beside the adapter."""
-    names = adapter.modules_to_save
-    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in names)

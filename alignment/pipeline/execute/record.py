@@ -22,11 +22,9 @@ from alignment.records.worker import STATUS
 
 
 class RunRecorder:
-    """Writes a run's progress, for ``align status`` and for the report.
-
-    If the call runs ``only`` one stage, the entries of earlier results stay. If such a result was made with other
-    settings than the current ones, its settings stay too, and the run is not done.
-    """
+    """Writes a run's progress, for ``align status`` and for the report. If the call runs ``only`` one stage, the
+    entries of earlier results stay. If such a result was made with other settings than the current ones, its settings
+    stay too, and the run is not done."""
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._folder = plan.run_folder
@@ -52,7 +50,6 @@ class RunRecorder:
         self._save()
 
     def _remove_outdated(self, before: RunRecord) -> None:
-        """Removes the error and the planned cost of stages whose settings have changed since, or those before them."""
         for name, entry in self.record.stages.items():
             former = before.stages.get(name)
             if former is None or Path(former.artifact).name != Path(entry.artifact).name:
@@ -99,7 +96,6 @@ class RunRecorder:
 
 
 def _recorded(plan: Plan) -> RunRecord:
-    """The existing record of the run, or an empty one if that cannot be read; it is then written again."""
     try:
         return RunRecord.read(plan.run_folder)
     except ArtifactError:
@@ -121,13 +117,19 @@ def _earlier_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str |
 
 def _entry(stage: PlannedStage) -> StageEntry:
     reused = stage.action is Action.reuse
+    inputs: dict[str, Any] = {}  # a list of references for a field that holds several
+    for slot in references.slots(stage.config):
+        if references.is_arm(slot):
+            inputs.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
+        else:
+            inputs[slot.field] = slot.ref
     return StageEntry(
         kind=stage.config.kind,
         state="reused" if reused else "waiting",
         reason=stage.reason,
         artifact=str(stage.artifact),
         seconds=recorded_seconds(stage) if reused else None,
-        inputs=_inputs(stage),
+        inputs=inputs,
     )
 
 
@@ -135,17 +137,6 @@ def recorded_seconds(stage: PlannedStage) -> float | None:
     """The seconds that the result took when it was made."""
     manifest = read_manifest(stage.artifact)
     return manifest.usage.get("seconds") if manifest else None
-
-
-def _inputs(stage: PlannedStage) -> dict[str, Any]:
-    """Field → reference, or a list of references if the field holds several."""
-    inputs: dict[str, Any] = {}
-    for slot in references.slots(stage.config):
-        if references.is_arm(slot):
-            inputs.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
-        else:
-            inputs[slot.field] = slot.ref
-    return inputs
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,9 @@ def rehearse(
     *,
     announce: Callable[[str], None],
 ) -> None:
-    """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one.
-
-    Raises:
-        AlignmentError: the error that a stage would raise: rows that cannot be learned from, a scorer that fails, or a
-            base model that does not fit.
-        StageError: no answer within ``launch.hang_seconds``.
-    """
+    """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one. Raises
+    AlignmentError: the error that a stage would raise: rows that cannot be learned from, a scorer that fails, or a base
+    model that does not fit; StageError: no answer within ``launch.hang_seconds``."""
     waiting = [stage for stage in stages if stage.has_to_run][1:]
     waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
     has_part: dict[str, Callable[[StageConfig], object]] = {
@@ -142,7 +138,10 @@ def rehearse(
     }
     if not any(parts.values()):
         return
-    announce(_announcement(parts))
+    named = " and ".join(
+        f"{_CHECKED[part]} {', '.join(stage.name for stage in tried)}" for part, tried in parts.items() if tried
+    )
+    announce(f"checking {named} before training (takes ten seconds or more, once for these settings and data)")
     for note in _try(plan, parts, server):
         announce(note)
     for part, stages_of_part in parts.items():
@@ -150,19 +149,15 @@ def rehearse(
             remember(plan, stage, part=part)
 
 
-def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
-    named = " and ".join(
-        f"{_CHECKED[part]} {', '.join(stage.name for stage in stages)}" for part, stages in parts.items() if stages
-    )
-    return f"checking {named} before training (takes ten seconds or more, once for these settings and data)"
-
-
 def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
-    """What was noted; an error is raised."""
     folder = _new_folder(plan)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     for part, stages in parts.items():
-        argv += [f"--{part}", *_files(plan, stages, folder)]
+        argv.append(f"--{part}")
+        for stage in stages:
+            own = folder / stage.name
+            path = worker_protocol.write_stage_file(plan, stage, plan.config.launch, git_commit="", folder=own)
+            argv.append(str(path))
     code = processes.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
@@ -195,14 +190,6 @@ def _environment(plan: Plan) -> dict[str, str]:
     return own | _RANKS if by_torchrun or launch.num_processes > 1 else own
 
 
-def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
-    for stage in stages:
-        path = worker_protocol.write_stage_file(
-            plan, stage, plan.config.launch, git_commit="", folder=folder / stage.name
-        )
-        yield str(path)
-
-
 def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]:
     started, limit = time.monotonic(), plan.config.launch.hang_seconds
     code = ", ".join(function for stage in scorers for function in stage.code)
@@ -219,7 +206,6 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
 
 
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
-    """Whether the stage tokenises with the run's base model, and does not start from a policy from outside the run."""
     trained = as_trained(config)
     return trained is not None and kind_of(config).learning.rehearsed and _is_of_base(trained.init, stages)
 
@@ -237,7 +223,6 @@ def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> boo
 
 
 def _is_of_base(ref: str, stages: dict[str, StageConfig]) -> bool:
-    """Whether a policy is the run's base model, or began as that."""
     while (name := ref.removeprefix("stage:")) in stages:
         trained = as_trained(stages[name])
         if trained is None:

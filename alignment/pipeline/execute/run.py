@@ -57,10 +57,8 @@ def run(
     verified: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py).
-
-    Results that are reused are compared with their hashes if ``verified``, otherwise with their sizes.
-    """
+    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py). Results that
+    are reused are compared with their hashes if ``verified``, otherwise with their sizes."""
     plan = make_plan(recipe, overrides, verified=verified)
     return run_with_advice(plan, console=console, only=only, wait=wait, command_for=command_for)
 
@@ -73,11 +71,8 @@ def run_with_advice(
     wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """``run_plan``, after advice on the recipe; a stage that runs alone needs none.
-
-    Raises:
-        AlignmentError: as for ``run_plan``.
-    """
+    """``run_plan``, after advice on the recipe; a stage that runs alone needs none. Raises AlignmentError: as for
+    ``run_plan``."""
     for note in notes.advice(plan) if only is None else ():
         announcer(console)(f"note: {note}")
     return run_plan(plan, console=console, only=only, wait=wait, command_for=command_for)
@@ -96,15 +91,10 @@ def run_plan(
     wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py).
-
-    If another process works on this run or on a result that it needs, the call is refused; with ``wait`` it waits for
-    that process and reuses its results.
-
-    Raises:
-        AlignmentError: a stage that cannot run or failed; finished results stay and are reused. GateNotMet:
-            all stages are done, but the results do not meet a gate.
-    """
+    """Executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py). If another
+    process works on this run or on a result that it needs, the call is refused; with ``wait`` it waits for that process
+    and reuses its results. Raises AlignmentError: a stage that cannot run or failed; finished results stay and are
+    reused. GateNotMet: all stages are done, but the results do not meet a gate."""
     if only is not None:
         plan = with_inputs(plan, only, announcer(console))
     for note in notes.of_plan(plan):
@@ -152,7 +142,6 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
 
 
 def _end(plan: Plan, recorder: RunRecorder) -> bool:
-    """Records the end of this call; returns whether all stages are done, also if their results do not meet a gate."""
     is_done = recorder.end()
     if is_done and gates.not_met(plan.stages):
         recorder.finish(gates.NOT_MET)
@@ -168,7 +157,6 @@ def _run_stages(
     *,
     wait: bool,
 ) -> int:
-    """Runs the chosen stages; returns 0, or the exit code of a stop."""
     with termination_raises():
         try:
             with workers_of(plan, not_reused(_chosen(plan, only)), command_for) as workers:
@@ -194,7 +182,6 @@ def _run_stages(
 
 
 def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> int:
-    """Submits the stages that have to run to Slurm; if asked to, waits until they have ended."""
     with showing(console, RunReader(plan.run_folder)) as display:
         with held(plan.run_folder / "submit.lock", wait=False):
             slurm_jobs.refuse_queued(plan.run_folder)
@@ -229,11 +216,6 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
 
 
 def _judge(plan: Plan, only: str | None, console: Console) -> None:
-    """Prints each gate that the results meet.
-
-    Raises:
-        GateNotMet: they do not meet another.
-    """
     stages = _chosen(plan, only)
     for sentence in gates.met(stages):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -246,7 +228,6 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
 
 
 def _with_all(plan: Plan, announce: Announce, only: str | None, *, wait: bool) -> Plan:
-    """The plan with all results of the store, models and data of a hub that the chosen stages need, checked again."""
     plan_with_results = exchange.with_results(plan, announce, stages=_needed(plan, only), wait=wait)
     complete = with_models(plan_with_results, announce, stages=not_reused(_chosen(plan_with_results, only)))
     if complete is not plan:
@@ -255,12 +236,6 @@ def _with_all(plan: Plan, announce: Announce, only: str | None, *, wait: bool) -
 
 
 def _make_writable(plan: Plan) -> None:
-    """Makes the folders of the run.
-
-    Raises:
-        DiskError: the disk is full or cannot be written to.
-        ConfigError: they cannot be made for another reason.
-    """
     try:
         plan.run_folder.mkdir(parents=True, exist_ok=True)
         (plan.output / "artifacts").mkdir(exist_ok=True)
@@ -275,7 +250,6 @@ def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
 
 
 def _needed(plan: Plan, only: str | None) -> list[PlannedStage]:
-    """The chosen stages, and those whose results they take."""
     inputs = [] if only is None else references.inputs_of(only, plan.config.stages)
     return [stage for stage in plan.stages if only in (None, stage.name) or stage.name in inputs]
 
@@ -318,7 +292,6 @@ def _reuse(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
 
 
 def _doubt(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
-    """Prints doubts about the stage's result before the next stage builds on it."""
     if not doubts.is_smoke(plan.profile):
         for doubt in notes.of_result(stage.config.kind, stage.artifact):
             announce(f"{stage.name}: {doubt}")
@@ -327,10 +300,8 @@ def _doubt(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
 def _make(
     plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, workers: Workers, *, wait: bool
 ) -> bool:
-    """Makes the artifact under a lock: meanwhile, another run that needs it is refused or waits.
-
-    Returns False if another process has made it in the meantime.
-    """
+    """Makes the artifact under a lock: meanwhile, another run that needs it is refused or waits. Returns False if
+    another process has made it in the meantime."""
     if wait and is_held(stage.work / "lock"):
         display.wait(stage.name, "another process is working on it; waiting")
         display.poll()
@@ -448,7 +419,6 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> Non
 
 
 def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
-    """Copies a report into the run's folder, where a user looks for it."""
     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
         with replacing(plan.run_folder / REPORT) as temporary:
             shutil.copyfile(stage.artifact / REPORT, temporary)

@@ -15,11 +15,7 @@ from alignment.stages.registry import produced_by
 
 
 def evaluations(run_folder: Path) -> dict[str, Path]:
-    """The artifacts of a run's finished evaluations, by stage.
-
-    Raises:
-        ArtifactError: there is no such run.
-    """
+    """The artifacts of a run's finished evaluations, by stage. Raises ArtifactError: there is no such run."""
     stages = RunRecord.read(run_folder).stages
     folders = {
         name: artifact_folder(run_folder, name, stage)
@@ -78,11 +74,8 @@ def judged_run(folder: Path) -> JudgedRun:
 
 
 def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
-    """The evaluations of several runs, each with those of the same name.
-
-    An evaluation that is shown by the reports of all runs that have it is compared with the one that the first run's
-    report shows, if none of these runs has that.
-    """
+    """The evaluations of several runs, each with those of the same name. An evaluation that is shown by the reports of
+    all runs that have it is compared with the one that the first run's report shows, if none of these runs has that."""
     own_stages = [_own_stages(run, runs) for run in runs]
     return [
         ComparedEvaluation(
@@ -95,7 +88,6 @@ def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
 
 
 def _own_stages(run: JudgedRun, runs: Sequence[JudgedRun]) -> dict[str, str]:
-    """A run's evaluations by the stages of the first run that they are compared with."""
     own = {stage: stage for stage in run.evaluations}
     first = runs[0].shown
     same = [other for other in runs if run.shown in other.evaluations]
@@ -121,11 +113,9 @@ def _arms(artifact: Path) -> dict[str, JudgedArm]:
 
 
 def differences_from_first(evaluation: ComparedEvaluation) -> list[Difference]:
-    """The differences of each other run minus the first, in every metric of an arm that both have.
-
-    Those in one metric are a family, by whose number p values are corrected. An arm that two runs share has equal
-    scores in both, and is not counted.
-    """
+    """The differences of each other run minus the first, in every metric of an arm that both have. Those in one metric
+    are a family, by whose number p values are corrected. An arm that two runs share has equal scores in both, and is
+    not counted."""
     paired = list(_paired(evaluation))
     families: dict[str, list[int]] = {}
     for index, (difference, each) in enumerate(paired):

@@ -27,11 +27,9 @@ from alignment.report.run_page.run_records import artifact_folder
 
 @contextmanager
 def counted(work: Path) -> Iterator[Attempts]:
-    """Counts an attempt at the stage that works in ``work``; the caller holds the stage's lock.
-
-    If the block raises, its time is stored for the next attempt. It does not count if a process of an earlier attempt
-    is still working on the stage (Busy).
-    """
+    """Counts an attempt at the stage that works in ``work``; the caller holds the stage's lock. If the block raises,
+    its time is stored for the next attempt. It does not count if a process of an earlier attempt is still working on
+    the stage (Busy)."""
     before = Attempts.read(work)
     attempt = Attempts(number=before.number + 1, earlier_seconds=_seconds_of(before, work), started=time.time())
     began, stored = time.monotonic(), local_work(work).progress
@@ -50,14 +48,13 @@ def counted(work: Path) -> Iterator[Attempts]:
 
 
 def _seconds_of(attempts: Attempts, work: Path) -> float:
-    """The time of all attempts so far.
-
-    An attempt whose driver was killed counts until the last sign of life of its processes. If there is none, as on a
-    machine that continues another one's stage, the time up to the last logged step counts.
-    """
+    """The time of all attempts so far. An attempt whose driver was killed counts until the last sign of life of its
+    processes. If there is none, as on a machine that continues another one's stage, the time up to the last logged step
+    counts."""
     last = max(signs_of_life(work), default=0.0) if attempts.started else 0.0
     seconds = attempts.earlier_seconds + max(0.0, last - attempts.started)
-    return max(seconds, _logged_seconds(work))
+    rows, _ = readable_rows(work / "content" / METRICS)
+    return max(seconds, (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0)
 
 
 def signs_of_life(work: Path) -> Iterator[float]:
@@ -69,12 +66,6 @@ def signs_of_life(work: Path) -> Iterator[float]:
             continue
 
 
-def _logged_seconds(work: Path) -> float:
-    """The time of all steps that the stage has logged."""
-    rows, _ = readable_rows(work / "content" / METRICS)
-    return (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0
-
-
 _ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""
 WAITING = "waiting"
@@ -83,19 +74,12 @@ LiveJobs = Callable[[Path], Mapping[str, str] | None]
 """The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
 
 
-def state_of(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> str:
-    """The state of the run: the recorded one, ``killed`` or ``unknown`` (``as_it_is``)."""
-    return as_it_is(run_folder, record, live_jobs).state
-
-
 def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> RunRecord:
-    """The record with the states that nobody could write.
-
-    A run that is recorded as running was ``killed`` if it has neither a locked lock file nor a Slurm job. So were its
-    running stages, unless another process works on them, or stored the result after the driver was killed: then they
-    are ``done``, and a plan reuses the result. The run is ``unknown`` if Slurm does not answer, or if it was
-    started on another machine: some file systems do not show the locks of other machines.
-    """
+    """The record with the states that nobody could write. A run that is recorded as running was ``killed`` if it has
+    neither a locked lock file nor a Slurm job. So were its running stages, unless another process works on them, or
+    stored the result after the driver was killed: then they are ``done``, and a plan reuses the result. The run is
+    ``unknown`` if Slurm does not answer, or if it was started on another machine: some file systems do not show the
+    locks of other machines."""
     if record.state != RUNNING or is_held(run_folder / "lock"):
         return record
     jobs = live_jobs(run_folder)
@@ -118,9 +102,7 @@ def elsewhere(run_folder: Path) -> str:
 
 def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float] = time.time) -> list[str]:
     """What is known about a run that stopped before its end, or may have, and what to do; empty for other states.
-
-    ``record`` is that of ``as_it_is``.
-    """
+    ``record`` is that of ``as_it_is``."""
     if record.state in _ASKED_TO_STOP:
         return ["it was stopped; run the same command to continue"]
     if record.state not in (KILLED, UNKNOWN, WAITING):
@@ -128,7 +110,11 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
     name = run_folder.name
     after_others = "run the same command with --wait to continue after that"
     if record.state == WAITING:
-        busy = [stage for stage, entry in record.stages.items() if _is_made(run_folder, stage, entry)]
+        busy = [
+            stage
+            for stage, entry in record.stages.items()
+            if not entry.complete and _is_worked_on(work_folder(run_folder, stage, entry))
+        ]
         return [f"another process is working on {', '.join(busy)}", after_others] if busy else []
     ago = duration(max(0.0, now() - last_sign_of_life(run_folder, record)))
     seen = f"the last sign of life was {ago} ago"
@@ -149,10 +135,8 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
 
 
 def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
-    """When the driver or a process of a stage last wrote a file, in seconds since 1970.
-
-    The clock is that of the file system, which may differ a little from this machine's.
-    """
+    """When the driver or a process of a stage last wrote a file, in seconds since 1970. The clock is that of the file
+    system, which may differ a little from this machine's."""
     unfinished = {name: entry for name, entry in record.stages.items() if entry.state in (RUNNING, KILLED)}
     works = [work_folder(run_folder, name, entry) for name, entry in unfinished.items()]
     signs = [sign for work in works for sign in signs_of_life(work)]
@@ -162,7 +146,6 @@ def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
 
 
 def _as_left(run_folder: Path, name: str, entry: StageEntry) -> StageEntry:
-    """The entry of a stage of a killed run."""
     work = work_folder(run_folder, name, entry)
     if entry.state != RUNNING or _is_worked_on(work):
         return entry
@@ -172,16 +155,10 @@ def _as_left(run_folder: Path, name: str, entry: StageEntry) -> StageEntry:
 
 
 def _result(run_folder: Path, name: str, entry: StageEntry) -> Manifest | None:
-    """The manifest of the stage's result, if a plan would reuse it."""
     folder = artifact_folder(run_folder, name, entry)
     with suppress(ArtifactError):
         return None if folder is None else verify(folder, content=False)
     return None
-
-
-def _is_made(run_folder: Path, name: str, entry: StageEntry) -> bool:
-    """Whether a process makes a stage that has no result yet."""
-    return not entry.complete and _is_worked_on(work_folder(run_folder, name, entry))
 
 
 def _is_worked_on(work: Path) -> bool:
@@ -190,7 +167,6 @@ def _is_worked_on(work: Path) -> bool:
 
 
 def _seconds(entry: StageEntry, work: Path) -> float | None:
-    """How long a killed stage took, until its last sign of life; None if it left none."""
     try:
         started = datetime.fromisoformat(entry.started).timestamp()
     except ValueError:  # a record of an older version

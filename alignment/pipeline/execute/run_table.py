@@ -24,39 +24,23 @@ _MIDDLE = 3
 
 
 def sparkline(values: Sequence[float], width: int, *, ramp: str = BLOCKS) -> str:
-    """The whole course of ``values`` in at most ``width`` characters, from the lowest to the highest of ``ramp``.
-
-    More values than characters become means of neighbours. A value that is not finite leaves a gap, and a curve that
-    does not move lies in the middle.
-    """
-    means = _means(values, width)
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
-        return GAP * len(means)
-    low, high = min(finite), max(finite)
-    span = high - low
-    return "".join(_level(mean, low, span, ramp) for mean in means)
-
-
-def _level(value: float, low: float, span: float, ramp: str) -> str:
-    if not math.isfinite(value):
-        return GAP
-    if not span:
-        return ramp[_MIDDLE]
-    return ramp[min(len(ramp) - 1, int((value - low) / span * len(ramp)))]
-
-
-def _means(values: Sequence[float], width: int) -> list[float]:
-    """Means of at most ``width`` stretches of the values, without those that are not finite; NaN for an empty one."""
-    if width <= 0:
-        return []
-    num_stretches = min(width, len(values))
-    means = []
-    for number in range(num_stretches):
-        stretch = values[number * len(values) // num_stretches : (number + 1) * len(values) // num_stretches]
+    """The whole course of ``values`` in at most ``width`` characters, from the lowest to the highest of ``ramp``. More
+    values than characters become means of neighbours. A value that is not finite leaves a gap, and a curve that does
+    not move lies in the middle."""
+    num_cells, means = min(max(0, width), len(values)), []
+    for cell in range(num_cells):
+        stretch = values[cell * len(values) // num_cells : (cell + 1) * len(values) // num_cells]
         finite = [value for value in stretch if math.isfinite(value)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
-    return means
+    known = [mean for mean in means if math.isfinite(mean)]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+
+    def level(mean: float) -> str:
+        if not math.isfinite(mean):
+            return GAP
+        return ramp[min(len(ramp) - 1, int((mean - low) / span * len(ramp)))] if span else ramp[_MIDDLE]
+
+    return "".join(map(level, means))
 
 
 _MARKS = {
@@ -111,8 +95,6 @@ class RunTable:
 
 
 class _Drawing:
-    """Draws lines of at most ``width`` cells, with names in a column of ``name_cells``."""
-
     def __init__(self, width: int, name_cells: int, *, is_ascii: bool) -> None:
         self._width = width
         self._name_cells = name_cells
@@ -165,7 +147,6 @@ class _Drawing:
         return full * filled + empty * (_BAR_CELLS - filled)
 
     def _curve(self, stage: StageView) -> Text | None:
-        """The second line of a running stage: its metric's name, last value and course, and its speed."""
         if stage.progress is None:
             return None
         line = Text(" " * (self._name_cells + 2))
@@ -183,7 +164,6 @@ class _Drawing:
         return line
 
     def _append(self, line: Text, parts: Sequence[_Part]) -> None:
-        """Appends the parts that fit; the most important one is cut where even that does not."""
         chosen = [part for part in parts if part.text]
         while len(chosen) > 1 and line.cell_len + sum(len(part.text) + len(_GAP) for part in chosen) > self._width:
             chosen.remove(min(chosen, key=lambda part: part.rank))
@@ -203,6 +183,11 @@ def steps(progress: Progress) -> str:
     if progress.total:
         return f"{progress.step:,}/{progress.total:,}"
     return f"{progress.step:,}" if progress.step else ""
+
+
+def progress_line(progress: Progress | None) -> str:
+    """``training 12/57``, or ``starting`` before the first progress."""
+    return "starting" if progress is None else f"{progress.phase} {steps(progress)}".rstrip()
 
 
 def figure(stage: StageView) -> str:
@@ -228,10 +213,8 @@ def speed(stage: StageView) -> str:
 
 
 def _near_the_running(stages: Sequence[StageView], rows: int) -> list[StageView]:
-    """The stages that fit into so many lines, around the first that is running or else is not complete.
-
-    A stage in progress takes two lines, and so do the two that say how many stages are left out.
-    """
+    """The stages that fit into so many lines, around the first that is running or else is not complete. A stage in
+    progress takes two lines, and so do the two that say how many stages are left out."""
     heights = [1 + (stage.progress is not None) for stage in stages]
     if sum(heights) <= rows or not stages:
         return list(stages)

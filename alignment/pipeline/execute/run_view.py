@@ -29,11 +29,9 @@ Clock = Callable[[], float]
 
 
 class Pace:
-    """Estimates how long a stage's remaining steps take, from all steps since it was first seen.
-
-    A window of seconds would not contain two steps of PPO, whose update and sampling take minutes. Phases that count
-    the same steps, such as sampling and training, share an estimate.
-    """
+    """Estimates how long a stage's remaining steps take, from all steps since it was first seen. A window of seconds
+    would not contain two steps of PPO, whose update and sampling take minutes. Phases that count the same steps, such
+    as sampling and training, share an estimate."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -43,11 +41,8 @@ class Pace:
         self._began = self._reached = 0.0
 
     def see(self, progress: Progress, *, first: int | None = None, seconds: float = 0.0) -> None:
-        """Records the stage's progress now.
-
-        For somebody who begins to watch later, ``first`` is an earlier step, which was done ``seconds`` before this
-        one. It is used only where a new count of steps begins.
-        """
+        """Records the stage's progress now. For somebody who begins to watch later, ``first`` is an earlier step, which
+        was done ``seconds`` before this one. It is used only where a new count of steps begins."""
         now = self._clock()
         if not self._has_begun or progress.total != self._total or progress.step < self._latest:
             self._has_begun = True
@@ -79,12 +74,9 @@ _RECENT = 20
 
 @dataclass(kw_only=True, slots=True)
 class StepCurve:
-    """The values of one metric, step by step, and the time and tokens of these steps.
-
-    A line without the metric has no value. ``num_tokens`` is how many tokens the lines count. ``recent`` are (seconds,
-    tokens) since the stage began, of the last lines; ``first`` and ``last`` are (step, seconds) of the first and the
-    last line.
-    """
+    """The values of one metric, step by step, and the time and tokens of these steps. A line without the metric has no
+    value. ``num_tokens`` is how many tokens the lines count. ``recent`` are (seconds, tokens) since the stage began, of
+    the last lines; ``first`` and ``last`` are (step, seconds) of the first and the last line."""
 
     values: list[float] = field(default_factory=list)
     num_tokens: float = 0.0
@@ -178,13 +170,10 @@ class ShownCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageView:
-    """A stage: ``waiting``, ``running``, ``stopped``, ``killed``, ``done``, ``reused`` or ``failed``.
-
-    ``seconds`` is how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a
-    waiting one; ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has
-    ``progress``, ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it
-    is unknown.
-    """
+    """A stage: ``waiting``, ``running``, ``stopped``, ``killed``, ``done``, ``reused`` or ``failed``. ``seconds`` is
+    how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a waiting one;
+    ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has ``progress``,
+    ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it is unknown."""
 
     name: str
     state: str
@@ -216,22 +205,15 @@ class RunView:
         return sum(stage.state in ("done", "reused") for stage in self.stages)
 
 
-def _as_recorded(record: RunRecord) -> RunRecord:
-    return record
-
-
 class RunReader:
-    """Reads the files of a run again at each look.
-
-    ``as_it_is`` adds to a record what nobody could write, such as that the run was killed. ``now`` gives seconds since
-    1970, ``clock`` seconds that only go up.
-    """
+    """Reads the files of a run again at each look. ``as_it_is`` adds to a record what nobody could write, such as that
+    the run was killed. ``now`` gives seconds since 1970, ``clock`` seconds that only go up."""
 
     def __init__(
         self,
         folder: Path,
         *,
-        as_it_is: Callable[[RunRecord], RunRecord] = _as_recorded,
+        as_it_is: Callable[[RunRecord], RunRecord] = lambda record: record,
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -243,11 +225,8 @@ class RunReader:
         self._running: dict[str, _RunningStage] = {}
 
     def look(self, blocked: Mapping[str, str] | None = None) -> RunView:
-        """The run now. ``blocked`` says what stages wait for that no file of the run tells.
-
-        Raises:
-            ArtifactError: run.json is missing or cannot be read, and never could.
-        """
+        """The run now. ``blocked`` says what stages wait for that no file of the run tells. Raises ArtifactError:
+        run.json is missing or cannot be read, and never could."""
         record = self._as_it_is(self._read())
         stages = [self._stage(name, record, (blocked or {}).get(name, "")) for name in record.stages]
         return RunView(name=record.name or self.folder.name, state=record.state, stages=stages, record=record)
@@ -298,8 +277,6 @@ def work_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path:
 
 
 class _RunningStage:
-    """What is remembered of a running stage between two looks."""
-
     def __init__(self, entry: StageEntry, work: Path, settings: Mapping[str, object], clock: Clock) -> None:
         self._work = work
         self._pace = Pace(clock)
@@ -312,7 +289,6 @@ class _RunningStage:
         self._has_begun = False
 
     def added_to(self, view: StageView) -> StageView:
-        """The view with what the stage has written."""
         progress = Progress.read(self._work)
         if progress is None:
             return view
@@ -338,7 +314,6 @@ class _RunningStage:
 
 
 def _waits_for(entry: StageEntry, record: RunRecord) -> str:
-    """``waits for sft``; empty for a stage that does not wait."""
     if entry.state != "waiting":
         return ""
     sources = dict.fromkeys(ref.removeprefix("stage:") for _, ref in entry.references if ref.startswith("stage:"))

@@ -40,14 +40,11 @@ class _RaiseOnce:
 @contextmanager
 def termination_raises() -> Iterator[None]:
     """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends,
-    and no process that it started outlives it.
-
-    Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if
-    it was, as under nohup. After the first of these signals all are ignored until the outermost of these blocks ends:
-    schedulers repeat theirs, and a sweep hands on what its trials have got already. The second must not interrupt what
-    the first began; Ctrl-C still does. In a process of ``exit_with`` they are ignored for good, and so is a SIGHUP
-    everywhere, because shell and terminal both send it.
-    """
+    and no process that it started outlives it. Python lets only the main thread handle signals; in another thread they
+    keep their handlers. SIGHUP stays ignored if it was, as under nohup. After the first of these signals all are
+    ignored until the outermost of these blocks ends: schedulers repeat theirs, and a sweep hands on what its trials
+    have got already. The second must not interrupt what the first began; Ctrl-C still does. In a process of
+    ``exit_with`` they are ignored for good, and so is a SIGHUP everywhere, because shell and terminal both send it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -67,10 +64,9 @@ def termination_raises() -> Iterator[None]:
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of ``main``, or with that of a requested stop, whenever a signal arrives.
-
     Outside a block of ``termination_raises``, a signal ends the process at once; once ``main`` has returned or has been
-    stopped, signals are ignored, because Python takes its handlers away while it ends. Those that are ignored stay so.
-    """
+    stopped, signals are ignored, because Python takes its handlers away while it ends. Those that are ignored stay
+    so."""
     taken = [number for number in _NUMBERS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _end)

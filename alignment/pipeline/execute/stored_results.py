@@ -32,13 +32,9 @@ _OF_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def artifact_of_adapter(source: str, console: Console) -> Path:
-    """The folder of an artifact in the cache with the adapter of a source, and the tokenizer that belongs to it.
-
-    It is made at the first call; the adapter and its base model are downloaded if they are a hub's.
-
-    Raises:
-        ModelError: the adapter is not supported, names no base model that is here or on a hub, or does not fit it.
-    """
+    """The folder of an artifact in the cache with the adapter of a source, and the tokenizer that belongs to it. It is
+    made at the first call; the adapter and its base model are downloaded if they are a hub's. Raises ModelError: the
+    adapter is not supported, names no base model that is here or on a hub, or does not fit it."""
     folder = _here(source, where="RESULT", console=console).folder
     assert folder is not None, "it is on this machine"
     adapter = read_adapter(folder, where=source)
@@ -89,13 +85,9 @@ def _publish(folder: Path, base: ModelSource, artifact: Path, fingerprint: str) 
 
 def artifact_of(result: str, output: Path, console: Console) -> Path:
     """The folder of a result: an artifact's own, that of ``RUN/STAGE`` of a run under ``output``, or that of an adapter
-    that PEFT saved (stored_results.py), which is named as in a recipe or by its folder.
-
-    Raises:
-        ConfigError: there is no such folder, run or stage.
-        ArtifactError: the stage has no result yet.
-        ModelError: the adapter or its base model cannot be used.
-    """
+    that PEFT saved (stored_results.py), which is named as in a recipe or by its folder. Raises ConfigError: there is no
+    such folder, run or stage; ArtifactError: the stage has no result yet; ModelError: the adapter or its base model
+    cannot be used."""
     folder = Path(result.removeprefix("path:")).expanduser()
     if result.startswith("hub:") or (is_adapter(folder) and read_manifest(folder) is None):
         return artifact_of_adapter(result if result.startswith("hub:") else f"path:{folder}", console)
@@ -117,11 +109,8 @@ def artifact_of(result: str, output: Path, console: Console) -> Path:
 
 
 def result_of(run_folder: Path, stage: str, entry: StageEntry) -> Path:
-    """The folder of a stage's result, also if the run was moved together with its artifacts.
-
-    Raises:
-        ArtifactError: it has none yet.
-    """
+    """The folder of a stage's result, also if the run was moved together with its artifacts. Raises ArtifactError: it
+    has none yet."""
     folder = artifact_folder(run_folder, stage, entry)
     if folder is None:
         raise ArtifactError("no result yet", where=str(run_folder / stage), remedy="run the stage that makes it")
@@ -137,11 +126,8 @@ def recorded_base(manifest: Manifest) -> Path | None:
 
 
 def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
-    """The folder of the base model, whose content is checked if the manifest recorded it.
-
-    Raises:
-        ModelError: it is missing, or has changed.
-    """
+    """The folder of the base model, whose content is checked if the manifest recorded it. Raises ModelError: it is
+    missing, or has changed."""
     recorded, there = manifest.base["content"], Path(manifest.base["path"])
     if recorded is None:
         if (there / "config.json").is_file():
@@ -162,16 +148,11 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
 
 
 def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
-    """The plan, if the stage named ``only`` has all its inputs.
-
-    A result is named after the commits of the models and data from a hub that it was made with. If a branch is not on
-    this machine, its commit is unknown. So it is downloaded before a result counts as missing, if there are results of
-    the same stages, or a store.
-
-    Raises:
-        ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run.
-        ModelError, DataError: something cannot be downloaded.
-    """
+    """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of the models and
+    data from a hub that it was made with. If a branch is not on this machine, its commit is unknown. So it is
+    downloaded before a result counts as missing, if there are results of the same stages, or a store. Raises
+    ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run; ModelError,
+    DataError: something cannot be downloaded."""
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
     if _may_be_here(plan, _missing(plan, only)):
@@ -187,7 +168,6 @@ def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
 
 
 def _missing(plan: Plan, only: str) -> list[str]:
-    """The inputs without a result; none if the stage itself has one."""
     reused = {stage.name for stage in plan.stages if not stage.has_to_run}
     if only in reused:
         return []
@@ -201,7 +181,6 @@ def _may_be_here(plan: Plan, names: list[str]) -> bool:
 
 
 def _with_upstream(plan: Plan, only: str) -> list[str]:
-    """The stage and all that its inputs depend on."""
     names = [only]
     for name in names:  # which grows meanwhile
         names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
@@ -209,7 +188,6 @@ def _with_upstream(plan: Plan, only: str) -> list[str]:
 
 
 def _command_of(plan: Plan, stage: str) -> str:
-    """The command that makes one stage with the settings of this plan."""
     verify = ["--verify"] if plan.verified else []
     return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage, *verify])
 
@@ -221,14 +199,9 @@ def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:
 
 
 def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
-    """The plan with every model and all data that these stages need on this machine.
-
-    A download pins a hub's source to a commit, and its rows have not been checked yet, so the plan is made again. An
-    adapter names its base model only once it is here.
-
-    Raises:
-        ModelError, DataError: something cannot be fetched.
-    """
+    """The plan with every model and all data that these stages need on this machine. A download pins a hub's source to
+    a commit, and its rows have not been checked yet, so the plan is made again. An adapter names its base model only
+    once it is here. Raises ModelError, DataError: something cannot be fetched."""
     if not fetch_missing([(plan, stages)], announce):
         return plan
     complete = made_again(plan)
@@ -240,11 +213,7 @@ def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage
 
 def fetch_missing(plans: Iterable[tuple[Plan, Sequence[PlannedStage]]], announce: Announce) -> bool:
     """Fetches, once each, what these stages of the plans need and is not on this machine; returns whether that was
-    anything. Without stages, nothing is downloaded.
-
-    Raises:
-        ModelError, DataError: something cannot be fetched.
-    """
+    anything. Without stages, nothing is downloaded. Raises ModelError, DataError: something cannot be fetched."""
     needed = [(plan, stages) for plan, stages in plans if stages]
     models = {
         model.source: model for plan, _ in needed for model in (plan.base, *plan.sources.values()) if not model.ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from alignment.evaluation.conclusions import (
 )
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.durations import time_taken
-from alignment.pipeline.execute.run_table import steps
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
@@ -32,7 +31,6 @@ from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord
 from alignment.records.stages import Forgetting
-from alignment.records.worker import Progress
 from alignment.report import doubts
 from alignment.report.run_page.run_records import artifact_folder
 from alignment.stages.kind_problems import KindError
@@ -85,7 +83,11 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
         if produced_by(record.stages[name].kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
             show_evaluation(console, Evaluation.read(artifact), reference=record.settings_of(name).get("reference"))
     for name, artifact in made.items():
-        _show_other(console, name, produced_by(record.stages[name].kind), artifact)
+        produced = produced_by(record.stages[name].kind)
+        if produced == REWARD_CARD and (artifact / CARD_FILE).is_file():
+            show_card(console, name, RewardCard.read(artifact))
+        if produced == FORGETTING and (outcome := forgetting_gate.read_outcome(artifact)) is not None:
+            show_forgetting(console, name, outcome)
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
         for name, folder in folders.items():
             console.print(f"{name}: {folder or ''}", markup=False, highlight=False, soft_wrap=True)
@@ -104,17 +106,13 @@ def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
 
 
 def _made(run_folder: Path, record: RunRecord) -> dict[str, Path]:
-    """The folders of the results that are complete, by stage."""
     folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
     return {name: folder for name, folder in folders.items() if folder is not None and record.stages[name].complete}
 
 
 def _lines(kind: str, artifact: Path) -> list[str]:
-    """What the stage's kind prints of its result.
-
-    If a function of a kind from another package fails, the error is printed in its place. So is that of its tables,
-    which the report lacks.
-    """
+    """What the stage's kind prints of its result. If a function of a kind from another package fails, the error is
+    printed in its place. So is that of its tables, which the report lacks."""
     try:
         lines = lines_of(kind, artifact)
     except KindError as error:
@@ -129,15 +127,7 @@ def _lines(kind: str, artifact: Path) -> list[str]:
     return lines
 
 
-def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path) -> None:
-    if artifact_kind == REWARD_CARD and (artifact / CARD_FILE).is_file():
-        show_card(console, name, RewardCard.read(artifact))
-    if artifact_kind == FORGETTING and (outcome := forgetting_gate.read_outcome(artifact)) is not None:
-        show_forgetting(console, name, outcome)
-
-
 def _doubts(record: RunRecord, made: Mapping[str, Path]) -> list[str]:
-    """Doubts about the results of a run, which are in the folders ``made``; for a smoke run only that it is one."""
     if doubts.is_smoke(record.profile):
         return [f"this is {doubts.SMOKE}"]
     return [
@@ -162,10 +152,8 @@ _UNITS = {
 
 
 def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any = None) -> None:
-    """The arms side by side, then a line for each comparison that says whether the difference is real.
-
-    ``reference`` is the arm of the log-ratios, as a run's settings name it.
-    """
+    """The arms side by side, then a line for each comparison that says whether the difference is real. ``reference`` is
+    the arm of the log-ratios, as a run's settings name it."""
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
     columns = {title: cell for title, cell in _COLUMNS.items() if any(cell(arm) != _NONE for arm in evaluation.arms)}
@@ -191,16 +179,12 @@ def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any 
     lines += coverage_conclusions(evaluation.num_scored, evaluation.num_prompts or 0)
     name = f" ({evaluation.label(reference)})" if isinstance(reference, str) else ""
     units = [_UNITS[title].format(name=name) for title in columns if title in _UNITS]
-    for line in [*lines, _what_is_shown(evaluation, units)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _what_is_shown(evaluation: Evaluation, units: Sequence[str]) -> str:
-    metric = evaluation.primary_metric
-    compared = "no metric, so no arm is called better"
+    compared, metric = "no metric, so no arm is called better", evaluation.primary_metric
     if metric is not None:
         compared = f"{metric.name}: {'more' if metric.higher_is_better else 'less'} is better"
-    return "; ".join([f"{evaluation.num_prompts} held-out prompts", compared, *units])
+    lines.append("; ".join([f"{evaluation.num_prompts} held-out prompts", compared, *units]))
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_card(console: Console, name: str, card: RewardCard) -> None:
@@ -216,7 +200,6 @@ def _share(share: Interval) -> str:
 
 
 def _difference(difference: Interval | None) -> str:
-    """By how much the model is right more often than a simpler judge."""
     if difference is None:
         return ""
     within = f" ({difference.low:+.3f} to {difference.high:+.3f})" if difference.bounds else ""
@@ -244,13 +227,6 @@ def _signed(change: Interval | None, form: str, *, sign: int = 1) -> str:
     return "–" if change is None else f"{sign * change.mean:{form}}"
 
 
-def progress_line(progress: Progress | None) -> str:
-    """``training 12/57``, or ``starting`` before the first progress."""
-    if progress is None:
-        return "starting"
-    return f"{progress.phase} {steps(progress)}".rstrip()
-
-
 def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
     arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
@@ -268,7 +244,6 @@ def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> st
 
 
 def _mean(figure: Interval | None, digits: int = 2) -> str:
-    """A mean, or a dash for what was not measured."""
     return _NONE if figure is None else f"{figure.mean:.{digits}f}"
 
 

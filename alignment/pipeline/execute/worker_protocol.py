@@ -6,7 +6,7 @@ import errno
 import re
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -69,39 +69,25 @@ class ProcessFailure:
 
 
 def first_failure(printed: str) -> ProcessFailure | None:
-    """The failure that caused the others; None if ``printed`` has no report.
-
-    torchrun calls the first in time the root cause, by the second. A process that lost its connection to a killed one
-    fails within the same second, so among those of the first seconds a killed process goes before the others.
-    """
+    """The failure that caused the others; None if ``printed`` has no report. torchrun calls the first in time the root
+    cause, by the second. A process that lost its connection to a killed one fails within the same second, so among
+    those of the first seconds a killed process goes before the others."""
     failures = [
         (datetime.strptime(match["time"], _TIME), ProcessFailure(int(match["rank"]), int(match["code"])))
         for match in _FAILURE.finditer(printed)
     ]
-    root_cause_first = [*failures[-1:], *failures[:-1]]
-    return _earliest(root_cause_first) if failures else None
-
-
-def _earliest(failures: Sequence[tuple[datetime, ProcessFailure]]) -> ProcessFailure:
+    if not failures:
+        return None
     start = min(time for time, _ in failures)
-    first = [(not failure.is_killed, time, failure) for time, failure in failures if time - start <= _TOGETHER]
-    return min(first, key=lambda entry: entry[:2])[2]
+    root_cause_first = [*failures[-1:], *failures[:-1]]
+    first = [(time, failure) for time, failure in root_cause_first if time - start <= _TOGETHER]
+    return min(first, key=lambda entry: (not entry[1].is_killed, entry[0]))[1]
 
 
-ERRORS = {
-    kind.exit_code: kind
-    for kind in (
-        ConfigError,
-        DataError,
-        ModelError,
-        StageError,
-        DiskError,
-        NonFiniteError,
-        RewardError,
-        ArtifactError,
-        Busy,
-        StoreError,
-    )
+_OF_STAGES = (StageError, DiskError, NonFiniteError, RewardError)
+ERRORS: dict[int, type[AlignmentError]] = {
+    error.exit_code: error
+    for error in (ConfigError, DataError, ModelError, ArtifactError, Busy, StoreError, *_OF_STAGES)
 }
 """The kind of error that an exit code stands for."""
 _GIT_SECONDS = 30.0
@@ -145,7 +131,6 @@ def write_stage_file(
 
 
 def _model(config: ModelConfig) -> dict[str, Any]:
-    """The model's settings with absolute paths."""
     plain: dict[str, Any] = to_plain(config)
     file = None if config.chat_template is None else template_file(config.chat_template)
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
@@ -153,13 +138,9 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
-    what it was doing. ``kinds`` are the kinds of stage whose code ran. Of its log, only the last attempt counts.
-
-    Raises:
-        Preempted: it saved and stopped on request.
-        AlignmentError: it failed; the kind of error is the worker's own if it reported one.
-        ArtifactError: its status is damaged.
-    """
+    what it was doing. ``kinds`` are the kinds of stage whose code ran. Of its log, only the last attempt counts. Raises
+    Preempted: it saved and stopped on request; AlignmentError: it failed; the kind of error is the worker's own if it
+    reported one; ArtifactError: its status is damaged."""
     log = folder / "log.txt"
     status = Status.read(folder)
     printed = "\n".join(_last_lines(of_last_attempt(log), _REPORT_LINES)) if log.exists() else ""
@@ -168,11 +149,11 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
         raise _without_room(folder, stage)
     # If a process was killed, the others only report that they lost their connection to it.
     if status is None or (status.exit_code == _BUG and first is not None and first.is_killed):
-        raise StageError(
-            f"{_who(first)} ended {_how(code, first, printed)}{_phase(work)} without reporting an error\n{tail(log)}",
-            where=f"stage {stage}",
-            remedy=f"log: {log}",
-        )
+        who = "its process" if first is None else f"process {first.rank}"
+        progress = None if work is None else Progress.read(work)
+        phase = "" if progress is None else f" in the phase '{progress.phase}'"
+        message = f"{who} ended {_how(code, first, printed)}{phase} without reporting an error\n{tail(log)}"
+        raise StageError(message, where=f"stage {stage}", remedy=f"log: {log}")
     if status.state == DONE:
         return
     if status.state == PREEMPTED or status.exit_code == PREEMPTED_CODE:
@@ -180,18 +161,10 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     kind = ERRORS.get(status.exit_code)
     if kind is not None:
         raise kind(f"{status.error}\n  log: {log}", where=status.where)
-    raise AlignmentError(
-        f"{status.error}\n{tail(log)}",
-        where=f"stage {stage}",
-        remedy=f"{_whose_bug(kinds)}; the log is {log}",
-    )
-
-
-def _whose_bug(kinds: Iterable[str]) -> str:
     others = sorted({origin for origin in map(origin_of, kinds) if origin != OURS})
-    if others:
-        return f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
-    return "this is a bug in this project"
+    by_others = f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
+    bug = by_others if others else "this is a bug in this project"
+    raise AlignmentError(f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"{bug}; the log is {log}")
 
 
 def _without_room(folder: Path, stage: str) -> DiskError:
@@ -228,15 +201,6 @@ def commit_of_checkout(root: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
-
-
-def _phase(work: Path | None) -> str:
-    progress = None if work is None else Progress.read(work)
-    return "" if progress is None else f" in the phase '{progress.phase}'"
-
-
-def _who(first: ProcessFailure | None) -> str:
-    return "its process" if first is None else f"process {first.rank}"
 
 
 def _how(code: int, first: ProcessFailure | None, printed: str) -> str:

@@ -31,10 +31,8 @@ class Workers:
 
 @contextmanager
 def workers_of(plan: Plan, stages: Sequence[PlannedStage], command_for: CommandFor | None) -> Iterator[Workers]:
-    """The workers of the stages that have to run; commands other than this machine's own are not forked.
-
-    The server begins at once to import what the stages need, in their order.
-    """
+    """The workers of the stages that have to run; commands other than this machine's own are not forked. The server
+    begins at once to import what the stages need, in their order."""
     if command_for is not None:
         yield Workers(command_for)
         return
@@ -92,27 +90,19 @@ class Watch:
 
 
 def refuse_stuck(states: Sequence[ProcessState], *, processes: int, limit: float, stage: str) -> None:
-    """Returns while any process is at work or has not started yet.
-
-    Raises:
-        StageError: no process did anything for ``limit`` seconds; it names the process that the others wait for.
-    """
+    """Returns while any process is at work or has not started yet. Raises StageError: no process did anything for
+    ``limit`` seconds; it names the process that the others wait for."""
     if len(states) < processes or any(state.idle < limit for state in states):
         return
     silent = [state for state in states if state.silent >= SILENT]
     alone = [state for state in states if not state.last.waits]
     if not silent and not alone and processes > 1:
         locations = "\n".join(f"  process {state.rank}: {state}" for state in states)
-        raise StageError(
-            f"nothing happened for {limit:g} seconds: all processes are waiting for each other or for their "
-            f"GPUs\n{locations}",
-            where=f"stage {stage}",
-            remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
-        )
-    culprit = (silent or alone or list(states))[0]
-    how = "has not run" if silent else "has been stuck"
-    raise StageError(
-        f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit}",
-        where=f"stage {stage}",
-        remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
-    )
+        why = f"all processes are waiting for each other or for their GPUs\n{locations}"
+        message = f"nothing happened for {limit:g} seconds: {why}"
+    else:
+        culprit = (silent or alone or list(states))[0]
+        how = "has not run" if silent else "has been stuck"
+        message = f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit}"
+    remedy = "start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit"
+    raise StageError(message, where=f"stage {stage}", remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,11 +29,8 @@ class Made:
 
 
 def made(artifacts: Path) -> list[Made]:
-    """Every complete artifact of a store.
-
-    One whose manifest cannot be read is left out: it may belong to another user or to a newer version, and only a plan
-    that needs it has to refuse it.
-    """
+    """Every complete artifact of a store. One whose manifest cannot be read is left out: it may belong to another user
+    or to a newer version, and only a plan that needs it has to refuse it."""
     complete = []
     for folder in sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}")):
         with suppress(ArtifactError):
@@ -44,11 +42,9 @@ def made(artifacts: Path) -> list[Made]:
 def reason_to_run(
     stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made], *, own: Set[str]
 ) -> str:
-    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet.
-
-    ``refs`` maps each slot to its reference, so that a changed input is named by its stage. ``own`` names the results
-    of this run, which are preferred; a result of another run is named only if it differs in few settings.
-    """
+    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet. ``refs`` maps each slot to its
+    reference, so that a changed input is named by its stage. ``own`` names the results of this run, which are
+    preferred; a result of another run is named only if it differs in few settings."""
     candidates = [
         candidate
         for candidate in store
@@ -73,7 +69,7 @@ def reason_to_run(
 def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str]) -> Iterator[str]:
     before, after = dict(_leaves(old)), dict(_leaves(new))
     texts = set()
-    for path in sorted(before.keys() | after.keys(), key=_own_settings_first):
+    for path in sorted(before.keys() | after.keys(), key=lambda path: (path[0] != "config", path)):
         if before.get(path) == after.get(path):
             continue
         text = _in_words(path, before.get(path, _ABSENT), after.get(path, _ABSENT), refs)
@@ -82,41 +78,37 @@ def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str])
             yield text
 
 
+_CHANGED = {
+    "data": "data changed",
+    "extra_data": "{} changed",
+    "files": "{} changed",
+    "code": "the scoring code changed",
+    "rule": "the scoring rule changed",
+    "revision": "the stage itself was revised",
+}
+
+
 def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -> str:
     head, rest = path[0], ".".join(path[1:])
-    if head == "config":
-        return f"{rest} {_value(old)} → {_value(new)}"
-    if head == "inputs":
+    if head in _CHANGED:
+        return _CHANGED[head].format(rest)
+    if head == "arms" and _ABSENT in (old, new):
+        return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
+    if head in ("inputs", "arms"):
         return f"input {refs.get(rest, rest).removeprefix('stage:')} changed"
-    if head == "arms":
-        if _ABSENT in (old, new):
-            return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
-        return f"input {rest.removeprefix('stage:')} changed"
-    if head == "base":
-        return _of_base(rest, old, new)
-    if head == "data":
-        return "data changed"
-    if head in ("extra_data", "files"):
-        return f"{rest} changed"
-    if head == "shown":
-        return f"{rest} {_value(old)} → {_value(new)}"
-    if head == "code":
-        return "the scoring code changed"
-    if head == "rule":
-        return "the scoring rule changed"
-    if head == "revision":
-        return "the stage itself was revised"
-    return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
+    if path == ("base", "content"):
+        return "base model changed"
+    if path == ("base", "chat_template"):
+        templates = ["the tokenizer's own" if digest == _ABSENT else digest[:8] for digest in (old, new)]
+        return f"chat template {' → '.join(templates)}"
+    return f"{rest if head in ('config', 'shown', 'base') else '.'.join(path)} {_written(old)} → {_written(new)}"
 
 
-def _of_base(part: str, old: Any, new: Any) -> str:
-    if part == "chat_template":
-        return f"chat template {_template(old)} → {_template(new)}"
-    return "base model changed" if part == "content" else f"{part} {old} → {new}"
-
-
-def _template(digest: str) -> str:
-    return "the tokenizer's own" if digest == _ABSENT else digest[:8]
+def _written(value: Any) -> str:
+    """As a recipe has it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -128,17 +120,6 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _leaves(item, (*path[:-1], f"{path[-1]}[{number}]"))
     else:
         yield path, value
-
-
-def _own_settings_first(path: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
-    return path[0] != "config", path
-
-
-def _value(value: Any) -> str:
-    """A setting's value as a recipe has it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Action(str, Enum):
@@ -170,13 +151,8 @@ class Actions:
         described: dict[str, Any],
         refs: dict[str, str],
     ) -> tuple[Action, str]:
-        """The action, and its reason in words.
-
-        Raises:
-            ArtifactError: the manifest of a result cannot be read, or is that of another one whose fingerprint starts
-                the same.
-            StoreError: the store cannot be reached or refuses.
-        """
+        """The action, and its reason in words. Raises ArtifactError: the manifest of a result cannot be read, or is
+        that of another one whose fingerprint starts the same; StoreError: the store cannot be reached or refuses."""
         stored = self._store is not None and manifest_in(self._store, artifact.name, fingerprint=fingerprint)
         manifest, damage = read_manifest(artifact), ""
         if manifest is not None:
@@ -204,7 +180,6 @@ class Actions:
         return ", here and in the store" if stored else ", here; a run will upload it"
 
     def _continued(self, fingerprint: str, work: Path) -> tuple[Action, str] | None:
-        """From where an unfinished stage goes on, here or in the store."""
         local = local_work(work)
         if self._store is not None:
             remote = next(iter(RemoteCheckpoints(self._store, fingerprint).complete()), None)
@@ -217,9 +192,7 @@ class Actions:
 
 def damage_of(artifact: Path, *, content: bool) -> str:
     """Why a result cannot be reused, and what a run does about it; empty if its files are as its manifest lists them.
-
-    Files are compared by their sizes, and by their hashes too if ``content``.
-    """
+    Files are compared by their sizes, and by their hashes too if ``content``."""
     try:
         verify(artifact, content=content)
     except ArtifactError as error:
@@ -234,7 +207,6 @@ def aside(artifact: Path) -> Path:
 
 
 def _results_of(run_folder: Path) -> frozenset[str]:
-    """Names of the artifacts in the run's record; empty if the record cannot be read."""
     try:
         stages = RunRecord.read(run_folder).stages
     except ArtifactError:

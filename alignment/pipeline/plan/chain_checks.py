@@ -27,10 +27,7 @@ class Depths:
 
     def add(self, name: str, config: StageConfig, ref: str, folder: Path | None) -> None:
         """Adds a stage that trains; ``ref`` is its ``init``, which leads to ``folder``, or to the base if that is None.
-
-        Raises:
-            ConfigError: the stage needs another number of layers.
-        """
+        Raises ConfigError: the stage needs another number of layers."""
         layers = self._behind(ref, folder)
         if layers is None:
             return
@@ -49,7 +46,6 @@ class Depths:
 
 
 def _number_in(folder: Path) -> int | None:
-    """The number of layers in a model's configuration; None if there is none to read, as in a model of another kind."""
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         layers = config.get("text_config", config).get("num_hidden_layers")
@@ -61,55 +57,55 @@ def _number_in(folder: Path) -> int | None:
 def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
     """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
     before = _stage_before(stage, config)
-    yield from _faults(stage, None if before is None else before.adapter, _dora_beside(stage, config), where)
+    conflicts = _conflicts(stage, None if before is None else before.adapter, _dora_beside(stage, config))
+    return (Fault(where=f"{where}{field}", message=message) for field, message in conflicts)
 
 
 def outside_faults(stage: TrainedConfig, outside: AdapterConfig, where: str) -> Iterator[Fault]:
     """Conflicts with the adapter from outside that the stage starts from; its modules are compared when it starts."""
     is_beside = stage.adapter.chain is not Chain.merge and outside.kind is AdapterKind.dora
     outside = replace(outside, target_modules=stage.adapter.target_modules)
-    yield from _faults(stage, outside, stage.init if is_beside else "", where)
+    conflicts = _conflicts(stage, outside, stage.init if is_beside else "")
+    return (Fault(where=f"{where}{field}", message=message) for field, message in conflicts)
 
 
-def _faults(stage: TrainedConfig, before: AdapterConfig | None, dora: str, where: str) -> Iterator[Fault]:
-    """``before`` is the adapter that the stage starts from, if it is known; ``dora`` names what left a DoRA adapter
-    beside the weights."""
-    adapter = stage.adapter
-    continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
-    if before is not None and before.kind is AdapterKind.prefix and not continues:
-        message = (
-            f"{stage.init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
-        )
-        yield Fault(where=where, message=message)
-    if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
+def _conflicts(stage: TrainedConfig, before: AdapterConfig | None, dora: str) -> Iterator[tuple[str, str]]:
+    """Fields and what is wrong with them. ``before`` is the adapter that the stage starts from, if it is known;
+    ``dora`` names what left a DoRA adapter beside the weights."""
+    adapter, kind, init = stage.adapter, stage.adapter.kind, stage.init
+    kind_before = AdapterKind.full if before is None else before.kind
+    if kind_before is AdapterKind.prefix and not (kind is AdapterKind.prefix and adapter.chain is CONTINUE):
+        yield "", f"{init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
+    if kind is AdapterKind.full or adapter.chain is Chain.merge:
         return
     if adapter.modules_to_save:
-        yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
-    if before is not None and before.kind is not AdapterKind.full and before.modules_to_save:
-        message = f"{stage.init} trains modules_to_save, which can only be merged; use 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
-        message = "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
-        message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is not AdapterKind.qlora and before is not None and before.kind is AdapterKind.qlora:
-        message = f"{stage.init} trained on weights in four bits, which only qlora keeps; use qlora, or 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.qlora and dora:
-        message = f"{dora} trained DoRA, which needs weights that are not in four bits; use chain 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
+        yield ".chain", f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}"
+    if before is not None and kind_before is not AdapterKind.full and before.modules_to_save:
+        yield ".chain", f"{init} trains modules_to_save, which can only be merged; use 'merge'"
+    if kind is AdapterKind.prefix and adapter.chain is Chain.stack:
+        yield ".chain", "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
+    if kind is AdapterKind.dora and adapter.chain is Chain.stack:
+        rescales = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters"
+        yield ".chain", f"{rescales}; use chain 'merge'"
+    if kind is not AdapterKind.qlora and kind_before is AdapterKind.qlora:
+        yield ".chain", f"{init} trained on weights in four bits, which only qlora keeps; use qlora, or 'merge'"
+    if kind is AdapterKind.qlora and dora:
+        yield ".chain", f"{dora} trained DoRA, which needs weights that are not in four bits; use chain 'merge'"
     if adapter.chain is not CONTINUE:
         return
-    if stage.init == "base" or (before is not None and before.kind is AdapterKind.full):
-        yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
-    elif before is not None:
-        yield from _shape_faults(adapter, before, stage.init, where)
+    if init == "base" or (before is not None and kind_before is AdapterKind.full):
+        yield ".chain", f"{init} has no adapter to continue; set it to merge"
+        return
+    for name in () if before is None else PREFIX_SHAPE if kind is AdapterKind.prefix else SHAPE:
+        wanted, has = getattr(adapter, name), getattr(before, name)
+        if wanted != has:
+            yield f".{name}", f"{wanted!r} cannot continue an adapter with {has!r}; use the value of {init}"
+    special = (AdapterKind.dora, AdapterKind.prefix)
+    if before is not None and kind is not kind_before and (kind in special or kind_before in special):
+        yield ".kind", f"{kind.value} cannot continue what {init} trained with {kind_before.value}"
 
 
 def _stage_before(stage: TrainedConfig, config: RunConfig) -> TrainedConfig | None:
-    """The stage of the run from which this one starts, if that trains a policy."""
     named = config.stages.get(stage.init.removeprefix("stage:"))
     return None if named is None else as_trained(named)
 
@@ -126,14 +122,3 @@ def _dora_beside(stage: TrainedConfig, config: RunConfig) -> str:
             return stage.init
         stage = before
     return ""
-
-
-def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
-    for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
-        wanted, has = getattr(adapter, name), getattr(before, name)
-        if wanted != has:
-            message = f"{wanted!r} cannot continue an adapter with {has!r}; use the value of {init}"
-            yield Fault(where=f"{where}.{name}", message=message)
-    if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
-        message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
-        yield Fault(where=f"{where}.kind", message=message)

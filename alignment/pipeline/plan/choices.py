@@ -12,7 +12,6 @@ from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,11 +36,8 @@ def is_profile(override: Override) -> bool:
 
 
 def profile(files: Files, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
-    """The profile that the command line asks for, and the faults in how it asks.
-
-    Raises:
-        ConfigError: the profile's file is malformed.
-    """
+    """The profile that the command line asks for, and the faults in how it asks. Raises ConfigError: the profile's file
+    is malformed."""
     if not overrides:
         return None, []
     where = " ".join(str(override.input_line) for override in overrides)
@@ -78,57 +74,50 @@ def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Over
 
 
 def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
-    """The valid group overrides in Hydra's form, and the faults in the others.
-
-    A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
-    """
+    """The valid group overrides in Hydra's form, and the faults in the others. A bare ``adapter=full`` becomes one
+    override for every stage that picks an adapter."""
     if not overrides:
         return [], []
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(config_name=files.name, overrides=[files.search], run_mode=RunMode.RUN)
     keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
     options = {
-        group: loader.get_group_options(group, config_name=files.name, overrides=[files.search]) for group in GROUPS
+        name: loader.get_group_options(name, config_name=files.name, overrides=[files.search]) for name in GROUPS
     }
     accepted, faults = [], []
     for override in overrides:
-        expanded, fault = _expand(override, keys, options)
-        accepted.extend(expanded)
-        if fault is not None:
-            faults.append(fault)
+        if message := _wrong_with(override, keys, options):
+            faults.append(Fault(where=str(override.input_line), message=message))
+        elif override.is_add():
+            accepted.append(str(override.input_line))
+        else:
+            choice = override.value()
+            value = f"[{','.join(map(str, choice))}]" if isinstance(choice, list) else choice
+            accepted += [f"{key}={value}" for key in _matching(override, keys)]
     return accepted, faults
 
 
-def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) -> tuple[list[str], Fault | None]:
+def _matching(override: Override, keys: Sequence[str]) -> list[str]:
+    wanted, group = override.get_key_element(), override.key_or_group
+    return [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
+
+
+def _wrong_with(override: Override, keys: Sequence[str], files: Mapping[str, list[str]]) -> str:
     group, choice = override.key_or_group, override.value()
-    where = str(override.input_line)
     if group not in GROUPS:
-        return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
+        return f"no group '{group}'; {suggestion(group, GROUPS)}"
     if override.is_delete():
-        return [], Fault(where=where, message="a group cannot be removed; choose a different file for it")
+        return "a group cannot be removed; choose a different file for it"
     if isinstance(choice, dict):
-        kind = suggestion(str(choice.get("kind", "")), files[group])
-        return [], Fault(where=where, message=f"a choice is the name of a file, {group}=NAME; {kind}")
-    names = choice if isinstance(choice, list) and group in SEVERAL else [choice]
-    for name in names:
+        return f"a choice is the name of a file, {group}=NAME; {suggestion(str(choice.get('kind', '')), files[group])}"
+    for name in choice if isinstance(choice, list) and group in SEVERAL else [choice]:
         if name not in files[group]:
             others = [f"{other}={name}" for other, choices in files.items() if name in choices]
             hint = f"did you mean {' or '.join(others)}?" if others else suggestion(str(name), files[group])
-            return [], Fault(where=where, message=f"no {group} '{name}'; {hint}")
-    if override.is_add():
-        return [where], None
-    wanted = override.get_key_element()
-    matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
-    if not matching:
-        return [], Fault(where=where, message=f"the recipe makes no such choice; {suggestion(wanted, keys)}")
-    value = f"[{','.join(map(str, names))}]" if isinstance(choice, list) else choice
-    return [f"{key}={value}" for key in matching], None
-
-
-def nearest_file(error: MissingConfigException) -> str:
-    """A hint at what a missing name in ``defaults`` may have meant, or an empty string."""
-    missing = (error.missing_cfg_file or "").rpartition("/")[2]
-    return f"; {suggestion(missing, error.options)}" if missing and error.options else ""
+            return f"no {group} '{name}'; {hint}"
+    if override.is_add() or _matching(override, keys):
+        return ""
+    return f"the recipe makes no such choice; {suggestion(override.get_key_element(), keys)}"
 
 
 _GROUPS = ("adapter", "launch", "model")
@@ -153,37 +142,27 @@ def chosen_files(search: str, groups: Sequence[str], overrides: Sequence[Overrid
     if not choices:
         return []
     tree = hydra_compose(overrides=[search, *(f"+{choice}" for choice in choices.values())])
-    return [ChosenFile(choice=choice, settings=_settings(tree, key)) for key, choice in choices.items()]
-
-
-def _settings(tree: DictConfig, key: str) -> dict[str, Any]:
-    """What the file of a group sets; ``key`` names the group and, behind an @, where its settings go."""
-    group, _, package = key.partition("@")
-    node = OmegaConf.select(tree, package or group)
-    plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
-    return dict(leaves(plain, f"{package or group}."))
+    files = []
+    for key, choice in choices.items():
+        group, _, package = key.partition("@")  # a package says where the settings go
+        node = OmegaConf.select(tree, package or group)
+        plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
+        files.append(ChosenFile(choice=choice, settings=dict(leaves(plain, f"{package or group}."))))
+    return files
 
 
 def faults(files: Sequence[ChosenFile], tree: Mapping[str, Any], *, changed: Collection[str]) -> Iterator[Fault]:
-    """A fault for each setting of a chosen file that has another value in the composed ``tree``.
-
-    The dotted keys in ``changed`` may have one: other overrides or a profile set them.
-    """
+    """A fault for each setting of a chosen file that has another value in the composed ``tree``. The dotted keys in
+    ``changed`` may have one: other overrides or a profile set them."""
     values = dict(leaves(tree))
     for file in files:
         for key, value in file.settings.items():
-            is_open = value == _MISSING or "${" in str(value)
+            is_open = value == _MISSING or "${" in str(value) or key in _OF_THE_RECIPE
             is_changed = any(key == other or key.startswith(f"{other}.") for other in changed)
-            if key not in values or key in _OF_THE_RECIPE or is_open or is_changed or values[key] == value:
-                continue
-            message = (
-                f"the recipe's own {key}={_as_written(values[key])} replaces it; write {key}={_as_written(value)} too"
-            )
-            yield Fault(where=file.choice, message=message)
-
-
-def _as_written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+            if key in values and not is_open and not is_changed and values[key] != value:
+                own, chosen = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (values[key], value))
+                message = f"the recipe's own {key}={own} replaces it; write {key}={chosen} too"
+                yield Fault(where=file.choice, message=message)
 
 
 def passes_reference(tree: DictConfig, key: str) -> bool:
@@ -199,26 +178,20 @@ def passes_reference(tree: DictConfig, key: str) -> bool:
 
 
 def copy_groups(tree: DictConfig, key: str) -> None:
-    """Puts copies of groups in place of the references to them on the way to a dotted key, which is set next.
-
-    OmegaConf would put an empty group there, and the rest of the settings would be lost.
-    """
+    """Puts copies of groups in place of the references to them on the way to a dotted key, which is set next. OmegaConf
+    would put an empty group there, and the rest of the settings would be lost."""
     node: Any = tree
     for name in key.split("."):
-        if not isinstance(node, DictConfig) or _reads_outside(node, name):
+        if not isinstance(node, DictConfig):
             return
         group = _value(node, name)
-        if OmegaConf.is_interpolation(node, name) and isinstance(group, (DictConfig, ListConfig)):
-            node[name] = group
+        if OmegaConf.is_interpolation(node, name):
+            written: Any = OmegaConf.to_container(node, resolve=False)
+            if any(hostile(written[name], where=name)):  # what it reads must not become a part of the tree
+                return
+            if isinstance(group, (DictConfig, ListConfig)):
+                node[name] = group
         node = _value(node, name)
-
-
-def _reads_outside(node: DictConfig, name: str) -> bool:
-    """Whether an interpolation stands there that is not allowed; what it reads must not become a part of the tree."""
-    if not OmegaConf.is_interpolation(node, name):
-        return False
-    written: Any = OmegaConf.to_container(node, resolve=False)
-    return any(hostile(written[name], where=name))
 
 
 def _value(node: DictConfig, name: str) -> Any:

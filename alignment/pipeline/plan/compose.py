@@ -40,13 +40,11 @@ _ENDLESS = ConfigError("its interpolations expand to more than can be written", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far.
-
-    ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``names_model`` says
-    whether a recipe or an override names the base model. ``profile`` is the name of the profile that was applied, if
-    any, and ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are
-    not read, because shipped files have their names.
-    """
+    """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far. ``written`` are the
+    dotted keys that the user's recipe file sets and no override changes. ``names_model`` says whether a recipe or an
+    override names the base model. ``profile`` is the name of the profile that was applied, if any, and
+    ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are not read,
+    because shipped files have their names."""
 
     recipe: str
     tree: dict[str, Any]
@@ -63,11 +61,8 @@ class Composition:
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> Composition:
-    """Composes a shipped recipe by name, or a user's by path.
-
-    Raises:
-        ConfigError: there is no such recipe, or its files do not compose.
-    """
+    """Composes a shipped recipe by name, or a user's by path. Raises ConfigError: there is no such recipe, or its files
+    do not compose."""
     path = find_recipe(recipe)
     _check_recipe_text(path)
     parsed, faults = parse(overrides)
@@ -107,10 +102,8 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
 
 
 def tree_of(overrides: Sequence[str], *, example: str) -> tuple[dict[str, Any], list[Fault]]:
-    """The tree that these overrides make without any file, not yet typed, and the faults in them.
-
-    ``example`` is an override that is allowed.
-    """
+    """The tree that these overrides make without any file, not yet typed, and the faults in them. ``example`` is an
+    override that is allowed."""
     parsed, faults = parse(overrides, example=example)
     tree = OmegaConf.create({})
     value_faults = [fault for override in parsed for fault in _apply(override, tree)]
@@ -131,11 +124,6 @@ class _Files:
 
 
 def _files(path: Path, overrides: Sequence[Override]) -> _Files:
-    """Merges the files of a recipe.
-
-    Raises:
-        ConfigError: the files do not compose.
-    """
     with composing(path) as files:
         search = files.search
         try:
@@ -147,7 +135,9 @@ def _files(path: Path, overrides: Sequence[Override]) -> _Files:
             backend = choices.backend(search, groups)
             of_user = chosen_files(search, groups, overrides)
         except MissingConfigException as error:
-            raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
+            missing = (error.missing_cfg_file or "").rpartition("/")[2]
+            hint = f"; {suggestion(missing, error.options)}" if missing and error.options else ""
+            raise ConfigError(f"{_first_paragraph(error)}{hint}", where=str(path)) from error
         except RecursionError:
             files_in_circle = ", ".join(map(str, files.in_circle()))
             raise ConfigError(
@@ -173,8 +163,6 @@ def _files(path: Path, overrides: Sequence[Override]) -> _Files:
 
 
 def _keys_written(path: Path) -> frozenset[str]:
-    """Every dotted key of a YAML file, including those of groups."""
-
     def keys(tree: Any, prefix: str) -> Iterator[str]:
         for key, value in tree.items() if isinstance(tree, dict) else ():
             yield f"{prefix}{key}"
@@ -184,11 +172,8 @@ def _keys_written(path: Path) -> frozenset[str]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe.
-
-    Raises:
-        ConfigError: there is no such name or file, or it is that of a sweep; the error lists the shipped recipes.
-    """
+    """The file of a recipe. Raises ConfigError: there is no such name or file, or it is that of a sweep; the error
+    lists the shipped recipes."""
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
         if not path.is_file():
@@ -225,7 +210,6 @@ def _check_recipe_text(path: Path) -> None:
 
 
 def _sweep(sweep: str, *, where: str) -> ConfigError:
-    """The error of a sweep in the place of a recipe."""
     return ConfigError(
         f"{Path(sweep).stem!r} is a sweep, which tries settings on a recipe; it is not a recipe",
         where=where,
@@ -235,7 +219,6 @@ def _sweep(sweep: str, *, where: str) -> ConfigError:
 
 
 def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, Any]) -> int:
-    """How many processes share a stage's rows: what the command line or the profile says, else 1, on each machine."""
     launch = tree.get("launch")
     values = {key: value for key, value in leaves(launch, "launch.") if key.startswith("launch.backend.")}
     values |= dict(leaves(profile.values.get("launch"), "launch."))
@@ -261,30 +244,21 @@ def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
             del node[last]
         return
     try:
-        value = override.value()
-        OmegaConf.update(tree, key, value, merge=_is_same_shape(OmegaConf.select(tree, key), value), force_add=True)
+        value, old = override.value(), OmegaConf.select(tree, key)
+        # A list in place of a group, or the reverse, replaces it; the typed check says what is allowed.
+        other_shape = list if isinstance(old, DictConfig) else dict if isinstance(old, ListConfig) else ()
+        OmegaConf.update(tree, key, value, merge=not isinstance(value, other_shape), force_add=True)
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         yield Fault(where=str(override.input_line), message=_first_paragraph(error))
 
 
-def _is_same_shape(old: Any, new: Any) -> bool:
-    """False for a list instead of a group and the other way round: it replaces the value, and the typed check says what
-    is allowed."""
-    return not (
-        (isinstance(old, DictConfig) and isinstance(new, list))
-        or (isinstance(old, ListConfig) and isinstance(new, dict))
-    )
-
-
 def _written(tree: DictConfig) -> dict[str, Any]:
-    """The tree as it was written, with interpolations unresolved."""
     written = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}
 
 
 def _gated(tree: Mapping[str, Any]) -> list[str]:
-    """The stages with gates."""
     stages = tree.get("stages")
     named = stages.items() if isinstance(stages, Mapping) else ()
     return [str(name) for name, stage in named if isinstance(stage, Mapping) and stage.get("gate")]

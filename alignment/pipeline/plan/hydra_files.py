@@ -72,38 +72,23 @@ def _has_resolver(text: str) -> bool:
 
 
 def wrong_shapes(content: Mapping[str, Any], classes: StageClasses) -> list[Fault]:
-    """The faults in values that are a list or a group, in the ``content`` of one recipe file.
-
-    The kind of a stage that the file does not name is taken from its defaults, or from the stage's name.
-    """
+    """The faults in values that are a list or a group, in the ``content`` of one recipe file. The kind of a stage that
+    the file does not name is taken from its defaults (``stage@stages.mine: sft``), or from the stage's name."""
     tree = {key: value for key, value in content.items() if key != "defaults"}
     if isinstance(stages := tree.get("stages"), Mapping):
-        kinds = _kinds_in_defaults(content.get("defaults"))
-        named = {name: {"kind": kinds.get(name, name), **group} for name, group in stages.items() if _is_group(group)}
+        groups = [entry for entry in content.get("defaults") or () if isinstance(entry, Mapping)]
+        kinds = {str(key).rpartition("@stages.")[2]: kind for entry in groups for key, kind in entry.items()}
+        named = {name: {"kind": kinds.get(name, name), **of} for name, of in stages.items() if isinstance(of, Mapping)}
         tree["stages"] = {name: group for name, group in named.items() if group["kind"] in classes}
         tree["stages"] |= {name: group for name, group in stages.items() if isinstance(group, list)}
-    return [fault for fault in convert(tree, classes)[1] if isinstance(_at(content, fault.where), (list, Mapping))]
 
+    def at(where: str) -> Any:
+        value: Any = content
+        for key in where.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
-def _kinds_in_defaults(defaults: Any) -> dict[str, str]:
-    """The choice for each stage: ``{stage@stages.mine: sft}`` is usually of that kind."""
-    chosen: dict[str, str] = {}
-    for entry in defaults if isinstance(defaults, list) else ():
-        for key, choice in entry.items() if _is_group(entry) else ():
-            package = str(key).rpartition("@stages.")
-            if package[1] and isinstance(choice, str):
-                chosen[package[2]] = choice
-    return chosen
-
-
-def _at(tree: Any, where: str) -> Any:
-    for key in where.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, Mapping)
+    return [fault for fault in convert(tree, classes)[1] if isinstance(at(fault.where), (list, Mapping))]
 
 
 _HYDRA = "1.3"
@@ -113,11 +98,9 @@ _READ: dict[tuple[object, ...], ConfigResult] = {}
 
 
 class Files:
-    """The files of one composition. A name means the shipped file; those beside the recipe add names.
-
-    ``name`` is what Hydra calls the ``recipe``, which no file can be called. ``unread`` are files beside the recipe
-    that have the name of a shipped one.
-    """
+    """The files of one composition. A name means the shipped file; those beside the recipe add names. ``name`` is what
+    Hydra calls the ``recipe``, which no file can be called. ``unread`` are files beside the recipe that have the name
+    of a shipped one."""
 
     def __init__(self, recipe: Path) -> None:
         self.recipe = recipe
@@ -189,18 +172,13 @@ def composing(recipe: Path) -> Iterator[Files]:
 
 
 def refuse_hostile_defaults(path: Path, content: Any) -> None:
-    """Refuses a defaults list that would read anything from outside the configuration.
-
-    Raises:
-        ConfigError: it would; the error names the entries.
-    """
-    defaults = content.get("defaults") if isinstance(content, dict) else None
-    faults = hostile(defaults, where="defaults")
+    """Raises ConfigError if a defaults list would read anything from outside the configuration; it names the
+    entries."""
+    faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
     refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
 
 
 def _included(path: Path) -> set[str]:
-    """The names of the files in a defaults list, without their groups."""
     content = yaml_file.read(path)
     defaults = content.get("defaults") if isinstance(content, dict) else None
     names: set[str] = set()

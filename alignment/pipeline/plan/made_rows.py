@@ -53,10 +53,8 @@ def slots(stage: StageConfig) -> Iterator[Slot]:
 
 
 def data_slots(stage: StageConfig) -> Iterator[DataSlot]:
-    """Every source that a stage reads, including those that are mixed in, with the checks of the stage's scorers.
-
-    Call ``scorer_checks.faults`` first.
-    """
+    """Every source that a stage reads, including those that are mixed in, with the checks of the stage's scorers. Call
+    ``scorer_checks.faults`` first."""
     of_scorers = scorer_checks.row_checks(stage)
     for slot in _every_source(stage):
         own = slot.field.partition(".mix[")[0] == DATA
@@ -110,10 +108,8 @@ def _advice(rows: MadeRows, slot: DataSlot) -> str:
 
 
 def with_left_out(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
-    """The stages, where those that leave out prompts of the run's evaluations name these, unless they name others.
-
-    An evaluation of rows that a stage makes is passed over: its prompts are not known beforehand.
-    """
+    """The stages, where those that leave out prompts of the run's evaluations name these, unless they name others. An
+    evaluation of rows that a stage makes is passed over: its prompts are not known beforehand."""
     evaluated: list[SourceConfig] = [
         part
         for stage in stages.values()

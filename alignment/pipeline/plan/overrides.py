@@ -7,14 +7,15 @@ Outside quotes, Hydra's grammar allows only ASCII letters, and the shell has rem
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from alignment.config import yaml_file
 from alignment.config.faults import Fault
 from alignment.pipeline.plan.hydra_files import hostile
 
@@ -48,7 +49,6 @@ def nested(keys: Sequence[str], value: Any) -> Any:
 
 _SECRET = ("api_key_env", "base_url", "://")
 """Addresses, and settings whose values are not repeated, alone or inside a group: people put keys there by mistake."""
-_STAND_IN = re.compile(r"_x([0-9a-f]{6})x_")
 _PATH = "path:"
 _SHOWN_TEXT = 60
 _SHOWN_OVERRIDE = 300
@@ -66,7 +66,7 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
             continue
         try:
             override = parse_override(text)
-        except (HydraException, ValueError):  # ValueError: a number of thousands of digits
+        except (HydraException, yaml.YAMLError, ValueError):  # ValueError: a number of thousands of digits
             faults.append(_malformed(text, example))
             continue
         outside = list(hostile({override.key_or_group: text}, where=""))
@@ -84,7 +84,6 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
 
 
 def _depth(text: str) -> int:
-    """The largest number of brackets that are open at once."""
     opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
     return max(opened, default=0)
 
@@ -102,51 +101,20 @@ def _malformed(text: str, example: str) -> Fault:
 
 
 def parse_override(text: str) -> Override:
-    """Parses one override.
-
-    Raises:
-        HydraException: the text is not an override.
-    """
+    """Parses one override. Raises HydraException, or yaml.YAMLError: the text is not an override."""
     parser = OverridesParser.create()
-    ascii_text = "".join(character if character.isascii() else f"_x{ord(character):06x}x_" for character in text)
-    try:
-        parsed = parser.parse_override(ascii_text)
-    except HydraException:
-        if not _names_file(ascii_text):
-            raise
-        parsed = parser.parse_override(_quoted(ascii_text))  # brackets and quotes in a file's name
-    else:
-        if parsed.is_sweep_override() and _names_file(ascii_text) and f",{_PATH}" not in ascii_text:
-            parsed = parser.parse_override(_quoted(ascii_text))  # commas
-    return parsed if ascii_text == text and parsed.input_line == text else _restored(parsed, text)
-
-
-def _names_file(text: str) -> bool:
-    """Whether the value of an override is a path that quotes can enclose."""
-    value = text.partition("=")[2]
-    return value.startswith(_PATH) and "${" not in value and not ('"' in value and "'" in value)
-
-
-def _quoted(text: str) -> str:
     key, _, value = text.partition("=")
-    quote = '"' if "'" in value else "'"
-    return f"{key}={quote}{value}{quote}"
-
-
-def _restored(parsed: Override, text: str) -> Override:
-    """The override with its own characters in place of their stand-ins."""
-    parsed.key_or_group = _decoded(parsed.key_or_group)
-    parsed.package = _decoded(parsed.package)
-    parsed._value = _decoded(parsed._value)
+    is_file = value.startswith(_PATH) and "${" not in value and not ('"' in value and "'" in value)
+    try:
+        parsed = parser.parse_override(text)
+    except HydraException:  # letters of other languages, and brackets or quotes in a file's name
+        if not (is_file or not text.isascii()):
+            raise
+        parsed = parser.parse_override(f"{key}=0")
+        parsed._value = value if is_file else yaml_file.load(value)
+    else:
+        if parsed.is_sweep_override() and is_file and f",{_PATH}" not in text:
+            parsed = parser.parse_override(f"{key}=0")
+            parsed._value = value  # commas in a file's name
     parsed.input_line = text
     return parsed
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, str):
-        return _STAND_IN.sub(lambda match: chr(int(match[1], 16)), value)
-    if isinstance(value, QuotedString):
-        return QuotedString(text=_decoded(value.text), quote=value.quote)
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    return {_decoded(key): _decoded(item) for key, item in value.items()} if isinstance(value, dict) else value

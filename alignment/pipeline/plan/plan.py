@@ -12,7 +12,7 @@ from alignment.config.data import OnError, SourceConfig
 from alignment.config.faults import Fault, refuse
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
 from alignment.core.artifacts import POLICY, ROWS_FILE, folder_name, read_manifest, verify
 from alignment.core.errors import DataError, ModelError
@@ -61,14 +61,11 @@ class Find(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStage:
-    """A stage with its inputs resolved and its result named.
-
-    ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
-    the others and further files, by field; hub data sets that are not on this machine are missing in both, but
-    ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist yet. ``code`` names the functions that the stage
-    runs, the user's and those that ship with the project. ``artifact`` is the folder of the result, ``work`` the folder
-    in which it is made.
-    """
+    """A stage with its inputs resolved and its result named. ``inputs`` has an entry for each reference except arms.
+    ``data`` is the main data file, and ``extra_data`` holds the others and further files, by field; hub data sets that
+    are not on this machine are missing in both, but ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist
+    yet. ``code`` names the functions that the stage runs, the user's and those that ship with the project. ``artifact``
+    is the folder of the result, ``work`` the folder in which it is made."""
 
     name: str
     config: StageConfig
@@ -129,15 +126,10 @@ class Plan:
 
 def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
     """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results that would be
-    reused are read and compared with their hashes.
-
-    Raises:
-        ConfigError: faults in the recipe, overrides or references; the error lists all of them.
-        DataError: a data file is missing, or a row does not fit its stage.
-        ModelError: a model folder is missing or is not a model.
-        ArtifactError: a manifest cannot be read, or an artifact of a folder that the recipe names is damaged.
-        StoreError: the store of artifacts cannot be reached or refuses.
-    """
+    reused are read and compared with their hashes. Raises ConfigError: faults in the recipe, overrides or references;
+    the error lists all of them; DataError: a data file is missing, or a row does not fit its stage; ModelError: a model
+    folder is missing or is not a model; ArtifactError: a manifest cannot be read, or an artifact of a folder that the
+    recipe names is damaged; StoreError: the store of artifacts cannot be reached or refuses."""
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
@@ -218,7 +210,6 @@ def made_again(plan: Plan) -> Plan:
 def _checked_data(
     config: RunConfig, recipe_folder: Path
 ) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
-    """Each stage's data sources by field, and a summary of the first rows of those that are on this machine."""
     located: dict[str, dict[str, DataSource]] = {}
     seen: dict[str, dict[str, Seen]] = {}
     read: dict[Any, Seen] = {}
@@ -248,7 +239,6 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
 
 
 def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
-    """Reads and checks the file's first rows; ``where`` is the setting that names the file."""
     how = _first_rows(file.data)
     try:
         reading = start(path, how, setting=where)
@@ -274,11 +264,6 @@ def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
 
 
 def _usable(records: Sequence[Record], file: DataSlot, reading: Reading) -> list[Record]:
-    """The records that the stage will not leave out for what they lack; the others count as faults of the reading.
-
-    Raises:
-        DataError: a record lacks something and the stage will refuse it, or would leave out too many.
-    """
     usable = []
     for record in records:
         try:
@@ -338,7 +323,10 @@ class _Builder:
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
         if (trained := registry.as_trained(config)) is not None:
             self._depths.add(name, config, inputs["init"].ref, inputs["init"].path)
-            self._refuse_chain(name, trained, inputs["init"].path)
+            start = inputs["init"].path
+            if start is not None and is_adapter(start):
+                outside = read_adapter(start, where=f"stages.{name}.init").shape
+                refuse(list(chain_checks.outside_faults(trained, outside, f"stages.{name}.adapter")))
         files = kind_of(config).files.paths(config, self._run_folder / name)
         described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)
@@ -372,13 +360,6 @@ class _Builder:
         )
         self._planned[name] = planned
         return planned
-
-    def _refuse_chain(self, name: str, stage: TrainedConfig, start: Path | None) -> None:
-        """Refuses an adapter from outside that cannot be combined with the stage's own."""
-        if start is not None and is_adapter(start):
-            where = f"stages.{name}.adapter"
-            outside = read_adapter(start, where=f"stages.{name}.init").shape
-            refuse(list(chain_checks.outside_faults(stage, outside, where)))
 
     def _identity(
         self,
@@ -425,27 +406,20 @@ class _Builder:
         if (stage := references.stage_of(slot)) is not None:
             planned = self._planned[stage]
             return _Resolved(ref=slot.ref, path=planned.artifact, fingerprint=planned.fingerprint)
-        where = f"stages.{name}.{slot.field}"
+        where, fitting = f"stages.{name}.{slot.field}", references.what_fits(slot, self._config.stages)
         if slot.ref.startswith("path:"):
             folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
             if read_manifest(folder) is not None:
-                return self._artifact(folder, slot, where=where)
+                manifest = verify(folder, content=self._actions.verified)
+                if manifest.kind in slot.takes:
+                    return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
+                message = f"{folder} contains an artifact of kind {manifest.kind}"
+                raise ModelError(message, where=where, remedy=fitting)
             if POLICY not in slot.takes and not slot.external:
-                raise ModelError(f"no artifact in {folder}", where=where, remedy=self._what_fits(slot))
+                raise ModelError(f"no artifact in {folder}", where=where, remedy=fitting)
         source = self.sources[slot.ref] = self._find(slot.ref, where=where, adapter_fits=POLICY in slot.takes)
         if source.folder is not None and is_adapter(source.folder):
             refuse_other_base(read_adapter(source.folder, where=where), self.base, where=where)
         if slot.external:
-            refuse_policy(source, where=where, advice=self._what_fits(slot))
+            refuse_policy(source, where=where, advice=fitting)
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
-
-    def _artifact(self, folder: Path, slot: Slot, *, where: str) -> _Resolved:
-        manifest = verify(folder, content=self._actions.verified)
-        if manifest.kind not in slot.takes:
-            raise ModelError(
-                f"{folder} contains an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)
-            )
-        return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
-
-    def _what_fits(self, slot: Slot) -> str:
-        return references.what_fits(slot, self._config.stages)

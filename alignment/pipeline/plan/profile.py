@@ -48,9 +48,7 @@ class Profile:
     multiplied by the number of processes. ``where_named`` holds settings of the group that has some data, by the dotted
     name of the data, which apply only where a recipe names these. ``instead_of_hub`` gives the sources to read where a
     recipe names a hub: for ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
-
-    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
-    """
+    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``"""
 
     name: str
     choices: Mapping[str, str] = field(default_factory=dict)
@@ -88,13 +86,11 @@ class Profile:
             return stage
         kind, changed = str(stage.get("kind")), dict(stage)
         for slot, source in self.instead_of_hub.items():
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                changed = _without_hub(changed, (keys or "data").split("."), source)
+            if keys := _keys_of(slot, kind):
+                changed = _without_hub(changed, keys, source)
         for slot, values in self.where_named.items():
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                changed = _merged_where_named(changed, (keys or "data").split("."), values)
+            if keys := _keys_of(slot, kind):
+                changed = _merged_where_named(changed, keys, values)
         per_process = times(self.for_each_process.get(kind, {}), processes)
         return merged(merged(changed, self.stages.get(kind, {})), per_process)
 
@@ -102,20 +98,15 @@ class Profile:
         kind = str(stage.get("kind"))
         changes = merged(self.stages.get(kind, {}), self.for_each_process.get(kind, {}))
         for slot in (*self.instead_of_hub, *self.where_named):
-            name, _, keys = slot.partition(".")
-            if name == kind:
-                *outer, last = (keys or "data").split(".")
+            if keys := _keys_of(slot, kind):
+                *outer, last = keys
                 changes = merged(changes, nested([*outer, last], {"source": ""}))
                 changes = merged(changes, nested(outer, self.where_named.get(slot, {})))
         return changes
 
 
 def read(path: Path) -> Profile:
-    """The profile that a file describes.
-
-    Raises:
-        ConfigError: its file is malformed.
-    """
+    """The profile that a file describes. Raises ConfigError: its file is malformed."""
     name = path.stem
     content = yaml_file.read(path) or {}
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
@@ -139,15 +130,11 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, **both}
 
 
-def times(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
+def times(tree: Any, number: int) -> Any:
     """The tree with every integer in it multiplied by ``number``."""
-
-    def multiplied(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return times(value, number)
-        return value * number if isinstance(value, int) and not isinstance(value, bool) else value
-
-    return {key: multiplied(value) for key, value in tree.items()}
+    if isinstance(tree, Mapping):
+        return {key: times(value, number) for key, value in tree.items()}
+    return tree * number if type(tree) is int else tree
 
 
 def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
@@ -173,17 +160,18 @@ def _merged_where_named(tree: Mapping[str, Any], keys: Sequence[str], values: Ma
     return merged(tree, values) if group.get("source") else dict(tree)
 
 
+def _keys_of(slot: str, kind: str) -> list[str]:
+    """The keys of ``sft.validation.data`` for the kind ``sft``, ``data`` for its bare name; empty for other kinds."""
+    name, _, keys = slot.partition(".")
+    return (keys or "data").split(".") if name == kind else []
+
+
 def _names_hub(group: Any) -> bool:
     source = group.get("source") if isinstance(group, Mapping) else None
     return isinstance(source, str) and source.startswith(_HUB)
 
 
 def _group(content: Any, allowed: Sequence[str] | None = None, *, where: str) -> Mapping[str, Any]:
-    """The content, if it is a group with allowed keys only.
-
-    Raises:
-        ConfigError: it has other keys, or is not a group.
-    """
     if not isinstance(content, Mapping):
         raise ConfigError(f"{content!r} is not a group of settings", where=where, remedy="write {key: value}")
     for key in content:

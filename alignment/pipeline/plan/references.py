@@ -138,9 +138,7 @@ def _stage_faults(
 
 def _absent_default(slot: Slot, config: StageConfig, stages: Mapping[str, StageConfig], where: str) -> str | None:
     """What to write if the run lacks the stage that a setting names by default, and the base model may take its place.
-
-    The recipe may not contain this setting, so a message must say more than that the stage is missing.
-    """
+    The recipe may not contain this setting, so a message must say more than that the stage is missing."""
     absent = stage_of(slot)
     if absent is None or absent in stages or POLICY not in slot.takes or slot.optional:
         return None
@@ -157,7 +155,8 @@ def _absent_default(slot: Slot, config: StageConfig, stages: Mapping[str, StageC
 
 def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
     if is_base(slot) or is_external(slot):
-        return _external_problem(slot, stages)
+        fits = POLICY in slot.takes or slot.ref.startswith("path:") or (slot.external and slot.ref.startswith("hub:"))
+        return None if fits else f"{slot.ref!r} is a language model; {what_fits(slot, stages)}"
     stage = stage_of(slot)
     if stage is None:
         known = [*(UNTRAINED_ARMS if is_arm(slot) else (BASE,)), *(_STAGE + name for name in stages)]
@@ -167,27 +166,13 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
         advice = f"write {_STAGE}{slot.ref}" if slot.ref in stages else f"{hint}{forms}"
         return f"{slot.ref!r} is not a reference; {advice}"
     if stage not in stages:
-        return f"no stage '{stage}' in this run; {_ended(suggestion(stage, stages))}{_otherwise(slot)}"
+        nearby = suggestion(stage, stages)
+        otherwise = " Otherwise remove this arm." if is_arm(slot) else " Otherwise write null." if slot.optional else ""
+        return f"no stage '{stage}' in this run; {nearby}{'' if nearby.endswith('?') else '.'}{otherwise}"
     produced = kind_of(stages[stage]).produces
     if produced not in slot.takes:
         return f"{slot.ref!r} is {_noun(produced)}; {what_fits(slot, stages)}"
     return None
-
-
-def _ended(sentence: str) -> str:
-    return sentence if sentence.endswith("?") else f"{sentence}."
-
-
-def _otherwise(slot: Slot) -> str:
-    if is_arm(slot):
-        return " Otherwise remove this arm."
-    return " Otherwise write null." if slot.optional else ""
-
-
-def _external_problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
-    if POLICY in slot.takes or slot.ref.startswith("path:") or (slot.external and slot.ref.startswith("hub:")):
-        return None
-    return f"{slot.ref!r} is a language model; {what_fits(slot, stages)}"
 
 
 def _noun(artifact_kind: str) -> str:
@@ -207,7 +192,6 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
 
 
 def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The first cycle, with its first name repeated at the end; empty if there is none. ``stages`` may lack some."""
     finished: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str]:
@@ -237,11 +221,9 @@ def of_stage(
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """The identity of a stage. ``data`` maps each data field to the identity of its content; ``inputs`` and ``arms``
-    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field.
-
-    The stage's name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often
-    a stage logs or saves are not.
-    """
+    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field. The stage's
+    name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often a stage logs
+    or saves are not."""
     stage = run.stages[name]
     kind = kind_of(stage)
     others = {field: content for field, content in data.items() if field != "data"}
@@ -258,7 +240,7 @@ def of_stage(
         "kind": stage.kind,
         "revision": kind.revision,
         "rule": None,  # older results hold a hash here if a rule of the package scored
-        "config": canonical(_as_read(stage)),
+        "config": canonical(scorer_checks.without_paths(kind.as_read(stage))),
         "data": data.get("data"),
         "inputs": inputs,
         "arms": arms,
@@ -266,11 +248,6 @@ def of_stage(
         "seed": run.seed,
         **{key: value for key, value in optional.items() if value},
     }
-
-
-def _as_read(stage: StageConfig) -> StageConfig:
-    """The stage without paths, and without the settings of an arm or a loss that it does not use."""
-    return scorer_checks.without_paths(kind_of(stage).as_read(stage))
 
 
 def _template(run: RunConfig) -> dict[str, Any]:

@@ -35,8 +35,7 @@ class Seen:
     """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
     ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason;
     ``openings`` are hashes of what stands before the first learned answer, ``labels`` the number of rows by label.
-    ``answers`` counts the answers that are learned, if conversations have several.
-    """
+    ``answers`` counts the answers that are learned, if conversations have several."""
 
     rows: int
     prompts: int
@@ -55,11 +54,11 @@ def seen(
     set_aside: Mapping[str, int] | None = None,
     label: Callable[[Record], str] | None = None,
 ) -> Seen:
-    """A summary of the records that a plan has read.
-
-    ``set_aside`` counts the rows that gave none, by reason. ``label`` names the label of a record.
-    """
+    """A summary of the records that a plan has read. ``set_aside`` counts the rows that gave none, by reason. ``label``
+    names the label of a record."""
     prompts = {_prompt_of(record) for record in records}
+    turns = [record.messages if isinstance(record, Conversation) else () for record in records]
+    learned = (sum(turn.role == "assistant" and turn.learned for turn in of_record) for of_record in turns)
     openings = frozenset(hash(_prompt_of(record, opening=True)) for record in records)
     return Seen(
         rows=len(records),
@@ -69,14 +68,8 @@ def seen(
         set_aside=tuple((set_aside or {}).items()),
         openings=openings,
         labels=() if label is None else tuple(sorted(Counter(map(label, records)).items())),
-        answers=sum(map(_num_answers, records)),
+        answers=sum(max(1, number) for number in learned),
     )
-
-
-def _num_answers(record: Record) -> int:
-    """How many answers of the record are learned, at least one."""
-    turns = record.messages if isinstance(record, Conversation) else ()
-    return max(1, sum(turn.role == "assistant" and turn.learned for turn in turns))
 
 
 def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
@@ -153,7 +146,6 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
 
 
 def _steps(optim: OptimConfig, rows: int | None) -> int | None:
-    """The number of optimiser steps: ``max_steps`` if that is set; otherwise None without ``rows``."""
     if optim.max_steps or rows is None:
         return optim.max_steps
     return math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))

@@ -60,11 +60,8 @@ def group_faults(where: str, scorer: ScoreSourceConfig, *, hang_seconds: float) 
 
 
 def refuse_missing_keys(stage: StageConfig, where: str) -> None:
-    """Does nothing if the environment has the keys of all servers that the stage's scorers ask.
-
-    Raises:
-        ConfigError: a variable is not set.
-    """
+    """Does nothing if the environment has the keys of all servers that the stage's scorers ask. Raises ConfigError: a
+    variable is not set."""
     for field, scorer in kind_of(stage).scorers(stage).items():
         if scorer.server is not None:
             api_key(scorer.server.api_key_env, where=f"{where}.{field}.server.api_key_env")
@@ -121,10 +118,8 @@ _CHOICES = f"{CHOICE} needs a question with texts to choose from: {Question.EXAM
 
 
 def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float, recipe_folder: Path | None = None) -> list[Fault]:
-    """Everything wrong with the scorers of a run, whose recipe is in ``recipe_folder``.
-
-    A stage that makes no progress for ``hang_seconds`` is stopped; 0 turns this off.
-    """
+    """Everything wrong with the scorers of a run, whose recipe is in ``recipe_folder``. A stage that makes no progress
+    for ``hang_seconds`` is stopped; 0 turns this off."""
     return [
         fault
         for name, stage in stages.items()

@@ -41,8 +41,8 @@ def faults(config: RunConfig) -> list[Fault]:
             if slot.in_use and not slot.data.source:
                 every_fault.append(Fault(where=f"{where}.{slot.field}.source", message=_NO_ROWS))
             if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
-                by_code = read_by_code and slot.field == "data"
-                every_fault += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
+                any_column = read_by_code and slot.field == "data"  # which a function of the user's reads
+                every_fault += _data_faults(slot.data, f"{where}.{slot.field}", any_column=any_column)
         looks = getattr(stage, "validation", None)
         if isinstance(looks, ValidationConfig):
             every_fault += validation_checks.settings_faults(looks, f"{where}.validation")
@@ -78,7 +78,6 @@ def option_faults(model: ModelConfig, folder: Path | None) -> Iterator[Fault]:
 
 
 def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
-    """Settings that would end a job after it has waited in a queue."""
     submitted = slurm.submission(launch)
     if submitted is None:
         return
@@ -131,33 +130,12 @@ def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fa
 def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
     """Faults in the settings of a single source."""
     if data.format is not None and data.format not in FORMATS:
-        yield Fault(
-            where=f"{where}.format", message=f"{data.format!r} is not a format; {suggestion(data.format, FORMATS)}"
-        )
-    if not data.source.startswith("hub:"):
-        unread = {"split": data.split, "subset": data.subset}
-        for name, value in unread.items():
-            if value != getattr(SourceConfig(), name):
-                message = f"{value!r} has no effect; only a hub's data set has a {name}"
-                yield Fault(where=f"{where}.{name}", message=message)
-
-
-def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) -> Iterator[Fault]:
-    """``read_by_code``: a function of the user's reads the rows, so any column is allowed."""
-    for source, path in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
-        yield from source_faults(source, path)
-        if not read_by_code:
-            yield from column_faults(source, path)
-    for number, part in enumerate(data.mix):
-        path = f"{where}.mix[{number}]"
-        if part.share is not None and part.count is not None:
-            yield Fault(where=path, message="set share or count, not both; without either, all rows are mixed in")
-    shares = sum(part.share or 0.0 for part in data.mix)
-    if shares >= 1.0:
-        yield Fault(
-            where=f"{where}.mix",
-            message=f"the shares add up to {shares:g}, which leaves no room for the stage's own rows",
-        )
+        message = f"{data.format!r} is not a format; {suggestion(data.format, FORMATS)}"
+        yield Fault(where=f"{where}.format", message=message)
+    for name in ("split", "subset") if not data.source.startswith("hub:") else ():
+        if (value := getattr(data, name)) != getattr(SourceConfig(), name):
+            message = f"{value!r} has no effect; only a hub's data set has a {name}"
+            yield Fault(where=f"{where}.{name}", message=message)
 
 
 def column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
@@ -166,3 +144,16 @@ def column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
         if column not in COLUMNS:
             message = f"no format has a column of this name; {suggestion(column, COLUMNS)}"
             yield Fault(where=f"{where}.columns.{column}", message=message)
+
+
+def _data_faults(data: DataConfig, where: str, *, any_column: bool) -> Iterator[Fault]:
+    parts = {f"{where}.mix[{number}]": part for number, part in enumerate(data.mix)}
+    for path, source in {where: data, **parts}.items():
+        yield from source_faults(source, path)
+        yield from () if any_column else column_faults(source, path)
+    for path, part in parts.items():
+        if part.share is not None and part.count is not None:
+            yield Fault(where=path, message="set share or count, not both; without either, all rows are mixed in")
+    if (shares := sum(part.share or 0.0 for part in data.mix)) >= 1.0:
+        message = f"the shares add up to {shares:g}, which leaves no room for the stage's own rows"
+        yield Fault(where=f"{where}.mix", message=message)

@@ -24,36 +24,24 @@ def faults(tracking: TrackingConfig, variables: Mapping[str, str] = os.environ) 
     """Faults of the chosen trackers, here and with these environment variables."""
     for name, (package, versions) in PACKAGES.items():
         if getattr(tracking, name) and not _is_installed(package):
-            message = (
-                f"{package} is not installed; pip install '{package}{versions}' (the extra {name!r}), or leave it out"
-            )
-            yield Fault(where=f"tracking.{name}", message=message)
-    if tracking.mlflow:
-        yield from _mlflow_faults(tracking.mlflow_url, variables)
-    if tracking.trackio:
-        yield from _trackio_faults(variables)
-
-
-def _mlflow_faults(url: str, variables: Mapping[str, str]) -> Iterator[Fault]:
-    named = variables.get("MLFLOW_TRACKING_URI", "")
-    if not url and not named:
+            message = f"{package} is not installed; pip install '{package}{versions}' (the extra {name!r})"
+            yield Fault(where=f"tracking.{name}", message=f"{message}, or leave it out")
+    server = variables.get("MLFLOW_TRACKING_URI", "")
+    if tracking.mlflow and not tracking.mlflow_url and not server:
         message = "no server is named; set tracking.mlflow_url or MLFLOW_TRACKING_URI, such as http://127.0.0.1:5000"
         yield Fault(where="tracking.mlflow_url", message=message)
-    if not url and not TRACKING_URL.holds(named):  # its value may hold a password, so it is not shown
+    if tracking.mlflow and not tracking.mlflow_url and not TRACKING_URL.holds(server):  # it may hold a password
         message = f"MLFLOW_TRACKING_URI is not the address of a server; allowed: {TRACKING_URL.allowed}"
         yield Fault(where="tracking.mlflow", message=message)
-    user, password = (variables.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
-    if variables.get("MLFLOW_TRACKING_TOKEN") and (user or password):
+    has_user = any(variables.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    if tracking.mlflow and variables.get("MLFLOW_TRACKING_TOKEN") and has_user:
         message = "MLFLOW_TRACKING_TOKEN and MLFLOW_TRACKING_USERNAME or _PASSWORD are set; unset one of them"
         yield Fault(where="tracking.mlflow", message=message)
-
-
-def _trackio_faults(variables: Mapping[str, str]) -> Iterator[Fault]:
-    for name in _ELSEWHERE:
+    for name in _ELSEWHERE if tracking.trackio else ():
         if variables.get(name):
             message = f"{name} is set, but stages write to this machine; unset it and use trackio sync after the run"
             yield Fault(where="tracking.trackio", message=message)
-    if variables.get("TRACKIO_STORAGE_MODE", "").strip().lower() == "jsonl":
+    if tracking.trackio and variables.get("TRACKIO_STORAGE_MODE", "").strip().lower() == "jsonl":
         message = "TRACKIO_STORAGE_MODE=jsonl cannot be read back when a stage is resumed; unset it, or use sqlite"
         yield Fault(where="tracking.trackio", message=message)
 

@@ -23,25 +23,20 @@ def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]
     """Settings, at the path ``where``, that contradict one another."""
     share, source = validation.share, validation.data.source
     if share is not None and source:
-        message = (
-            f"{share:g} of the stage's own prompts, but {where}.data also names validation rows; remove one of the two"
-        )
+        message = f"{share:g} of the stage's own prompts, but {where}.data also names validation rows; remove one"
         yield Fault(where=f"{where}.share", message=message)
     if validation.on and share is None and not source:
-        message = (
-            f"{validation.every}, but there are no validation rows; set {where}.share=0.05, or {where}.data.source"
-        )
+        message = f"{validation.every}, but there are no held-out rows; set {where}.share=0.05, or {where}.data.source"
         yield Fault(where=f"{where}.every", message=message)
-    if validation.on and share is not None and not source:
-        settings = [field.name for field in fields(DataConfig) if field.name != "source"]
-        yield from unread_notes(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
-    if validation.on:
-        return
-    reader, usual = f"only validation ({where}.every above 0)", ValidationConfig()
-    yield from unread_notes(validation, usual, ("share",), where, reader)
     settings = [field.name for field in fields(DataConfig)]
-    yield from unread_notes(validation.data, usual.data, settings, f"{where}.data", reader)
-    yield from unread_faults(validation, usual, ("keep_best", "patience"), where, reader)
+    if validation.on and share is not None and not source:
+        settings.remove("source")
+        yield from unread_notes(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
+    if not validation.on:
+        reader, usual = f"only validation ({where}.every above 0)", ValidationConfig()
+        yield from unread_notes(validation, usual, ("share",), where, reader)
+        yield from unread_notes(validation.data, usual.data, settings, f"{where}.data", reader)
+        yield from unread_faults(validation, usual, ("keep_best", "patience"), where, reader)
 
 
 def step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterator[Fault]:
@@ -89,10 +84,7 @@ def overlap_faults(
     data: DataConfig, validation: ValidationConfig, prompts: tuple[frozenset[int], frozenset[int]], where: str
 ) -> Iterator[Fault]:
     """Held-out prompts that are learned from; ``prompts`` are hashes of those that a plan has read, learned and held
-    out.
-
-    If only a part of a source is used, only the stage knows which rows are in it.
-    """
+    out. If only a part of a source is used, only the stage knows which rows are in it."""
     learned, held_out = prompts
     if data.fraction < 1.0 or validation.data.fraction < 1.0:
         return

@@ -70,14 +70,9 @@ class Lease:
 def leased(
     store: ObjectStore, folder: str, *, work: Path, wait: bool, announce: Callable[[str], None]
 ) -> Iterator[Lease]:
-    """Holds the lease of the stage whose checkpoints are under ``folder`` while the block runs.
-
-    The caller holds the lock in ``work``, so no other process on this machine has the lease.
-
-    Raises:
-        Busy: another machine holds it, and ``wait`` is False.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """Holds the lease of the stage whose checkpoints are under ``folder`` while the block runs. The caller holds the
+    lock in ``work``, so no other process on this machine has the lease. Raises Busy: another machine holds it, and
+    ``wait`` is False; StoreError: the store cannot be reached or refuses."""
     key = f"{folder}/lease.json"
     record = LeaseRecord(owner=_owner(work), host=socket.gethostname(), process=os.getpid())
     announced = False
@@ -104,7 +99,6 @@ def leased(
 
 
 def _take(store: ObjectStore, folder: str, key: str, record: LeaseRecord) -> bool:
-    """Takes a lease that is free, lost, or was this work folder's before."""
     if store.create(key, _content(record)):
         return store.refuses_existing or _settled(store, key, record)
     holder = _read(store, key)
@@ -125,7 +119,6 @@ def _settled(store: ObjectStore, key: str, record: LeaseRecord) -> bool:
 
 
 def _age(store: ObjectStore, folder: str, key: str) -> float | None:
-    """Seconds since the lease was written, or None if there is none."""
     written = store.written(key)
     return None if written is None else (store.now(folder) - written).total_seconds()
 

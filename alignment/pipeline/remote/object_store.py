@@ -44,13 +44,8 @@ _SHOWN_CHARACTERS = 200
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turns errors of a store into errors for the user.
-
-    The block handles objects that do not exist, so a FileNotFoundError is about the bucket.
-
-    Raises:
-        StoreError: it cannot be reached, does not exist, or refuses.
-    """
+    """Turns errors of a store into errors for the user. The block handles objects that do not exist, so a
+    FileNotFoundError is about the bucket. Raises StoreError: it cannot be reached, does not exist, or refuses."""
     try:
         yield
     except AlignmentError:
@@ -103,11 +98,8 @@ def scrubbed(text: str) -> str:
 
 
 def refuse_secret_endpoint() -> None:
-    """Refuses an address of a server that holds a user or a password, because errors would repeat it.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Refuses an address of a server that holds a user or a password, because errors would repeat it. Raises
+    ConfigError: there is one."""
     for name in ENDPOINTS:
         if "@" in os.environ.get(name, ""):
             raise ConfigError(
@@ -132,10 +124,8 @@ _STREAMS = 4
 
 
 class ObjectStore:
-    """The objects under ``url``, by key relative to it. Threads may share it.
-
-    Every method raises StoreError if the store cannot be reached or refuses.
-    """
+    """The objects under ``url``, by key relative to it. Threads may share it. Every method raises StoreError if the
+    store cannot be reached or refuses."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -234,10 +224,7 @@ class ObjectStore:
 
     def upload(self, file: Path, key: str, on_bytes: Callable[[int], None]) -> None:
         """Writes a file as an object. ``on_bytes`` is called with numbers of bytes; what it raises ends the upload.
-
-        Raises:
-            ArtifactError: the file is gone.
-        """
+        Raises ArtifactError: the file is gone."""
         options: dict[str, Any] = {}
         if self._protocol in _S3 and file.exists():
             part = max(_CHUNK, -(-file.stat().st_size // _MOST_PARTS))
@@ -253,11 +240,8 @@ class ObjectStore:
                 ) from error
 
     def download(self, key: str, file: Path) -> bool:
-        """Writes an object to a file; returns whether there is one.
-
-        Raises:
-            DiskError: the disk is full or cannot be written to.
-        """
+        """Writes an object to a file; returns whether there is one. Raises DiskError: the disk is full or cannot be
+        written to."""
         with explained(self.url):
             try:
                 self._files.get_file(self._path(key), str(file))
@@ -275,12 +259,8 @@ class ObjectStore:
 
 @functools.cache
 def connected(url: str) -> ObjectStore:
-    """The store at ``url``, which answers. A process connects once.
-
-    Raises:
-        StoreError: it does not answer, or refuses.
-        ConfigError: the kind of store is not known, or its package is missing.
-    """
+    """The store at ``url``, which answers. A process connects once. Raises StoreError: it does not answer, or refuses;
+    ConfigError: the kind of store is not known, or its package is missing."""
     store = ObjectStore(url)
     store.check()
     return store

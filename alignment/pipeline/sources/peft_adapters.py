@@ -69,11 +69,8 @@ class PeftAdapter:
 
 
 def read_adapter(folder: Path, *, where: str) -> PeftAdapter:
-    """The adapter in a folder.
-
-    Raises:
-        ModelError: it is damaged, its weights are missing, or it is of a kind that is not supported.
-    """
+    """The adapter in a folder. Raises ModelError: it is damaged, its weights are missing, or it is of a kind that is
+    not supported."""
     file = folder / ADAPTER_CONFIG
     try:
         settings = parse_json(file.read_text(encoding="utf-8"))
@@ -116,7 +113,6 @@ def _unsupported(settings: Mapping[str, Any]) -> str:
 
 
 def _is_known(name: str, whole: tuple[str, ...]) -> bool:
-    """Whether a weight is a factor, though not of a head, or belongs to a module that was trained whole."""
     if match := _FACTOR.fullmatch(name):
         return match["module"].rpartition(".")[2] not in _HEADS
     return name.rpartition(".")[0].removesuffix(".modules_to_save").endswith(whole) if whole else False
@@ -136,11 +132,8 @@ def _needed(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def refuse_other_base(adapter: PeftAdapter, base: ModelSource, *, where: str) -> None:
-    """Checks that an adapter belongs to the run's base model, as far as files on this machine show it.
-
-    Raises:
-        ModelError: it names another model, or its shapes do not fit.
-    """
+    """Checks that an adapter belongs to the run's base model, as far as files on this machine show it. Raises
+    ModelError: it names another model, or its shapes do not fit."""
     if (named := adapter.base) and not _may_be(named, base):
         raise ModelError(
             f"the adapter in {adapter.folder} was trained on {named}, not on this run's base model {base.source}",

@@ -25,17 +25,8 @@ from alignment.records.run import RunRecord
 from alignment.stages.base import Reported
 from alignment.stages.registry import kind_of
 
-_LESS_IS_BETTER = (
-    "loss",
-    "eval_loss",
-    training.LOSS,
-    training.LAST_LOSS,
-    "log_loss",
-    "brier",
-    "ece",
-    "objective/kl",
-    "guard/kl",
-)
+_LESS_OF_TRAINING = ("loss", "eval_loss", training.LOSS, training.LAST_LOSS, "objective/kl", "guard/kl")
+_LESS_IS_BETTER = (*_LESS_OF_TRAINING, "log_loss", "brier", "ece")
 _LESS_IS_BETTER_OF = ("loss/", "perplexity/")
 
 
@@ -68,10 +59,8 @@ _ARM_METRICS = [metric.value for metric in ArmMetric]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest.
-
     ``shared`` names the other arms of that evaluation that are the same policy in every trial. ``chance`` is the
-    metric's value by chance, if that is known.
-    """
+    metric's value by chance, if that is known."""
 
     stage: str
     arm: str
@@ -88,22 +77,17 @@ class Objective:
         return Path(RunRecord.read(run_folder).stages[self.stage].artifact)
 
     def read(self, artifact: Path) -> Interval:
-        """The metric in a result, with its interval if it is a mean over prompts.
-
-        Raises:
-            ConfigError: there is no such metric; the error lists those that exist.
-            StageError: a grader or a judge gave too little to measure it by.
-            NonFiniteError: it is not a finite number.
-        """
+        """The metric in a result, with its interval if it is a mean over prompts. Raises ConfigError: there is no such
+        metric; the error lists those that exist; StageError: a grader or a judge gave too little to measure it by;
+        NonFiniteError: it is not a finite number."""
         values = self._metrics(artifact)
         if self.metric not in values:
             if why := self._why_unknown(artifact):
                 raise StageError(f"{self} is unknown: {why}", where=f"stage {self.stage}")
-            raise ConfigError(
-                f"no stage reports {self}; it reports {', '.join(values) or 'no metrics'}",
-                where="objective",
-                remedy=f"choose another metric{self._wanting()}",
-            )
+            setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None
+            remedy = "choose another metric" + (f" or set stages.{self.stage}.{setting}" if setting else "")
+            message = f"no stage reports {self}; it reports {', '.join(values) or 'no metrics'}"
+            raise ConfigError(message, where="objective", remedy=remedy)
         if not math.isfinite(values[self.metric].mean):
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
         return values[self.metric]
@@ -118,12 +102,7 @@ class Objective:
         """The metric in a result by prompt; empty if it is not recorded by prompt."""
         return paired_scores.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
-    def _wanting(self) -> str:
-        setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None
-        return f" or set stages.{self.stage}.{setting}" if setting else ""
-
     def _why_unknown(self, artifact: Path) -> str:
-        """Why a result could not give the metric, although its stage measures it; empty if it does not."""
         if not self.arm:
             return ""
         evaluation = Evaluation.read(artifact)
@@ -133,7 +112,6 @@ class Objective:
         return next((pair.why_nothing for pair in pairs if pair.arm == self.arm and pair.win_rate is None), "")
 
     def _metrics(self, artifact: Path) -> Mapping[str, Interval]:
-        """The metrics of the arm, or of the stage, that the result reports, by name."""
         if not self.arm:
             manifest = read_manifest(artifact)
             metrics = manifest.metrics if manifest else {}
@@ -145,34 +123,31 @@ class Objective:
 
 
 def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[Objective, ...]:
-    """The objectives with the stages that report them; those with faults are left out.
-
-    ``plans`` are of one recipe, with each value of the sweep's settings in at least one of them.
-    """
+    """The objectives with the stages that report them; those with faults are left out. ``plans`` are of one recipe,
+    with each value of the sweep's settings in at least one of them."""
     resolved = []
     stages = plans[0].config.stages
-    for objective in configs:
-        evaluations = _evaluations_of(objective, stages)
-        stage = objective.stage or next(iter(evaluations), "")
-        if stage:
-            metric = objective.metric if objective.stage else _by_name(objective.metric, evaluations[stage])
-            resolved.append(
-                Objective(
-                    stage=stage,
-                    arm=objective.arm,
-                    metric=metric,
-                    minimize=objective.minimize,
-                    shared=_shared_arms(stage, objective.arm, plans) if objective.arm else (),
-                    chance=_chance(metric, stages[stage], of_arm=bool(objective.arm)),
-                )
+    for asked in configs:
+        evaluations = _evaluations(stages, asked.arm)
+        stage = asked.stage or next(iter(evaluations), "")
+        if not stage:
+            continue
+        metric = asked.metric if asked.stage else _by_name(asked.metric, evaluations[stage])
+        is_half = (
+            metric.startswith(of_stage(stages[stage]).half_by_chance) if asked.stage else metric == ArmMetric.win_rate
+        )
+        shared = _shared_arms(stage, asked.arm, plans) if asked.arm else ()
+        resolved.append(
+            Objective(
+                stage=stage,
+                arm=asked.arm,
+                metric=metric,
+                minimize=asked.minimize,
+                shared=shared,
+                chance=0.5 if is_half else None,
             )
+        )
     return tuple(resolved)
-
-
-def _chance(metric: str, stage: StageConfig, *, of_arm: bool) -> float | None:
-    """The metric's value by chance, if it is known: that of a stage's shares of pairs, or of an arm's win rate."""
-    is_half = metric == ArmMetric.win_rate if of_arm else metric.startswith(of_stage(stage).half_by_chance)
-    return 0.5 if is_half else None
 
 
 def _shared_arms(evaluation: str, own: str, plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -208,24 +183,23 @@ def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig])
 def _fault(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     if bool(objective.arm) == bool(objective.stage):
         return "write arm: … for a metric of the evaluation, or stage: … for a metric that a stage reports about itself"
-    return _fault_of_stage(objective, stages) if objective.stage else _fault_of_arm(objective, stages)
-
-
-def _fault_of_stage(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    less = objective.metric in LESS_IS_BETTER or less_is_better(objective.metric)
-    if objective.stage in (evaluations := _evaluations(stages)):
-        less = less or objective.metric.partition("/")[0] in _less_is_better(evaluations[objective.stage])
-    if objective.stage in stages:
-        less = less or objective.metric.startswith(of_stage(stages[objective.stage]).less_is_better)
+    if objective.arm:
+        return _fault_of_arm(objective, stages)
+    metric, name = objective.metric, objective.stage
+    less = metric in LESS_IS_BETTER or less_is_better(metric)
+    if name in (evaluations := _evaluations(stages)):
+        less = less or metric.partition("/")[0] in _less_is_better(evaluations[name])
+    if name in stages:
+        less = less or metric.startswith(of_stage(stages[name]).less_is_better)
     if less and not objective.minimize:
-        return _WRONG_WAY.format(objective.metric)
-    if objective.stage not in stages:
-        return f"the recipe has no stage {objective.stage!r}; {suggestion(objective.stage, stages)}"
-    return missing(stages[objective.stage], objective.metric, objective.stage)
+        return _WRONG_WAY.format(metric)
+    if name not in stages:
+        return f"the recipe has no stage {name!r}; {suggestion(name, stages)}"
+    return missing(stages[name], metric, name)
 
 
 def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    evaluations = _evaluations_of(objective, stages)
+    evaluations = _evaluations(stages, objective.arm)
     if not evaluations:
         arms = sorted({arm for stage in _evaluations(stages).values() for arm in stage.arms})
         remedy = suggestion(objective.arm, arms) if arms else "add an evaluate stage to the recipe, or use stage: …"
@@ -234,12 +208,8 @@ def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig])
     metrics = recorded(stage.metrics)
     known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_ARM_METRICS]
     if objective.metric not in known:
-        why = (
-            f"stages.{name}.metrics is empty"
-            if objective.metric == PRIMARY
-            else f"no evaluation reports {objective.metric!r}"
-        )
-        return f"{why}; {suggestion(objective.metric, known)}"
+        empty = f"stages.{name}.metrics is empty" if objective.metric == PRIMARY else ""
+        return f"{empty or f'no evaluation reports {objective.metric!r}'}; {suggestion(objective.metric, known)}"
     asked = _by_name(objective.metric, stage)
     if asked in (*LESS_IS_BETTER, *_less_is_better(stage)) and not objective.minimize:
         return _WRONG_WAY.format(asked)
@@ -247,7 +217,6 @@ def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig])
 
 
 def _less_is_better(evaluation: Any) -> list[str]:
-    """The names of the recipe's own metrics of which less is better."""
     return [metric.name for metric in recorded(evaluation.metrics) if not metric.higher_is_better]
 
 
@@ -255,35 +224,30 @@ _WRONG_WAY = "the less {} the better; set minimize: true"
 
 
 def _by_name(metric: str, stage: Any) -> str:
-    """The metric's own name, also if it is given as ``primary``."""
     return primary_name(stage.metrics, stage.primary) or metric if metric == PRIMARY else metric
 
 
 def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
-    """Why the evaluation will not report this for an arm that it has, judged by its settings; else an empty text."""
-    lacking = f"no stage reports the {metric} of {arm!r}; "
+    log_ratios, temperature = (ArmMetric.greedy_log_ratio, ArmMetric.kl), stage.answers.temperature
+    why = ""
     if metric == ArmMetric.reward and stage.reward is None:
-        return f"{lacking}set {where}.reward to a reward model"
-    if metric == ArmMetric.greedy_log_ratio and stage.answers.temperature > 0.0:
-        return f"{lacking}answers are sampled (temperature {stage.answers.temperature:g}); choose another metric"
-    if metric == ArmMetric.kl and stage.answers.temperature != 1.0:
-        return f"{lacking}set {where}.answers.temperature to 1"
-    if metric in (ArmMetric.greedy_log_ratio, ArmMetric.kl) and arm in (PROMPTED, FEW_SHOT):
-        return f"{lacking}it has other prompts than {where}.reference, so choose another arm or metric"
-    if metric != ArmMetric.win_rate:
-        return ""
-    if stage.judge.kind is JudgeKind.none:
-        return f"{lacking}set {where}.judge.kind to a judge, such as metric"
-    if (arm, stage.reference) not in pairs_of(stage.judge, stage.arms, reference=stage.reference):
-        return f"{lacking}{where}.judge.pairs must compare it with {where}.reference, {stage.reference!r}"
-    return ""
+        why = f"set {where}.reward to a reward model"
+    elif metric == ArmMetric.greedy_log_ratio and temperature > 0.0:
+        why = f"answers are sampled (temperature {temperature:g}); choose another metric"
+    elif metric == ArmMetric.kl and temperature != 1.0:
+        why = f"set {where}.answers.temperature to 1"
+    elif metric in log_ratios and arm in (PROMPTED, FEW_SHOT):
+        why = f"it has other prompts than {where}.reference, so choose another arm or metric"
+    elif metric == ArmMetric.win_rate and stage.judge.kind is JudgeKind.none:
+        why = f"set {where}.judge.kind to a judge, such as metric"
+    elif metric == ArmMetric.win_rate:
+        pairs = pairs_of(stage.judge, stage.arms, reference=stage.reference)
+        compare = f"{where}.judge.pairs must compare it with {where}.reference, {stage.reference!r}"
+        why = "" if (arm, stage.reference) in pairs else compare
+    return f"no stage reports the {metric} of {arm!r}; {why}" if why else ""
 
 
-def _evaluations_of(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """The evaluations with the arm."""
-    return {name: stage for name, stage in _evaluations(stages).items() if objective.arm in stage.arms}
-
-
-def _evaluations(stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """Settings of the stages that evaluate arms; they have the fields of ``EvaluateConfig``."""
-    return {name: stage for name, stage in stages.items() if kind_of(stage).produces == EVALUATION}
+def _evaluations(stages: Mapping[str, StageConfig], arm: str | None = None) -> dict[str, Any]:
+    """Stages that evaluate arms, or this one; they have the fields of ``EvaluateConfig``."""
+    evaluations: dict[str, Any] = {name: own for name, own in stages.items() if kind_of(own).produces == EVALUATION}
+    return {name: own for name, own in evaluations.items() if arm is None or arm in own.arms}

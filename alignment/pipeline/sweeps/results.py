@@ -57,7 +57,9 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for trial in record.trials:
         cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
-        reason = f": {_in_a_line(trial)}" if trial.error else ""
+        reason = (
+            f": {_unmet(trial.error) if trial.state == 'done' else trial.error.splitlines()[0]}" if trial.error else ""
+        )
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
@@ -76,13 +78,7 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     _print(console, f"report: {wanted.folder / PAGE}")
 
 
-def _in_a_line(trial: Trial) -> str:
-    """The gates that it does not meet, or the first line of its error; lines of its log may follow that."""
-    return _unmet(trial.error) if trial.state == "done" else trial.error.splitlines()[0]
-
-
 def _unmet(error: str) -> str:
-    """The gates that an error names, in one line and without the remedies."""
     lines = [line.strip() for line in error.splitlines()]
     return "; ".join(line for line in lines if not line.startswith("→"))
 
@@ -121,14 +117,8 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         number=wanted.number,
         goals=goals,
         parameters=[
-            Parameter(
-                key=parameter.key,
-                values=parameter.values,
-                low=parameter.low,
-                high=parameter.high,
-                log=parameter.log,
-            )
-            for parameter in wanted.config.parameters
+            Parameter(key=own.key, values=own.values, low=own.low, high=own.high, log=own.log)
+            for own in wanted.config.parameters
         ],
         trials=trials,
         best=best,
@@ -152,9 +142,7 @@ def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> str:
 
 def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:
     """The metric of the arms that all trials share, by label; an arm is left out if trials measured different values.
-
-    ``number`` is the objective's place among the sweep's.
-    """
+    ``number`` is the objective's place among the sweep's."""
     if not objective.shared:
         return {}
     artifacts = [trial.user_attrs["artifacts"] for trial in study.completed() if trial.user_attrs.get("artifacts")]
@@ -201,7 +189,6 @@ def _trial(ended: Any, wanted: Sweep) -> Trial:
 
 
 def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
-    """Sort key: the best first, then by the first goal; trials without values come last."""
     sign = 1 if wanted.objectives[0].minimize else -1
     return (
         not trial.figures,
@@ -212,7 +199,6 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
 
 
 def _by_prompt(study: Study, wanted: Sweep) -> dict[int, dict[str, float]]:
-    """The first objective by trial and prompt; empty for a trial without recorded artifacts."""
     first = wanted.objectives[0]
     artifacts_of = {number_of(trial): trial.user_attrs.get("artifacts") for trial in study.completed()}
     return {
@@ -225,11 +211,8 @@ def _verdict(
 ) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
-        return (
-            f"{_named(best)} the Pareto set by their means: each of the others is beaten by one of these"
-            if best
-            else ""
-        )
+        are = f"{_trials(best)} {'is' if len(best) == 1 else 'are'}" if best else ""
+        return f"{are} the Pareto set by their means: each of the others is beaten by one of these" if best else ""
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
     tie = f"{_trials(best)} tie: their values are equal" if len(best) > 1 else ""
@@ -268,17 +251,12 @@ def _on_others(
 
 
 def _differences(best_scores: dict[str, float], other_scores: dict[str, float]) -> list[float]:
-    """On the prompts of both; empty if these are too few."""
     best_on_both, other_on_both, _ = paired_scores.in_both(best_scores, other_scores)
     return (paired_scores.differences(best_on_both, other_on_both) or []) if len(best_on_both) >= FEWEST_PROMPTS else []
 
 
 def _trials(numbers: Sequence[int]) -> str:
     return f"trial {numbers[0]}" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))}"
-
-
-def _named(numbers: Sequence[int]) -> str:
-    return f"{_trials(numbers)} {'is' if len(numbers) == 1 else 'are'}"
 
 
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:

@@ -40,27 +40,19 @@ def sweep(
     at_once: int = 1,
     retry_failed: bool = False,
 ) -> int:
-    """Reads a sweep and runs its missing trials (``run_sweep``); returns the exit code.
-
-    Raises:
-        ConfigError: as ``read_sweep`` and ``run_sweep``.
-        ModelError, DataError, Busy, StoreError, DiskError: as ``run_sweep``.
-    """
+    """Reads a sweep and runs its missing trials (``run_sweep``); returns the exit code. Raises ConfigError: as
+    ``read_sweep`` and ``run_sweep``; ModelError, DataError, Busy, StoreError, DiskError: as ``run_sweep``."""
     wanted = read_sweep(recipe, name, overrides)
     return run_sweep(wanted, console=console, at_once=at_once, retry_failed=retry_failed)
 
 
 def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1, retry_failed: bool = False) -> int:
     """Runs the missing trials, and those that failed if ``retry_failed``; returns the exit code, 0 if any trial has
-    ever finished.
-
-    Raises:
-        ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
-        ModelError, DataError: a model or data set cannot be fetched; no trial has begun.
-        Busy: another process works on it, or Slurm has jobs of a trial.
-        StoreError: the store of artifacts cannot be reached or refuses; the trial is tried again by the next call.
-        DiskError: the disk is full or cannot be written to; the trial is tried again by the next call.
-    """
+    ever finished. Raises ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is
+    not installed; ModelError, DataError: a model or data set cannot be fetched; no trial has begun; Busy: another
+    process works on it, or Slurm has jobs of a trial; StoreError: the store of artifacts cannot be reached or refuses;
+    the trial is tried again by the next call; DiskError: the disk is full or cannot be written to; the trial is tried
+    again by the next call."""
     shares_of_machine = shares(at_once, wanted.launch)
     refuse_what_cannot_begin(wanted)
     with held(wanted.folder / "lock", wait=False):
@@ -83,11 +75,9 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1, retry_failed
 
 
 def _with_sources(wanted: Sweep, console: Console) -> Sweep:
-    """The sweep with all models and data of its trials on this machine.
-
-    If a trial fetched them, a hub that is away would fail that trial for good. A download also pins them to a commit,
-    and with it the sweep's identity, so the sweep is read again.
-    """
+    """The sweep with all models and data of its trials on this machine. If a trial fetched them, a hub that is away
+    would fail that trial for good. A download also pins them to a commit, and with it the sweep's identity, so the
+    sweep is read again."""
     needed = [(plan, not_reused(plan.stages)) for plan in wanted.plans]
     if not fetch_missing(needed, announcer(console)):
         return wanted
@@ -95,7 +85,6 @@ def _with_sources(wanted: Sweep, console: Console) -> Sweep:
 
 
 def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
-    """Runs trials one after another in this process; returns the exit code of a stop, or 0 after the last trial."""
     while (trial := study.next()) is not None:
         _print(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
@@ -113,16 +102,10 @@ def _overrides(wanted: Sweep, trial: Any) -> list[str]:
 
 
 def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> int:
-    """Records in the study how a trial ended; a failed trial does not end the sweep.
-
-    Returns the exit code of a stop, or 0.
-
-    Raises:
-        ConfigError: the trial is done but lacks the objective, as all trials would.
-        Busy: Slurm has jobs of the trial.
-        StoreError: the store of artifacts cannot be reached or refuses.
-        DiskError: the disk is full or cannot be written to.
-    """
+    """Records in the study how a trial ended; a failed trial does not end the sweep. Returns the exit code of a stop,
+    or 0. Raises ConfigError: the trial is done but lacks the objective, as all trials would; Busy: Slurm has jobs of
+    the trial; StoreError: the store of artifacts cannot be reached or refuses; DiskError: the disk is full or cannot be
+    written to."""
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         if outcome.error:  # a job of Slurm was stopped; a run that is stopped here says so itself
@@ -142,11 +125,6 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
 
 
 def _complete(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> str:
-    """Records the values of a trial that is done; returns why it has none, or an empty text.
-
-    Raises:
-        ConfigError: it lacks the objective, as all trials would.
-    """
     run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     try:
         artifacts = [objective.artifact(run_folder) for objective in wanted.objectives]
@@ -192,10 +170,7 @@ class _SeparateTrial:
 
     def ended(self) -> TrialOutcome | None:
         """The outcome of the trial, or None while it runs: it then prints a new stage, and stops a hopeless trial.
-
-        Raises:
-            ConfigError: the curve lacks the metric for pruning.
-        """
+        Raises ConfigError: the curve lacks the metric for pruning."""
         outcome = self.process.ended()
         if outcome is None:
             self._watch()
@@ -214,7 +189,6 @@ class _SeparateTrial:
 
 
 def _in_parallel(study: Study, wanted: Sweep, shares_of_machine: Sequence[Share], console: Console) -> int:
-    """Runs as many trials at once as there are shares of the machine; returns the exit code of a stop, or 0."""
     running: list[_SeparateTrial] = []
     try:
         with termination_raises():
@@ -240,7 +214,6 @@ def _name_remaining_jobs(run_folders: Sequence[Path], console: Console) -> None:
 
 
 def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_SeparateTrial], console: Console) -> int:
-    """Keeps every share of the machine busy; ``running`` always holds the running trials."""
     while True:
         while free and (trial := study.next()) is not None:
             running.append(_SeparateTrial(trial, wanted, free.pop(0), console))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from alignment.config.rules import NAME, is_name
-from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
+from alignment.config.sweep import ParameterConfig, Pruner, Search
 from alignment.core.errors import ConfigError
 from alignment.core.files import cut_unfinished_line
 from alignment.pipeline.sweeps.sweep_file import Sweep
@@ -30,10 +30,8 @@ _ROUNDING = 1e-3
 
 class LatestMedian(BasePruner):  # type: ignore[misc]  # optuna has no types here
     """Prunes a trial whose smoothed curve is worse at its last step than the median of finished trials at that step.
-
     Optuna's MedianPruner uses a trial's best value so far. DPO starts at a loss of ln 2 for all settings, and reward
-    models start near it, so a trial that becomes worse than its start would never be pruned.
-    """
+    models start near it, so a trial that becomes worse than its start would never be pruned."""
 
     def __init__(self, *, startup_trials: int, warmup_steps: int) -> None:
         self._startup_trials = startup_trials
@@ -71,17 +69,12 @@ _MOST_RANDOM = 10
 
 
 class Study:
-    """The study with this identity in the sweep's folder, or a new one.
-
-    A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
-    pruned (``pruned_at``), or its ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet
-    (``unmet``, in words). An interrupted trial is recorded as failed without an ``error``. It does not count, and is
-    tried again under the same run name, so that its stages continue from their checkpoints. The caller holds the
-    sweep's lock.
-
-    Raises:
-        ConfigError: the names of its runs would be too long, or optuna is not installed.
-    """
+    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's. Its ``user_attrs`` hold
+    its ``run`` and, after its end, its ``error``, the step at which it was pruned (``pruned_at``), or its
+    ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet (``unmet``, in words). An
+    interrupted trial is recorded as failed without an ``error``. It does not count, and is tried again under the same
+    run name, so that its stages continue from their checkpoints. The caller holds the sweep's lock. Raises ConfigError:
+    the names of its runs would be too long, or optuna is not installed."""
 
     def __init__(self, wanted: Sweep) -> None:
         optuna = _optuna()
@@ -98,11 +91,15 @@ class Study:
         is_first = not study_names or study_names[0] == study_name
         self._runs = _first_runs(wanted) + ("" if is_first else f".{wanted.identity[:8]}")
         _refuse_long_names(wanted, self._runs)
+        pruning = wanted.config.pruning
+        pruner = LatestMedian(startup_trials=pruning.startup_trials, warmup_steps=pruning.warmup_steps)
+        if pruning.pruner is Pruner.none:
+            pruner = optuna.pruners.NopPruner()
         self._study = optuna.create_study(
             study_name=study_name,
             storage=storage,
             directions=["minimize" if objective.minimize else "maximize" for objective in wanted.objectives],
-            pruner=_pruner(wanted.config.pruning),
+            pruner=pruner,
             load_if_exists=True,
         )
 
@@ -126,8 +123,10 @@ class Study:
             if config.search is Search.tpe and len(counted) >= (config.trials or 0):
                 return None
             if config.search is Search.grid:
-                tried = [trial.params for trial in counted]
-                combination = next((values for values in _grid(config.parameters) if values not in tried), None)
+                tried, keys = [trial.params for trial in counted], [parameter.key for parameter in config.parameters]
+                products = itertools.product(*(parameter.values for parameter in config.parameters))
+                grid = (dict(zip(keys, values, strict=True)) for values in products)
+                combination = next((values for values in grid if values not in tried), None)
                 if combination is None:
                     return None
                 self._study.enqueue_trial(combination)
@@ -218,11 +217,8 @@ def number_of(trial: Any) -> int:
 
 
 def refuse_what_cannot_begin(wanted: Sweep) -> None:
-    """Refuses what ``Study`` would, as far as it is known before models and data are downloaded.
-
-    Raises:
-        ConfigError: as ``Study``.
-    """
+    """Refuses what ``Study`` would, as far as it is known before models and data are downloaded. Raises ConfigError: as
+    ``Study``."""
     _optuna()
     _refuse_long_names(wanted, _first_runs(wanted))
 
@@ -237,7 +233,6 @@ def _optuna() -> Any:
 
 
 def _first_runs(wanted: Sweep) -> str:
-    """The name of the runs of a folder's first study, without their numbers."""
     return f"{wanted.run_name}.{wanted.name}"
 
 
@@ -252,15 +247,6 @@ def _refuse_long_names(wanted: Sweep, runs: str) -> None:
         )
 
 
-def _pruner(config: PruningConfig) -> Any:
-    import optuna
-
-    if config.pruner is Pruner.none:
-        return optuna.pruners.NopPruner()
-
-    return LatestMedian(startup_trials=config.startup_trials, warmup_steps=config.warmup_steps)
-
-
 def _sampler(seed: int, trials: int) -> Any:
     """TPE with ``constant_liar``: running trials count as bad, so that parallel trials are drawn apart."""
     import optuna
@@ -270,14 +256,6 @@ def _sampler(seed: int, trials: int) -> Any:
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=min(_MOST_RANDOM, max(2, trials // 3)), constant_liar=True
         )
-
-
-def _grid(parameters: Sequence[ParameterConfig]) -> Iterator[dict[str, str]]:
-    keys = [parameter.key for parameter in parameters]
-    return (
-        dict(zip(keys, values, strict=True))
-        for values in itertools.product(*(parameter.values for parameter in parameters))
-    )
 
 
 def _distribution(parameter: ParameterConfig) -> Any:

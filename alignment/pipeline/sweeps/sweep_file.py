@@ -32,12 +32,9 @@ from alignment.stages.registry import kind_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A sweep over a recipe, checked.
-
-    ``plans`` has each value of the sweep's settings at least once. ``identity`` covers everything that the trials'
-    results depend on; ``profile`` is the name of the profile that was applied, if any; ``cautions`` are warnings for
-    readers of the results.
-    """
+    """A sweep over a recipe, checked. ``plans`` has each value of the sweep's settings at least once. ``identity``
+    covers everything that the trials' results depend on; ``profile`` is the name of the profile that was applied, if
+    any; ``cautions`` are warnings for readers of the results."""
 
     name: str
     file: Path
@@ -67,33 +64,19 @@ class Sweep:
 
 
 def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
-    """A shipped sweep by its name, or a file by its path, applied to the recipe.
-
-    Raises:
-        ConfigError: there is no such sweep, it has faults, the recipe lacks its keys, or no stage reports its
-            objective.
-    """
-    path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
-    if not path.is_file():
-        if "/" in name or name.endswith(".yaml"):
-            remedy = similar_name(path) or "give the path of a .yaml file, or the name of a shipped sweep"
-            raise ConfigError(f"no file {name}", where="SWEEP", remedy=remedy)
-        raise ConfigError(
-            f"no sweep {name!r}; {suggestion(name, sweep_names())}",
-            where="SWEEP",
-            remedy="or give the path of a .yaml file",
-        )
-    if not is_name(path.stem):
-        raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
+    """A shipped sweep by its name, or a file by its path, applied to the recipe. Raises ConfigError: there is no such
+    sweep, it has faults, the recipe lacks its keys, or no stage reports its objective."""
+    path = _file_of(name)
     config = sweep_from_plain(_plain(path), where=str(path))
     refuse(_with_path(path, _faults(config)))
     plans = _checked_plans(recipe, overrides, config.parameters, path)
     for plan in plans:
-        refuse(_with_path(path, _faults_beside(config, plan.config.stages)))
-        _refuse_unwatched(plan.config.launch, config.pruning)
-        feasibility.refuse_what_cannot_start(
-            plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
-        )
+        launch = plan.config.launch
+        refuse(_with_path(path, _faults_beside(config, launch, plan.config.stages)))
+        if (submission := slurm.submission(launch)) is not None and not submission.wait:
+            message = "a sweep must wait for the jobs of its trials"
+            raise ConfigError(message, where="launch.backend.wait", remedy="leave it true, the default")
+        feasibility.refuse_what_cannot_start(launch, plan.stages, num_devices=feasibility.devices_for(launch))
     plan = plans[0]
     resolved = objectives.resolve(config.objective, plans)
     parameters = [parameter.key for parameter in config.parameters]
@@ -101,6 +84,8 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics. Every value has a
     # plan, because a value may name a file or another stage, whose content counts too.
     fingerprints = [[stage.fingerprint for stage in plan.stages if stage.name in judged] for plan in plans]
+    tried = [config.search, config.seed, config.objective, config.parameters, config.pruning]
+    without_effect = (fault for plan in plans for fault in plan.unread_settings if fault.where in parameters)
     return Sweep(
         name=path.stem,
         file=path,
@@ -111,23 +96,29 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         run_name=plan.config.name,
         launch=plan.config.launch,
         objectives=resolved,
-        identity=digest(
-            [fingerprints, config.search, config.seed, config.objective, config.parameters, config.pruning]
-        ),
+        identity=digest([fingerprints, *tried]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
         profile=plan.profile,
         cautions=(
-            *_of_smoke(plan),
-            *unread.sentences(
-                setting for plan in plans for setting in plan.unread_settings if setting.where in parameters
-            ),
+            *([f"every trial is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []),
+            *unread.sentences(without_effect),
             *objectives.cautions(resolved, plan.config.stages),
         ),
     )
 
 
-def _of_smoke(plan: Plan) -> list[str]:
-    return [f"every trial is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
+def _file_of(name: str) -> Path:
+    is_path = "/" in name or name.endswith(".yaml")
+    path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
+    if not path.is_file():
+        remedy = (
+            similar_name(path) if is_path else ""
+        ) or "give the path of a .yaml file, or the name of a shipped sweep"
+        message = f"no file {name}" if is_path else f"no sweep {name!r}; {suggestion(name, sweep_names())}"
+        raise ConfigError(message, where="SWEEP", remedy=remedy)
+    if not is_name(path.stem):
+        raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
+    return path
 
 
 def _checked_plans(
@@ -137,20 +128,16 @@ def _checked_plans(
     first = {parameter.key: _checked(parameter)[0] for parameter in parameters}
     others = [first | {parameter.key: value} for parameter in parameters for value in _checked(parameter)[1:]]
     try:
-        return [make_plan(recipe, [*overrides, *_words(values)]) for values in (first, *others)]
+        words = [[f"{key}={value}" for key, value in values.items()] for values in (first, *others)]
+        return [make_plan(recipe, [*overrides, *of_plan]) for of_plan in words]
     except AlignmentError as error:
         make_plan(recipe, overrides)  # a fault of the recipe itself is reported without the sweep's path
         raise type(error)(error.message, where=f"{path}: {error.where}".rstrip(": "), remedy=error.remedy) from error
 
 
 def _checked(parameter: ParameterConfig) -> list[str]:
-    """The values that are planned before anything starts: all listed values, or the ends of a range."""
     ends = [end for end in (parameter.low, parameter.high) if end is not None]
     return parameter.values or [str(int(end) if parameter.whole else end) for end in ends]
-
-
-def _words(values: dict[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _plain(path: Path) -> Any:
@@ -183,41 +170,36 @@ def _faults(config: SweepConfig) -> Iterator[Fault]:
     if config.pruning.pruner is not Pruner.none and len(config.objective) > 1:
         yield Fault(where="pruning.pruner", message="trials with several objectives cannot be pruned; set it to none")
     for number, parameter in enumerate(config.parameters):
-        for message in _wrong_with(parameter, config.search):
+        low, high = parameter.low, parameter.high
+        is_range = low is not None and high is not None and low < high
+        is_double = parameter.key in [other.key for other in config.parameters[:number]]
+        problems = {
+            "no key; write key: stages.dpo.beta": not parameter.key,
+            "write values: [...], or low and high with low below high": bool(parameter.values) == is_range,
+            "a grid needs values; set search: tpe for low and high": not parameter.values
+            and config.search is Search.grid,
+            "log needs low above 0": parameter.log and (low or 0) <= 0,
+            f"{parameter.key} is listed twice; write all its values in one entry": parameter.key and is_double,
+        }
+        for message in (message for message, is_there in problems.items() if is_there):
             yield Fault(where=f"parameters[{number}]", message=message)
-        if parameter.key and parameter.key in [other.key for other in config.parameters[:number]]:
-            yield Fault(
-                where=f"parameters[{number}]",
-                message=f"{parameter.key} is listed twice; write all its values in one entry",
-            )
 
 
-def _wrong_with(parameter: ParameterConfig, search: Search) -> Iterator[str]:
-    if not parameter.key:
-        yield "no key; write key: stages.dpo.beta"
-    between = parameter.low is not None and parameter.high is not None and parameter.low < parameter.high
-    if bool(parameter.values) == between:
-        yield "write values: [...], or low and high with low below high"
-    if not parameter.values and search is Search.grid:
-        yield "a grid needs values; set search: tpe for low and high"
-    if parameter.log and (parameter.low or 0) <= 0:
-        yield "log needs low above 0"
-
-
-def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """Faults that depend on the recipe's stages."""
+def _faults_beside(config: SweepConfig, launch: LaunchConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
+    """Faults that depend on the recipe."""
     yield from objectives.faults(config.objective, stages)
-    if config.pruning.pruner is Pruner.none:
-        return
-    if message := _unwatchable(config.pruning, stages):
-        yield Fault(where="pruning.stage", message=message)
-    elif message := _unlogged(config.pruning, stages[config.pruning.stage]):
-        yield Fault(where="pruning.metric", message=message)
-
-
-def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
+    submission, prunes = slurm.submission(launch), config.pruning.pruner is not Pruner.none
+    if submission is not None and prunes:
+        message = (
+            "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue; set it to none"
+        )
+        yield Fault(where="pruning.pruner", message=f"{message}, or leave out launch/backend=slurm")
     trained = [name for name, stage in stages.items() if kind_of(stage).trains]
-    return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that trains; one of: {', '.join(trained)}"
+    if prunes and config.pruning.stage not in trained:
+        message = f"no stage {config.pruning.stage!r} that trains; one of: {', '.join(trained)}"
+        yield Fault(where="pruning.stage", message=message)
+    elif prunes and (message := _unlogged(config.pruning, stages[config.pruning.stage])):
+        yield Fault(where="pruning.metric", message=message)
 
 
 def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
@@ -234,21 +216,3 @@ def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
         direction, value = ("more", "false") if pruning.minimize else ("less", "true")
         return f"the {direction} {pruning.metric}, the better; set pruning.minimize: {value}"
     return ""
-
-
-def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
-    submission = slurm.submission(launch)
-    if submission is None:
-        return
-    if not submission.wait:
-        raise ConfigError(
-            "a sweep must wait for the jobs of its trials",
-            where="launch.backend.wait",
-            remedy="leave it true, the default",
-        )
-    if pruning.pruner is not Pruner.none:
-        raise ConfigError(
-            "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue",
-            where="pruning.pruner",
-            remedy="set it to none, or leave out launch/backend=slurm",
-        )

@@ -40,11 +40,8 @@ class Share:
 
 
 def shares(number: int, launch: LaunchConfig) -> list[Share]:
-    """The machine's cores and GPUs in ``number`` equal shares; Slurm assigns those of its jobs.
-
-    Raises:
-        ConfigError: the machine cannot be divided in this way.
-    """
+    """The machine's cores and GPUs in ``number`` equal shares; Slurm assigns those of its jobs. Raises ConfigError: the
+    machine cannot be divided in this way."""
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
     if number > 1 and launch.backend.num_machines > 1:
@@ -61,19 +58,16 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
             where="--at-once",
             remedy=f"--at-once {most}" if most else f"launch.num_processes={len(devices)}",
         )
+    if cores and number > len(cores):  # several trials have the same core
+        cores = [cores[index % len(cores)] for index in range(number)]
+    own = len(cores) // number
     return [
         Share(
-            cores=frozenset(_cores_of(cores, index, number)),
+            cores=frozenset(cores[index * own : (index + 1) * own]),
             devices=tuple(devices[index * each : (index + 1) * each]) if devices else None,
         )
         for index in range(number)
     ]
-
-
-def _cores_of(cores: Sequence[int], index: int, number: int) -> Sequence[int]:
-    """The cores of one share; with fewer cores than trials, several trials have the same core."""
-    each = len(cores) // number
-    return cores[index * each : (index + 1) * each] if each else cores[index % len(cores) :][:1] if cores else ()
 
 
 class Running:
@@ -117,18 +111,13 @@ class Running:
             return TrialOutcome.read(self._outcome)
         except FileNotFoundError:
             if code == DiskError.exit_code:
-                return TrialOutcome(code=code, error=str(self._without_room()))
+                message = f"its files cannot be written, not even the one about its end\n{tail(self._log)}".rstrip()
+                remedy, run = "free space and run again: nothing is lost", f"run {self._run_folder.name}"
+                return TrialOutcome(code=code, error=str(DiskError(message, where=run, remedy=remedy)))
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             return TrialOutcome(
                 code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
             )
-
-    def _without_room(self) -> DiskError:
-        return DiskError(
-            f"its files cannot be written, not even the one about its end\n{tail(self._log)}".rstrip(),
-            where=f"run {self._run_folder.name}",
-            remedy="free space and run again: nothing is lost",
-        )
 
     def ask_to_stop(self) -> None:
         """Asks the trial to stop and returns at once; the running stage saves first."""
@@ -171,20 +160,15 @@ class Curve:
         self._sign = 1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0
 
     def hopeless_at(self) -> int | None:
-        """Reports new steps to the study; returns the first step at which the trial should be stopped, or None.
-
-        A finished stage, such as one that is shared with other trials, is reported but not stopped.
-
-        Raises:
-            ConfigError: the stage's first line lacks the metric, so nothing would ever be pruned; the error suggests
-                one.
-        """
+        """Reports new steps to the study; returns the first step at which the trial should be stopped, or None. A
+        finished stage, such as one that is shared with other trials, is reported but not stopped. Raises ConfigError:
+        the stage's first line lacks the metric, so nothing would ever be pruned; the error suggests one."""
         if self._config.pruner is Pruner.none:
             return None
         for step, value in self._new_steps():
             self._last = step
             self._trial.report(self._sign * value, step)
-            if self._state() == "running" and self._trial.should_prune():
+            if self._entry().state == "running" and self._trial.should_prune():
                 return step
         return None
 
@@ -211,11 +195,7 @@ class Curve:
                 return written_rows(folder / METRICS)
         return []
 
-    def _state(self) -> str:
-        return self._entry().state
-
     def _record_file(self) -> tuple[int, int] | None:
-        """Which file the record is now: each new record replaces it."""
         try:
             stat = (self._run_folder / FILE).stat()
         except OSError:

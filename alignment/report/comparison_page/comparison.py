@@ -1,7 +1,5 @@
-"""Runs side by side in one HTML file: differing settings, arms, overlaid curves, answers, cost.
-
-Runs have letters; the others are compared with run A. The page states what a run lacks.
-"""
+"""Runs side by side in one HTML file: differing settings, arms, overlaid curves, answers, cost. Runs have letters; the
+others are compared with run A. The page states what a run lacks."""
 
 from __future__ import annotations
 
@@ -12,16 +10,17 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, Metric
+from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, ArmResult, Metric
 from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import scale_axis, scale_of, swatch, whisker
 from alignment.report.kit.render import NUM_OPEN_SAMPLES
 from alignment.report.run_page import run_tables
-from alignment.report.run_page.curves import Chart, overlaid
+from alignment.report.run_page.curves import overlaid
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Answer, Difference, Run, Sample, Stage
+from alignment.report.run_page.run_tables import Row, whisker_plot
 from alignment.report.run_page.sections import side_by_side
 from alignment.report.run_page.shown_rows import choose, gap
 from alignment.report.run_page.verdict import judge
@@ -43,54 +42,33 @@ def rule(primary: str | None) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SharedAnswer:
-    """An answer, and the indices of the runs that gave it."""
-
-    runs: list[int]
-    answer: Answer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shared:
-    """A prompt that several runs answered: ``arms`` are (arm, answers)."""
-
-    sample: Sample
-    why: str
-    arms: list[tuple[str, list[SharedAnswer]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chosen:
-    """``shown`` of ``count`` prompts that at least two of the runs answered by an arm of the same name."""
-
-    shown: list[Shared]
-    count: int
-
-
-def share(runs: Sequence[Run], num_samples: int) -> Chosen:
-    """The prompts to show."""
+def share(runs: Sequence[Run], num_samples: int) -> Row:
+    """The prompts to show (``shown``), and the ``count`` of those that at least two runs answered by an arm of the same
+    name. ``arms`` of a prompt are (arm, answers); an answer has the indices of the ``runs`` that gave it."""
     samples_by_prompt: dict[str, dict[int, Sample]] = {}
     for run_index, run in enumerate(runs):
         for sample in run.samples:
             samples_by_prompt.setdefault(sample.prompt, {}).setdefault(run_index, sample)
     together = [(next(iter(by_run.values())), _arms_of(by_run)) for by_run in samples_by_prompt.values()]
     shared = [(sample, arms) for sample, arms in together if arms]
-    widest = [_widest(sample, arms) for sample, arms in shared]
+    # each sample with the answers of the one arm in which the runs differ most
+    widest = [
+        max((replace(sample, answers=list(by_run.values())) for by_run in arms.values()), key=gap)
+        for sample, arms in shared
+    ]
     arms_of = {id(chosen_sample): arms for chosen_sample, (_, arms) in zip(widest, shared, strict=True)}
     shown = [
-        Shared(
-            sample=chosen_sample.sample,
-            why=chosen_sample.why,
-            arms=[(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen_sample.sample)].items()],
-        )
-        for chosen_sample in choose(widest, num_samples, widest=WIDEST)
+        {
+            "sample": chosen.sample,
+            "why": chosen.why,
+            "arms": [(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen.sample)].items()],
+        }
+        for chosen in choose(widest, num_samples, widest=WIDEST)
     ]
-    return Chosen(shown=shown, count=len(shared))
+    return {"shown": shown, "count": len(shared)}
 
 
 def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
-    """The answers of each arm by run index, for arms that at least two runs have."""
     arms: dict[str, dict[int, Answer]] = {}
     for run_index, sample in by_run.items():
         for answer in sample.answers:
@@ -98,20 +76,12 @@ def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
     return {arm: answers for arm, answers in arms.items() if len(answers) > 1}
 
 
-def _widest(sample: Sample, arms: dict[str, dict[int, Answer]]) -> Sample:
-    """The sample with the answers of the one arm in which the runs differ most."""
-    return max((replace(sample, answers=list(by_run.values())) for by_run in arms.values()), key=gap)
-
-
-def _different(by_run: dict[int, Answer]) -> list[SharedAnswer]:
+def _different(by_run: dict[int, Answer]) -> list[Row]:
     """Each answer once; the same text with other scores, as after a change of a metric, is another one."""
-    different: dict[tuple[object, ...], SharedAnswer] = {}
+    different: dict[tuple[object, ...], Row] = {}
     for run_index, answer in by_run.items():
         key = (answer.text, *answer.later, *sorted(answer.scores.items()))
-        if key in different:
-            different[key].runs.append(run_index)
-        else:
-            different[key] = SharedAnswer(runs=[run_index], answer=answer)
+        different.setdefault(key, {"runs": [], "answer": answer})["runs"].append(run_index)
     return list(different.values())
 
 
@@ -129,14 +99,9 @@ def build_comparison(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> None:
-    """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``.
-
-    ``settings`` are those that differ, with a value for each run; ``differences`` are relative to the first run.
-    ``primary`` is the metric by which runs are compared, if there is any.
-
-    Raises:
-        ArtifactError: a run.json is missing or unreadable.
-    """
+    """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``. ``settings`` are
+    those that differ, with a value for each run; ``differences`` are relative to the first run. ``primary`` is the
+    metric by which runs are compared, if there is any. Raises ArtifactError: a run.json is missing or unreadable."""
     runs = [
         ListedRun(look=look, letter=letter, run=read_run(folder))
         for look, (letter, folder) in enumerate(zip(string.ascii_uppercase, folders, strict=False))
@@ -154,17 +119,14 @@ class ListedRun:
 
     @property
     def swatch(self) -> Markup:
-        """The line and mark of the run."""
         return swatch(self.look)
 
     @property
     def facts(self) -> dict[str, str]:
-        """Facts about the run, by heading."""
         return dict(run_tables.facts(self.run))
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the run for the reader."""
         return ([] if self.run.evaluation else [self.run.evaluation_note]) + judge(self.run).warnings
 
 
@@ -175,7 +137,6 @@ def page(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> str:
-    """The page as HTML."""
     shared = share([listed.run for listed in runs], NUM_SAMPLES)
     by_primary = [item for item in differences if primary is not None and item.metric.name == primary.name]
     return template("comparison.html.j2").render(
@@ -195,9 +156,6 @@ def page(
         num_open=NUM_OPEN_SAMPLES,
         costs=_costs(runs),
     )
-
-
-# ---- sentences ------------------------------------------------------------------------------------------------------
 
 
 def _lead(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> str:
@@ -251,101 +209,40 @@ def _bounds(item: Interval) -> str:
     return "" if item.low is None or item.high is None else f"{text.signed(item.low)} to {text.signed(item.high)}"
 
 
-# ---- arms -----------------------------------------------------------------------------------------------------------
+def _listed_arms(runs: Sequence[ListedRun]) -> list[tuple[ListedRun, ArmResult]]:
+    """The arms in the evaluations; the runs of an arm follow each other."""
+    every = [(listed, arm) for listed in runs if listed.run.evaluation for arm in listed.run.evaluation.arms]
+    order = list(dict.fromkeys(arm.name for _, arm in every))
+    return sorted(every, key=lambda pair: order.index(pair[1].name))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArmsTable:
-    """``rows`` are (arm, run, cells); a cell is (value, bounds) as text, one per heading."""
-
-    headings: list[str]
-    rows: list[tuple[str, ListedRun, list[tuple[str, str]]]]
-
-
-def _arm_names(runs: Sequence[ListedRun]) -> list[str]:
-    return list(
-        dict.fromkeys(arm.name for listed in runs if listed.run.evaluation for arm in listed.run.evaluation.arms)
-    )
-
-
-def _arms(runs: Sequence[ListedRun]) -> ArmsTable:
-    """Every value of the arms in the evaluations; the runs of an arm follow each other."""
-    rows_of_arms = [
-        (arm.label, listed, arm.all_metrics)
-        for name in _arm_names(runs)
-        for listed in runs
-        if listed.run.evaluation
-        for arm in listed.run.evaluation.arms
-        if arm.name == name
+def _arms(runs: Sequence[ListedRun]) -> Row:
+    """Every value of the arms, as ``headings`` and ``rows`` (arm, run, cells); a cell is (value, bounds)."""
+    every = [(arm.label, listed, arm.all_metrics) for listed, arm in _listed_arms(runs)]
+    headings = list(dict.fromkeys(heading for _, _, figures in every for heading in figures))
+    rows = [
+        (label, listed, [_arm_cell(figures.get(heading)) for heading in headings]) for label, listed, figures in every
     ]
-    headings = list(dict.fromkeys(heading for _, _, figures in rows_of_arms for heading in figures))
-    return ArmsTable(
-        headings=headings,
-        rows=[
-            (label, listed, [_cell(figures.get(heading)) for heading in headings])
-            for label, listed, figures in rows_of_arms
-        ],
-    )
+    return {"headings": headings, "rows": rows}
 
 
-def _cell(item: Interval | None) -> tuple[str, str]:
+def _arm_cell(item: Interval | None) -> tuple[str, str]:
     if item is None:
         return "–", ""
     digits = 1 if abs(item.mean) >= 10 else 2
     return text.number(item.mean, digits), run_tables.bounds(item, digits)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlotRow:
-    """A row of an interval plot: a run's value, or its difference from the first run's."""
-
-    arm: str
-    listed: ListedRun
-    svg: Markup
-    value: str
-    bounds: str
-    verdict: str = ""
-    tone: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """Rows on one axis; ``others`` are sentences about differences that cannot be drawn."""
-
-    title: str
-    rows: list[PlotRow]
-    axis: Markup
-    others: list[str]
-
-
-def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Block | None:
-    """The metric of every arm in every run on one axis."""
-    known = [
-        (_label(name), listed, arm.metrics[metric])
-        for name in _arm_names(runs)
-        for listed in runs
-        if listed.run.evaluation
-        for arm in listed.run.evaluation.arms
-        if arm.name == name and metric in arm.metrics
-    ]
+def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Row | None:
+    known = [(listed, arm) for listed, arm in _listed_arms(runs) if metric in arm.metrics]
     if not known:
         return None
-    scale = scale_of([mean for _, _, mean in known], within=(0.0, 1.0), include=None)
-    rows = [
-        PlotRow(
-            arm=label,
-            listed=listed,
-            svg=whisker(mean, scale, tone=f"s{listed.look}", rule=None),
-            value=text.number(mean.mean),
-            bounds=run_tables.bounds(mean),
-        )
-        for label, listed, mean in known
-    ]
-    return Block(title=metric, rows=rows, axis=scale_axis(scale), others=[])
+    plot = whisker_plot([(_label(arm.name), arm.metrics[metric], f"s{listed.look}") for listed, arm in known])
+    rows = [row | {"arm": row["label"], "listed": listed} for row, (listed, _) in zip(plot["rows"], known, strict=True)]
+    return plot | {"title": metric, "rows": rows}
 
 
-def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> list[Block]:
-    """Differences from the first run, a block for each metric of the answers, the primary metric first."""
+def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> list[Row]:
     first = None if primary is None else primary.name
     names = sorted(dict.fromkeys(difference.metric.name for difference in differences), key=lambda name: name != first)
     return [
@@ -354,7 +251,8 @@ def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primar
     ]
 
 
-def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Difference]) -> Block:
+def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Difference]) -> Row:
+    """``rows`` on one ``axis``; ``others`` are sentences about differences that cannot be drawn."""
     known = [(difference, difference.interval) for difference in differences if difference.interval is not None]
     others = [
         f"{_label(difference.arm)}: {runs[difference.run].letter} was evaluated on different prompts than "
@@ -363,22 +261,21 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
         if difference.interval is None
     ]
     if not known:
-        return Block(title=text.name(metric), rows=[], axis=Markup(""), others=others)
+        return {"title": text.name(metric), "rows": [], "others": others}
     scale = scale_of([interval for _, interval in known], within=None, include=0.0)
-    rows = []
-    for difference, interval in known:
-        rows.append(
-            PlotRow(
-                arm=_label(difference.arm),
-                listed=runs[difference.run],
-                svg=whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
-                value=text.signed(interval.mean),
-                bounds=_bounds(interval),
-                verdict="real" if difference.real else difference.verdict,
-                tone=run_tables.TONES.get(difference.verdict, run_tables.TONES[NO_DIFFERENCE]),
-            )
-        )
-    return Block(title=text.name(metric), rows=rows, axis=scale_axis(scale), others=others)
+    rows = [
+        {
+            "arm": _label(difference.arm),
+            "listed": runs[difference.run],
+            "svg": whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
+            "value": text.signed(interval.mean),
+            "bounds": _bounds(interval),
+            "verdict": "real" if difference.real else difference.verdict,
+            "tone": run_tables.TONES.get(difference.verdict, run_tables.TONES[NO_DIFFERENCE]),
+        }
+        for difference, interval in known
+    ]
+    return {"title": text.name(metric), "rows": rows, "axis": scale_axis(scale), "others": others}
 
 
 def _results(runs: Sequence[ListedRun]) -> list[tuple[str, ResultTable, list[str]]]:
@@ -394,57 +291,42 @@ def _results(runs: Sequence[ListedRun]) -> list[tuple[str, ResultTable, list[str
     ]
 
 
-# ---- curves and cost ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageCurves:
-    """A stage's charts with a line for each run that has it; ``notes`` name runs without a line, or with the same
-    one."""
-
-    name: str
-    kind: str
-    charts: list[Chart]
-    notes: list[str]
-
-
-def _curves(runs: Sequence[ListedRun]) -> list[StageCurves]:
-    """Groups stages of one name and kind. A result that several runs share is drawn once, for the first run."""
+def _curves(runs: Sequence[ListedRun]) -> list[Row]:
+    """Charts of stages of one name and kind, with a line for each run that has it; ``notes`` name runs without a line,
+    or with the same one. A result that several runs share is drawn once, for the first run."""
     groups: dict[tuple[str, str], list[tuple[ListedRun, Stage]]] = {}
     for listed in runs:
         for stage in listed.run.stages:
             groups.setdefault((stage.name, stage.kind), []).append((listed, stage))
-    curves = [_stage_curves(name, kind, stages) for (name, kind), stages in groups.items()]
-    return [stage for stage in curves if stage.charts or stage.notes]
-
-
-def _stage_curves(name: str, kind: str, stages: Sequence[tuple[ListedRun, Stage]]) -> StageCurves:
-    notes: list[str] = []
-    drawn: dict[str, tuple[str, int, Stage]] = {}
-    for listed, stage in stages:
-        if not stage.metrics:
-            if stage.manifest is None and trains(kind):
-                notes.append(f"{listed.letter} has no curves for this stage yet ({stage.state}).")
-        elif stage.artifact in drawn:
-            notes.append(f"{listed.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")
-        else:
-            drawn[stage.artifact] = (listed.letter, listed.look, stage)
-    charts = overlaid(list(drawn.values())) if drawn else []
-    return StageCurves(name=name, kind=kind, charts=charts, notes=notes)
+    curves = []
+    for (name, kind), stages in groups.items():
+        notes: list[str] = []
+        drawn: dict[str, tuple[str, int, Stage]] = {}
+        for listed, stage in stages:
+            if not stage.metrics:
+                if stage.manifest is None and trains(kind):
+                    notes.append(f"{listed.letter} has no curves for this stage yet ({stage.state}).")
+            elif stage.artifact in drawn:
+                notes.append(f"{listed.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")
+            else:
+                drawn[stage.artifact] = (listed.letter, listed.look, stage)
+        charts = overlaid(list(drawn.values())) if drawn else []
+        if charts or notes:
+            curves.append({"name": name, "kind": kind, "charts": charts, "notes": notes})
+    return curves
 
 
 def _costs(runs: Sequence[ListedRun]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """For each stage, each run's (time, peak memory, whether it was reused)."""
-    rows_by_run = [{row.name: row for row in run_tables.usage_rows(listed.run)} for listed in runs]
+    rows_by_run = [{row["name"]: row for row in run_tables.usage_rows(listed.run)} for listed in runs]
     names = dict.fromkeys(name for rows in rows_by_run for name in rows)
+    absent = {"seconds": "–", "memory": "–", "state": ""}
     return [
         (
             name,
             [
-                (rows[name].seconds, rows[name].memory, rows[name].state == "reused")
-                if name in rows
-                else ("–", "–", False)
-                for rows in rows_by_run
+                (row["seconds"], row["memory"], row["state"] == "reused")
+                for row in (rows.get(name, absent) for rows in rows_by_run)
             ],
         )
         for name in names

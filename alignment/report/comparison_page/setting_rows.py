@@ -8,10 +8,8 @@ from typing import Any
 
 
 def flat(tree: Any, key: str = "") -> dict[str, Any]:
-    """Values by dotted key: ``{"scorers": [{"source": "reward"}]}`` gives ``scorers[0].source``.
-
-    A list of plain values is one value, and so is an empty mapping or list.
-    """
+    """Values by dotted key: ``{"scorers": [{"source": "reward"}]}`` gives ``scorers[0].source``. A list of plain values
+    is one value, and so is an empty mapping or list."""
     if isinstance(tree, Mapping) and tree:
         branches = [(f"{key}.{name}" if key else str(name), value) for name, value in tree.items()]
     elif isinstance(tree, list) and any(isinstance(item, (Mapping, list)) for item in tree):

@@ -88,10 +88,8 @@ def thinned(points: Points, most: int) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """The mean of a window around each point, about a fifteenth of the series wide, so that it does not lag.
-
-    The window is cut at the ends of the series; gaps stay gaps.
-    """
+    """The mean of a window around each point, about a fifteenth of the series wide, so that it does not lag. The window
+    is cut at the ends of the series; gaps stay gaps."""
     half = max(2, len(points) // 30)
     sums, counts = [0.0], [0]
     for _, y in points:

@@ -1,8 +1,5 @@
-"""Makes every page: one HTML file without scripts, requests or other files.
-
-A page holds text from data sets and models, so templates escape everything. A content security policy in the page also
-forbids scripts and requests.
-"""
+"""Makes every page: one HTML file without scripts, requests or other files. A page holds text from data sets and
+models, so templates escape everything. A content security policy in the page also forbids scripts and requests."""
 
 from __future__ import annotations
 

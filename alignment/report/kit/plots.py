@@ -1,7 +1,5 @@
 """Learning curves and interval plots as inline SVG. Colours are CSS classes, so that the style sheet can set the theme.
-
-Every text from outside passes ``Markup.format``, which escapes it.
-"""
+Every text from outside passes ``Markup.format``, which escapes it."""
 
 from __future__ import annotations
 
@@ -27,11 +25,9 @@ MIN_LINE_GAP = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A series of a chart.
-
-    ``label`` is drawn below its last value, and is empty if a chart has one line; ``tag``, a letter or two, is drawn
-    before the value. ``look`` is the number of its colour, dashes and mark; None is its index in the chart.
-    """
+    """A series of a chart. ``label`` is drawn below its last value, and is empty if a chart has one line; ``tag``, a
+    letter or two, is drawn before the value. ``look`` is the number of its colour, dashes and mark; None is its index
+    in the chart."""
 
     points: Points
     label: str = ""
@@ -58,11 +54,9 @@ class Frame:
 
 
 def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: bool = True) -> Markup:
-    """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right.
-
-    ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point. An axis of
-    steps has whole numbers.
-    """
+    """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right. ``guide`` is a
+    value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point. An axis of steps has whole
+    numbers."""
     lines = [replace(line, look=index) if line.look is None else line for index, line in enumerate(lines)]
     values = [y for line in lines for _, y in line.points if y is not None]
     steps = [x for line in lines for x, y in line.points if y is not None]
@@ -71,8 +65,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: boo
         low_x, high_x = low_x - 1, high_x + 1
     low_y, high_y = padded(values if guide is None else [*values, guide])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y)
-    parts = [_y_axis(frame), _x_axis(frame, max(steps), whole=over_steps)]
-    parts.append(_guide(frame, guide))
+    parts = [_y_axis(frame), _x_axis(frame, max(steps), whole=over_steps), _guide(frame, guide)]
     parts += [_series(line.points, frame, line.look) for line in lines]
     parts.append(_end_labels(lines, frame))
     return _drawing(_spoken(title, lines), parts)
@@ -80,21 +73,16 @@ def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: boo
 
 def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: float | None) -> Markup:
     """Dots on their intervals over a logarithmic axis labelled with the points' values; a line joins the means.
-
-    ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted.
-    """
+    ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted."""
     scale = scale_of([item for _, item in points], within=(0.0, 1.0), include=guide)
     xs = sorted({x for x, _ in points})
     low_x, high_x = padded([math.log10(x) for x in xs])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=scale.low, high_y=scale.high)
     pixels = {x_value: frame.x(math.log10(x_value)) for x_value in xs}
-    drawn = [_y_axis(frame), _axis_of_values(pixels)]
-    drawn.append(_guide(frame, guide))
-    drawn += [_upright(pixels[x], item, frame) for x, item in points]
+    drawn = [_y_axis(frame), _axis_of_values(pixels), _guide(frame, guide)]
     means = [fmean(item.mean for x, item in points if x == x_value) for x_value in xs]
     joined = _path([(math.log10(x_value), mean) for x_value, mean in zip(xs, means, strict=True)], frame)
-    drawn.append(Markup('<path class="line s0" d="{}"/>').format(joined))
-    drawn += [_dot(pixels[x], frame.y(item.mean)) for x, item in points]
+    drawn += _joined([(pixels[x], item) for x, item in points], joined, frame)
     last = means[-1]
     drawn.append(_label(WIDTH - RIGHT + 7, frame.y(last) + 4, text.compact(last), "end s0"))
     spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x, 0)}" for x, item in points)
@@ -109,12 +97,8 @@ def interval_scatter(
     marked: set[int],
     guide: float | None = None,
 ) -> Markup:
-    """Dots on their intervals at positions from 0 to 1 along an axis with ``ticks``.
-
-    Points with an index in ``marked`` have another colour.
-
-    ``guide`` is drawn dotted.
-    """
+    """Dots on their intervals at positions from 0 to 1 along an axis with ``ticks``. Points with an index in ``marked``
+    have another colour. ``guide`` is drawn dotted."""
     scale = scale_of([item for _, item in points], within=None, include=guide)
     frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
     parts = [_y_axis(frame), _axis_below([frame.x(position) for position, _ in ticks], [label for _, label in ticks])]
@@ -128,17 +112,14 @@ def interval_scatter(
 
 def calibration_curve(points: list[tuple[float, Interval]], *, title: str) -> Markup:
     """How often a model is right over its confidence, both from chance to certainty; the dotted line is equality.
-
-    ``points`` are in order of x, which lies in [.5, 1].
-    """
+    ``points`` are in order of x, which lies in [.5, 1]."""
     low_y = min(0.5, *(item.mean if item.low is None else item.low for _, item in points))
     frame = Frame(low_x=0.5, high_x=1.0, low_y=max(0.0, low_y - 0.02), high_y=1.0)
     ticks = nice_ticks(0.5, 1.0, 5)
     parts = [_y_axis(frame), _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))]
     parts.append(Markup('<path class="guide" d="{}"/>').format(_path([(0.5, 0.5), (1.0, 1.0)], frame)))
-    parts += [_upright(frame.x(x), item, frame) for x, item in points]
-    parts.append(Markup('<path class="line s0" d="{}"/>').format(_path([(x, item.mean) for x, item in points], frame)))
-    parts += [_dot(frame.x(x), frame.y(item.mean)) for x, item in points]
+    means = _path([(x, item.mean) for x, item in points], frame)
+    parts += _joined([(frame.x(x), item) for x, item in points], means, frame)
     spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x)}" for x, item in points)
     return _drawing(f"{title}: {spoken}", parts)
 
@@ -163,6 +144,13 @@ def histogram(edges: list[float], counts: list[int], *, title: str) -> Markup:
     return _drawing(f"{title}: {wrong} of {sum(counts)} below 0", parts)
 
 
+def _joined(points: list[tuple[float, Interval]], line: str, frame: Frame) -> list[Markup]:
+    """Dots on their intervals, joined by a line."""
+    uprights = [_upright(x, item, frame) for x, item in points]
+    dots = [_dot(x, frame.y(item.mean)) for x, item in points]
+    return [*uprights, Markup('<path class="line s0" d="{}"/>').format(line), *dots]
+
+
 def _drawing(spoken: str, parts: list[Markup]) -> Markup:
     return Markup('<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, spoken, Markup("").join(parts)
@@ -170,7 +158,6 @@ def _drawing(spoken: str, parts: list[Markup]) -> Markup:
 
 
 def _spoken(title: str, lines: list[Line]) -> str:
-    """The text for screen readers."""
     parts = []
     for line in lines:
         known = [y for _, y in line.points if y is not None]
@@ -188,12 +175,12 @@ def _y_axis(frame: Frame) -> Markup:
     parts = []
     for tick, label in zip(ticks, tick_labels(ticks), strict=True):
         parts.append(_rule(LEFT, frame.y(tick), WIDTH - RIGHT, "grid"))
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                LEFT - 6, frame.y(tick) + 3.5, label
-            )
-        )
+        parts.append(_tick(LEFT - 6, f"{frame.y(tick) + 3.5:.1f}", "end", label))
     return Markup("").join(parts)
+
+
+def _tick(x: object, y: object, anchor: str, label: str) -> Markup:
+    return Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, label)
 
 
 def _guide(frame: Frame, value: float | None) -> Markup:
@@ -204,8 +191,7 @@ def _guide(frame: Frame, value: float | None) -> Markup:
     line = _rule(LEFT, y, WIDTH - RIGHT, "guide")
     if any(abs(frame.y(tick) - y) < MIN_LINE_GAP for tick in nice_ticks(frame.low_y, frame.high_y, 5)):
         return line
-    number = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
-    return line + number.format(LEFT - 6, y + 3.5, f"{value:.3g}".replace("-", text.MINUS))
+    return line + _tick(LEFT - 6, f"{y + 3.5:.1f}", "end", f"{value:.3g}".replace("-", text.MINUS))
 
 
 def _x_axis(frame: Frame, last: float, *, whole: bool) -> Markup:
@@ -226,16 +212,11 @@ def _axis_of_values(pixels: dict[float, float]) -> Markup:
 
 
 def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
-    parts = [_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis")]
-    for x, label in zip(pixels, labels, strict=True):
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 8, label)
-        )
-    return Markup("").join(parts)
+    numbers = [_tick(f"{x:.1f}", HEIGHT - 8, "middle", label) for x, label in zip(pixels, labels, strict=True)]
+    return Markup("").join([_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis"), *numbers])
 
 
 def _upright(x: float, item: Interval, frame: Frame, colour: int = 0) -> Markup:
-    """The interval as a vertical line; empty if none was recorded."""
     if item.low is None or item.high is None:
         return Markup("")
     bounds = frame.y(item.low), frame.y(item.high)
@@ -297,7 +278,6 @@ MARKS = (
 
 
 def mark(look: int, x: float, y: float, kind: str) -> Markup:
-    """The mark of a series at a point."""
     return Markup('<path class="{}" d="M{:.1f} {:.1f}{}"/>').format(kind, x, y, MARKS[look % len(MARKS)])
 
 
@@ -337,10 +317,8 @@ def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, i
 
 
 def whisker(item: Interval, scale: Scale, *, tone: str, rule: float | None) -> Markup:
-    """A dot on its interval; ``rule`` is the position of a reference line: no difference, or chance.
-
-    The inner drawing is at half height, so its parts keep their size in a row of any height.
-    """
+    """A dot on its interval; ``rule`` is the position of a reference line: no difference, or chance. The inner drawing
+    is at half height, so its parts keep their size in a row of any height."""
     grid = [_vertical(scale.percent(tick), "grid") for tick in scale.ticks if tick != rule]
     if rule is not None:
         grid.append(_vertical(scale.percent(rule), "guide" if rule else "zero"))
@@ -361,10 +339,6 @@ def _vertical(x: str, kind: str) -> Markup:
 
 
 def scale_axis(scale: Scale) -> Markup:
-    """The numbers under an interval plot."""
-    parts = []
-    for tick, label in zip(scale.ticks, tick_labels(scale.ticks), strict=True):
-        parts.append(
-            Markup('<text class="tick" x="{}" y="14" text-anchor="middle">{}</text>').format(scale.percent(tick), label)
-        )
+    labelled = zip(scale.ticks, tick_labels(scale.ticks), strict=True)
+    parts = [_tick(scale.percent(tick), 14, "middle", label) for tick, label in labelled]
     return Markup('<svg class="interval foot" aria-hidden="true">{}</svg>').format(Markup("").join(parts))

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Evaluation
-from alignment.records.interval import Interval
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
 from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
-from alignment.report.run_page.curves import Chart, charts, num_gaps
+from alignment.report.run_page.curves import charts, num_gaps
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
-from alignment.report.run_page.shown_rows import PeopleRow, choose, people_rows, rule
+from alignment.report.run_page.shown_rows import choose, people_rows, rule
 from alignment.report.run_page.verdict import judge
 from alignment.stages.registry import trains
 
@@ -29,32 +26,22 @@ NUM_OPEN_SAMPLES = 3
 
 
 def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
-    """Writes the report about the run in ``run_folder`` (``runs/<run>``) to the file ``output``.
-
-    What the run lacks is stated on the page. The same files give the same bytes.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-        ConfigError: ``num_samples`` is negative.
-    """
+    """Writes the report about the run in ``run_folder`` (``runs/<run>``) to the file ``output``. What the run lacks is
+    stated on the page. The same files give the same bytes. Raises ArtifactError: run.json is missing or unreadable;
+    ConfigError: ``num_samples`` is negative."""
     if num_samples < 0:
         raise ConfigError(f"{num_samples} is negative", where="num_samples", remedy="give 0 or more")
     write_page(page(read_run(run_folder), num_samples=num_samples), output)
 
 
 def page(run: Run, *, num_samples: int) -> str:
-    """The page as HTML."""
     return template("report.html.j2").render(_drawn(run, num_samples))
 
 
 def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collection[str] = ()) -> str:
-    """The element ``main`` of the report about a run, for a page with another frame.
-
-    ``state`` is that of the run, and ``killed`` names its killed stages: a run that was killed could not record them.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-    """
+    """The element ``main`` of the report about a run, for a page with another frame. ``state`` is that of the run, and
+    ``killed`` names its killed stages: a run that was killed could not record them. Raises ArtifactError: run.json is
+    missing or unreadable."""
     run = read_run(run_folder)
     stages = [replace(stage, state="killed") if stage.name in killed else stage for stage in run.stages]
     run = replace(run, record=replace(run.record, state=state), stages=stages)
@@ -62,7 +49,6 @@ def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collect
 
 
 def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
-    """What the templates take."""
     chosen = choose(run.samples, num_samples)
     return {
         "run": run,
@@ -73,12 +59,12 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
         "evaluated": _evaluated(run.evaluation),
         "cards": [card_view(card) for card in run.cards],
         "sizes": size_curves(run),
-        "learning": [(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
+        "learning": [(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _has_curves(stage)],
         "left_out": [stage for stage in run.stages if stage.left_out],
         "chosen": chosen,
         "num_open": NUM_OPEN_SAMPLES,
         "rule": rule(run.evaluation.primary if run.evaluation else None),
-        "label": run.evaluation.label if run.evaluation else _label,
+        "label": (run.evaluation or Evaluation()).label,
         "usage": run_tables.usage_rows(run),
         "lineage": [(stage, run_tables.lineage(stage)) for stage in run.stages],
         "settings": [(stage, run_tables.settings(stage)) for stage in run.stages],
@@ -86,57 +72,34 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluated:
-    """The tables and plots of the evaluation."""
-
-    plot: run_tables.WhiskerPlot | None
-    arms: run_tables.ArmTable
-    comparisons: list[run_tables.ComparisonRow]
-    axis: Markup
-    other_comparisons: list[run_tables.OtherComparisonRow]
-    judged: list[run_tables.JudgedRow]
-    judged_by_people: list[PeopleRow]
-    tasks: list[tuple[str, list[tuple[str, int]]]]
-    turns: list[list[Interval | None]]
-
-
-def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
+def _evaluated(evaluation: Evaluation | None) -> run_tables.Row | None:
     if evaluation is None:
         return None
     comparisons, axis = run_tables.comparison_rows(evaluation)
-    return Evaluated(
-        plot=run_tables.primary_plot(evaluation),
-        arms=run_tables.arm_table(evaluation),
-        comparisons=comparisons,
-        axis=axis,
-        other_comparisons=run_tables.other_comparison_rows(evaluation),
-        judged=run_tables.judged_rows(evaluation),
-        judged_by_people=people_rows(evaluation),
-        tasks=run_tables.task_rows(evaluation),
-        turns=run_tables.turn_rows(evaluation),
-    )
+    return {
+        "plot": run_tables.primary_plot(evaluation),
+        "arms": run_tables.arm_table(evaluation),
+        "comparisons": comparisons,
+        "axis": axis,
+        "other_comparisons": run_tables.other_comparison_rows(evaluation),
+        "judged": run_tables.judged_rows(evaluation),
+        "judged_by_people": people_rows(evaluation),
+        "tasks": run_tables.task_rows(evaluation),
+        "turns": run_tables.turn_rows(evaluation),
+    }
 
 
-def _learns(stage: Stage) -> bool:
-    """Whether a stage has curves, or should have them."""
+def _has_curves(stage: Stage) -> bool:
     return bool(stage.metrics or stage.notes) or trains(stage.kind)
 
 
 def _curve_notes(stage: Stage) -> list[str]:
-    """Notes on a stage's curves, or the reason why there are none."""
     notes = list(stage.notes)
-    drawn: list[Chart] = charts(stage)
     if not stage.metrics:
-        notes.append(
-            "It left no metrics.jsonl, so there are no curves." if stage.state != "waiting" else "Not started."
-        )
-    elif not drawn:
+        waits = stage.state == "waiting"
+        notes.append("Not started." if waits else "It left no metrics.jsonl, so there are no curves.")
+    elif not charts(stage):
         notes.append("Its metrics.jsonl contains none of the metrics that are drawn for this kind of stage.")
     if gaps := num_gaps(stage):
         notes.append(f"{gaps} value{'s were' if gaps > 1 else ' was'} not finite; the lines have gaps there.")
     return notes
-
-
-def _label(name: str) -> str:
-    return name.removeprefix("stage:")

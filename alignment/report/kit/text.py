@@ -34,11 +34,9 @@ def share(value: float | None) -> str:
         return "–"
     percent = value * 100
     if 99 < percent < 100 or 0 < percent < 1:
-        return (
-            f"{percent:.1f}\u202f%"
-            if 0.05 <= percent < 99.95
-            else ("> 99.9\u202f%" if percent > 50 else "< 0.1\u202f%")
-        )
+        if 0.05 <= percent < 99.95:
+            return f"{percent:.1f}\u202f%"
+        return "> 99.9\u202f%" if percent > 50 else "< 0.1\u202f%"
     return f"{percent:.0f}\u202f%"
 
 
@@ -104,9 +102,7 @@ def _visible(value: Any) -> str:
 
 def prose(value: Any) -> str:
     """Text of several lines, with a visible mark for characters that HTML cannot hold or that would reorder it.
-
-    Right-to-left letters need no overrides; an override in a model's answer only hides its content.
-    """
+    Right-to-left letters need no overrides; an override in a model's answer only hides its content."""
     return "".join("\ufffd" if _unwelcome(c) else c for c in str(value))
 
 
@@ -132,11 +128,9 @@ def finite(value: Any) -> float | None:
     return result if math.isfinite(result) and abs(result) < 1e30 else None
 
 
-def _drawable(number: float) -> float | None:
-    return None if finite(number) is None else number
-
-
-FOR_A_PAGE = Cleaning(prose=prose, line=name, name=path_end, number=_drawable)
+FOR_A_PAGE = Cleaning(
+    prose=prose, line=name, name=path_end, number=lambda value: None if finite(value) is None else value
+)
 
 
 def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:

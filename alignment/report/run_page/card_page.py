@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-
-from markupsafe import Markup
+from collections.abc import Iterator
 
 from alignment.records.interval import Interval
-from alignment.records.reward_card import Calibration, Change, Learned, Length, Rescored, RewardCard
+from alignment.records.reward_card import Learned, Length, RewardCard
 from alignment.report.kit import text
-from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
+from alignment.report.kit.plots import calibration_curve, histogram
 from alignment.report.run_page.run_records import Card
-from alignment.report.run_page.run_tables import Whisker, WhiskerPlot, bounds
+from alignment.report.run_page.run_tables import Row, bounds, whisker_plot
 
 MODEL = "reward model"
 CHANCE = 0.5
@@ -21,57 +18,29 @@ FEW_WORDS = 8
 """How many words for and against an answer the page names."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A plot as the page shows it."""
-
-    title: str
-    caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChangeRow:
-    """A change that should move no score, and how far it moved scores, by number format."""
-
-    name: str
-    by_format: dict[str, Change]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CardView:
-    """A card with its plots and tables; ``figures`` are (heading, value), ``spread`` the scores' standard deviation."""
-
-    stage: str
-    card: RewardCard
-    judges: WhiskerPlot
-    plots: list[Figure]
-    figures: list[tuple[str, str]]
-    changes: list[ChangeRow]
-    formats: list[str]
-    spread: float | None
-
-
-def card_view(card: Card) -> CardView:
-    """The card, ready for the template."""
+def card_view(card: Card) -> Row:
+    """The card with its plots and tables, for the template; ``spread`` is the scores' standard deviation."""
     formats = {} if card.record.invariances is None else card.record.invariances.formats
-    changes = list(_changes(formats))
-    return CardView(
-        stage=card.stage,
-        card=card.record,
-        judges=_judges(card.record),
-        plots=list(plots(card.record)),
-        figures=list(_figures(card.record)),
-        changes=changes,
-        formats=list(dict.fromkeys(name for change in changes for name in change.by_format)),
-        spread=next((scores.spread for scores in formats.values()), None),
-    )
-
-
-def _changes(formats: Mapping[str, Rescored]) -> Iterator[ChangeRow]:
-    for name in dict.fromkeys(name for scores in formats.values() for name in scores.changes):
-        by_format = {form: scores.changes[name] for form, scores in formats.items() if name in scores.changes}
-        yield ChangeRow(name=name, by_format=by_format)
+    names = dict.fromkeys(name for scores in formats.values() for name in scores.changes)
+    changes = [
+        {
+            "name": name,
+            "by_format": {form: scores.changes[name] for form, scores in formats.items() if name in scores.changes},
+        }
+        for name in names
+    ]
+    known = [(MODEL, card.record.accuracy), *((judge.name, judge.accuracy) for judge in card.record.baselines)]
+    accuracies = [(name, accuracy, "plain" if index else "trained") for index, (name, accuracy) in enumerate(known)]
+    return {
+        "stage": card.stage,
+        "card": card.record,
+        "judges": whisker_plot(accuracies, rule=CHANCE, digits=3),
+        "plots": list(plots(card.record)),
+        "figures": list(_figures(card.record)),
+        "changes": changes,
+        "formats": list(dict.fromkeys(form for form, scores in formats.items() if scores.changes)),
+        "spread": next((scores.spread for scores in formats.values()), None),
+    }
 
 
 def lead(card: Card) -> str:
@@ -82,38 +51,27 @@ def lead(card: Card) -> str:
     return f"{right}{f' ({within})' if within else ''}{f'; {text.listing(others)}' if others else ''}."
 
 
-def plots(card: RewardCard) -> Iterator[Figure]:
+def plots(card: RewardCard) -> Iterator[Row]:
     """The calibration curve and the histogram of margins, if the card has them."""
     if bins := card.calibration.bins:
         caption = "share of pairs that it gets right, by its confidence; dotted: perfect calibration"
         points = [(part.confidence, Interval(mean=part.share, low=part.low, high=part.high)) for part in bins]
-        yield Figure(title="Calibration", caption=caption, svg=calibration_curve(points, title="Calibration"))
+        yield {"title": "Calibration", "caption": caption, "svg": calibration_curve(points, title="Calibration")}
     edges, counts = card.margins.edges, card.margins.counts
     if counts and len(edges) == len(counts) + 1:
         caption = "pairs by margin: score of chosen − rejected; below 0 it is wrong"
-        yield Figure(title="Margins", caption=caption, svg=histogram(edges, counts, title="Margins"))
-
-
-def _judges(card: RewardCard) -> WhiskerPlot:
-    known = [(MODEL, card.accuracy), *((judge.name, judge.accuracy) for judge in card.baselines)]
-    scale = scale_of([accuracy for _, accuracy in known], within=(0.0, 1.0), include=CHANCE)
-    rows = [
-        Whisker(
-            label=name,
-            svg=whisker(accuracy, scale, tone="plain" if index else "trained", rule=CHANCE),
-            value=text.number(accuracy.mean, 3),
-            bounds=bounds(accuracy),
-        )
-        for index, (name, accuracy) in enumerate(known)
-    ]
-    return WhiskerPlot(rows=rows, axis=scale_axis(scale))
+        yield {"title": "Margins", "caption": caption, "svg": histogram(edges, counts, title="Margins")}
 
 
 def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     for judge in card.baselines:
         if judge.difference is not None:
             yield f"accuracy minus the accuracy of: {judge.name}", _difference(judge.difference)
-    yield from _of_calibration(card.calibration)
+    calibration = card.calibration
+    if calibration.ece is not None and calibration.brier is not None and calibration.log_loss is not None:
+        yield "expected calibration error", text.number(calibration.ece, 3)
+        yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
+        yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
     yield from _of_length(card.length)
     if card.rule and card.rule.agreement and card.rule.accuracy:
         agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that the rule decides"
@@ -128,14 +86,6 @@ def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
         ):
             if words:
                 yield heading, ", ".join(words[:FEW_WORDS])
-
-
-def _of_calibration(calibration: Calibration) -> Iterator[tuple[str, str]]:
-    if calibration.ece is None or calibration.brier is None or calibration.log_loss is None:
-        return
-    yield "expected calibration error", text.number(calibration.ece, 3)
-    yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
-    yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
 
 
 def _of_length(length: Length) -> Iterator[tuple[str, str]]:

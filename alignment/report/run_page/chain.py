@@ -1,7 +1,5 @@
-"""The run's stages as a picture: boxes in layers from left to right, or one below the other on a narrow screen.
-
-An edge that skips layers passes through them in a lane, one lane per source, so that edges never cross a box.
-"""
+"""The run's stages as a picture: boxes in layers from left to right, or one below the other on a narrow screen. An edge
+that skips layers passes through them in a lane, one lane per source, so that edges never cross a box."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Chart:
 def charts(stage: Stage) -> list[Chart]:
     """The stage's charts, each with at least one finite value."""
     drawn = []
-    for choice in _choices(stage):
+    for choice in curves(stage.kind, stage.config):
         lines = [
             Line(label=label, points=points)
             for key, label in zip(choice.keys, choice.labels, strict=True)
@@ -43,10 +43,8 @@ def charts(stage: Stage) -> list[Chart]:
 
 def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
     """One stage of several runs, each ``(tag, look, stage)``: a chart for each figure, a line for each run that has it.
-
     A run has a line only in charts that its own settings give it: a figure may have another title or unit in another
-    run. A guide line is drawn only if it holds for all lines.
-    """
+    run. A guide line is drawn only if it holds for all lines."""
     drawn = []
     runs = [(tag, look, stage, _figures(stage)) for tag, look, stage in stages]
     for figure in dict.fromkeys(figure for *_, figures in runs for figure in figures):
@@ -77,21 +75,14 @@ class _Figure(NamedTuple):
 
 
 def _figures(stage: Stage) -> dict[_Figure, tuple[Curve, str]]:
-    """The figures that a stage's charts show, each with its chart and its label there."""
     return {
-        _Figure(choice.title, _without_guide(choice.unit), key, choice.over): (choice, label)
-        for choice in _choices(stage)
+        _Figure(choice.title, choice.unit.partition("dotted:")[0].rstrip("; "), key, choice.over): (choice, label)
+        for choice in curves(stage.kind, stage.config)
         for key, label in zip(choice.keys, choice.labels, strict=True)
     }
 
 
-def _without_guide(unit: str) -> str:
-    """``share of pairs; dotted: chance`` without what it says of the dotted line."""
-    return unit.partition("dotted:")[0].rstrip("; ")
-
-
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
-    """The chart of a stage, or None if there is nothing to draw."""
     is_constant = len({y for line in lines for _, y in line.points}) == 1
     if not lines or (choice.only_if_it_moves and is_constant):
         return None
@@ -99,21 +90,15 @@ def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: st
     return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
 
 
-def _choices(stage: Stage) -> list[Curve]:
-    return curves(stage.kind, stage.config)
-
-
 def num_gaps(stage: Stage) -> int:
     """How many drawn values were not finite."""
-    keys = [key for choice in _choices(stage) for key in choice.keys]
+    keys = [key for choice in curves(stage.kind, stage.config) for key in choice.keys]
     return sum(key in row and text.finite(row[key]) is None for row in stage.metrics for key in keys)
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], key: str, over: str) -> Points:
-    """The points of ``key`` over the steps, or over the square root of the metric ``over``.
-
-    A row without it is skipped, a value that is not finite is a gap.
-    """
+    """The points of ``key`` over the steps, or over the square root of the metric ``over``. A row without it is
+    skipped, a value that is not finite is a gap."""
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:

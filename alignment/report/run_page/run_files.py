@@ -33,22 +33,22 @@ from alignment.stages.registry import produced_by
 
 
 def read_run(run_folder: Path) -> Run:
-    """Everything that the page shows of the run in ``run_folder``.
-
-    Raises:
-        ArtifactError: run.json is missing or unreadable.
-    """
+    """Everything that the page shows of the run in ``run_folder``. Raises ArtifactError: run.json is missing or
+    unreadable."""
     record = _read_record(run_folder)
     folders = {name: artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
     evaluated = _evaluated(record, folders)
+    others = [n for n, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION and n != evaluated]
     evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders, evaluated)
     return Run(
         record=record,
         stages=stages,
         evaluation=evaluation,
         evaluation_note=evaluation_note,
-        other_evaluations=_other_evaluations(record, evaluated),
+        other_evaluations=f"These are the results of {evaluated}. The run also has: {', '.join(others)}."
+        if evaluated and others
+        else "",
         samples=samples,
         samples_note=samples_note,
         cards=_read_cards(stages, folders),
@@ -113,9 +113,7 @@ def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:
 
 def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; those of an interrupted stage are in its work folder."""
-    if folder is None:
-        return []
-    path = steps_file(folder)
+    path = None if folder is None else steps_file(folder)
     if path is None:
         return []
     rows, torn = readable_rows(path)
@@ -137,19 +135,9 @@ def _evaluated(record: RunRecord, folders: dict[str, Path | None]) -> str:
     return next((name for name, folder in known if (folder / "evaluation.json").is_file()), "")
 
 
-def _other_evaluations(record: RunRecord, evaluated: str) -> str:
-    """Which evaluation a page shows, in a sentence; "" if the run has no other."""
-    names = [name for name, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION]
-    others = [name for name in names if name != evaluated]
-    if not evaluated or not others:
-        return ""
-    return f"These are the results of {evaluated}. The run also has: {', '.join(others)}."
-
-
 def _read_evaluation_of(
     record: RunRecord, folders: dict[str, Path | None], evaluated: str
 ) -> tuple[Evaluation | None, str, list[Sample], str]:
-    """The result of the stage ``evaluated``, or why there is none."""
     candidates = evaluation_stages(record)
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; this run has none."
@@ -167,7 +155,6 @@ def _read_evaluation_of(
 
 
 def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Card]:
-    """The card of every stage that wrote one; a stage whose card cannot be read gets a note."""
     cards = []
     for stage in stages:
         folder = folders[stage.name]

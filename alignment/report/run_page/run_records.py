@@ -1,7 +1,5 @@
-"""The data of a report, as plain records between reading and drawing.
-
-Every field that a run may lack is optional, so that the drawing code says what is missing instead of failing.
-"""
+"""The data of a report, as plain records between reading and drawing. Every field that a run may lack is optional, so
+that the drawing code says what is missing instead of failing."""
 
 from __future__ import annotations
 
@@ -34,11 +32,8 @@ from alignment.stages.registry import produced_by
 
 
 def artifact_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path | None:
-    """Where the stage's artifact is or will be.
-
-    run.json may hold a path or a folder name. The name is looked up next to the run first, so that a run that was moved
-    together with its artifacts can still be read.
-    """
+    """Where the stage's artifact is or will be. run.json may hold a path or a folder name. The name is looked up next
+    to the run first, so that a run that was moved together with its artifacts can still be read."""
     recorded = entry.artifact or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
     if not isinstance(recorded, str) or not recorded:
         return None
@@ -55,7 +50,6 @@ def _stage_file(path: Path) -> dict[str, Any]:
 
 
 def work_folder(artifact: Path) -> Path:
-    """Where an artifact is made."""
     return artifact.with_name(artifact.name + ".work")
 
 
@@ -76,13 +70,11 @@ def evaluation_stages(record: RunRecord) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt.
-
-    ``interval`` is None if the runs were evaluated on different ``prompts``. ``adjusted_p`` is the p value of a
-    randomisation test, corrected for the differences in this metric; None where every prompt has equal scores.
-    ``unscored`` prompts lack a score in one of the runs, such as a grade, and do not count. ``evaluation`` is the stage
-    that has the answers, or empty for the evaluation that the report of each run shows.
-    """
+    """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt. ``interval`` is
+    None if the runs were evaluated on different ``prompts``. ``adjusted_p`` is the p value of a randomisation test,
+    corrected for the differences in this metric; None where every prompt has equal scores. ``unscored`` prompts lack a
+    score in one of the runs, such as a grade, and do not count. ``evaluation`` is the stage that has the answers, or
+    empty for the evaluation that the report of each run shows."""
 
     run: int
     arm: str
@@ -152,11 +144,9 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs.
-
-    ``later_turns`` are what the user says after the first answer, ``later_references`` the reference answers to that.
-    ``prompt`` is the key that identifies it in any evaluation.
-    """
+    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs. ``later_turns`` are what the user
+    says after the first answer, ``later_references`` the reference answers to that. ``prompt`` is the key that
+    identifies it in any evaluation."""
 
     id: str
     prompt: str
@@ -187,12 +177,10 @@ class LeftOutRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A stage and its state in the run.
-
-    ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
-    could not be read; ``error`` is the worker's message about a failure. ``planned`` is what ``align plan --cost`` said
-    before. ``seconds`` is the time of all its ``attempts``. ``left_out`` are the rows of its data that it did not use.
-    """
+    """A stage and its state in the run. ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of
+    metrics.jsonl. ``notes`` say in words what could not be read; ``error`` is the worker's message about a failure.
+    ``planned`` is what ``align plan --cost`` said before. ``seconds`` is the time of all its ``attempts``. ``left_out``
+    are the rows of its data that it did not use."""
 
     name: str
     kind: str
@@ -242,8 +230,7 @@ class Gate:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why. ``other_evaluations``
-    says which one it is if the run has several.
-    """
+    says which one it is if the run has several."""
 
     record: RunRecord
     stages: list[Stage]
@@ -259,7 +246,6 @@ class Run:
 
     @property
     def num_complete(self) -> int:
-        """How many stages have a result."""
         return sum(stage.state in COMPLETE for stage in self.stages)
 
     @property

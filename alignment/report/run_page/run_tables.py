@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -24,84 +23,39 @@ from alignment.records.interval import Interval
 from alignment.records.training import USAGE
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
-from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker
+from alignment.report.kit.plots import scale_axis, scale_of, whisker
 from alignment.report.run_page.run_records import Run, Stage
 from alignment.stages.registry import trains
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Whisker:
-    """A row of an interval plot."""
-
-    label: str
-    svg: Markup
-    value: str
-    bounds: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WhiskerPlot:
-    """An interval plot: its rows and the axis under them."""
-
-    rows: list[Whisker]
-    axis: Markup
-
-
+Row = dict[str, Any]
+"""A row of a table, or a figure, as a template takes it, by name."""
 TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open", TOO_FEW: "open"}
 """The CSS class of each verdict."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComparisonRow:
-    """A comparison as the page shows it; ``tone`` is a CSS class: ``good``, ``bad`` or ``open``."""
-
-    arm: str
-    against: str
-    difference: str
-    bounds: str
-    verdict: str
-    p: str
-    tone: str
-    svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OtherComparisonRow:
-    """A comparison by another metric than the primary one; ``tone`` as in ``ComparisonRow``."""
-
-    metric: str
-    pair: str
-    difference: str
-    bounds: str
-    p: str
-    verdict: str
-    tone: str
-
-
-def primary_plot(evaluation: Evaluation) -> WhiskerPlot | None:
-    """Every arm's mean of the primary metric with its interval on one axis."""
-    known = [(arm, mean) for arm in evaluation.arms if (mean := evaluation.primary_of(arm)) is not None]
-    if not known:
-        return None
-    scale = scale_of([mean for _, mean in known], within=(0.0, 1.0), include=None)
-    rows = [
-        Whisker(
-            label=arm.label,
-            svg=whisker(mean, scale, tone="trained" if arm.name.startswith("stage:") else "plain", rule=None),
-            value=text.number(mean.mean),
-            bounds=bounds(mean),
-        )
-        for arm, mean in known
+def primary_plot(evaluation: Evaluation) -> Row | None:
+    known = [
+        (arm.label, mean, "trained" if arm.name.startswith("stage:") else "plain")
+        for arm in evaluation.arms
+        if (mean := evaluation.primary_of(arm)) is not None
     ]
-    return WhiskerPlot(rows=rows, axis=scale_axis(scale))
+    return whisker_plot(known) if known else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArmTable:
-    """A row (label, cells) for each arm, with a cell (figure, bounds) for each heading."""
-
-    headings: list[str]
-    rows: list[tuple[str, list[tuple[str, str]]]]
+def whisker_plot(means: Sequence[tuple[str, Interval, str]], *, rule: float | None = None, digits: int = 2) -> Row:
+    """An interval plot of labelled means between 0 and 1, each with its CSS class: its ``rows`` and the ``axis`` under
+    them."""
+    scale = scale_of([mean for _, mean, _ in means], within=(0.0, 1.0), include=rule)
+    rows = [
+        {
+            "label": label,
+            "svg": whisker(mean, scale, tone=tone, rule=rule),
+            "value": text.number(mean.mean, digits),
+            "bounds": bounds(mean),
+        }
+        for label, mean, tone in means
+    ]
+    return {"rows": rows, "axis": scale_axis(scale)}
 
 
 def _figure(item: Interval | None, digits: int = 2) -> tuple[str, str]:
@@ -127,124 +81,80 @@ _OF_ARMS: dict[str, Callable[[ArmResult], tuple[str, str]]] = {
 }
 
 
-def arm_table(evaluation: Evaluation) -> ArmTable:
-    """The figures of the arms, the recipe's metrics first; figures that no arm has are left out."""
+def arm_table(evaluation: Evaluation) -> Row:
+    """The figures of the arms, the recipe's metrics first, as ``headings`` and ``rows`` (label, cells); a cell is
+    (figure, bounds). Figures that no arm has are left out."""
     every = {
         metric.name: [_figure(arm.metrics.get(metric.name)) for arm in evaluation.arms] for metric in evaluation.metrics
     }
     every |= {heading: [of_arm(arm) for arm in evaluation.arms] for heading, of_arm in _OF_ARMS.items()}
     columns = {heading: cells for heading, cells in every.items() if any(value != "–" for value, _ in cells)}
     rows = [(arm.label, [cells[row] for cells in columns.values()]) for row, arm in enumerate(evaluation.arms)]
-    return ArmTable(headings=list(columns), rows=rows)
+    return {"headings": list(columns), "rows": rows}
 
 
-def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup]:
+def comparison_rows(evaluation: Evaluation) -> tuple[list[Row], Markup]:
     """Comparisons of an evaluation by its primary metric, and the axis of their plot."""
     if not evaluation.comparisons:
         return [], Markup("")
-    intervals = [comparison.interval for comparison in evaluation.comparisons]
-    scale: Scale = scale_of(intervals, within=None, include=0.0)
+    scale = scale_of([item.interval for item in evaluation.comparisons], within=None, include=0.0)
     rows = []
-    for item, interval in zip(evaluation.comparisons, intervals, strict=True):
-        verdict = evaluation.verdict(item)
-        tone = TONES[verdict]
-        rows.append(
-            ComparisonRow(
-                arm=evaluation.label(item.arm),
-                against=evaluation.label(item.against),
-                difference=text.signed(item.difference),
-                bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-                verdict="real" if evaluation.is_real(item) else verdict,
-                p=_p(item),
-                tone=tone,
-                svg=whisker(interval, scale, tone=tone, rule=0.0),
-            )
-        )
+    for item in evaluation.comparisons:
+        row = _comparison(item, evaluation)
+        row["svg"] = whisker(item.interval, scale, tone=row["tone"], rule=0.0)
+        row["p"] = f"p\u202f{row['p']}" if row["p"] else ""
+        rows.append(row | ({"verdict": "real"} if evaluation.is_real(item) else {}))
     return rows, scale_axis(scale)
 
 
-def _p(item: Comparison) -> str:
-    return "" if item.adjusted_p is None else f"p\u202f{text.probability(item.adjusted_p)}"
+def _comparison(item: Comparison, evaluation: Evaluation) -> Row:
+    verdict = evaluation.verdict(item)
+    return {
+        "metric": item.metric,
+        "arm": evaluation.label(item.arm),
+        "against": evaluation.label(item.against),
+        "difference": text.signed(item.difference),
+        "bounds": f"{text.signed(item.low)} to {text.signed(item.high)}",
+        "p": "" if item.adjusted_p is None else text.probability(item.adjusted_p),
+        "verdict": verdict,
+        "tone": TONES[verdict],
+    }
 
 
-def _bare_p(item: Comparison) -> str:
-    return "–" if item.adjusted_p is None else text.probability(item.adjusted_p)
+def other_comparison_rows(evaluation: Evaluation) -> list[Row]:
+    ordered = sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item))
+    return [_comparison(item, evaluation) for item in ordered]
 
 
-def other_comparison_rows(evaluation: Evaluation) -> list[OtherComparisonRow]:
-    """The comparisons by other metrics, those that are real first."""
-    return [
-        OtherComparisonRow(
-            metric=item.metric,
-            pair=f"{evaluation.label(item.arm)} − {evaluation.label(item.against)}",
-            difference=text.signed(item.difference),
-            bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-            p=_bare_p(item),
-            verdict=evaluation.verdict(item),
-            tone=TONES[evaluation.verdict(item)],
-        )
-        for item in sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item))
-    ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JudgedRow:
-    """A judged pair as the page shows it; ``counts`` are wins, ties and losses, ``tone`` as in ``ComparisonRow``."""
-
-    arm: str
-    against: str
-    rate: Interval | None
-    at_equal_lengths: Interval | None
-    counts: str
-    invalid: str
-    agreement: str
-    bias: str
-    metric: str
-    compared: str
-    verdict: str
-    tone: str
-
-
-def judged_rows(evaluation: Evaluation) -> list[JudgedRow]:
+def judged_rows(evaluation: Evaluation) -> list[Row]:
     """The judge's table; answers that people have chosen come last, against those that they rejected."""
     judge = evaluation.judge
-    rows = [_judged_row(pair, evaluation) for pair in (judge.pairs if judge else [])]
+    rows = [judged_row(pair, evaluation) for pair in (judge.pairs if judge else [])]
     if judge is not None and judge.labelled is not None:
-        row = _judged_row(judge.labelled, evaluation)
         tone = "good" if agrees(judge.labelled) else "bad"
-        rows.append(replace(row, arm="chosen by people", verdict=verdict_on_judge(judge.labelled), tone=tone))
+        own = {"arm": "chosen by people", "verdict": verdict_on_judge(judge.labelled), "tone": tone}
+        rows.append(judged_row(judge.labelled, evaluation) | own)
     return rows
 
 
-def _judged_row(pair: JudgedPair, evaluation: Evaluation) -> JudgedRow:
-    return JudgedRow(
-        arm=evaluation.label(pair.arm),
-        against=evaluation.label(pair.against),
-        rate=pair.win_rate,
-        at_equal_lengths=pair.length_controlled,
-        counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
-        invalid=text.share(pair.invalid),
-        agreement=text.share(pair.agreement),
-        bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-        metric=metric_agreement(pair),
-        compared=metric_prompts(pair),
-        verdict=pair.verdict,
-        tone=TONES.get(pair.verdict, "open"),
-    )
-
-
-def metric_agreement(pair: JudgedPair) -> str:
-    """``70 % (κ 0.44)``: how often the judge prefers the same arm as the primary metric."""
-    return text.share(pair.metric_agreement) + _kappa(pair.metric_kappa)
-
-
-def metric_prompts(pair: JudgedPair) -> str:
-    """``on 76 prompts``: how many of them were compared; empty if none, or in older files."""
-    return "" if pair.metric_prompts is None else f"on {pair.metric_prompts} prompts"
-
-
-def _kappa(value: float | None) -> str:
-    return "" if value is None else f" (κ {text.number(value)})"
+def judged_row(pair: JudgedPair, evaluation: Evaluation) -> Row:
+    """A judged pair; ``counts`` are wins, ties and losses, ``metric`` says how often the judge prefers the same arm as
+    the primary metric (``70 % (κ 0.44)``), and ``compared`` on how many prompts."""
+    kappa = "" if pair.metric_kappa is None else f" (κ {text.number(pair.metric_kappa)})"
+    return {
+        "arm": evaluation.label(pair.arm),
+        "against": evaluation.label(pair.against),
+        "rate": pair.win_rate,
+        "at_equal_lengths": pair.length_controlled,
+        "counts": f"{pair.wins} / {pair.ties} / {pair.losses}",
+        "invalid": text.share(pair.invalid),
+        "agreement": text.share(pair.agreement),
+        "bias": "–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
+        "metric": f"{text.share(pair.metric_agreement)}{kappa}",
+        "compared": "" if pair.metric_prompts is None else f"on {pair.metric_prompts} prompts",
+        "verdict": pair.verdict,
+        "tone": TONES.get(pair.verdict, "open"),
+    }
 
 
 def bounds(item: Interval | None, digits: int = 2) -> str:
@@ -332,76 +242,41 @@ def _is_hash(value: Any) -> bool:
 
 
 def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
-    """Every content hash in the identity, by dotted key."""
     if isinstance(value, dict):
         return [p for k, item in value.items() for p in _hashes(item, f"{prefix}.{k}" if prefix else str(k))]
     return [(prefix, value)] if _is_hash(value) else []
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UsageRow:
-    """Time, memory and final figures of a stage, and what its plan said of the two, if there was one.
-
-    ``share`` is its time relative to the longest, as an SVG length.
-    """
-
-    name: str
-    state: str
-    seconds: str
-    share: str
-    memory: str
-    planned_seconds: str
-    planned_memory: str
-    figures: list[tuple[str, str]]
-
-
-def usage_rows(run: Run) -> list[UsageRow]:
-    """A row for every stage that recorded its time or memory."""
+def usage_rows(run: Run) -> list[Row]:
+    """Time, memory and closing figures of every stage that recorded its time or memory, and what its plan said of the
+    two. ``share`` is its time relative to the longest, as an SVG length."""
     rows = []
     longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
     for stage in run.stages:
         usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
-        peak = text.finite(usage.get("peak_rss_bytes"))
+        peak, of_engine = (text.finite(usage.get(name)) for name in ("peak_rss_bytes", "peak_engine_bytes"))
         if stage.seconds is None and peak is None:
             continue
+        engine = "" if of_engine is None else f", and {text.memory(of_engine)} in vLLM"
+        attempts = f" in {stage.attempts} attempts" if stage.seconds is not None and stage.attempts > 1 else ""
+        plan = stage.planned
         rows.append(
-            UsageRow(
-                name=stage.name,
-                state=stage.state,
-                seconds=_time_taken(stage),
-                share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
-                memory=_memory_taken(peak, text.finite(usage.get("peak_engine_bytes"))),
-                planned_seconds=_time_planned(stage),
-                planned_memory=text.memory(float(stage.planned.peak)) if stage.planned else "",
-                figures=_closing_figures(stage),
-            )
+            {
+                "name": stage.name,
+                "state": stage.state,
+                "seconds": f"{text.duration(stage.seconds)}{attempts}",
+                "share": f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
+                "memory": f"{text.memory(peak)}{engine}",
+                # empty where only the time of the first rows is known, because nobody counted the others
+                "planned_seconds": text.duration(plan.seconds) if plan and not plan.first_rows else "",
+                "planned_memory": text.memory(float(plan.peak)) if plan else "",
+                # other stages have their own tables
+                "figures": [(text.name(name), _closing(value)) for name, value in stage.headlines.items()]
+                if trains(stage.kind)
+                else [],
+            }
         )
     return rows
-
-
-def _time_taken(stage: Stage) -> str:
-    """``3 min 20 s``, or ``3 min 20 s in 2 attempts``."""
-    several = f" in {stage.attempts} attempts" if stage.seconds is not None and stage.attempts > 1 else ""
-    return f"{text.duration(stage.seconds)}{several}"
-
-
-def _memory_taken(peak: float | None, of_engine: float | None) -> str:
-    """``2.4 GB``, or ``2.4 GB, and 1.7 GB in vLLM`` if the stage started an engine."""
-    return text.memory(peak) + (f", and {text.memory(of_engine)} in vLLM" if of_engine is not None else "")
-
-
-def _time_planned(stage: Stage) -> str:
-    """Empty where only the time of the first rows is known, because nobody counted the others."""
-    if stage.planned is None or stage.planned.first_rows:
-        return ""
-    return text.duration(stage.planned.seconds)
-
-
-def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
-    """The manifest's headline figures of a training stage; other stages have their own tables."""
-    if not trains(stage.kind):
-        return []
-    return [(text.name(name), _closing(value)) for name, value in stage.headlines.items()]
 
 
 def _closing(value: float) -> str:
@@ -412,7 +287,6 @@ def _closing(value: float) -> str:
 
 
 def command(run: Run) -> str:
-    """The command line that repeats this run, quoted for a POSIX shell."""
     words = ["align", "run", run.record.recipe or "RECIPE", *run.record.overrides]
     return " ".join(shlex.quote(word) for word in words)
 

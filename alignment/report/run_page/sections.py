@@ -23,18 +23,14 @@ from alignment.stages.registry import tables_of
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
-    """The evaluation, or None and the reason in words."""
     record, note = shown(path, Evaluation)
     if record is not None and not record.arms:
         return None, f"The file {path.name} names no arms."
-    return None if record is None else _with_labels_of_their_own(record), note
-
-
-def _with_labels_of_their_own(evaluation: Evaluation) -> Evaluation:
-    """The evaluation, with an arm's whole name where its label, as the page cuts it, is that of another arm too."""
-    taken = Counter(arm.label for arm in evaluation.arms)
-    arms = [replace(arm, label=arm.name) if taken[arm.label] > 1 else arm for arm in evaluation.arms]
-    return replace(evaluation, arms=arms)
+    if record is None:
+        return None, note
+    taken = Counter(arm.label for arm in record.arms)  # as the page cuts them
+    arms = [replace(arm, label=arm.name) if taken[arm.label] > 1 else arm for arm in record.arms]
+    return replace(record, arms=arms), note
 
 
 def read_samples(rows: list[dict[str, Any]], primary: Metric | None) -> tuple[list[Sample], int]:
@@ -70,7 +66,6 @@ def _answer(arm: str, answer: SampleAnswer, primary: Metric | None) -> Answer:
 
 
 def read_forgetting(stage: str, folder: Path | None) -> Forgetting:
-    """The results of the stage, or a note that says why there are none."""
     if folder is None or not (folder / stages.FORGETTING_FILE).is_file():
         return Forgetting(stage=stage, note=f"{stage} has no result yet.")
     record, note = shown(folder / stages.FORGETTING_FILE, stages.Forgetting)
@@ -81,7 +76,7 @@ def read_forgetting(stage: str, folder: Path | None) -> Forgetting:
 
 def read_gates(stage: Stage, folder: Path | None) -> list[Gate]:
     """The gates of a stage that has a result; those that cannot be read are left out."""
-    gates = _gates(stage.config)
+    gates = list(_readable(stage.config.get("gate")))
     if not gates or folder is None or not (folder / FILE).is_file():
         return []
     evaluation, _ = read_evaluation(folder / FILE)
@@ -92,10 +87,6 @@ def read_gates(stage: Stage, folder: Path | None) -> list[Gate]:
     except (ArtifactError, OSError, ValueError):  # the page says that the samples cannot be read
         return []
     return [Gate(met=outcome.met, sentence=text.prose(outcome.in_words())) for outcome in judged]
-
-
-def _gates(settings: Mapping[str, Any]) -> list[GateConfig]:
-    return list(_readable(settings.get("gate")))
 
 
 def _readable(listed: Any) -> Iterator[GateConfig]:
@@ -139,10 +130,8 @@ def _cell(cell: Cell) -> Cell:
 
 
 def side_by_side(runs: Sequence[Sequence[Tables]]) -> list[tuple[str, ResultTable]]:
-    """One table for each stage and title that runs share, with the arms of each run as columns, by stage.
-
-    Column keys are ``(number of the run)/(key)``; a run without a row gets empty cells.
-    """
+    """One table for each stage and title that runs share, with the arms of each run as columns, by stage. Column keys
+    are ``(number of the run)/(key)``; a run without a row gets empty cells."""
     titles = dict.fromkeys(
         (of_stage.stage, table.title) for run in runs for of_stage in run for table in of_stage.tables if table.of_arms
     )

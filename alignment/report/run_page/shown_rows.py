@@ -12,11 +12,10 @@ from typing import Any
 
 from alignment.core.files import parse_json
 from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair
-from alignment.records.interval import Interval
 from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, TOO_LONG
 from alignment.report.kit import text
 from alignment.report.run_page.run_records import LeftOutRows, Sample
-from alignment.report.run_page.run_tables import TONES, metric_agreement, metric_prompts
+from alignment.report.run_page.run_tables import Row, judged_row
 
 MOST = 8
 """Reasons that are shown of a stage; the rarest others are added up."""
@@ -26,10 +25,8 @@ _UNREADABLE = f"a line of {LEFT_OUT_FILE} that cannot be read"
 
 
 def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
-    """The rows of an artifact's list by reason, the most frequent first; empty without a list.
-
-    If there is one and it cannot be read, ``notes`` gets a sentence that says so.
-    """
+    """The rows of an artifact's list by reason, the most frequent first; empty without a list. If there is one and it
+    cannot be read, ``notes`` gets a sentence that says so."""
     if folder is None:
         return []
     try:
@@ -92,62 +89,25 @@ PEOPLE = "people"
 """The kind of judge that this table is for."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeopleRow:
-    """Two arms that people compared; ``counts`` are wins, ties and losses, ``stale`` the votes on other answers.
-
-    ``averaged`` says over which prompts the win rate is, and ``compared`` on how many the metric was compared.
-    """
-
-    arm: str
-    against: str
-    rate: Interval | None
-    at_equal_lengths: Interval | None
-    counts: str
-    judged: str
-    averaged: str
-    votes: str
-    stale: str
-    alpha: str
-    bias: str
-    metric: str
-    compared: str
-    verdict: str
-    tone: str
-
-
-def people_rows(evaluation: Evaluation) -> list[PeopleRow]:
-    """A row for each pair, if people judged."""
+def people_rows(evaluation: Evaluation) -> list[Row]:
+    """A row for each pair, if people judged; ``stale`` are the votes on other answers, and ``averaged`` says over which
+    prompts the win rate is."""
     judge = evaluation.judge
     rows = []
     for pair in judge.pairs if judge is not None and judge.kind == PEOPLE else []:
-        people = pair.people
-        if people is None:
-            continue
-        rows.append(
-            PeopleRow(
-                arm=evaluation.label(pair.arm),
-                against=evaluation.label(pair.against),
-                rate=pair.win_rate,
-                at_equal_lengths=pair.length_controlled,
-                counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
-                judged=f"{people.judged}" if pair.prompts is None else f"{people.judged} of {pair.prompts}",
-                averaged=_averaged(pair, people),
-                votes=f"{people.votes} by {people.annotators}",
-                stale=f"{people.stale} on other answers" if people.stale else "",
-                alpha=text.number(people.alpha),
-                bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-                metric=metric_agreement(pair),
-                compared=metric_prompts(pair),
-                verdict=pair.verdict,
-                tone=TONES.get(pair.verdict, "open"),
-            )
-        )
+        if (people := pair.people) is not None:
+            own = {
+                "judged": f"{people.judged}" if pair.prompts is None else f"{people.judged} of {pair.prompts}",
+                "averaged": _averaged(pair, people),
+                "votes": f"{people.votes} by {people.annotators}",
+                "stale": f"{people.stale} on other answers" if people.stale else "",
+                "alpha": text.number(people.alpha),
+            }
+            rows.append(judged_row(pair, evaluation) | own)
     return rows
 
 
 def _averaged(pair: JudgedPair, people: JudgedByPeople) -> str:
-    """Over how many prompts the win rate is, if these are more than the judged ones."""
     identical = pair.counted - people.judged
     if pair.win_rate is None or identical <= 0:
         return ""
@@ -182,34 +142,21 @@ class Chosen:
 
 
 def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
-    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
-
-    Samples without a score by the primary metric come last.
-
-    ``widest`` is the reason given for samples whose answers differ most by the primary metric.
-    """
-    ordered = sorted(samples, key=_hash)
+    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order. Samples
+    without a score by the primary metric come last. ``widest`` is the reason given for samples whose answers differ
+    most by the primary metric."""
+    ordered = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode("utf-8", "replace")).hexdigest())
     num_widest = (num_samples + 1) // 2
     by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
-    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, _task)]
+    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest)]
     taken = {id(item.sample) for item in chosen}
     rest = [s for s in ordered if id(s) not in taken]
     halves = _halves(ordered)
-    by_half = [
-        s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
-    ]
-    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest), _task)
+    by_half = [s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest))]
+    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest))
     following = [*_in_turn(by_half, len(rest), lambda s: halves[id(s)]), *without]
     wanted = max(0, num_samples - len(chosen))
     return [*chosen, *(Chosen(sample=s, why=halves[id(s)]) for s in following[:wanted])]
-
-
-def _hash(sample: Sample) -> str:
-    return hashlib.sha256(sample.id.encode("utf-8", "replace")).hexdigest()
-
-
-def _task(sample: Sample) -> str:
-    return sample.task
 
 
 def _merits(sample: Sample) -> list[float]:
@@ -231,7 +178,9 @@ def _halves(samples: list[Sample]) -> dict[int, str]:
     return {id(s): halves.get(id(s), BY_HASH) for s in samples}
 
 
-def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:
+def _in_turn(
+    samples: list[Sample], count: int, group: Callable[[Sample], str] = lambda sample: sample.task
+) -> list[Sample]:
     """The first ``count`` samples, taken from each group in turn, in the order in which groups first appear."""
     queues: dict[str, list[Sample]] = {}
     for sample in samples:

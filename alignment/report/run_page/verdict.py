@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.conclusions import contradictions
 from alignment.records import training
-from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, Evaluation
 from alignment.report.doubts import (
     SMOKE,
     compares_answers,
@@ -41,31 +41,26 @@ class Verdict:
 
 
 def judge(run: Run) -> Verdict:
-    """The verdict on a run, even an incomplete one."""
     evaluation = run.evaluation
+    warnings = _unfinished(run)
     if is_smoke(run.record.profile):
-        return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
+        return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=warnings)
+    if evaluation is not None:  # what the plan said against it, such as prompts that were also trained on
+        warnings += [f"{caution[0].upper()}{caution[1:]}." for caution in run.record.cautions if caution]
+    for stage in run.stages:
+        warnings += [f"{stage.name}: {doubt}." for doubt in doubts(stage.kind, stage.headlines)]
+    for arm in (arm for measured in run.forgetting for arm in measured.failed):
+        warnings.append(f"{arm.label} forgot too much: {'; '.join(arm.reasons)}.")
+    if evaluation is not None:
+        warnings += _arm_warnings(evaluation) + _overoptimised(run, evaluation)
+    warnings += _handed_on(run)
+    warnings += [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.record.warnings]
     if evaluation is None:
+        leads = [*map(lead, run.cards), *(table.lead for of_stage in run.tables for table in of_stage.tables)]
         sentence = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
-        leads = [table.lead for of_stage in run.tables for table in of_stage.tables if table.lead]
-        sentence = " ".join([*map(lead, run.cards), *leads]) or sentence
-        return Verdict(
-            lead=sentence,
-            differences=[],
-            warnings=_unfinished(run) + _doubts(run) + _forgot(run) + _handed_on(run) + _of_cards(run),
-        )
-    return Verdict(
-        lead=_lead(run, evaluation),
-        differences=[] if too_few_prompts(evaluation) else _differences(evaluation),
-        warnings=_unfinished(run)
-        + _cautions(run)
-        + _doubts(run)
-        + _forgot(run)
-        + _arm_warnings(evaluation)
-        + _overoptimised(run, evaluation)
-        + _handed_on(run)
-        + _of_cards(run),
-    )
+        return Verdict(lead=" ".join(filter(None, leads)) or sentence, differences=[], warnings=warnings)
+    differences = [] if too_few_prompts(evaluation) else _differences(evaluation)
+    return Verdict(lead=_lead(run, evaluation), differences=differences, warnings=warnings)
 
 
 def _lead(run: Run, evaluation: Evaluation) -> str:
@@ -78,7 +73,6 @@ def _lead(run: Run, evaluation: Evaluation) -> str:
 
 
 def _by_metric(run: Run, evaluation: Evaluation) -> str:
-    """What the primary metric says, whatever others say."""
     if evaluation.primary_metric is None:
         return _without_metric(evaluation)
     if not evaluation.comparisons:
@@ -93,7 +87,6 @@ def _by_metric(run: Run, evaluation: Evaluation) -> str:
 
 
 def _all_pairs_lead(evaluation: Evaluation) -> str:
-    """Which arms are better than which, where no arm went on from demonstrations."""
     worse_by_better: dict[str, list[str]] = {}
     for item in evaluation.comparisons:
         if item.real:
@@ -144,7 +137,6 @@ def _demonstrated_start(run: Run, stage: Stage) -> tuple[str, LearnsFrom | None]
 
 
 def _against_untrained(evaluation: Evaluation) -> list[str]:
-    """A sentence for each untrained arm, about all trained arms that are compared with it."""
     groups: dict[str, list[Comparison]] = {}
     for item in evaluation.comparisons:
         for pair in (item, item.turned()):
@@ -174,15 +166,11 @@ def _outcomes(evaluation: Evaluation, against: str, group: list[Comparison]) -> 
     unclear = [evaluation.label(item.arm) for item in group if not item.real]
     base = evaluation.label(against)
     outcomes = (
-        (helped, f"{_verb(helped, 'beats', 'beat')} {base}"),
-        (hurt, f"{_verb(hurt, 'falls', 'fall')} behind {base}"),
+        (helped, f"beat{'s' * (len(helped) == 1)} {base}"),
+        (hurt, f"fall{'s' * (len(hurt) == 1)} behind {base}"),
         (unclear, f"cannot be told apart from {base}"),
     )
     return [f"{text.listing(arms)} {outcome}" for arms, outcome in outcomes if arms]
-
-
-def _verb(subjects: list[str], singular: str, plural: str) -> str:
-    return singular if len(subjects) == 1 else plural
 
 
 def _differences(evaluation: Evaluation) -> list[str]:
@@ -217,22 +205,6 @@ def _unfinished(run: Run) -> list[str]:
     return [f"The run is not complete: {text.listing(states)}. This page shows what is available."]
 
 
-def _cautions(run: Run) -> list[str]:
-    """What the plan said against the evaluation, such as prompts that were also trained on."""
-    return [f"{caution[0].upper()}{caution[1:]}." for caution in run.record.cautions if caution]
-
-
-def _doubts(run: Run) -> list[str]:
-    """Reasons in the figures of training stages to doubt the results that build on them."""
-    return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in doubts(stage.kind, stage.headlines)]
-
-
-def _forgot(run: Run) -> list[str]:
-    """Arms that exceed a limit on forgetting."""
-    arms = [arm for measured in run.forgetting for arm in measured.failed]
-    return [f"{arm.label} forgot too much: {'; '.join(arm.reasons)}." for arm in arms]
-
-
 def _arm_warnings(evaluation: Evaluation) -> list[str]:
     warnings = []
     most = most_varied(evaluation) if compares_answers(evaluation) else None
@@ -255,46 +227,32 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
     in_the_lead = [too_few_prompts(evaluation), *winners_that_repeat_themselves(evaluation)]
     doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt not in in_the_lead]
     warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts_of_answers]
-    never_ended = [_never_ended(arm) for arm in evaluation.arms if _cut(arm)]
+    # most or all cut off is a doubt of the evaluation; a share, because a prompt may have several answers and turns
+    never_ended = [
+        f"{text.share(1 - arm.ended.mean)} of those from {arm.label}"
+        for arm in evaluation.arms
+        if arm.ended is not None and 0.5 <= arm.ended.mean < 1
+    ]
     if never_ended and scores_answers(evaluation):
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
     return warnings
 
 
-def _cut(arm: ArmResult) -> bool:
-    """Whether some of its answers were cut off, but not most: those are a doubt of the evaluation."""
-    return arm.ended is not None and 0.5 <= arm.ended.mean < 1
-
-
-def _never_ended(arm: ArmResult) -> str:
-    """A share, because a prompt may have several answers and several turns."""
-    missing = 1 - (arm.ended.mean if arm.ended else 0.0)
-    return f"{text.share(missing)} of those from {arm.label}"
-
-
 def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
     """Arms that the reward model really scores above sft although the primary metric is really worse: the proxy was
     optimised, not the goal."""
-    warnings = []
-    for (start, _), group in _against_start(run, evaluation).items():
-        for item in group:
-            if evaluation.verdict(item) == WORSE and _liked_better(evaluation, item):
-                warnings.append(
-                    f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(start)} although "
-                    f"its {evaluation.primary} is really worse: a sign of over-optimisation."
-                )
-    return warnings
-
-
-def _liked_better(evaluation: Evaluation, pair: Comparison) -> bool:
-    """Whether the reward model's scores of ``pair.arm`` are really higher."""
-    both = [item if item.arm == pair.arm else item.turned() for item in evaluation.reward_comparisons]
-    same = [item for item in both if (item.arm, item.against) == (pair.arm, pair.against)]
-    return any(item.real and item.difference > 0 for item in same)
+    liked = [both for item in evaluation.reward_comparisons for both in (item, item.turned())]
+    better = {(item.arm, item.against) for item in liked if item.real and item.difference > 0}
+    return [
+        f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(start)} although its "
+        f"{evaluation.primary} is really worse: a sign of over-optimisation."
+        for (start, _), group in _against_start(run, evaluation).items()
+        for item in group
+        if evaluation.verdict(item) == WORSE and (item.arm, item.against) in better
+    ]
 
 
 def _handed_on(run: Run) -> list[str]:
-    """Stages that hand on an earlier policy because its guard score was better, or that the KL ended early."""
     warnings = []
     for stage in run.stages:
         headlines = stage.headlines
@@ -310,18 +268,8 @@ def _handed_on(run: Run) -> list[str]:
         if done is not None and isinstance(planned, int) and done < planned:
             why = "its KL was above guard.max_kl twice in a row"
             warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: {why}.")
-        warnings += _validated(stage)
+        settings = stage.config.get("validation")
+        patience = settings.get("patience") if isinstance(settings, dict) else None
+        sentences = training.outcome(stage.headlines, patience=patience if isinstance(patience, int) else None)
+        warnings += [f"{stage.name} {sentence}." for sentence in sentences]
     return warnings
-
-
-def _validated(stage: Stage) -> list[str]:
-    """What validation chose, and why it ended the stage early."""
-    settings = stage.config.get("validation")
-    patience = settings.get("patience") if isinstance(settings, dict) else None
-    sentences = training.outcome(stage.headlines, patience=patience if isinstance(patience, int) else None)
-    return [f"{stage.name} {sentence}." for sentence in sentences]
-
-
-def _of_cards(run: Run) -> list[str]:
-    """The warnings of each reward model's card."""
-    return [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.record.warnings]

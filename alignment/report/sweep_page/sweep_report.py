@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from alignment.report.kit import text
 from alignment.report.kit.axes import apart, nice_ticks, padded, tick_labels
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter
+from alignment.report.run_page.run_tables import Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,6 @@ def of_parameter(parameter: Parameter) -> Axis:
 
 
 def of_goal(label: str, trials: list[Trial], index: int) -> Axis:
-    """The metrics of trials that are done, with a margin."""
     low, high = padded([trial.figures[index].mean for trial in trials])
     return _linear(text.name(label, limit=30), low, high)
 
@@ -71,11 +71,7 @@ def _linear(title: str, low: float, high: float) -> Axis:
         return (float(value) - low) / (high - low)
 
     ticks = nice_ticks(low, high, 5)
-    return Axis(
-        title=title,
-        ticks=[(position(tick), label) for tick, label in zip(ticks, tick_labels(ticks), strict=True)],
-        position=position,
-    )
+    return _axis(title, zip(ticks, tick_labels(ticks), strict=True), position)
 
 
 def _logarithmic(title: str, low: float, high: float) -> Axis:
@@ -83,11 +79,11 @@ def _logarithmic(title: str, low: float, high: float) -> Axis:
         return math.log(float(value) / low) / math.log(high / low)
 
     ticks = log_ticks(low, high)
-    return Axis(
-        title=title,
-        ticks=[(position(tick), label) for tick, label in zip(ticks, apart(ticks), strict=True)],
-        position=position,
-    )
+    return _axis(title, zip(ticks, apart(ticks), strict=True), position)
+
+
+def _axis(title: str, labelled: Iterable[tuple[float, str]], position: Callable[[Setting], float]) -> Axis:
+    return Axis(title=title, ticks=[(position(tick), label) for tick, label in labelled], position=position)
 
 
 WIDTH, HEIGHT = 940, 330
@@ -158,7 +154,6 @@ def _lying_point(at: int, position: float, _: int) -> tuple[float, float]:
 
 
 def _lying_axis(axes: list[Axis], at: int) -> Markup:
-    """The axis under its title, with the numbers that do not overlap below it."""
     _, y = _lying_point(at, 0.0, len(axes))
     parts = [
         Markup('<path class="axis" d="M{} {:.1f}H{}"/>').format(MARGIN, y, NARROW - MARGIN),
@@ -181,7 +176,6 @@ def _text(kind: str, x: float, y: float, anchor: str, words: str) -> Markup:
 
 
 def _line(trial: Trial, axes: list[Axis], record: SweepRecord, point: Point) -> Markup:
-    """A line through the trial's settings and, if it has them, its metrics."""
     values = [trial.settings[parameter.key] for parameter in record.parameters] + [item.mean for item in trial.figures]
     pixels = (point(at, axes[at].position(value), len(axes)) for at, value in enumerate(values))
     points = [f"{x:.1f} {y:.1f}" for x, y in pixels]
@@ -207,7 +201,6 @@ def build_sweep(record: SweepRecord, output: Path) -> None:
 
 
 def sweep_page(record: SweepRecord) -> str:
-    """The page as HTML."""
     return template("sweep.html.j2", short=short, setting=_setting).render(
         sweep=record,
         facts=_facts(record),
@@ -228,17 +221,13 @@ def sweep_page(record: SweepRecord) -> str:
 def _facts(record: SweepRecord) -> list[tuple[str, str]]:
     counts = {state: sum(trial.state == state for trial in record.trials) for state in ("done", "failed", "pruned")}
     counts_text = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
+    goals = [f"{goal.label}, the {'less' if goal.minimize else 'more'} the better" for goal in record.goals]
     pairs = [
         ("recipe", record.recipe),
         ("with", shlex.join(record.overrides)),
         ("search", record.search),
         ("trials", f"{counts_text} of {record.number}"),
-        (
-            "judged by",
-            text.listing(
-                [f"{goal.label}, the {'less' if goal.minimize else 'more'} the better" for goal in record.goals]
-            ),
-        ),
+        ("judged by", text.listing(goals)),
     ]
     return [(heading, text.name(value, limit=300)) for heading, value in pairs if value]
 
@@ -260,7 +249,6 @@ def _lead(record: SweepRecord) -> str:
 
 
 def _shared(goal: Goal) -> str:
-    """The arms that all trials share, which did not need the sweep."""
     arms = [f"{text.path_end(label, limit=48)} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]
     return f"The same in all trials, to compare with {goal.label}: {text.listing(arms)}."
 
@@ -270,18 +258,9 @@ def _with_bounds(figure: Interval) -> str:
     return f"{text.number(figure.mean, 3)}{bounds}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
-    """A plot of one metric over one setting; ``dotted`` says what the dotted line is, if there is one."""
-
-    title: str
-    goal: str
-    svg: Markup
-    dotted: str
-
-
-def _slices(record: SweepRecord) -> list[Slice]:
-    """Every metric over every setting; empty until two trials are done."""
+def _slices(record: SweepRecord) -> list[Row]:
+    """A plot of every metric over every setting, and what its dotted line is, if it has one; empty until two trials are
+    done."""
     done = record.done
     if len(done) < 2:
         return []
@@ -294,15 +273,13 @@ def _slices(record: SweepRecord) -> list[Slice]:
             points = [(axis.position(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
             title = f"{goal.label} over {axis.title}"
             svg = interval_scatter(points, axis.ticks, title=title, marked=marked, guide=guide)
-            slices.append(Slice(title=axis.title, goal=goal.label, svg=svg, dotted=dotted))
+            slices.append({"title": axis.title, "goal": goal.label, "svg": svg, "dotted": dotted})
     return slices
 
 
 def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
-    """The best of the shared arms, with its label and value; without one, chance, if its value is known.
-
-    An arm far from the trials' ``figures`` is left out: they would have less than half of the plot.
-    """
+    """The best of the shared arms, with its label and value; without one, chance, if its value is known. An arm far
+    from the trials' ``figures`` is left out: they would have less than half of the plot."""
     ends = [end for figure in figures for end in (figure.mean, figure.low, figure.high) if end is not None]
     reach = max(ends) - min(ends)
     ranked = sorted(goal.shared_arms.items(), key=lambda arm: arm[1].mean, reverse=not goal.minimize)
@@ -312,22 +289,13 @@ def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
     return ("", None) if goal.chance is None else (f"chance {goal.chance:g}", goal.chance)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weight:
-    """How much of a metric depends on a setting: ``share`` as a length and in words."""
-
-    title: str
-    share: str
-    words: str
-
-
-def _importance(record: SweepRecord) -> list[tuple[str, list[Weight]]]:
-    """For each goal the settings, most important first."""
+def _importance(record: SweepRecord) -> list[tuple[str, list[Row]]]:
+    """For each goal the settings, most important first, each with its share as a length and in words."""
     return [
         (
             goal.label,
             [
-                Weight(title=short(key), share=f"{100 * share:.2f}%", words=text.share(share))
+                {"title": short(key), "share": f"{100 * share:.2f}%", "words": text.share(share)}
                 for key, share in sorted(shares.items(), key=lambda pair: -pair[1])
             ],
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.errors import DataError
 from alignment.core.wording import divided, marks, unified
 from alignment.data.records import HasRow
@@ -20,43 +22,36 @@ _FACTS_EXAMPLE = (
 )
 
 
-class Regex:
+@dataclass(frozen=True, slots=True)
+class OfText:
+    """A rule about the answer alone, by a function of its text."""
+
+    of: Callable[[str], float]
+
+    def expected(self, record: HasRow) -> None:
+        """Rows say nothing about it."""
+
+    def score(self, text: str, expected: None) -> float:
+        """What the function gives."""
+        return self.of(text)
+
+
+def regex(config: ScoreSourceConfig) -> OfText:
     """1 if the pattern occurs anywhere in the answer, else 0."""
-
-    def __init__(self, pattern: str) -> None:
-        self._pattern = re.compile(pattern)
-
-    def expected(self, record: HasRow) -> None:
-        """Rows say nothing about it."""
-
-    def score(self, text: str, expected: None) -> float:
-        """1 or 0."""
-        return float(self._pattern.search(text) is not None)
+    assert config.pattern is not None, "the plan refuses a regex without its pattern"
+    pattern = re.compile(config.pattern)
+    return OfText(lambda text: float(pattern.search(text) is not None))
 
 
-class Length:
+def length(config: ScoreSourceConfig) -> OfText:
     """1 at ``target`` words, falling linearly to 0 at zero words and at twice as many."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-
-    def expected(self, record: HasRow) -> None:
-        """Rows say nothing about it."""
-
-    def score(self, text: str, expected: None) -> float:
-        """From 0 to 1."""
-        return max(0.0, 1.0 - abs(len(divided(text)) - self._target) / self._target)
+    target = config.target
+    assert target is not None, "the plan refuses a length without its target"
+    return OfText(lambda text: max(0.0, 1.0 - abs(len(divided(text)) - target) / target))
 
 
-class Refusal:
-    """1 if the answer contains a phrase of alignment/evaluation/refusals.py, else 0."""
-
-    def expected(self, record: HasRow) -> None:
-        """Rows say nothing about it."""
-
-    def score(self, text: str, expected: None) -> float:
-        """1 or 0."""
-        return float(is_refusal(text))
+REFUSAL = OfText(lambda text: float(is_refusal(text)))
+"""1 if the answer contains a phrase of alignment/evaluation/refusals.py, else 0."""
 
 
 class KeyFacts:

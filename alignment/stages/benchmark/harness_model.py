@@ -27,6 +27,7 @@ from alignment.models.forward.answers import AnswerStream, answer_statistics
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens, on_host, sent, stream
 from alignment.models.kernels.layout import prepacked
+from alignment.stages.benchmark.kind import BenchmarkConfig
 
 _WITHOUT_EFFECT = ("do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks")
 """Keys that are read here, or mean nothing to greedy answers."""
@@ -41,11 +42,7 @@ class Answering:
 
 
 def answering(settings: Mapping[str, Any], *, default_tokens: int, where: str) -> Answering:
-    """Reads a task's ``generation_kwargs``, as the harness reads them for its own models.
-
-    Raises:
-        DataError: the task does not want the greedy answer.
-    """
+    """Reads a task's ``generation_kwargs``, as the harness reads them for its own models."""
     normal = normalize_gen_kwargs(dict(settings), default_tokens)
     if normal.get("do_sample") and normal.get("temperature", 0.0) > 0.0:
         raise DataError(
@@ -88,16 +85,6 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """Numbers of tokens: the window, answers of tasks that set no length, and how much is computed at once."""
-
-    max_length: int | None
-    max_new_tokens: int
-    micro_batch_tokens: int
-    batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredText:
     """A request in tokens: the model reads ``read``, and its last states predict ``labels``.
 
@@ -117,7 +104,7 @@ class HarnessModel(TemplateLM):
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        sizes: Sizes,
+        config: BenchmarkConfig,
         *,
         end_ids: Sequence[int],
         where: str,
@@ -125,9 +112,9 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.max_length = sizes.max_length or positions_of(model.base_model)
+        self.max_length = config.max_length or positions_of(model.base_model)
         self._model = model
-        self._sizes = sizes
+        self._config = config
         self._end_ids = end_ids
         self._where = where
         self._progress = progress
@@ -156,11 +143,7 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as text.
-
-        Raises:
-            DataError: the template refuses them.
-        """
+        """The turns as text."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -202,7 +185,7 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         texts = [self._scored_text(context, continuation) for _, context, continuation in requests]
-        by_text = score(self._model, texts, tokens=self._sizes.micro_batch_tokens, progress=self._progress)
+        by_text = score(self._model, texts, tokens=self._config.micro_batch_tokens, progress=self._progress)
         scored = [by_text[text] for text in texts]
         if not all(math.isfinite(logprob) for logprob, _ in scored):
             raise NonFiniteError(
@@ -227,13 +210,12 @@ class HarnessModel(TemplateLM):
         """The greedy answer to each request, up to its first stop text."""
         groups: dict[Answering, list[int]] = {}
         for index, request in enumerate(requests):
-            how = answering(request.args[1], default_tokens=self._sizes.max_new_tokens, where=self._where)
+            how = answering(request.args[1], default_tokens=self._config.max_new_tokens, where=self._where)
             groups.setdefault(how, []).append(index)
         answers = [""] * len(requests)
         for how, indices in groups.items():
-            for index, text in zip(
-                indices, self._answers([requests[index].args[0] for index in indices], how), strict=True
-            ):
+            texts = self._answers([requests[index].args[0] for index in indices], how)
+            for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         return answers
 
@@ -259,7 +241,7 @@ class HarnessModel(TemplateLM):
             [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts],
             max_new_tokens=how.max_new_tokens,
             end_ids=self._end_ids,
-            batch_size=self._sizes.batch_size,
+            batch_size=self._config.batch_size,
             progress=progress,
             ends=stops.ends if how.stops else None,
         )
@@ -273,9 +255,6 @@ def score(
     """Of each text: Σ log p(label | tokens before it) in nats, and whether every label is the most likely token.
 
     About ``tokens`` tokens are read at once. Texts that are read alike, such as choices of one token, are read once.
-
-    Raises:
-        ModelError: a text is longer than the model's positions, or the head does more than one matrix product.
     """
     labels_of: dict[tuple[int, ...], list[ScoredText]] = {}
     counts: dict[ScoredText, int] = {}

@@ -35,11 +35,7 @@ Loaded = Any
 
 
 def load(chosen: Chosen, names: list[str], folder: Path, hub_data: Mapping[str, Path], *, where: str) -> Loaded:
-    """The tasks, with their data read. ``folder`` is for files of this stage; ``hub_data`` has the snapshots by source.
-
-    Raises:
-        DataError: a task's data or its functions cannot be used.
-    """
+    """The tasks, with their data read; ``folder`` is for files of this stage, ``hub_data`` has snapshots by source."""
     written = folder / "tasks"
     written.mkdir(parents=True, exist_ok=True)
     files = [*chosen.tasks.values(), *chosen.groups.values()]
@@ -127,29 +123,23 @@ _CLOSE = 1e-9
 _PACKAGE = Path(__file__).parents[2]
 
 
-class RandomState:
-    """The state of all random generators after the tasks were loaded, so that every arm gets the same prompts."""
+def seed_generators() -> None:
+    """Starts all random generators as the harness's command does."""
+    random.seed(_SEEDS[0])
+    np.random.seed(_SEEDS[1])
+    torch.manual_seed(_SEEDS[2])
 
-    def __init__(self) -> None:
-        self._state: tuple[Any, Any, torch.Tensor] | None = None
 
-    @staticmethod
-    def seed() -> None:
-        """Starts them as the harness's command does."""
-        random.seed(_SEEDS[0])
-        np.random.seed(_SEEDS[1])
-        torch.manual_seed(_SEEDS[2])
+def random_state() -> tuple[Any, Any, torch.Tensor]:
+    """Their state once the tasks are loaded, to which ``restore`` returns, so that every arm gets the same prompts."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    def save(self) -> None:
-        """Remembers the present state."""
-        self._state = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    def restore(self) -> None:
-        """Goes back to it."""
-        assert self._state is not None, "saved once the tasks are loaded"
-        random.setstate(self._state[0])
-        np.random.set_state(self._state[1])
-        torch.set_rng_state(self._state[2])
+def restore(state: tuple[Any, Any, torch.Tensor]) -> None:
+    """Goes back to a ``random_state``."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,13 +162,7 @@ class ArmRun:
 
 
 def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str) -> ArmRun:
-    """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors.
-
-    Raises:
-        DataError: the right answer of a row is not one of its choices.
-        NonFiniteError: a value is not finite.
-        StageError: the harness, or a function of a task, failed.
-    """
+    """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors."""
     prepare(loaded, num_fewshot=config.num_fewshot)
     try:
         results = evaluate(
@@ -206,9 +190,7 @@ def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, 
         task.key(metric): _measurement(results, task.name, metric, name) for task in tasks for metric in task.metrics
     }
     return ArmRun(
-        tasks=tasks,
-        values=values,
-        rows={task: dict(_rows(samples)) for task, samples in results["samples"].items()},
+        tasks=tasks, values=values, rows={task: dict(_rows(samples)) for task, samples in results["samples"].items()}
     )
 
 
@@ -385,12 +367,7 @@ class _SameAnswer(LM):
 
 
 def try_tasks(config: BenchmarkConfig, context: StageContext) -> None:
-    """Loads the tasks with their data and functions, and has their metrics score the first rows.
-
-    Raises:
-        DataError: a task cannot be loaded, or the right answer of a row is not one of its choices.
-        StageError: a function of a task failed; the remedy names a package or a file that is missing.
-    """
+    """Loads the tasks with their data and functions, and has their metrics score the first rows."""
     where = f"stages.{context.spec.stage}.tasks"
     chosen = selected(config)
     limit = min(config.limit or NUM_ROWS, NUM_ROWS)

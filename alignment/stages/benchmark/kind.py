@@ -17,23 +17,12 @@ from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256, digest, file_sha256
 from alignment.records.benchmark import FILE, Benchmark, BenchmarkArm, BenchmarkTask, Measurement, TaskMetric
 from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, p_in_short
-from alignment.stages.base import (
-    Cell,
-    LaunchShape,
-    OtherFiles,
-    Outcome,
-    References,
-    Reported,
-    ResultTable,
-    RunsOn,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.benchmark.tasks import (
     HARNESS,
     SHIPPED,
     SKIPPED,
     Chosen,
-    TaskFile,
     TaskFolders,
     Unknown,
     chosen,
@@ -160,21 +149,23 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def tables(artifact: Path) -> list[ResultTable]:
+def tables(artifact: Path) -> list[base.ResultTable]:
     """The values of every arm, and the paired differences of arms."""
     record = Benchmark.read(artifact)
     return [_values(record), *([_differences(record)] if record.comparisons or record.other_comparisons else [])]
 
 
-def _values(record: Benchmark) -> ResultTable:
+def _values(record: Benchmark) -> base.ResultTable:
     template = "with the chat template" if record.chat_template else "without a chat template"
     cut = " A limit left out rows, so these values cannot be compared with others." if record.cut else ""
     rows = [
         (
             task.key(metric),
             [
-                Cell(text=_ABSENT if task.num_fewshot is None else str(task.num_fewshot)),
-                Cell(text=str(task.num_rows) if task.num_rows == task.all_rows else f"{task.num_rows}/{task.all_rows}"),
+                base.Cell(text=_ABSENT if task.num_fewshot is None else str(task.num_fewshot)),
+                base.Cell(
+                    text=str(task.num_rows) if task.num_rows == task.all_rows else f"{task.num_rows}/{task.all_rows}"
+                ),
                 *(_value(arm, task.key(metric)) for arm in record.arms),
             ],
         )
@@ -182,7 +173,7 @@ def _values(record: Benchmark) -> ResultTable:
         for metric in task.metrics
     ]
     arms = {arm.name: arm.label for arm in record.arms}
-    return ResultTable(
+    return base.ResultTable(
         title="Tasks",
         note=f"Values of lm-evaluation-harness {record.harness} {template}; ± is the standard error.{cut}",
         columns={"examples": "examples", "rows": "rows", **arms},
@@ -192,21 +183,23 @@ def _values(record: Benchmark) -> ResultTable:
     )
 
 
-def _value(arm: BenchmarkArm, key: str) -> Cell:
+def _value(arm: BenchmarkArm, key: str) -> base.Cell:
     measured = arm.values.get(key)
     if measured is None:
-        return Cell(text=_ABSENT)
-    return Cell(text=f"{measured.value:.3f}", bounds="" if measured.stderr is None else f"± {measured.stderr:.3f}")
+        return base.Cell(text=_ABSENT)
+    return base.Cell(text=f"{measured.value:.3f}", bounds="" if measured.stderr is None else f"± {measured.stderr:.3f}")
 
 
-def _differences(record: Benchmark) -> ResultTable:
+def _differences(record: Benchmark) -> base.ResultTable:
     rows = [
         (
             f"{comparison.metric}: {record.label(comparison.arm)} − {record.label(comparison.against)}",
             [
-                Cell(text=f"{comparison.difference:+.3f}", bounds=f"{comparison.low:+.3f} to {comparison.high:+.3f}"),
-                Cell(text=_ABSENT if comparison.adjusted_p is None else p_in_short(comparison.adjusted_p)),
-                Cell(text=verdict, tone=_TONES.get(verdict, "open")),
+                base.Cell(
+                    text=f"{comparison.difference:+.3f}", bounds=f"{comparison.low:+.3f} to {comparison.high:+.3f}"
+                ),
+                base.Cell(text=_ABSENT if comparison.adjusted_p is None else p_in_short(comparison.adjusted_p)),
+                base.Cell(text=verdict, tone=_TONES.get(verdict, "open")),
             ],
         )
         for comparison in (*record.comparisons, *record.other_comparisons)
@@ -218,7 +211,7 @@ def _differences(record: Benchmark) -> ResultTable:
         "metric of each task form one family, all others another."
     )
     columns = {"difference": "difference", "p": "p, corrected", "verdict": "verdict"}
-    return ResultTable(title="Differences between arms", note=note, columns=columns, rows=rows)
+    return base.ResultTable(title="Differences between arms", note=note, columns=columns, rows=rows)
 
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.4.14'"
@@ -239,12 +232,7 @@ def _folders(names: Sequence[str]) -> TaskFolders:
 
 
 def selected(config: BenchmarkConfig) -> Chosen:
-    """The tasks that the stage runs, and their groups.
-
-    Raises:
-        DataError: a file of a task cannot be read.
-        Unknown: there is no such task.
-    """
+    """The tasks that the stage runs, and their groups."""
     folders = _folders(config.task_folders)
     parts = [chosen(name, folders) for name in config.tasks]
     return Chosen(
@@ -287,9 +275,7 @@ def _folder_faults(config: BenchmarkConfig, output: Path, where: str) -> Iterato
             yield Fault(where=path, message=f"no folder {folder}")
             continue
         if output.is_relative_to(folder):
-            message = (
-                f"{folder} also contains this run's output, so its content changes; put tasks in a separate folder"
-            )
+            message = f"{folder} also contains this run's output, so its content changes; use a separate folder"
             yield Fault(where=path, message=message)
             continue
         try:
@@ -324,10 +310,7 @@ def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> I
 def _reference_faults(config: BenchmarkConfig, where: str) -> Iterator[Fault]:
     for number, arm in enumerate(config.arms):
         if arm in (PROMPTED, FEW_SHOT):
-            message = (
-                f"{arm!r} changes prompts, but here the prompts belong to the tasks; use 'base', and "
-                f"num_fewshot for examples"
-            )
+            message = f"{arm!r} changes prompts, which here belong to tasks; use 'base', and num_fewshot for examples"
             yield Fault(where=f"{where}.arms[{number}]", message=message)
 
 
@@ -365,11 +348,11 @@ def content(config: BenchmarkConfig, where: str) -> Mapping[str, str]:
 
 def _outside(files: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
     """The files that the hash of no folder covers."""
-    return [file for file in files if not any(_covers(folder.resolve(), file.resolve()) for folder in folders)]
 
+    def covers(folder: Path, file: Path) -> bool:
+        return file.is_relative_to(folder) and not _is_by_product(file.relative_to(folder))
 
-def _covers(folder: Path, file: Path) -> bool:
-    return file.is_relative_to(folder) and not _is_by_product(file.relative_to(folder))
+    return [file for file in files if not any(covers(folder.resolve(), file.resolve()) for folder in folders)]
 
 
 def _tree_sha256(folder: Path) -> str:
@@ -385,12 +368,8 @@ def _is_by_product(name: Path) -> bool:
 def _code(config: BenchmarkConfig) -> list[str]:
     """The functions of the user's; those that the harness ships are not."""
     shipped = [located(name) for name in config.task_folders if name.startswith(SHIPPED)]
-    tasks = [task for task in _known(config).tasks.values() if not _is_below(task, shipped)]
+    tasks = [task for task in _known(config).tasks.values() if not any(map(task.file.is_relative_to, shipped))]
     return list(dict.fromkeys(str(function) for task in tasks for function in task.functions))
-
-
-def _is_below(task: TaskFile, folders: list[Path]) -> bool:
-    return any(task.file.is_relative_to(folder) for folder in folders)
 
 
 def _hub_data(config: BenchmarkConfig) -> list[str]:
@@ -401,10 +380,10 @@ def _hub_data(config: BenchmarkConfig) -> list[str]:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def _reported(config: BenchmarkConfig) -> Reported:
+def _reported(config: BenchmarkConfig) -> base.Reported:
     """``TASK/METRIC/ARM``; which metrics a task has, the harness decides."""
     tasks = _known(config)
-    return Reported(
+    return base.Reported(
         counts=("rows", "rows_left_out"),
         families=tuple(f"{name}/" for name in (*tasks.tasks, *tasks.groups)),
         less_is_better=tuple(
@@ -426,7 +405,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="benchmark",
     summary="tasks of lm-evaluation-harness on any policy",
     config=BenchmarkConfig,
@@ -436,8 +415,8 @@ KIND = StageKind(
     rehearse="alignment.stages.benchmark.run:rehearse",
     rehearse_reads_base=False,
     faults=_faults,
-    references=References(faults=_reference_faults),
-    files=OtherFiles(located=_located, content=content, code=_code, hub_data=_hub_data),
-    launch=LaunchShape(runs_on=RunsOn.one_process),
-    outcome=Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
+    references=base.References(faults=_reference_faults),
+    files=base.OtherFiles(located=_located, content=content, code=_code, hub_data=_hub_data),
+    launch=base.LaunchShape(runs_on=base.RunsOn.one_process),
+    outcome=base.Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
 )

@@ -18,16 +18,10 @@ from alignment.evaluation.paired_scores import labels
 from alignment.evaluation.statistics import Intervals, compare
 from alignment.models.assembly.load import lineage
 from alignment.models.assembly.prefix import positions_of
-from alignment.records.benchmark import (
-    Benchmark,
-    BenchmarkArm,
-    BenchmarkRow,
-    BenchmarkTask,
-    TaskMetric,
-    write_rows,
-)
+from alignment.records.benchmark import Benchmark, BenchmarkArm, BenchmarkRow, BenchmarkTask, TaskMetric, write_rows
 from alignment.stages.benchmark.kind import BASE, INSTALL, BenchmarkConfig, content, selected
 from alignment.stages.benchmark.tasks import HARNESS
+from alignment.stages.shared.answer_scores import counted_progress
 from alignment.stages.shared.policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
@@ -36,29 +30,30 @@ from alignment.training.context import StageContext
 def run(config: BenchmarkConfig, context: StageContext) -> StageResult:
     """Policies in, ``benchmark.json`` and ``samples.jsonl`` out, on one process."""
     where = f"stages.{context.spec.stage}"
-    _refuse_changed_files(config, context, where)
+    planned = context.spec.identity.get("files")
+    if planned is not None and dict(content(config, where)) != planned:
+        raise DataError(
+            "the tasks, their data or the harness changed since the run was planned",
+            where=f"{where}.task_folders",
+            remedy="start the run again to plan it again",
+        )
     _import_harness(where)
     from alignment.stages.benchmark import harness_run
 
     context.progress("loading")
-    harness_run.RandomState.seed()
-    state = harness_run.RandomState()
+    harness_run.seed_generators()
     chosen = selected(config)
     loaded = harness_run.load(chosen, config.tasks, context.spec.work, context.spec.extra_data, where=f"{where}.tasks")
-    state.save()
+    random_state = harness_run.random_state()
     policies = Policies(context)
-
-    def measured(number: int, name: str) -> harness_run.ArmRun:
-        """One arm; its weights are free again when the next one is loaded."""
-        model = _model(config, context, policies, name, phase=f"arm {number}/{len(config.arms)}")
-        state.restore()
-        return harness_run.run_arm(model, loaded, chosen, config, name=name, where=f"{where}.tasks")
-
     runs: dict[str, harness_run.ArmRun] = {}
     seconds: dict[str, float] = {}
     for number, name in enumerate(config.arms, start=1):
         started = time.monotonic()
-        runs[name] = measured(number, name)
+        model = _model(config, context, policies, name, phase=f"arm {number}/{len(config.arms)}")
+        harness_run.restore(random_state)
+        runs[name] = harness_run.run_arm(model, loaded, chosen, config, name=name, where=f"{where}.tasks")
+        del model  # its weights are free again when the next one is loaded
         seconds[name] = time.monotonic() - started
     policies.release()
     record = _record(config, context, runs, seconds)
@@ -86,29 +81,9 @@ def _import_harness(where: str) -> None:
         raise ConfigError(f"lm-evaluation-harness cannot be imported: {error}", where=where, remedy=INSTALL) from error
 
 
-def _refuse_changed_files(config: BenchmarkConfig, context: StageContext, where: str) -> None:
-    """Compares the tasks' files with their fingerprints from the plan.
-
-    Raises:
-        DataError: one of them has changed since, or is missing.
-    """
-    planned = context.spec.identity.get("files")
-    if planned is not None and dict(content(config, where)) != planned:
-        raise DataError(
-            "the tasks, their data or the harness changed since the run was planned",
-            where=f"{where}.task_folders",
-            remedy="start the run again to plan it again",
-        )
-
-
 def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, name: str, *, phase: str) -> Any:
-    """The arm behind the harness's interface.
-
-    Raises:
-        ModelError: it cannot be loaded, or has no chat template and needs it.
-        ConfigError: ``max_length`` is more than its positions.
-    """
-    from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
+    """The arm behind the harness's interface."""
+    from alignment.stages.benchmark.harness_model import HarnessModel
 
     spec = context.spec
     tokenizer = tokenizer_of(context, spec.arms[name], load_tokenizer(spec.base_path, spec.model.template))
@@ -122,30 +97,13 @@ def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, n
             where=f"stages.{spec.stage}.max_length",
             remedy="lower it, or set it to null for all positions",
         )
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress(phase, done)
-
-    sizes = Sizes(
-        max_length=config.max_length,
-        max_new_tokens=config.max_new_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
-        batch_size=config.batch_size,
+    # As the harness has them: EOS, and those of generation_config.json; in a conversation also the end of a turn.
+    ends = (
+        end_ids(tokenizer) if config.apply_chat_template else {tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())}
     )
     return HarnessModel(
-        model, tokenizer, sizes, end_ids=_end_ids(config, tokenizer), where=f"arm {name}", progress=progress
+        model, tokenizer, config, end_ids=sorted(ends), where=f"arm {name}", progress=counted_progress(context, phase)
     )
-
-
-def _end_ids(config: BenchmarkConfig, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as the harness has them: EOS, and those of generation_config.json; in a
-    conversation also the one that ends a turn."""
-    if config.apply_chat_template:
-        return sorted(end_ids(tokenizer))
-    return sorted({tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})
 
 
 def _record(
@@ -170,13 +128,12 @@ def _record(
 
 
 def _of_all(runs: Mapping[str, Any]) -> list[BenchmarkTask]:
-    """The tasks, each with the metrics of all arms."""
+    """The tasks, each with the metrics of all arms; a metric is ``by_row`` only if it is for every arm."""
     tasks_of_arms = [{task.name: task for task in run.tasks} for run in runs.values()]
-    return [_with_all_metrics([tasks[name] for tasks in tasks_of_arms]) for name in tasks_of_arms[0]]
+    return [_of_arms([tasks[name] for tasks in tasks_of_arms]) for name in tasks_of_arms[0]]
 
 
-def _with_all_metrics(task_of_arms: list[BenchmarkTask]) -> BenchmarkTask:
-    """A metric is ``by_row`` only if it is for every arm."""
+def _of_arms(task_of_arms: list[BenchmarkTask]) -> BenchmarkTask:
     by_row = [{metric.title for metric in task.metrics if metric.by_row} for task in task_of_arms]
     metrics = {metric.title: metric for task in reversed(task_of_arms) for metric in task.metrics}
     titles = dict.fromkeys(metric.title for task in task_of_arms for metric in task.metrics)

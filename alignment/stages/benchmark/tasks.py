@@ -110,14 +110,15 @@ def located(folder: str) -> Path:
 
 
 def read_folder(folder: Path) -> list[TaskFile]:
-    """The tasks and groups in a folder and the folders below it.
-
-    Raises:
-        DataError: a file is not YAML, or includes one that is missing.
-    """
-    files = (file for file in sorted(folder.glob("**/*.yaml")) if not set(SKIPPED) & set(file.parts))
-    tasks = [_task_file(file) for file in files]
-    return [task for task in tasks if task is not None]
+    """The tasks and groups in a folder and the folders below it."""
+    tasks = []
+    for file in sorted(folder.glob("**/*.yaml")):
+        if not set(SKIPPED) & set(file.parts):
+            settings, included = read_settings(file)
+            name = settings.get("group", settings.get("task"))
+            if isinstance(name, str):
+                tasks.append(TaskFile(name=name, file=file, settings=settings, included=included))
+    return tasks
 
 
 def together(folders: Sequence[Sequence[TaskFile]]) -> TaskFolders:
@@ -128,24 +129,14 @@ def together(folders: Sequence[Sequence[TaskFile]]) -> TaskFolders:
     return TaskFolders(by_name=by_name)
 
 
-def _task_file(file: Path) -> TaskFile | None:
-    settings, included = read_settings(file)
-    name = settings.get("group", settings.get("task"))
-    return TaskFile(name=name, file=file, settings=settings, included=included) if isinstance(name, str) else None
-
-
 def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """The settings in a file over those of the files that it includes, and these files; data files have absolute paths.
-
-    Raises:
-        DataError: a file is missing, is not YAML or not a group of settings, or includes itself.
-    """
+    """The settings in a file over those of the files that it includes, and these files; data paths are absolute."""
     folder = file.resolve().parent  # a link is read where it leads to, as the harness reads it
     try:
         settings = yaml.load(small_text(file), Loader=_loader(folder))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         by = f", which {including[-1]} includes" if including else ""
-        raise DataError(f"cannot be read{by}: {_in_a_line(error)}", where=str(file)) from error
+        raise DataError(f"cannot be read{by}: {' '.join(str(error).split())}", where=str(file)) from error
     if not isinstance(settings, dict):
         raise DataError("is not a group of settings", where=str(file), remedy="write a task as KEY: VALUE")
     names = settings.pop("include", [])
@@ -160,10 +151,6 @@ def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[st
         merged.pop(NEVER_INCLUDED, None)
         included += [other, *below]
     return merged | _with_data_files(settings, folder), included
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -210,12 +197,8 @@ def _absolute(paths: Any, folder: Path) -> Any:
 def _functions(value: Any) -> Iterator[Function]:
     if isinstance(value, Function):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _functions(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _functions(item)
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _functions(item)
 
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")
@@ -241,12 +224,7 @@ class Chosen:
 
 
 def chosen(name: str, folders: TaskFolders) -> Chosen:
-    """The tasks behind a name: of a task, of a group, or a tag.
-
-    Raises:
-        Unknown: there is no such name, two files have it, or a group is defined in a way that is not supported; the
-            message says which.
-    """
+    """The tasks behind a name: of a task, of a group, or a tag."""
     tasks: dict[str, TaskFile] = {}
     groups: dict[str, TaskFile] = {}
     for file in _files_of(name, folders, above=()):

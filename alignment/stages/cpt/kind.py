@@ -72,9 +72,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why="First, the model learns to continue plain text.", settings=settings, reads=rows)
 
 
-PROPOSALS = Proposals(stage=_stage)
-
-
 def _data(config: CptConfig) -> list[DataSlot]:
     own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)
     return [own, held_out_slot(config.validation, own)]
@@ -110,5 +107,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
     ),
-    proposals=PROPOSALS,
+    proposals=Proposals(stage=_stage),
 )

@@ -22,17 +22,7 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.records.interval import Interval
 from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
-from alignment.stages.base import (
-    Cell,
-    Curve,
-    DataSlot,
-    LaunchShape,
-    Learning,
-    Outcome,
-    Reported,
-    ResultTable,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.shared.kind_answers import (
     check_engine,
     curve,
@@ -134,7 +124,7 @@ def _differing(timing: Timing) -> str:
     )
 
 
-def tables(artifact: Path) -> list[ResultTable]:
+def tables(artifact: Path) -> list[base.ResultTable]:
     """The student before and after it learned."""
     record = Distillation.read(artifact)
     timing = record.timing
@@ -154,15 +144,15 @@ def tables(artifact: Path) -> list[ResultTable]:
         ("before", _cells(record.before, timing, None if timing is None else timing.before)),
         ("after", _cells(record.after, timing, None if timing is None else timing.after)),
     ]
-    return [ResultTable(title="Compared with its teacher", note=_note(record), columns=columns, rows=rows)]
+    return [base.ResultTable(title="Compared with its teacher", note=_note(record), columns=columns, rows=rows)]
 
 
-def _cells(figures: StudentFigures, timing: Timing | None, assisted: Assisted | None) -> list[Cell]:
+def _cells(figures: StudentFigures, timing: Timing | None, assisted: Assisted | None) -> list[base.Cell]:
     intervals = [figures.acceptance, figures.tokens_per_step, figures.same_top, figures.divergence]
     if timing is None or assisted is None:
         return [_cell(interval) for interval in intervals]
     intervals += [assisted.expected_sampling, assisted.expected]
-    return [*(_cell(interval) for interval in intervals), Cell(text=f"{timing.speed_up(assisted):.2f}")]
+    return [*(_cell(interval) for interval in intervals), base.Cell(text=f"{timing.speed_up(assisted):.2f}")]
 
 
 def _note(record: Distillation) -> str:
@@ -185,9 +175,9 @@ def _student(record: Distillation) -> str:
     return f"The student, the first {'layer' if record.layers == 1 else f'{record.layers} layers'},"
 
 
-def _cell(interval: Interval) -> Cell:
+def _cell(interval: Interval) -> base.Cell:
     bounds = "" if interval.bounds is None else f"{interval.bounds[0]:.3f} to {interval.bounds[1]:.3f}"
-    return Cell(text=f"{interval.mean:.3f}", bounds=bounds)
+    return base.Cell(text=f"{interval.mean:.3f}", bounds=bounds)
 
 
 def _words(interval: Interval) -> str:
@@ -202,12 +192,12 @@ FIGURES = ("eval_acceptance", "eval_same_top", "eval_divergence")
 HELD_OUT = (*FIGURES, *(f"{name}{BEFORE}" for name in FIGURES), "eval_tokens_per_step")
 
 
-def _data(config: DistilConfig) -> list[DataSlot]:
+def _data(config: DistilConfig) -> list[base.DataSlot]:
     left_out = [
-        DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
+        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
         for number, data in enumerate(config.leave_out)
     ]
-    return [DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS), *left_out]
+    return [base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS), *left_out]
 
 
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -220,9 +210,7 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         )
         yield Fault(where=f"{where}.init", message=message)
     if config.layers is not None and config.adapter.chain is CONTINUE and config.adapter.kind is not AdapterKind.full:
-        message = (
-            "the first layers are whole weights with all adapters merged, so there is no adapter to continue; use merge"
-        )
+        message = "the first layers are whole weights with all adapters merged, so there is none to continue; use merge"
         yield Fault(where=f"{where}.adapter.chain", message=message)
     if not config.method.needs_teacher:
         yield from unread_faults(config, usual, ("loss_temperature",), where, f"only method '{Method.tokens.value}'")
@@ -234,24 +222,21 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.timed_prompts", message=message)
 
 
-def _too_few_prompts(config: DistilConfig, num_prompts: int, where: str) -> Iterator[Fault]:
-    yield from held_out_fault(config.eval_fraction, num_prompts, "prompts", where)
-
-
 def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[Fault]:
     """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
     if config.layers is not None and config.layers >= layers:
         message = (
-            f"{config.layers}, but {config.init} has {layers} layers, and a draft of all of them would be as slow; "
-            f"choose at most {layers - 1}"
+            f"{config.layers}, but {config.init} has {layers} layers; choose at most {layers - 1} for a faster draft"
         )
         yield Fault(where=f"{where}.layers", message=message)
 
 
-def _reported(config: DistilConfig) -> Reported:
+def _reported(config: DistilConfig) -> base.Reported:
     held_out = HELD_OUT if config.eval_fraction else ()
     counts = (*COUNTS, "eval_prompts", "eval_tokens") if config.eval_fraction else COUNTS
-    return Reported(held_out=held_out, training=("loss",), counts=counts, less_is_better=("loss", "eval_divergence"))
+    return base.Reported(
+        held_out=held_out, training=("loss",), counts=counts, less_is_better=("loss", "eval_divergence")
+    )
 
 
 def _why_missing(config: DistilConfig, metric: str, stage: str) -> str:
@@ -270,12 +255,9 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _curves(settings: Mapping[str, Any]) -> list[Curve]:
+def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     if settings.get("method") == Method.sequence.value:
-        return [
-            curve("Loss", "nats per token", "loss"),
-            curve("Next-token accuracy", "share", "mean_token_accuracy"),
-        ]
+        return [curve("Loss", "nats per token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
     return [
         curve("Divergence from the teacher", "nats per token", "loss"),
         curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
@@ -283,7 +265,7 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     ]
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="distil",
     summary="a smaller student of a policy, such as a draft for speculative decoding (stage=draft)",
     config=DistilConfig,
@@ -294,19 +276,19 @@ KIND = StageKind(
     leaves_out="leave_out",
     faults=_faults,
     curves=_curves,
-    launch=LaunchShape(
+    launch=base.LaunchShape(
         refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),
-    learning=Learning(
+    learning=base.Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
-        faults=_too_few_prompts,
+        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
         one_row_a_record=lambda _: False,
         batches_of_rows=False,
         layer_faults=too_many_layers,
         layers_left=lambda config, layers: layers if config.layers is None else config.layers,
     ),
-    outcome=Outcome(
+    outcome=base.Outcome(
         metrics=_reported,
         why_missing=_why_missing,
         doubts=_doubts,

@@ -60,7 +60,17 @@ def run(config: DistilConfig, context: StageContext) -> StageResult:
         del teacher  # its time is measured on a copy that is loaded as any user loads it
         times = _timing(config, context, tokenizer, taught_by, held_out, ((start, before), (student, after)))
         if context.is_main:
-            _record(config, held_out, before, after, times).write(context.content)
+            Distillation(
+                method=config.method.value,
+                layers=config.layers,
+                temperature=config.temperature,
+                gamma=config.gamma,
+                prompts=len(held_out.distinct),
+                tokens=sum(map(len, held_out.answers)),
+                before=before,
+                after=after,
+                timing=times,
+            ).write(context.content)
     return replace(result, metrics=metrics)
 
 
@@ -92,12 +102,7 @@ def _figures(
 
 
 def _learned(
-    config: DistilConfig,
-    context: StageContext,
-    start: Lineage,
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    rows: Dataset,
+    config: DistilConfig, context: StageContext, start: Lineage, teacher: PreTrainedModel, tokenizer: Any, rows: Dataset
 ) -> tuple[float, StageResult]:
     """The last loss, and the student as it was saved."""
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
@@ -115,12 +120,7 @@ def _learned(
 
 
 def distil_trainer(
-    config: DistilConfig,
-    context: StageContext,
-    policy: Any,
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    rows: Dataset,
+    config: DistilConfig, context: StageContext, policy: Any, teacher: PreTrainedModel, tokenizer: Any, rows: Dataset
 ) -> DistilTrainer:
     """The trainer that minimises the student's divergence from the teacher; the caller calls ``prepare``."""
     trainer = next_token_trainer(DistilTrainer, config, context, policy, tokenizer, rows, max_length=None)
@@ -171,19 +171,3 @@ def _timing(
     prompts = held_out.distinct[: config.timed_prompts]
     times = shared(lambda: timing(config, context, tokenizer, teacher, prompts, students) if context.is_main else None)
     return times[0]
-
-
-def _record(
-    config: DistilConfig, held_out: HeldOutAnswers, before: StudentFigures, after: StudentFigures, times: Timing | None
-) -> Distillation:
-    return Distillation(
-        method=config.method.value,
-        layers=config.layers,
-        temperature=config.temperature,
-        gamma=config.gamma,
-        prompts=len(held_out.distinct),
-        tokens=sum(map(len, held_out.answers)),
-        before=before,
-        after=after,
-        timing=times,
-    )

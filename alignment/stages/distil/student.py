@@ -33,12 +33,7 @@ from alignment.training.sharding import everyones, shared
 
 
 def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> Lineage:
-    """The student before it learns; ``tokenizer`` is the teacher's.
-
-    Raises:
-        ConfigError: ``init`` does not have more than ``layers`` layers.
-        ModelError: the student has a different tokenizer or chat template than its teacher.
-    """
+    """The student before it learns; ``tokenizer`` is the teacher's."""
     start, own = initial_policy(context)
     where = f"stages.{context.spec.stage}"
     if tokenizer_hashes(own) != tokenizer_hashes(tokenizer):
@@ -114,11 +109,7 @@ class HeldOutAnswers:
 def taught_rows(
     config: DistilConfig, context: StageContext, asked: AskedPrompts, answers: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[Dataset, HeldOutAnswers]:
-    """Rows of ``input_ids`` and ``labels``, learned in the answers alone, and the answers that are held out.
-
-    Raises:
-        DataError: too few prompts to hold any out.
-    """
+    """Rows of ``input_ids`` and ``labels``, learned in the answers alone, and the answers that are held out."""
     pairs = [(ids, answer) for ids, of_prompt in zip(asked.ids, answers, strict=True) for answer in of_prompt]
     prompts, every = [list(prompt) for prompt, _ in pairs], [list(answer) for _, answer in pairs]
     rows = Dataset.from_dict(

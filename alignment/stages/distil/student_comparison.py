@@ -16,6 +16,7 @@ from alignment.config.model import Dtype
 from alignment.config.optim import tokens_of
 from alignment.core.errors import StageError
 from alignment.data.tokens.tokenize import end_ids
+from alignment.evaluation.arms import grouped
 from alignment.evaluation.statistics import Intervals
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.answers import answer_states, batches
@@ -51,17 +52,11 @@ def compared(
     def sums(number: int) -> list[list[float]]:
         if not held:
             held.append(frozen_model(context, student))
-        span = spans[number]
-        return sums_of_answers(
-            held[0],
-            teacher,
-            held_out.prompts[span.start : span.stop],
-            held_out.answers[span.start : span.stop],
-            temperature=config.temperature,
-            tokens=tokens_of(config.optim.micro_batch_tokens),
-        )
+        some, tokens = slice(spans[number][0], spans[number][-1] + 1), tokens_of(config.optim.micro_batch_tokens)
+        prompts, answers = held_out.prompts[some], held_out.answers[some]
+        return sums_of_answers(held[0], teacher, prompts, answers, temperature=config.temperature, tokens=tokens)
 
-    spans = _spans(len(held_out.answers), config.batch_size)
+    spans = grouped(range(len(held_out.answers)), config.batch_size)
     phase = f"comparing-{when}"
     parts = made_in_parts(
         context,
@@ -72,10 +67,6 @@ def compared(
     )
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     return figures_of([row for part in parts for row in part], held_out.groups, intervals, gamma=config.gamma)
-
-
-def _spans(count: int, size: int) -> list[range]:
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 @torch.no_grad()
@@ -195,11 +186,7 @@ def timing(
     prompts: Sequence[Tokens],
     students: Sequence[tuple[Lineage, StudentFigures]],
 ) -> Timing:
-    """Times of the teacher alone, and with the student before and after it learned.
-
-    Raises:
-        StageError: in float32 an answer with a draft differs from that without, elsewhere than at a tie.
-    """
+    """Times of the teacher alone, and with the student before and after it learned."""
     greedy = Greedy(
         max_new_tokens=config.max_new_tokens, end_ids=sorted(end_ids(tokenizer)), pad_id=tokenizer.pad_token_id
     )

@@ -111,9 +111,7 @@ _TAKEN_BY: dict[str, tuple[DpoLoss, ...]] = {
     "target_margin": (DpoLoss.simpo,),
     "odds_weight": (DpoLoss.orpo,),
 }
-_WHY_NOT = {
-    ("nll_weight", DpoLoss.orpo): "orpo already has this term",
-}
+_WHY_NOT = {("nll_weight", DpoLoss.orpo): "orpo already has this term"}
 
 
 def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
@@ -139,10 +137,8 @@ def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
         message = "with 0, robust is the same as sigmoid; set the share of flipped labels, such as 0.1, or loss=sigmoid"
         yield Fault(where=f"{where}.label_smoothing", message=message)
     if config.margin and config.label_smoothing and config.loss is DpoLoss.sigmoid:
-        message = (
-            f"{config.margin:g} cannot be combined with label_smoothing={config.label_smoothing:g}: the margin of a "
-            "flipped pair is unknown; set one of them to 0"
-        )
+        smoothed = f"label_smoothing={config.label_smoothing:g}"
+        message = f"{config.margin:g} with {smoothed}: a flipped pair has no known margin; set one of them to 0"
         yield Fault(where=f"{where}.margin", message=message)
 
 
@@ -170,9 +166,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         **validation(rows, epochs=1),
     }
     return NewStage(why="Learns to prefer the better answer of each pair.", settings=settings, reads=rows)
-
-
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
 
 
 CHANGES = ("logps/chosen_change", "logps/rejected_change")
@@ -208,25 +201,18 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     """Charts of an older result too, whose settings lack the newer ones."""
+    own_terms = any(settings.get(name) for name in ("nll_weight", "margin"))
+    from_ln2 = settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
     unit = "log odds" if settings.get("loss") == DpoLoss.orpo.value else "implicit reward"
     charts = [
-        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if _from_ln2(settings) else LOSS,
+        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
         curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
         curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
-        Curve(
-            title="Log-probability of the answers",
-            unit="nats",
-            keys=("logps/chosen", "logps/rejected"),
-            labels=("chosen", "rejected"),
+        curve(
+            "Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=("chosen", "rejected")
         ),
     ]
     return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
-
-
-def _from_ln2(settings: Mapping[str, Any]) -> bool:
-    """Whether the loss starts at ln 2 whatever the rows are."""
-    own_terms = any(settings.get(name) for name in ("nll_weight", "margin"))
-    return settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
 
 
 _FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.value)
@@ -250,5 +236,5 @@ KIND = StageKind(
         lines=handed_on,
         against_forgetting=hold_nearer_to_the_start,
     ),
-    proposals=PROPOSALS,
+    proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -65,13 +65,11 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     for reference in (trainer.precomputed, trainer.precomputed_held_out):
         if reference is not None and context.is_main:
             reference.keep()
-    last = train(
-        trainer,
-        context,
-        headline="loss",
-        ceiling=DIVERGED * start_loss(config, first.start),
-        validation=_validation(config, context, trainer, held_out),
-    )
+    ceiling, validation = DIVERGED * start_loss(config, first.start), None
+    if held_out is not None:
+        rows = HeldOutRows(rows=_dataset(held_out, trainer.precomputed_held_out), tokens=pair_tokens(held_out))
+        validation = Validation(config.validation, context, trainer, rows)
+    last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     metrics = {
         "loss": last["loss"],
         "rewards/accuracies": last["rewards/accuracies"],
@@ -123,28 +121,14 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.precomputed_held_out, trainer.row_origin = precomputed_held_out, origin_of
-    _set_loss(trainer, config)
-    make_ready(trainer, policy, reference, precomputed, config.optim, context)
-    return trainer
-
-
-def _set_loss(trainer: PairTrainer, config: DpoConfig) -> None:
-    """Sets what TRL's loss lacks. TRL takes the reference's log-probabilities from the batch."""
     trainer.needs_reference = config.loss.needs_reference
     trainer.own_loss, trainer.implicit_rewards = own_loss(config), implicit_rewards(config)
     trainer.nll_weight = config.nll_weight
     trainer.precompute_ref_logps = True  # each micro-batch gets them before it is learned from (PairTrainer)
     if config.margin:
         trainer.data_collator = WithMargins(trainer.data_collator)
-
-
-def _validation(
-    config: DpoConfig, context: StageContext, trainer: PairTrainer, pairs: Dataset | None
-) -> Validation | None:
-    if pairs is None:
-        return None
-    held_out = HeldOutRows(rows=_dataset(pairs, trainer.precomputed_held_out), tokens=pair_tokens(pairs))
-    return Validation(config.validation, context, trainer, held_out)
+    make_ready(trainer, policy, reference, precomputed, config.optim, context)
+    return trainer
 
 
 def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
@@ -155,15 +139,13 @@ def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
 
 def start_loss(config: DpoConfig, start: PairLogprobs) -> float:
     """The loss of the first batch while the policy equals its reference."""
-    own = own_loss(config)
-    loss = _trl_start_loss(config) if own is None else float(own(start).mean())
+    if (own := own_loss(config)) is not None:
+        loss = float(own(start).mean())
+    elif config.loss in (DpoLoss.hinge, DpoLoss.apo_zero, DpoLoss.apo_down):
+        loss = 1.0
+    else:
+        loss = 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
     return loss + config.nll_weight * float(nll_of_chosen(start).mean())
-
-
-def _trl_start_loss(config: DpoConfig) -> float:
-    if config.loss in (DpoLoss.hinge, DpoLoss.apo_zero, DpoLoss.apo_down):
-        return 1.0
-    return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
 
 
 def check_start(trainer: PairTrainer) -> FirstBatch:

@@ -24,7 +24,7 @@ from alignment.training.sharding import everyones
 class PairLogprobs:
     """``[pairs]`` log-probabilities of answers in nats, and the tokens of each answer.
 
-    The reference's are 0 for a loss without a reference. ``margins`` are score differences, if the rows have them.
+    The reference's are 0 for a loss without a reference. ``margins`` are score differences; 0 if rows have none.
     """
 
     chosen: Tensor
@@ -33,7 +33,7 @@ class PairLogprobs:
     rejected_tokens: Tensor
     reference_chosen: Tensor
     reference_rejected: Tensor
-    margins: Tensor | None = None
+    margins: Tensor
 
     @property
     def mean_chosen(self) -> Tensor:
@@ -61,15 +61,18 @@ RewardsOf = Callable[[PairLogprobs], tuple[Tensor, Tensor]]
 
 def own_loss(config: DpoConfig) -> PairLoss | None:
     """The loss of these settings without ``nll_weight``; None if TRL's trainer has it."""
-    by_token = config.loss is DpoLoss.sigmoid_norm
+    by_token, beta = config.loss is DpoLoss.sigmoid_norm, config.beta
     if config.loss is DpoLoss.simpo:
-        return partial(_simpo, beta=config.beta, target_margin=config.target_margin or 0.0)
-    if config.loss is DpoLoss.orpo:
-        return partial(_orpo, odds_weight=config.odds_weight)
+        simpo = partial(preferences.simpo, beta=beta, target_margin=config.target_margin or 0.0)
+        return lambda pairs: simpo(pairs.mean_chosen, pairs.mean_rejected)
+    if config.loss is DpoLoss.orpo:  # Hong et al. 2024, eq. 6
+        ratio, weight = preferences.odds_ratio, config.odds_weight
+        return lambda pairs: nll_of_chosen(pairs) + weight * ratio(pairs.mean_chosen, pairs.mean_rejected)
     if config.label_smoothing and config.loss is not DpoLoss.robust:
-        return partial(_conservative, beta=config.beta, by_token=by_token, flipped=config.label_smoothing)
+        flipped = config.label_smoothing
+        return lambda pairs: preferences.conservative(pairs.gaps(beta, by_token=by_token), flipped=flipped)
     if config.margin:
-        return partial(_with_margin, beta=config.beta, weight=config.margin)
+        return lambda pairs: preferences.offset(pairs.gaps(beta, by_token=False), config.margin * pairs.margins)
     return None
 
 
@@ -85,25 +88,6 @@ def implicit_rewards(config: DpoConfig) -> RewardsOf | None:
 def nll_of_chosen(pairs: PairLogprobs) -> Tensor:
     """−log p(chosen) divided by its tokens (Pang et al. 2024); TRL's is a mean over all tokens of a micro-batch."""
     return -pairs.mean_chosen
-
-
-def _conservative(pairs: PairLogprobs, *, beta: float, by_token: bool, flipped: float) -> Tensor:
-    return preferences.conservative(pairs.gaps(beta, by_token=by_token), flipped=flipped)
-
-
-def _with_margin(pairs: PairLogprobs, *, beta: float, weight: float) -> Tensor:
-    assert pairs.margins is not None, "the rows have no margins"
-    return preferences.offset(pairs.gaps(beta, by_token=False), weight * pairs.margins)
-
-
-def _simpo(pairs: PairLogprobs, *, beta: float, target_margin: float) -> Tensor:
-    return preferences.simpo(pairs.mean_chosen, pairs.mean_rejected, beta=beta, target_margin=target_margin)
-
-
-def _orpo(pairs: PairLogprobs, *, odds_weight: float) -> Tensor:
-    """The negative log-likelihood of the chosen answer, and λ times the odds-ratio loss (Hong et al. 2024, eq. 6)."""
-    ratio = preferences.odds_ratio(pairs.mean_chosen, pairs.mean_rejected)
-    return nll_of_chosen(pairs) + odds_weight * ratio
 
 
 class WithMargins:
@@ -145,7 +129,7 @@ class PairTrainer(AgainstStart, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
         """The mean loss of the pairs, and TRL's metrics of them."""
-        margins = inputs.get(MARGIN)
+        margins, _ = _margins(inputs)
         inputs = {name: value for name, value in inputs.items() if name != MARGIN}
         # Before the policy's activations are in memory.
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logprobs(inputs)
@@ -184,7 +168,7 @@ class PairTrainer(AgainstStart, DPOTrainer):
             metrics[f"rewards/{name}"][-1] = mean
 
 
-def pairs_of(logprobs: Tensor, inputs: Batch, margins: Tensor | None) -> PairLogprobs:
+def pairs_of(logprobs: Tensor, inputs: Batch, margins: Tensor) -> PairLogprobs:
     """The log-probabilities ``[2 * pairs]`` of a batch, chosen answers first, with those of the reference."""
     chosen, rejected = logprobs.chunk(2)
     chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(-1).chunk(2)

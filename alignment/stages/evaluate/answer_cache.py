@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.evaluating import AnswersConfig
 from alignment.config.launch import Engine
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage, weights_sha256
 from alignment.stages.evaluate import cache_file
+from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.prompts import TurnPrompts
 from alignment.training.context import StageContext
 
@@ -34,22 +34,21 @@ class CachedAnswers:
 
 
 def file_of(
+    config: EvaluateConfig,
     context: StageContext,
     policy: Lineage,
     asked: TurnPrompts,
-    answers: AnswersConfig,
     *,
-    max_new_tokens: int,
     ends: Sequence[int],
     with_logprobs: bool,
-    engine: Engine,
 ) -> Path:
     """The file that caches, or will cache, a policy's answers in one turn."""
+    answers, engine = config.answers, config.sampling.engine
     parts = [
         VERSION,
         *cache_file.versions(context),
         weights_sha256(policy),
-        max_new_tokens,
+        config.max_new_tokens,
         list(ends),
         with_logprobs,
         list(asked.prompts),
@@ -68,12 +67,11 @@ def seed_of(asked: TurnPrompts) -> tuple[Any, ...]:
     return ("answers", asked.number) if asked.number else ("answers",)
 
 
-def read(file: Path, *, num_answers: int) -> CachedAnswers | None:
+def read(file: Path) -> CachedAnswers | None:
     """The cached answers, or None if the file is missing or damaged."""
     fields = cache_file.read(file)
     if fields is None:
         return None
-    assert len(fields["ids"]) == num_answers, "the file's name depends on its prompts"
     references = [None if total is None else TokenSum(**total) for total in fields.pop("references")]
     return CachedAnswers(references=references, **fields)
 

@@ -58,16 +58,8 @@ class _Request:
 
     def file(self, config: EvaluateConfig, context: StageContext) -> Path:
         """Where the answers are cached."""
-        return answer_cache.file_of(
-            context,
-            self.arm.policy,
-            self.turn,
-            config.answers,
-            max_new_tokens=config.max_new_tokens,
-            ends=sorted(end_ids(self.arm.tokenizer)),
-            with_logprobs=self.with_logprobs,
-            engine=config.sampling.engine,
-        )
+        ends, scored = sorted(end_ids(self.arm.tokenizer)), self.with_logprobs
+        return answer_cache.file_of(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
 
 
 def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
@@ -94,11 +86,6 @@ def answers_of_arms(
     """The arms' answers, on every process; every process must call this.
 
     ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
-
-    Raises:
-        ModelError: a conversation with its next answer may be longer than the policy's positions, or is with its
-            reference answer.
-        DataError: a row cannot be rendered with an arm's own answers.
     """
     per_prompt = config.answers.per_prompt
     turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}
@@ -108,7 +95,9 @@ def answers_of_arms(
             _Request(
                 arm=arm,
                 held_out=rows,
-                turn=_asked(arm, rows, turns[name], number=number, per_prompt=per_prompt),
+                turn=later_turn(arm, rows, conversations(rows, turns[name], per_prompt), number=number)
+                if number
+                else arm.first,
                 per_prompt=per_prompt,
                 with_logprobs=name in with_logprobs,
             )
@@ -120,34 +109,16 @@ def answers_of_arms(
 
         answered = _answered(requests, config, context, policies, progress=of_turn)
         for of_arm, request, answers in zip(turns.values(), requests, answered, strict=True):
-            of_arm.append(_answered_turn(request, answers))
+            turn = AnsweredTurn(
+                rows=request.turn.rows,
+                answers=read_answers(request.arm.tokenizer, answers.ids),
+                logprobs=answers.logprobs,
+                references=answers.references,
+                seconds=answers.seconds,
+            )
+            of_arm.append(turn)
             done += len(request.turn.rows)
     return {name: together(rows, of_arm, per_prompt) for name, of_arm in turns.items()}
-
-
-def _asked(
-    arm: ArmPrompts, rows: Sequence[HeldOutPrompt], before: Sequence[AnsweredTurn], *, number: int, per_prompt: int
-) -> TurnPrompts:
-    if number == 0:
-        return arm.first
-    return later_turn(
-        arm.tokenizer,
-        rows,
-        arm.shown,
-        conversations(rows, before, per_prompt),
-        number=number,
-        with_references=not arm.own_tokens,
-    )
-
-
-def _answered_turn(request: _Request, answers: CachedAnswers) -> AnsweredTurn:
-    return AnsweredTurn(
-        rows=request.turn.rows,
-        answers=read_answers(request.arm.tokenizer, answers.ids),
-        logprobs=answers.logprobs,
-        references=answers.references,
-        seconds=answers.seconds,
-    )
 
 
 def _answered(
@@ -165,8 +136,7 @@ def _answered(
 
     def cached() -> list[tuple[Path, CachedAnswers | None]]:
         files = [request.file(config, context) for request in requests]
-        sizes = [len(request.turn.rows) * request.per_prompt for request in requests]
-        return [(file, answer_cache.read(file, num_answers=size)) for file, size in zip(files, sizes, strict=True)]
+        return [(file, answer_cache.read(file)) for file in files]
 
     stored = from_main(context, cached)
     missing = [(request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None]
@@ -196,7 +166,7 @@ def _made(
     parts = [
         (index, part)
         for index, (request, _) in enumerate(missing)
-        for part in _parts_of(request.prompts, None if policies.served is not None else config.batch_size)
+        for part in _parts_of(request.prompts, len(request.prompts) if policies.served else config.batch_size)
     ]
     ends = list(accumulate((len(part) for _, part in parts), initial=0))
 
@@ -234,10 +204,9 @@ def _made(
     return made
 
 
-def _parts_of(prompts: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
-    """Indices of the prompts that are answered together, ``size`` of similar length; None for all."""
-    order = reading_order(prompts)
-    return [sorted(part) for part in grouped(order, len(order) if size is None else size)]
+def _parts_of(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of the prompts that are answered together, ``size`` of similar length."""
+    return [sorted(part) for part in grouped(reading_order(prompts), size)]
 
 
 def _answers_of_part(

@@ -54,10 +54,8 @@ def _passing_faults(grader: GraderConfig, metrics: list[MetricConfig], where: st
     for number, metric in enumerate(metrics):
         splits = grader.lowest < metric.passing_score <= grader.highest
         if metric.source == GRADE and pass_size(metric.aggregate) is not None and not splits:
-            message = (
-                f"{metric.passing_score:g} lets all grades pass or none, because grades go from {grader.lowest} to "
-                f"{grader.highest}; choose a value above {grader.lowest} and at most {grader.highest}"
-            )
+            grades = f"grades go from {grader.lowest} to {grader.highest}; choose one of them above {grader.lowest}"
+            message = f"{metric.passing_score:g} lets all grades pass or none, because {grades}"
             yield Fault(where=f"{where}.metrics[{number}].passing_score", message=message)
 
 
@@ -203,9 +201,7 @@ def labelled_faults(stage: EvaluateConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{path}.data.source", message=message)
     metric = primary_metric(stage)
     if judge.kind is JudgeKind.metric and metric is not None and metric.source == CHOICE:
-        message = (
-            f"the primary metric has the source {CHOICE!r}, which does not score answers; choose another judge.kind"
-        )
+        message = f"the primary metric's source {CHOICE!r} does not score answers; choose another judge.kind"
         yield Fault(where=path, message=message)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.arms import Answered, Scores, known, of_prompts
+from alignment.evaluation.arms import Scores, known
 from alignment.evaluation.conclusions import (
     conclusions,
     contradictions,
@@ -15,45 +14,12 @@ from alignment.evaluation.conclusions import (
     labelled_conclusions,
 )
 from alignment.evaluation.paired_scores import labels
-from alignment.evaluation.statistics import Intervals, compare
+from alignment.evaluation.statistics import compare
 from alignment.evaluation.tables import arm_result, by_task
-from alignment.records.evaluation import ArmResult, Evaluation, Grading, JudgedPair, Metric
+from alignment.records.evaluation import Evaluation, Grading, JudgedPair
 from alignment.rewards.scorer_sources import REWARD
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import Judged, ScoredArms
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredAnswers:
-    """Every arm's answers to the held-out prompts and their scores, each by arm.
-
-    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
-    ``turn_scores`` has one value per answer for each metric of an arm.
-    """
-
-    rows: Sequence[HeldOutPrompt]
-    arms: Mapping[str, Answered]
-    rewards: Mapping[str, list[float] | None]
-    log_ratios: Mapping[str, list[float] | None]
-    turn_scores: Mapping[str, Scores]
-    metrics: Sequence[Metric]
-    primary_name: str | None
-    reference: str
-    intervals: Intervals
-
-    @property
-    def primary(self) -> ScoredArms | None:
-        """The scores by the primary metric; None without metrics."""
-        metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
-        return None if metric is None else ScoredArms(metric=metric, by_arm=self.by_metric(metric.name))
-
-    def by_metric(self, metric: str) -> dict[str, Sequence[float | None]]:
-        """The scores by one metric of every arm that has it, one value per prompt."""
-        return {
-            name: of_prompts(self.arms[name], scores[metric])
-            for name, scores in self.turn_scores.items()
-            if metric in scores
-        }
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers
 
 
 def evaluation_of(
@@ -71,18 +37,36 @@ def evaluation_of(
     comparisons = compare(compared, reference=scored.reference, intervals=scored.intervals)
     num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), scored.rows))
     num_scored = _num_scored(scored, [grading.metric for grading in gradings])
+    rewards = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
     judge_table = judged.table and replace(judged.table, labelled=labelled)
     label_of = labels(config.arms)
     evaluation = Evaluation(
         num_prompts=len(scored.rows),
         metrics=list(scored.metrics),
         primary=None if metric is None else metric.name,
-        arms=_arm_results(config, scored, judged, label_of),
+        arms=[
+            arm_result(
+                name,
+                arm,
+                label=label_of[name],
+                scores=scored.turn_scores[name],
+                rewards=scored.rewards[name],
+                log_ratios=scored.log_ratios[name],
+                win_rate=judged.win_rate(name, reference=scored.reference),
+                intervals=scored.intervals,
+                sampled=config.answers.temperature > 0.0,
+            )
+            for name, arm in scored.arms.items()
+        ],
         comparisons=comparisons,
         other_comparisons=compare(
-            _by_other_metrics(scored, metric), reference=scored.reference, intervals=scored.intervals
+            {other.name: _known(scored.by_metric(other.name)) for other in scored.metrics if other != metric},
+            reference=scored.reference,
+            intervals=scored.intervals,
         ),
-        reward_comparisons=compare(_by_reward(scored), reference=scored.reference, intervals=scored.intervals),
+        reward_comparisons=compare(
+            {REWARD: rewards} if rewards else {}, reference=scored.reference, intervals=scored.intervals
+        ),
         tasks=by_task(scored.rows, by_primary),
         judge=judge_table,
         gradings=list(gradings),
@@ -95,30 +79,6 @@ def evaluation_of(
         ],
     )
     return replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
-
-
-def _arm_results(
-    config: EvaluateConfig, scored: ScoredAnswers, judged: Judged, label_of: Mapping[str, str]
-) -> list[ArmResult]:
-    return [
-        arm_result(
-            name,
-            arm,
-            label=label_of[name],
-            scores=scored.turn_scores[name],
-            rewards=scored.rewards[name],
-            log_ratios=scored.log_ratios[name],
-            win_rate=judged.win_rate(name, reference=scored.reference),
-            intervals=scored.intervals,
-            sampled=config.answers.temperature > 0.0,
-        )
-        for name, arm in scored.arms.items()
-    ]
-
-
-def _by_other_metrics(scored: ScoredAnswers, primary: Metric | None) -> dict[str, dict[str, list[float]]]:
-    others = [metric.name for metric in scored.metrics if metric != primary]
-    return {name: _known(scored.by_metric(name)) for name in others}
 
 
 def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
@@ -134,9 +94,3 @@ def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
 def _known(by_arm: Scores) -> dict[str, list[float]]:
     """The scores that there are, which are on the same prompts for every arm."""
     return {arm: known(values) for arm, values in by_arm.items()}
-
-
-def _by_reward(scored: ScoredAnswers) -> dict[str, dict[str, list[float]]]:
-    """The reward model's scores by prompt; empty without a reward model."""
-    means = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
-    return {REWARD: means} if means else {}

@@ -13,7 +13,7 @@ from alignment.core.wording import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.answer_pairs import AnswerPair, pair_of
-from alignment.evaluation.arms import Answer, Answered, Scores, grouped
+from alignment.evaluation.arms import Answer, Answered, Scores, grouped, of_prompts
 from alignment.evaluation.endpoint import Endpoint, SavedReplies
 from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair, with_verdicts
@@ -37,34 +37,81 @@ Points = Callable[[str, str], list[float | None]]
 """The points of an arm against another by the primary metric, one for each prompt; None without both scores."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredArms:
+    """Every arm's scores by one metric."""
+
+    metric: Metric
+    by_arm: Scores
+
+    def score(self, arm: str, index: int) -> float | None:
+        """The arm's score on a prompt; None if it has none."""
+        return self.by_arm[arm][index] if arm in self.by_arm else None
+
+    def scored(self, indices: Sequence[int]) -> list[int]:
+        """Those of the prompts ``indices`` that have a score."""
+        return [index for index in indices if any(self.score(arm, index) is not None for arm in self.by_arm)]
+
+    def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float | None]:
+        """The arm's points on the prompts ``indices``; the better score wins. None where an arm has no score."""
+        better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
+        return [points_of(self.score(better, index), self.score(other, index)) for index in indices]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredAnswers:
+    """Every arm's answers to the held-out prompts and their scores, each by arm.
+
+    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
+    ``turn_scores`` has one value per answer for each metric of an arm.
+    """
+
+    rows: Sequence[HeldOutPrompt]
+    arms: Mapping[str, Answered]
+    rewards: Mapping[str, list[float] | None]
+    log_ratios: Mapping[str, list[float] | None]
+    turn_scores: Mapping[str, Scores]
+    metrics: Sequence[Metric]
+    primary_name: str | None
+    reference: str
+    intervals: Intervals
+
+    @property
+    def primary(self) -> ScoredArms | None:
+        """The scores by the primary metric; None without metrics."""
+        metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
+        return None if metric is None else ScoredArms(metric=metric, by_arm=self.by_metric(metric.name))
+
+    def by_metric(self, metric: str) -> dict[str, Sequence[float | None]]:
+        """The scores by one metric of every arm that has it, one value per prompt."""
+        return {
+            name: of_prompts(self.arms[name], scores[metric])
+            for name, scores in self.turn_scores.items()
+            if metric in scores
+        }
+
+
 def by_people(
     config: JudgeConfig,
     context: StageContext,
-    rows: Sequence[HeldOutPrompt],
-    arms: Mapping[str, Answered],
+    scored: ScoredAnswers,
     pairs: Sequence[tuple[str, str]],
     by_metric: Points | None,
-    intervals: Intervals,
 ) -> tuple[Judge, list[dict[str, Any]]]:
     """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts.
 
     If the recipe does not configure the pairs, those that people judged are added to ``pairs``.
-
-    Raises:
-        StageError: the votes are not those that the run was planned with.
-        DataError: the file of votes is damaged.
     """
     votes = _votes(context)
-    pairs = [*pairs, *(() if config.pairs else _other_pairs(votes, list(arms), pairs))]
+    pairs = [*pairs, *(() if config.pairs else _other_pairs(votes, list(scored.arms), pairs))]
     table: list[JudgedPair] = []
     lines: list[dict[str, Any]] = []
     voted: set[int] = set()
     for arm, against in pairs:
-        judged = votes_on(votes, arm, against, _answer_pairs(rows, arms, arm, against))
+        judged = votes_on(votes, arm, against, _answer_pairs(scored, arm, against))
         metric = None if by_metric is None else by_metric(arm, against)
-        table.append(
-            row_of(judged, extra_words=_extra_words(judged.pairs, arm, against), by_metric=metric, intervals=intervals)
-        )
+        words = _extra_words(judged.pairs, arm, against)
+        table.append(row_of(judged, extra_words=words, by_metric=metric, intervals=scored.intervals))
         lines += _lines(judged)
         keys = {vote.pair for vote in judged.votes}
         voted |= {row for row, pair in enumerate(judged.pairs) if pair.key in keys}
@@ -92,18 +139,16 @@ def _other_pairs(votes: Sequence[Vote], arms: Sequence[str], pairs: Sequence[tup
     return [(arm, against) for arm, against in in_order]
 
 
-def _answer_pairs(
-    rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], arm: str, against: str
-) -> list[AnswerPair]:
+def _answer_pairs(scored: ScoredAnswers, arm: str, against: str) -> list[AnswerPair]:
     """The first answers of two arms to every prompt, as ``align judge`` shows them."""
     return [
         pair_of(
             [message.as_dict() for message in row.messages],
-            {name: arms[name].exchanges[index][0].text for name in (arm, against)},
+            {name: scored.arms[name].exchanges[index][0].text for name in (arm, against)},
             id=row.id,
             task=row.task,
         )
-        for index, row in enumerate(rows)
+        for index, row in enumerate(scored.rows)
     ]
 
 
@@ -147,27 +192,6 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredArms:
-    """Every arm's scores by one metric."""
-
-    metric: Metric
-    by_arm: Scores
-
-    def score(self, arm: str, index: int) -> float | None:
-        """The arm's score on a prompt; None if it has none."""
-        return self.by_arm[arm][index] if arm in self.by_arm else None
-
-    def scored(self, indices: Sequence[int]) -> list[int]:
-        """Those of the prompts ``indices`` that have a score."""
-        return [index for index in indices if any(self.score(arm, index) is not None for arm in self.by_arm)]
-
-    def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float | None]:
-        """The arm's points on the prompts ``indices``; the better score wins. None where an arm has no score."""
-        better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
-        return [points_of(self.score(better, index), self.score(other, index)) for index in indices]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Pair:
     """Two arms on the judged prompts: points of ``arm``, None for an invalid verdict; and an endpoint's verdicts."""
 
@@ -178,49 +202,28 @@ class _Pair:
 
 
 def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None:
-    """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early.
-
-    Raises:
-        ConfigError: its client is not installed, or its key is not set.
-    """
+    """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early."""
     if config.kind is not JudgeKind.endpoint:
         return None
-    return Endpoint(
-        config.endpoint,
-        SavedReplies(context.spec.work / REPLIES),
-        where=f"stages.{context.spec.stage}.judge",
-    )
+    replies = SavedReplies(context.spec.work / REPLIES)
+    return Endpoint(config.endpoint, replies, where=f"stages.{context.spec.stage}.judge")
 
 
-def judge(
-    config: JudgeConfig,
-    context: StageContext,
-    rows: Sequence[HeldOutPrompt],
-    arms: Mapping[str, Answered],
-    rewards: Mapping[str, list[float] | None],
-    primary: ScoredArms | None,
-    endpoint: Endpoint | None,
-    *,
-    reference: str,
-    intervals: Intervals,
-) -> Judged:
-    """Judges all pairs on the same prompts; the result is empty if no judge is configured.
-
-    Raises:
-        StageError: a call to the endpoint fails, or the votes of people have changed since the run was planned.
-    """
+def judge(config: JudgeConfig, context: StageContext, scored: ScoredAnswers, endpoint: Endpoint | None) -> Judged:
+    """Judges all pairs on the same prompts; the result is empty if no judge is configured."""
     if config.kind is JudgeKind.none:
         return Judged()
-    pairs = pairs_of(config, list(arms), reference=reference)
+    rows, arms, primary = scored.rows, scored.arms, scored.primary
+    pairs = pairs_of(config, list(arms), reference=scored.reference)
     compared_with = primary if _judges_what_metrics_score(config, arms) else None
     if config.kind is JudgeKind.people:
         every = range(len(rows))
         by_metric = None if compared_with is None else lambda arm, against: compared_with.points(arm, against, every)
-        table, lines = by_people(config, context, rows, arms, pairs, by_metric, intervals)
+        table, lines = by_people(config, context, scored, pairs, by_metric)
         return Judged(table=table, lines=lines)
     indices = some(len(rows), config.max_prompts, context.generator("judge"))
     if endpoint is not None:
-        judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, indices)
+        judged, lines = _by_endpoint(config, context, endpoint, scored, pairs, indices)
         name = config.endpoint.model
     elif config.kind is JudgeKind.metric:
         assert primary is not None, "the plan refuses to judge by a metric where there is none"
@@ -228,37 +231,38 @@ def judge(
         judged, lines = _by_scores(rows, primary, pairs, indices)
         name = primary.metric.name
     else:
-        by_reward = {name: arms[name].means(scores) for name, scores in rewards.items() if scores is not None}
-        judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, indices)
+        rewards = {name: arms[name].means(of_arm) for name, of_arm in scored.rewards.items() if of_arm is not None}
+        judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=rewards), pairs, indices)
         name = "the reward model"
     table = Judge(
         kind=config.kind.value,
         name=name,
         num_prompts=len(indices),
-        pairs=with_verdicts([_row(pair, config, arms, compared_with, indices, intervals) for pair in judged]),
+        pairs=with_verdicts([_row(pair, config, scored, compared_with, indices) for pair in judged]),
     )
     return Judged(table=table, lines=lines)
 
 
 def _row(
-    pair: _Pair,
-    config: JudgeConfig,
-    arms: Mapping[str, Answered],
-    primary: ScoredArms | None,
-    indices: Sequence[int],
-    intervals: Intervals,
+    pair: _Pair, config: JudgeConfig, scored: ScoredAnswers, primary: ScoredArms | None, indices: Sequence[int]
 ) -> JudgedPair:
     """A pair's row in the table; the judge is compared with ``primary``, which is None if it is the judge itself."""
-    words, words_against = (_words(arms[name], config, indices) for name in (pair.arm, pair.against))
+    arms = [scored.arms[name] for name in (pair.arm, pair.against)]
+    words, words_against = (_words(arm, config, indices) for arm in arms)
+    by_metric = None
+    if primary is not None:  # None where the answers are identical, so nothing could disagree
+        texts, texts_against = (_texts(arm, config) for arm in arms)
+        points = zip(indices, primary.points(pair.arm, pair.against, indices), strict=True)
+        by_metric = [None if texts[index] == texts_against[index] else point for index, point in points]
     return judged_pair(
         pair.arm,
         pair.against,
         pair.points,
         pair.both,
         extra_words=[count - other for count, other in zip(words, words_against, strict=True)],
-        by_metric=None if primary is None else _by_metric(pair, config, arms, primary, indices),
+        by_metric=by_metric,
         max_invalid=config.max_invalid,
-        intervals=intervals,
+        intervals=scored.intervals,
     )
 
 
@@ -267,17 +271,6 @@ def _judges_what_metrics_score(config: JudgeConfig, arms: Mapping[str, Answered]
     first to each prompt, and a metric scores all."""
     of_first = config.kind in (JudgeKind.endpoint, JudgeKind.people)
     return config.kind is not JudgeKind.metric and not (of_first and any(arm.per_prompt > 1 for arm in arms.values()))
-
-
-def _by_metric(
-    pair: _Pair, config: JudgeConfig, arms: Mapping[str, Answered], primary: ScoredArms, indices: Sequence[int]
-) -> list[float | None]:
-    """The metric's points on the judged prompts; None where the answers are identical, so nothing could disagree."""
-    texts, texts_against = (_texts(arms[name], config) for name in (pair.arm, pair.against))
-    points = primary.points(pair.arm, pair.against, indices)
-    return [
-        None if texts[index] == texts_against[index] else point for index, point in zip(indices, points, strict=True)
-    ]
 
 
 def _texts(arm: Answered, config: JudgeConfig) -> list[Sequence[Sequence[str]]]:
@@ -296,10 +289,7 @@ def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[f
 
 
 def _by_scores(
-    rows: Sequence[HeldOutPrompt],
-    scores: ScoredArms,
-    pairs: Sequence[tuple[str, str]],
-    indices: Sequence[int],
+    rows: Sequence[HeldOutPrompt], scores: ScoredArms, pairs: Sequence[tuple[str, str]], indices: Sequence[int]
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     judged, lines = [], []
     for arm, against in pairs:
@@ -315,12 +305,12 @@ def _by_endpoint(
     config: JudgeConfig,
     context: StageContext,
     endpoint: Endpoint,
-    rows: Sequence[HeldOutPrompt],
-    arms: Mapping[str, Answered],
+    scored: ScoredAnswers,
     pairs: Sequence[tuple[str, str]],
     indices: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     """Asks about every pair on every prompt, in both orders."""
+    rows, arms = scored.rows, scored.arms
     shown = [
         (arm, against, index, order)
         for arm, against in pairs
@@ -335,12 +325,10 @@ def _by_endpoint(
     replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
     verdicts = [verdict_of(reply) for reply in replies]
     lines = [
-        _line(rows, index, arm, against) | _reply(order[0], verdict, reply)
+        _line(rows, index, arm, against) | reply_line(order[0], verdict, reply)
         for (arm, against, index, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
     ]
-    both = [
-        BothOrders(arm_first=verdicts[number], arm_second=verdicts[number + 1]) for number in range(0, len(shown), 2)
-    ]
+    both = [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)]
     judged = []
     for number, (arm, against) in enumerate(pairs):
         own = both[number * len(indices) : (number + 1) * len(indices)]
@@ -362,5 +350,6 @@ def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> 
     return {"id": rows[index].id, "row": index, "arm": arm, "against": against}
 
 
-def _reply(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+def reply_line(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+    """A judge's reply as part of a line of results; ``first`` is the answer that it saw first."""
     return {"shown_first": first, "verdict": verdict.value, "text": reply}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, GateConfig, JudgeConfig, JudgeKind
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.faults import Fault, suggestion, unread_notes
 from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Reasoned
 from alignment.config.run import RunConfig
@@ -16,42 +16,24 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import paired_scores
 from alignment.evaluation.endpoint_client import api_key
 from alignment.rewards.scorer_sources import REWARD, source_field
-from alignment.stages.base import (
-    DataSlot,
-    LaunchShape,
-    OtherFiles,
-    Outcome,
-    Proposals,
-    References,
-    Reported,
-    RunsOn,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.evaluate import checks
-from alignment.stages.evaluate.checks import (
-    grader_faults,
-    is_graded,
-    judge_faults,
-    single_answer_checks,
-    vote_notes,
-    votes_files,
-)
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.kind_answers import check_engine, of_arms, reward_model_slots, sampling_faults
 from alignment.stages.shared.new_settings import data_of, maximises_scores, new_tokens, rows_with_answers
 
 
-def _data(config: EvaluateConfig) -> list[DataSlot]:
+def _data(config: EvaluateConfig) -> list[base.DataSlot]:
     return [
-        DataSlot(field="data", data=config.data, record=HeldOutPrompt, checks=single_answer_checks(config)),
-        DataSlot(
+        base.DataSlot(field="data", data=config.data, record=HeldOutPrompt, checks=checks.single_answer_checks(config)),
+        base.DataSlot(
             field="few_shot.data",
             data=config.few_shot.data,
             record=Conversation,
             rows=CONVERSATIONS,
             in_use=FEW_SHOT in config.arms,
         ),
-        DataSlot(
+        base.DataSlot(
             field=checks.DATA,
             data=config.judge.labelled.data,
             record=PreferencePair,
@@ -86,16 +68,12 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
         message = f"missing, but the arm '{PROMPTED}' needs it; write a system prompt, or remove that arm"
         yield Fault(where=f"{where}.system_prompt", message=message)
     yield from _gate_faults(config, where)
-    yield from grader_faults(config, where, hang_seconds=run.launch.hang_seconds)
-    yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
+    yield from checks.grader_faults(config, where, hang_seconds=run.launch.hang_seconds)
+    yield from checks.judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
     yield from checks.labelled_faults(config, where)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
         yield from unread_notes(config.judge, JudgeConfig(), names, f"{where}.judge", reader)
-
-
-def _gates(config: EvaluateConfig) -> list[GateConfig]:
-    return config.gate
 
 
 def _gate_faults(config: EvaluateConfig, where: str) -> Iterator[Fault]:
@@ -115,22 +93,17 @@ def _gate_faults(config: EvaluateConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{path}.metric", message=message)
 
 
-def _primary(config: EvaluateConfig) -> MetricConfig | None:
-    name = paired_scores.primary_name(config.metrics, config.primary)
-    return next((metric for metric in config.metrics if metric.name == name), None)
-
-
 def _check_machine(config: EvaluateConfig, where: str) -> None:
     check_engine(config.sampling, where)
     if config.judge.kind is JudgeKind.endpoint:
         api_key(config.judge.endpoint.api_key_env, where=f"{where}.judge.endpoint.api_key_env")
-    if is_graded(config):
+    if checks.is_graded(config):
         api_key(config.grader.endpoint.api_key_env, where=f"{where}.grader.endpoint.api_key_env")
 
 
-def _reported(config: EvaluateConfig) -> Reported:
+def _reported(config: EvaluateConfig) -> base.Reported:
     names = tuple(metric.name for metric in config.metrics)
-    return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
+    return base.Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
 
 
 def _stage(circumstances: Circumstances) -> NewStage | None:
@@ -155,10 +128,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why="Every policy answers prompts on which none was trained.", settings=settings, reads=rows)
 
 
-PROPOSALS = Proposals(stage=_stage)
-
-
-KIND = StageKind(
+KIND = base.StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
     config=EvaluateConfig,
@@ -167,12 +137,12 @@ KIND = StageKind(
     run="alignment.stages.evaluate.run:run",
     rehearse="alignment.stages.evaluate.prompt_lengths:refuse_base",
     data=_data,
-    files=OtherFiles(paths=votes_files, notes=vote_notes),
+    files=base.OtherFiles(paths=checks.votes_files, notes=checks.vote_notes),
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,
-    references=References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=LaunchShape(runs_on=RunsOn.replicas, check_machine=_check_machine),
-    outcome=Outcome(metrics=_reported, gates=_gates, primary=_primary),
-    proposals=PROPOSALS,
+    references=base.References(more=lambda config: reward_model_slots(_scorers(config))),
+    launch=base.LaunchShape(runs_on=base.RunsOn.replicas, check_machine=_check_machine),
+    outcome=base.Outcome(metrics=_reported, gates=lambda config: config.gate, primary=checks.primary_metric),
+    proposals=base.Proposals(stage=_stage),
 )

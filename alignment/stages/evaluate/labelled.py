@@ -17,7 +17,7 @@ from alignment.evaluation.conclusions import CHOSEN, REJECTED, one_of_each_promp
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair
-from alignment.evaluation.verdicts import BothOrders, Verdict, judge_prompt, points_of, rubric_of, verdict_of
+from alignment.evaluation.verdicts import BothOrders, judge_prompt, points_of, rubric_of, verdict_of
 from alignment.records.evaluation import JudgedPair
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
@@ -25,7 +25,8 @@ from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.checks import DATA, labels_pairs, primary_metric
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared.answer_scores import asking_of, metric_scores_of
+from alignment.stages.evaluate.judging import reply_line
+from alignment.stages.shared.answer_scores import asking_of, counted_progress, metric_scores_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -49,13 +50,7 @@ def judge_labelled(
     grader: Endpoint | None,
     intervals: Intervals,
 ) -> Labelled:
-    """The judge's verdicts on at most ``max_prompts`` pairs; empty if there are none to judge.
-
-    Raises:
-        DataError: a row is no pair, or lacks what the judge reads.
-        StageError: a call to an endpoint fails.
-        RewardError: a metric failed, or did not return one usable number per answer.
-    """
+    """The judge's verdicts on at most ``max_prompts`` pairs; empty if there are none to judge."""
     if not labels_pairs(config.judge):
         return Labelled()
     settings = config.judge.labelled
@@ -94,7 +89,7 @@ def _by_endpoint(
     replies = endpoint.ask(prompts, lambda done: context.progress(_PHASE, done, len(prompts)))
     verdicts = [verdict_of(reply) for reply in replies]
     lines = [
-        _line(pairs[number // 2]) | _reply(CHOSEN if number % 2 == 0 else REJECTED, verdict, reply)
+        _line(pairs[number // 2]) | reply_line(CHOSEN if number % 2 == 0 else REJECTED, verdict, reply)
         for number, (verdict, reply) in enumerate(zip(verdicts, replies, strict=True))
     ]
     both = [
@@ -142,13 +137,7 @@ def _scores(
     name = f"metrics[{config.metrics.index(metric)}]" if metric in config.metrics else REWARD
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
     scorer = build_scorer(name, metric, context.spec, tokenizer, answers.prompts, run, asking_of(context))
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress(_PHASE, done, len(answers.texts))
-
+    progress = counted_progress(context, _PHASE, len(answers.texts))
     return metric_scores_of(scorer, answers, source=metric.source, progress=progress)
 
 
@@ -176,7 +165,3 @@ def _answers(tokenizer: Any, pairs: Sequence[PreferencePair]) -> Answers:
 
 def _line(pair: PreferencePair) -> dict[str, Any]:
     return {"id": pair.id, "where": pair.where}
-
-
-def _reply(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
-    return {"shown_first": first, "verdict": verdict.value, "text": reply}

@@ -25,7 +25,7 @@ from alignment.rewards.scorers import Answers, Scorer
 from alignment.stages.evaluate.checks import is_graded
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.prompts import ArmPrompts
-from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, metric_scores_of, scores_of
+from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares
 from alignment.training.context import StageContext
 
@@ -91,10 +91,6 @@ def scores_by_models(
     """Every arm's scores by the metrics that are reward models of their own, by source, on every process.
 
     The processes share the answers, and every process must call this.
-
-    Raises:
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a model did not give one usable number per answer.
     """
     parts = [part for of_arm in answers.values() for part in of_arm.parts(AT_ONCE)]
     by_source: dict[Source, dict[str, list[float]]] = {}
@@ -128,27 +124,20 @@ def scores_by_arm(
     A graded metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm
     has no grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has
     the metric.
-
-    Raises:
-        DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
-        RewardError: a metric failed, or did not return one usable number per answer.
     """
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
         (REWARD, ""): measured.rewards,
-        (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in measured.choices.items()},
+        (CHOICE, ""): {
+            name: [score for score in of_arm for _ in range(config.answers.per_prompt)]
+            for name, of_arm in measured.choices.items()
+        },
         **measured.models,
     }
     by_source |= {_source(metric): measured.grades[metric.name] for metric in config.metrics if metric.source == GRADE}
     sources = {_source(metric) for metric in config.metrics} - set(by_source)
     total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress("scoring", done, total)
-
+    progress = counted_progress(context, "scoring", total)
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
             scorer = _scorer(number, config, context, tokenizer, rows)
@@ -193,10 +182,6 @@ def _source(metric: MetricConfig) -> Source:
     return metric.source, json.dumps(used, sort_keys=True) if used else ""
 
 
-def _repeated(scores: Sequence[float], times: int) -> list[float]:
-    return [score for score in scores for _ in range(times)]
-
-
 REPLIES = "grades.work.jsonl"
 """Replies of the endpoint while the stage runs, in its work folder."""
 LINES = "grades.jsonl"
@@ -217,11 +202,7 @@ class Grades:
 
 
 def open_grader(config: EvaluateConfig, context: StageContext) -> Endpoint | None:
-    """The grader's endpoint, or None if no metric asks it. Call it first, so that errors come early.
-
-    Raises:
-        ConfigError: its client is not installed, or its key is not set.
-    """
+    """The grader's endpoint, or None if no metric asks it. Call it first, so that errors come early."""
     if not is_graded(config):
         return None
     return Endpoint(
@@ -239,11 +220,7 @@ def grade_answers(
     answers: Mapping[str, Answers],
     asked: Sequence[AskedTurn],
 ) -> Grades:
-    """All grades; ``asked`` are the turns that the answers belong to, ``per_prompt`` answers to each.
-
-    Raises:
-        StageError: a call to the endpoint fails.
-    """
+    """All grades; ``asked`` are the turns that the answers belong to, ``per_prompt`` answers to each."""
     grades = Grades()
     if grader is None:
         return grades

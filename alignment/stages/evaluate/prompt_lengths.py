@@ -43,45 +43,34 @@ def refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
     arms = [name for name in config.arms if spec.arms[name].is_of_run]
     by_prompt = {otherwise.get(name, unchanged): name for name in reversed(arms)}  # most arms have the same prompts
     for shown, arm in by_prompt.items():
-        _refuse(config, context, tokenizer, rows, shown, arm=arm, positions=positions)
-        for text, lengths in _scored_texts(config, tokenizer, rows, shown):
-            _refuse_scored(context, rows, text, lengths, arm=arm, positions=positions)
+        for text, lengths in _read_texts(config, tokenizer, rows, shown):
+            longest = max(range(len(rows)), key=lengths.__getitem__)
+            if lengths[longest] <= positions:
+                continue
+            number, where = sum(length > positions for length in lengths), f"stages.{spec.stage}"
+            lower = [f"{where}.few_shot.count"] if arm == FEW_SHOT else []
+            if text.startswith("an answer"):
+                lower.insert(0, f"{where}.max_new_tokens")
+            raise ModelError(
+                f"with its prompt and {text.format(lengths[longest])} together, the arm {arm!r} needs more than "
+                f"the {positions} positions of {spec.model.source}{reason_of_positions(spec.base_path)}; {number} of "
+                f"{len(rows)} rows are too long",
+                where=rows[longest].where,
+                remedy="leave out rows that are too long" + (f", or lower {' or '.join(lower)}" if lower else ""),
+            )
 
 
-def _refuse(
-    config: EvaluateConfig,
-    context: StageContext,
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    shown: Shown,
-    *,
-    arm: str,
-    positions: int,
-) -> None:
-    lengths = tokenize_rows(rows, lambda row: [len(prompt_ids(tokenizer, shown(row), row.tools))])
-    tokens = [length for (length,) in lengths]
-    longest = max(range(len(rows)), key=tokens.__getitem__)
-    if tokens[longest] + config.max_new_tokens <= positions:
-        return
-    number = sum(length + config.max_new_tokens > positions for length in tokens)
-    where = f"stages.{context.spec.stage}"
-    lower = f"{where}.max_new_tokens" + (f" or {where}.few_shot.count" if arm == FEW_SHOT else "")
-    raise ModelError(
-        f"with its prompt of {tokens[longest]} tokens and an answer of up to {config.max_new_tokens} tokens, the arm "
-        f"{arm!r} needs more than the {positions} positions of {context.spec.model.source}"
-        f"{reason_of_positions(context.spec.base_path)}; {number} of {len(rows)} rows are too long",
-        where=rows[longest].where,
-        remedy=f"leave out rows that are too long, or lower {lower}",
-    )
-
-
-def _scored_texts(
+def _read_texts(
     config: EvaluateConfig, tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown
 ) -> Iterator[tuple[str, list[int]]]:
-    """What a policy only scores, in words, and the tokens of each row up to its end."""
-    yield "its reference answer", tokenize_rows(rows, lambda row: _tokens_with_reference(tokenizer, row, shown))
+    """What a policy writes or scores after a prompt, in words for its tokens, and the tokens of each row to its end."""
+    tokens = tokenize_rows(rows, lambda row: [len(prompt_ids(tokenizer, shown(row), row.tools))])
+    most = config.max_new_tokens
+    yield f"an answer of up to {most} tokens, {{}}", [length + most for (length,) in tokens]
+    after = tokenize_rows(rows, lambda row: _tokens_with_reference(tokenizer, row, shown))
+    yield "its reference answer of {} tokens", after
     if any(metric.source == CHOICE for metric in config.metrics):
-        yield "its choices", letter_rows(tokenizer, rows, shown).lengths
+        yield "its choices of {} tokens", letter_rows(tokenizer, rows, shown).lengths
 
 
 def _tokens_with_reference(tokenizer: Any, row: HeldOutPrompt, shown: Shown) -> int:
@@ -89,30 +78,12 @@ def _tokens_with_reference(tokenizer: Any, row: HeldOutPrompt, shown: Shown) -> 
 
     A reference answer follows those of the turns before.
     """
-    references = list(takewhile(bool, row.references))
-    lengths = [0]
+    references, longest = list(takewhile(bool, row.references)), 0
     for number, reference in enumerate(references):
         messages = shown(continued(row, references[:number]))
         ids = reference_ids(tokenizer, messages, reference, row.tools)
-        lengths.append(len(prompt_ids(tokenizer, messages, row.tools)) + len(ids))
-    return max(lengths)
-
-
-def _refuse_scored(
-    context: StageContext, rows: Sequence[HeldOutPrompt], text: str, lengths: Sequence[int], *, arm: str, positions: int
-) -> None:
-    longest = max(range(len(rows)), key=lengths.__getitem__)
-    if lengths[longest] <= positions:
-        return
-    spec, number = context.spec, sum(length > positions for length in lengths)
-    raise ModelError(
-        f"with its prompt and {text} of {lengths[longest]} tokens together, the arm {arm!r} needs more than the "
-        f"{positions} positions of {spec.model.source}{reason_of_positions(spec.base_path)}; {number} of {len(rows)} "
-        "rows are too long",
-        where=rows[longest].where,
-        remedy="leave out rows that are too long"
-        + (f", or lower stages.{spec.stage}.few_shot.count" if arm == FEW_SHOT else ""),
-    )
+        longest = max(longest, len(prompt_ids(tokenizer, messages, row.tools)) + len(ids))
+    return longest
 
 
 def refuse_base(config: EvaluateConfig, context: StageContext) -> None:

@@ -27,11 +27,7 @@ from alignment.training.context import StageContext
 
 
 def held_out_prompts(config: EvaluateConfig, context: StageContext) -> list[HeldOutPrompt]:
-    """The first row of each prompt; ``left_out.jsonl`` lists the others, and a note counts them.
-
-    Raises:
-        DataError: a row cannot be read.
-    """
+    """The first row of each prompt; ``left_out.jsonl`` lists the others, and a note counts them."""
     rows = rows_of(context, HeldOutPrompt, config.data)
     first: dict[str, HeldOutPrompt] = {}
     for row in rows:
@@ -65,25 +61,23 @@ def unchanged(row: HeldOutPrompt) -> Sequence[Message]:
 
 
 def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> dict[str, Shown]:
-    """How the arms are asked that get more than a row's own messages, by name.
-
-    Raises:
-        DataError: there are too few examples.
-    """
+    """How the arms are asked that get more than a row's own messages, by name."""
     system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
     shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
     if FEW_SHOT in config.arms:
-        examples = _examples(config, context, rows)
+        examples = draw_examples(
+            rows_of(context, Conversation, config.few_shot.data, field="few_shot.data"),
+            rows,
+            count=config.few_shot.count,
+            generator=context.generator("few_shot"),
+            where=f"stages.{context.spec.stage}.few_shot",
+        )
         shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
     return shown
 
 
 def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
-    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
-
-    Raises:
-        DataError: the reference cannot be rendered either way.
-    """
+    """A reference in tokens; without its thought if that cannot follow the prompt (``enable_thinking: false``)."""
     try:
         return answer_ids(tokenizer, messages, reference, tools)
     except DataError:
@@ -91,17 +85,6 @@ def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, t
         if answer in ("", reference):
             raise
         return answer_ids(tokenizer, messages, answer, tools)
-
-
-def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:
-    conversations = rows_of(context, Conversation, config.few_shot.data, field="few_shot.data")
-    return draw_examples(
-        conversations,
-        rows,
-        count=config.few_shot.count,
-        generator=context.generator("few_shot"),
-        where=f"stages.{context.spec.stage}.few_shot",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,16 +126,11 @@ class TurnPrompts:
 
 
 def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, with_references: bool) -> TurnPrompts:
-    """The prompts of the rows, and their references if asked for.
-
-    Raises:
-        DataError: a row cannot be rendered.
-    """
+    """The prompts of the rows, and their references if asked for."""
 
     def reference(row: HeldOutPrompt) -> Reference | None:
-        if not row.reference:
-            return None
-        return Reference(ids=reference_ids(tokenizer, shown(row), row.reference, row.tools))
+        text = row.reference
+        return Reference(ids=reference_ids(tokenizer, shown(row), text, row.tools)) if text else None
 
     return TurnPrompts(
         number=0,
@@ -163,21 +141,13 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
 
 
 def later_turn(
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    shown: Shown,
-    earlier: Sequence[Sequence[Sequence[str]]],
-    *,
-    number: int,
-    with_references: bool,
+    arm: ArmPrompts, rows: Sequence[HeldOutPrompt], earlier: Sequence[Sequence[Sequence[str]]], *, number: int
 ) -> TurnPrompts:
     """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
 
     A reference answer follows the references of the turns before it, which makes it the same text for all arms.
-
-    Raises:
-        DataError: a row cannot be rendered with these answers.
     """
+    tokenizer, shown = arm.tokenizer, arm.shown
     asked = [index for index, row in enumerate(rows) if row.num_turns > number]
 
     def reference(row: HeldOutPrompt) -> Reference | None:
@@ -186,8 +156,7 @@ def later_turn(
             return None
         messages = shown(continued(row, before))
         return Reference(
-            ids=reference_ids(tokenizer, messages, last, row.tools),
-            prompt=prompt_ids(tokenizer, messages, row.tools),
+            ids=reference_ids(tokenizer, messages, last, row.tools), prompt=prompt_ids(tokenizer, messages, row.tools)
         )
 
     prompts = [continued(rows[index], answers) for index in asked for answers in earlier[index]]
@@ -195,9 +164,7 @@ def later_turn(
         number=number,
         rows=asked,
         prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt), prompt.tools)),
-        references=tokenize_rows([rows[index] for index in asked], reference)
-        if with_references
-        else [None] * len(asked),
+        references=[None] * len(asked) if arm.own_tokens else tokenize_rows([rows[i] for i in asked], reference),
     )
 
 
@@ -264,12 +231,7 @@ class ArmPrompts:
 def prompts_of_arms(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
 ) -> dict[str, ArmPrompts]:
-    """The prompts of every arm; ``tokenizer`` is the run's.
-
-    Raises:
-        ModelError: an artifact has another tokenizer, or an external model has no chat template.
-        DataError: a row cannot be rendered, or there are too few examples.
-    """
+    """The prompts of every arm; ``tokenizer`` is the run's."""
     otherwise, arms = shown_otherwise(config, context, rows), context.spec.arms
     return {name: _arm_prompts(context, arms[name], tokenizer, rows, otherwise.get(name)) for name in config.arms}
 

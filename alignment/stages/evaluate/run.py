@@ -31,19 +31,9 @@ from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate import metric_scores
 from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
-from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
+from alignment.stages.evaluate.evaluation_record import evaluation_of
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
-from alignment.stages.evaluate.metric_scores import (
-    Grades,
-    Measured,
-    Source,
-    answers_to_score,
-    grade_answers,
-    open_grader,
-    scores_by_arm,
-    scores_by_models,
-)
 from alignment.stages.evaluate.prompts import ArmPrompts, held_out_prompts, prompts_of_arms
 from alignment.stages.evaluate.score_cache import cached_scores
 from alignment.stages.shared.policies import Policies, served_policies
@@ -61,7 +51,7 @@ class _Computed:
     answers: Mapping[str, Answers]
     log_ratios: Mapping[str, list[float] | None]
     rewards: Mapping[str, list[float] | None]
-    models: Mapping[Source, Mapping[str, list[float]]]
+    models: Mapping[metric_scores.Source, Mapping[str, list[float]]]
     choices: Mapping[str, list[float]]
 
 
@@ -74,7 +64,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     endpoint = on_main(context, lambda: open_endpoint(config.judge, context))
-    grader = on_main(context, lambda: open_grader(config, context))
+    grader = on_main(context, lambda: metric_scores.open_grader(config, context))
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     for field in ("reference", "reward"):
         if field in spec.inputs:
@@ -92,7 +82,7 @@ def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> 
     with served or nullcontext():
         arms, choices = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
+    answers = metric_scores.answers_to_score(tokenizer, rows, arm_prompts, arms)
     log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)
     policies.release()
     return _Computed(
@@ -101,7 +91,7 @@ def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> 
         answers=answers,
         log_ratios=log_ratios,
         rewards=_rewards(context, answers),
-        models=scores_by_models(config, context, tokenizer, rows, answers),
+        models=metric_scores.scores_by_models(config, context, tokenizer, rows, answers),
         choices=choices,
     )
 
@@ -116,17 +106,7 @@ def _concluded(
 ) -> StageResult:
     """What the main process does alone."""
     scored, grades = _scored(config, context, tokenizer, computed, grader)
-    judged = judge(
-        config.judge,
-        context,
-        scored.rows,
-        scored.arms,
-        scored.rewards,
-        scored.primary,
-        endpoint,
-        reference=scored.reference,
-        intervals=scored.intervals,
-    )
+    judged = judge(config.judge, context, scored, endpoint)
     labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
     evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
     for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
@@ -137,20 +117,22 @@ def _concluded(
 
 def _scored(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, computed: _Computed, grader: Endpoint | None
-) -> tuple[ScoredAnswers, Grades]:
+) -> tuple[ScoredAnswers, metric_scores.Grades]:
     """The scores of all answers, and how a grader came to those that it gave."""
     rows, arms, rewards, log_ratios = computed.rows, computed.arms, computed.rewards, computed.log_ratios
     for name, arm in arms.items():
         if not on_shadows():
             refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    grades = grade_answers(config, context, grader, computed.answers, asked_turns(rows))
-    measured = Measured(rewards=rewards, models=computed.models, choices=computed.choices, grades=grades.by_metric)
+    grades = metric_scores.grade_answers(config, context, grader, computed.answers, asked_turns(rows))
+    measured = metric_scores.Measured(
+        rewards=rewards, models=computed.models, choices=computed.choices, grades=grades.by_metric
+    )
     scored = ScoredAnswers(
         rows=rows,
         arms=arms,
         rewards=rewards,
         log_ratios=log_ratios,
-        turn_scores=scores_by_arm(config, context, tokenizer, rows, computed.answers, measured),
+        turn_scores=metric_scores.scores_by_arm(config, context, tokenizer, rows, computed.answers, measured),
         metrics=recorded(config.metrics),
         primary_name=primary_name(config.metrics, config.primary),
         reference=context.spec.inputs["reference"].ref,
@@ -190,11 +172,7 @@ def _answers(
 def _choices(
     context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], rows: Sequence[HeldOutPrompt]
 ) -> dict[str, list[float]]:
-    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row.
-
-    Raises:
-        ModelError: a question with its choices is longer than an arm's positions.
-    """
+    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row."""
     asked = {name: letter_rows(arm.tokenizer, rows, arm.shown) for name, arm in arm_prompts.items()}
     rows_of_arms = {}
     for name, arm in arm_prompts.items():

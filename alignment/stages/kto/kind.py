@@ -19,24 +19,8 @@ from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
 from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
-from alignment.stages.base import (
-    LOSS,
-    Curve,
-    DataSlot,
-    LaunchShape,
-    Learning,
-    LearnsFrom,
-    Outcome,
-    Proposals,
-    Reported,
-    StageKind,
-)
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    curve,
-    hold_nearer_to_the_start,
-    limits_of_parts,
-)
+from alignment.stages import base
+from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, hold_nearer_to_the_start, limits_of_parts
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
 
 
@@ -96,16 +80,11 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         **data_of(rows),
         "beta": Reasoned(value=0.1, why="Ethayarajh et al. 2024, section 4.2"),
         **optimiser(
-            rows,
-            lr=adapter_rate(5e-5, "chosen, not tuned"),
-            epochs=Reasoned(value=1, why="chosen, not tuned"),
+            rows, lr=adapter_rate(5e-5, "chosen, not tuned"), epochs=Reasoned(value=1, why="chosen, not tuned")
         ),
         **row_limit(rows, circumstances),
     }
     return NewStage(why="Learns from answers that are labelled good or bad.", settings=settings, reads=rows)
-
-
-PROPOSALS = Proposals(stage=_stage)
 
 
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -130,26 +109,21 @@ def one_label(labels: Mapping[str, int]) -> str:
     return f"none of the {sum(labels.values())} rows is {missing}, but KTO learns from the difference between both"
 
 
-def _data(config: KtoConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=LabelledAnswer, rows=LABELLED_ANSWERS, label=label_of)]
+def _data(config: KtoConfig) -> list[base.DataSlot]:
+    return [base.DataSlot(field="data", data=config.data, record=LabelledAnswer, rows=LABELLED_ANSWERS, label=label_of)]
 
 
 def _faults(config: KtoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.loss.estimates_kl and config.optim.batch_size < 2:
-        message = (
-            f"{config.optim.batch_size}, but the KL divergence is estimated from the other answers in the batch; use "
-            "2 or more, or loss=apo_zero_unpaired"
-        )
+        needed = "the KL divergence is estimated from other answers; use 2 or more, or loss=apo_zero_unpaired"
+        message = f"{config.optim.batch_size}, but {needed}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
 
 
 def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Fault]:
     size = config.optim.batch_size
     if config.loss.estimates_kl and processes > 1 and size % processes == 0 and size // processes < 2:
-        message = (
-            f"{size} leaves one row for each of {processes} processes, but TRL's trainer needs two; use "
-            f"{2 * processes} or more, or fewer processes"
-        )
+        message = f"{size} leaves one row for each of {processes} processes, and TRL needs two; use {2 * processes}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
 
 
@@ -175,32 +149,17 @@ def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
         yield note
 
 
-def _reported(_: KtoConfig) -> Reported:
-    return Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS))
-
-
-def _curves(_: Mapping[str, Any]) -> list[Curve]:
+def _curves(_: Mapping[str, Any]) -> list[base.Curve]:
     return [
-        LOSS,
-        Curve(
-            title="Implicit reward",
-            unit="β log π/ref",
-            keys=("rewards/chosen", "rewards/rejected"),
-            labels=_LABELS,
-            guide=0.0,
-        ),
+        base.LOSS,
+        curve("Implicit reward", "β log π/ref", ("rewards/chosen", "rewards/rejected"), 0.0, labels=_LABELS),
         curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
         curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
-        Curve(
-            title="Log-probability of the answers",
-            unit="nats",
-            keys=("logps/chosen", "logps/rejected"),
-            labels=_LABELS,
-        ),
+        curve("Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=_LABELS),
     ]
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="kto",
     summary="Kahneman–Tversky optimisation on single answers, labelled good or bad",
     config=KtoConfig,
@@ -211,10 +170,16 @@ KIND = StageKind(
     faults=_faults,
     curves=_curves,
     headline="rewards/margins",
-    launch=LaunchShape(size_faults=_size_faults),
-    learning=Learning(
-        limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, learns_from=LearnsFrom.preferences
+    launch=base.LaunchShape(size_faults=_size_faults),
+    learning=base.Learning(
+        limits=limits_of_parts,
+        label_faults=_label_faults,
+        label_notes=_label_notes,
+        learns_from=base.LearnsFrom.preferences,
     ),
-    outcome=Outcome(metrics=_reported, against_forgetting=hold_nearer_to_the_start),
-    proposals=PROPOSALS,
+    outcome=base.Outcome(
+        metrics=lambda _: base.Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
+        against_forgetting=hold_nearer_to_the_start,
+    ),
+    proposals=base.Proposals(stage=_stage),
 )

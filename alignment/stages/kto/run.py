@@ -85,28 +85,16 @@ def _newest_figures(context: StageContext) -> dict[str, float]:
 
 
 def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> LabelWeights:
-    """The weights of the labels, given the number of rows of each.
-
-    Raises:
-        DataError: there are rows of one label only.
-    """
+    """The weights of the labels, given the number of rows of each."""
     if why := one_label(labels):
         raise DataError(why, where=where, remedy=ONE_LABEL_REMEDY)
     return label_weights(
-        labels[DESIRABLE],
-        labels[UNDESIRABLE],
-        desirable=config.desirable_weight,
-        undesirable=config.undesirable_weight,
+        labels[DESIRABLE], labels[UNDESIRABLE], desirable=config.desirable_weight, undesirable=config.undesirable_weight
     )
 
 
 def _trainer(
-    config: KtoConfig,
-    context: StageContext,
-    start: Lineage,
-    tokenizer: Any,
-    answers: Dataset,
-    weights: LabelWeights,
+    config: KtoConfig, context: StageContext, start: Lineage, tokenizer: Any, answers: Dataset, weights: LabelWeights
 ) -> TokenizedKtoTrainer:
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     mismatch = config.loss.estimates_kl

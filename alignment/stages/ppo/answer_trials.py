@@ -68,7 +68,7 @@ class AnswerTrials:
         episodes = replace(trainer.episodes, micro_batch_tokens=tokens)
         model.eval()
         recompute(model)
-        trainer.learner.with_episodes(episodes).learn(
+        replace(trainer.learner, episodes=episodes).learn(
             model,
             self._experience(everywhere, tokens=tokens),
             0,

@@ -12,7 +12,7 @@ from alignment.engines.server_process import RANKS
 from alignment.rewards.scorer_sources import in_list, with_members
 from alignment.stages.base import Curve
 from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
-from alignment.stages.shared.kind_answers import sampling_faults
+from alignment.stages.shared.kind_answers import curve, sampling_faults
 
 READ_WITH_A_CRITIC = (
     "critic_warmup",
@@ -30,10 +30,7 @@ def critic_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     """Why the advantage of the stage at ``where`` does not go with its critic, and which settings have no effect."""
     if config.advantage is Advantage.gae:
         if config.critic is Critic.none:
-            message = (
-                "'none', but advantage 'gae' needs a value model; choose 'separate' or 'shared', or set advantage to "
-                "'rloo', 'grpo' or 'dr_grpo'"
-            )
+            message = "'none', but advantage 'gae' needs a value model; use 'separate' or 'shared', or advantage=rloo"
             yield Fault(where=f"{where}.critic", message=message)
         reader = "only an advantage that compares answers ('rloo', 'grpo', 'dr_grpo')"
         yield from unread_notes(config, PpoConfig(), ("drop_ties",), where, reader)
@@ -54,10 +51,7 @@ def group_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
         message = f"1, but advantage {config.advantage.value!r} compares the answers to a prompt; choose 2 or more"
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
     elif config.prompt_baseline:
-        message = (
-            "the baseline is the mean over the other completions of a prompt, but there are none; set "
-            "completions_per_prompt to 2 or more"
-        )
+        message = "the baseline is the mean over other completions; set completions_per_prompt to 2 or more"
         yield Fault(where=f"{where}.prompt_baseline", message=message)
 
 
@@ -81,8 +75,7 @@ def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault
         return  # the number of prompts is not defined
     if prompts % processes:
         message = (
-            f"{prompts} prompts per update cannot be divided among {processes} processes; choose a multiple of "
-            f"{processes * group}"
+            f"{prompts} prompts do not divide among {processes} processes; choose a multiple of {processes * group}"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
     elif prompts // config.num_minibatches < processes:
@@ -123,18 +116,13 @@ def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
         message = f"'vllm', but {reason}; use adapter=lora or adapter=full, or {field}.engine=own"
         yield Fault(where=f"{field}.engine", message=message)
     if config.adapter.kind is not AdapterKind.full and config.adapter.modules_to_save:
-        message = (
-            f"'vllm', which does not support adapters with modules_to_save; leave that setting out, or use "
-            f"{field}.engine=own"
-        )
+        message = f"'vllm', which does not support modules_to_save; leave that out, or use {field}.engine=own"
         yield Fault(where=f"{field}.engine", message=message)
     if config.adapter.kind is not AdapterKind.full and config.adapter.rank > RANKS[-1]:
         message = f"{config.adapter.rank}, but vLLM supports at most {RANKS[-1]}; lower it, or use {field}.engine=own"
         yield Fault(where=f"{where}.adapter.rank", message=message)
     if sampling.max_staleness and sampling.importance_cap is None:
-        message = (
-            "1, so answers come from an earlier policy, and nothing corrects for that; set importance_cap, such as 2.0"
-        )
+        message = "1, so answers come from an earlier policy, which nothing corrects; set importance_cap, such as 2.0"
         yield Fault(where=f"{field}.max_staleness", message=message)
 
 
@@ -175,17 +163,14 @@ def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
 def engine_curves() -> list[Curve]:
     """Charts of an engine; they are empty without one."""
     return [
-        Curve(
-            title="Gap to the engine",
-            unit="nats per token: difference of log-probabilities, mean and largest",
-            keys=(GAP, LARGEST_GAP),
+        curve(
+            "Gap to the engine",
+            "nats per token: difference of log-probabilities, mean and largest",
+            (GAP, LARGEST_GAP),
             labels=("mean", "largest"),
         ),
-        Curve(
-            title="Importance weights",
-            unit="mean weight, and share of tokens at the cap",
-            keys=OF_CAP,
-            labels=("mean", "at the cap"),
+        curve(
+            "Importance weights", "mean weight, and share of tokens at the cap", OF_CAP, labels=("mean", "at the cap")
         ),
     ]
 

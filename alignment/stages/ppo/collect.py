@@ -12,8 +12,8 @@ from torch import Tensor
 from alignment.algos.ppo import k1, of_each_token, of_overlong
 from alignment.core.errors import StageError
 from alignment.costs.recorder import on_shadows
-from alignment.rewards.scores import Rewards, Scores
-from alignment.stages.ppo.config import OverlongConfig, PpoConfig
+from alignment.rewards.scores import Rewards
+from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.experience import Answers, Partition, ScoredBatch, response_mask, stack
 from alignment.stages.ppo.kind import LENGTH, OVERLONG
 from alignment.stages.ppo.rollouts import Rollouts
@@ -25,24 +25,14 @@ START_KL_TOLERANCE = 0.02
 """Largest KL, in nats per sequence, that rounding in bfloat16 can cause; with a wrong reference it is far larger."""
 
 
+@dataclass(eq=False)
 class Collector:
-    """Makes the scored rollout batch of an update, the same on every process, on the host.
+    """Makes the scored rollout batch of an update, the same on every process, on the host."""
 
-    ``penalties`` are subtracted from scores.
-    """
-
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        rewards: Rewards,
-        *,
-        end_ids: frozenset[int],
-        penalties: Penalties,
-    ) -> None:
-        self.rollouts = rollouts
-        self.rewards = rewards
-        self._end_ids = end_ids
-        self._penalties = penalties
+    rollouts: Rollouts
+    rewards: Rewards
+    config: PpoConfig
+    end_ids: frozenset[int]
 
     @torch.no_grad()
     def collect(
@@ -51,9 +41,6 @@ class Collector:
         """Samples and scores; updates the running normalisation of scores.
 
         ``partition_of`` gets the answers and their ``[rows]`` scores.
-
-        Raises:
-            StageError: policy and reference differ before the first step.
         """
 
         def partition(answers: Answers) -> Partition:
@@ -71,7 +58,8 @@ class Collector:
         batch = ScoredBatch(
             rollout=rollout,
             by_scorer=rollout.scores,
-            parts=self._penalties.of_length(self._lengths(rollout)) | self._of_ensembles(rollout.scores),
+            parts=length_penalties(self.config, lengths_of(rollout))
+            | {f"score/{name}": values for name, values in self.rewards.of_ensembles(rollout.scores).items()},
             scores=self.scores_of(rollout),
             ended=self._ended(rollout),
             response_mask=mask,
@@ -84,21 +72,16 @@ class Collector:
         )
         return batch, cut
 
-    def _of_ensembles(self, by_scorer: Scores) -> dict[str, Tensor]:
-        return {f"score/{name}": values for name, values in self.rewards.of_ensembles(by_scorer).items()}
-
     def scores_of(self, answers: Answers) -> Tensor:
         """``[rows]`` scores that PPO maximises: the sum over scorers, less all penalties."""
-        total = self.rewards.total(answers.scores)
-        return self._penalties.subtracted(total, self._lengths(answers), self._ended(answers))
-
-    def _lengths(self, answers: Answers) -> Tensor:
-        """``[rows]`` int: the tokens of each answer, its end included."""
-        return torch.tensor([len(answer) for answer in answers.answers])
+        scores = self.rewards.total(answers.scores) - self.config.missing_eos_penalty * (~self._ended(answers)).float()
+        for penalty in length_penalties(self.config, lengths_of(answers)).values():
+            scores = (scores.double() - penalty).float()
+        return scores
 
     def _ended(self, answers: Answers) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""
-        return torch.tensor([answer[-1] in self._end_ids for answer in answers.answers])
+        return torch.tensor([answer[-1] in self.end_ids for answer in answers.answers])
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:
@@ -128,39 +111,17 @@ def warn_of_equal_scores(scores: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Penalties:
-    """``missing_eos`` for an answer without an end, ``per_token`` for each token, and up to ``overlong.weight`` for
-    the last ``overlong.buffer`` tokens before ``longest``."""
-
-    missing_eos: float
-    per_token: float
-    overlong: OverlongConfig
-    longest: int
-
-    def of_length(self, lengths: Tensor) -> dict[str, Tensor]:
-        """``[answers]`` float64 of answers with ``[answers]`` tokens, their end included, by the name in metrics."""
-        penalties = {}
-        if self.per_token:
-            penalties[LENGTH] = of_each_token(lengths, self.per_token)
-        if self.overlong.buffer:
-            share = of_overlong(lengths, longest=self.longest, buffer=self.overlong.buffer)
-            penalties[OVERLONG] = self.overlong.weight * share
-        return penalties
-
-    def subtracted(self, scores: Tensor, lengths: Tensor, ended: Tensor) -> Tensor:
-        """``[answers]`` float32: the scores less all penalties; ``ended`` is bool, whether an answer has an end."""
-        left = scores - self.missing_eos * (~ended).float()
-        for penalty in self.of_length(lengths).values():
-            left = (left.double() - penalty).float()
-        return left
+def lengths_of(answers: Answers) -> Tensor:
+    """``[rows]`` int: the tokens of each answer, its end included."""
+    return torch.tensor([len(answer) for answer in answers.answers])
 
 
-def penalties_of(config: PpoConfig) -> Penalties:
-    """Those that the configuration names."""
-    return Penalties(
-        missing_eos=config.missing_eos_penalty,
-        per_token=config.length_penalty,
-        overlong=config.overlong,
-        longest=config.max_new_tokens,
-    )
+def length_penalties(config: PpoConfig, lengths: Tensor) -> dict[str, Tensor]:
+    """``[answers]`` float64: what answers with ``[answers]`` tokens lose for their length, by the name in metrics."""
+    penalties = {}
+    if config.length_penalty:
+        penalties[LENGTH] = of_each_token(lengths, config.length_penalty)
+    if config.overlong.buffer:
+        share = of_overlong(lengths, longest=config.max_new_tokens, buffer=config.overlong.buffer)
+        penalties[OVERLONG] = config.overlong.weight * share
+    return penalties

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -47,25 +46,15 @@ class SampledAnswers:
     version: int
 
 
-class RolloutEngine(Protocol):
-    """Samples answers from the policy."""
-
-    def follow(self, version: int) -> None:
-        """Samples from the policy as it is now, ``version``, from here on; every process must call this."""
-
-    def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> SampledAnswers:
-        """One answer to each prompt; several to one prompt are in adjacent rows.
-
-        ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in [0, 1): the randomness of every token. It depends only
-        on the seed, the update and the row.
-        """
-
-
 @dataclass(kw_only=True, slots=True)
 class PolicyEngine:
     """Samples with the trained model itself, so that there is no second copy of the weights to keep in sync.
 
     An answer ends at one of ``end_ids``. Answers do not depend on how many processes share a batch.
+
+    An engine samples from the policy as it was when every process last called ``follow``. It gives one answer to each
+    prompt; several to one prompt are in adjacent rows. ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in
+    [0, 1): the randomness of every token, which depends only on the seed, the update and the row.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -106,11 +95,7 @@ class ServedEngine:
     _weights: Weights = field(default_factory=Weights)
 
     def follow(self, version: int) -> None:
-        """Loads the policy as it is now, unless the engine has this version.
-
-        Raises:
-            StageError: the engine does not take the weights.
-        """
+        """Loads the policy as it is now, unless the engine has this version."""
         if self._weights.folder is not None and version == self.version:
             return
         is_adapter, state = isinstance(self.policy, PeftModel), None
@@ -136,11 +121,7 @@ class ServedEngine:
         return weights
 
     def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> SampledAnswers:
-        """One answer to each prompt; equal adjacent prompts are one call.
-
-        Raises:
-            StageError: the engine failed, or gave answers of another version.
-        """
+        """One answer to each prompt; equal adjacent prompts are one call."""
         asked = asked_once(prompts, (uniforms[:, 0] * SEEDS).long().tolist())
         replies = self.session.answers(self._weights, asked, self.generation)
         answers = [answer for of_prompt in replies for answer in of_prompt]
@@ -151,32 +132,27 @@ class ServedEngine:
         )
 
 
+RolloutEngine = PolicyEngine | ServedEngine
+
+
+@dataclass(eq=False)
 class EngineGap:
     """Compares an engine's log-probabilities with the policy's; ``where`` is the setting of the engine."""
 
-    def __init__(self, config: RolloutSamplingConfig, *, whole_answers: bool, where: str) -> None:
-        self._config = config
-        self._whole_answers = whole_answers
-        self._where = where
+    config: RolloutSamplingConfig
+    whole_answers: bool
+    where: str
 
     def importance(self, batch: ScoredBatch, update: int, metrics: UpdateMetrics) -> Tensor | None:
-        """``[rows, tokens]`` weights of the policy's loss; None without an engine or without a cap.
-
-        Raises:
-            StageError: the engine's answers are of a version that is too old, or of other weights.
-        """
+        """``[rows, tokens]`` weights of the policy's loss; None without an engine or without a cap."""
         if batch.sampled_logprobs is None:
             return None
         self._add_gap(batch, batch.sampled_logprobs, update, metrics)
-        cap = self._config.importance_cap
+        cap = self.config.importance_cap
         if cap is None:
             return None
         weights = truncated_importance(
-            batch.logprobs,
-            batch.sampled_logprobs,
-            batch.response_mask,
-            cap=cap,
-            whole_answers=self._whole_answers,
+            batch.logprobs, batch.sampled_logprobs, batch.response_mask, cap=cap, whole_answers=self.whole_answers
         )
         capped = (weights >= cap * (1 - 1e-6)).float()
         metrics.add_means({IMPORTANCE: weights, CAPPED: capped}, batch.response_mask)
@@ -184,21 +160,21 @@ class EngineGap:
 
     def _add_gap(self, batch: ScoredBatch, sampled: Tensor, update: int, metrics: UpdateMetrics) -> None:
         gap = (batch.logprobs - sampled).abs() * batch.response_mask
-        metrics.add_means({GAP: gap, BEYOND: (gap > self._config.gap_bound).float()}, batch.response_mask)
+        metrics.add_means({GAP: gap, BEYOND: (gap > self.config.gap_bound).float()}, batch.response_mask)
         metrics.values[LARGEST_GAP] = float(gap.max())
         staleness = update - min(batch.rollout.versions)
         metrics.values[STALENESS] = float(staleness)
-        if not 0 <= staleness <= self._config.max_staleness:
+        if not 0 <= staleness <= self.config.max_staleness:
             raise StageError(
                 f"answers of update {update} were sampled by the policy of update {min(batch.rollout.versions)}",
-                where=self._where,
+                where=self.where,
                 remedy="they were not used for training; please report this with the stage.yaml of the run",
             )
         if staleness == 0 and metrics.values[GAP] > OTHER_WEIGHTS:
             raise StageError(
                 f"the engine's log-probabilities differ from the policy's by {metrics.values[GAP]:.2f} nats per token, "
                 "so it has other weights",
-                where=self._where,
+                where=self.where,
                 remedy="its answers were not used for training; check that the server has the model from which the "
                 "stage starts",
             )
@@ -206,20 +182,11 @@ class EngineGap:
 
 @contextmanager
 def served_engine(
-    config: PpoConfig,
-    context: StageContext,
-    roles: Roles,
-    start: Lineage,
-    *prompts: Prompts,
-    end_ids: frozenset[int],
+    config: PpoConfig, context: StageContext, roles: Roles, start: Lineage, *prompts: Prompts, end_ids: frozenset[int]
 ) -> Iterator[ServedEngine | None]:
     """The engine, until the block ends; None if the policy samples.
 
     The main process starts it, and the others ask it. ``prompts`` are all that will be asked.
-
-    Raises:
-        ConfigError: there is no environment with vLLM.
-        StageError: the server cannot be started.
     """
     if config.sampling.engine is Engine.own:
         yield None

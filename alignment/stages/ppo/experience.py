@@ -242,27 +242,29 @@ def prompt_order(count: int, start: int, number: int, generator: Callable[[int],
     return [int(orders[episode // count][episode % count]) for episode in range(start, start + number)]
 
 
+@dataclass(eq=False)
 class Samples:
     """Writes the first answer to each of the first ``number`` prompts of a rollout batch, one per line."""
 
-    def __init__(self, context: StageContext, tokenizer: Any, *, group: int, number: int = 4) -> None:
-        self._context = context
-        self._tokenizer = tokenizer
-        self._group = group
-        self._number = number
-        self._log = MetricsLog(context.content / "samples.jsonl")
+    context: StageContext
+    tokenizer: Any
+    group: int
+    number: int = 4
+
+    def __post_init__(self) -> None:
+        self._log = MetricsLog(self.context.content / "samples.jsonl")
 
     def write(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
         """Writes on the main process only. ``scores`` are the training scores; each scorer's own are written too."""
-        if not self._context.is_main:
+        if not self.context.is_main:
             return
         self._log.keep_through(update - 1)  # a resumed stage samples this update again
-        for row in range(0, min(self._number * self._group, len(scores)), self._group):
+        for row in range(0, min(self.number * self.group, len(scores)), self.group):
             kl = float((rollout.readings.logprobs[row] - rollout.readings.reference_logprobs[row]).sum())
             sample = {
                 "row": rollout.rows[row],
-                "prompt": self._tokenizer.decode(rollout.prompts[row]),
-                "answer": self._tokenizer.decode(rollout.answers[row]),
+                "prompt": self.tokenizer.decode(rollout.prompts[row]),
+                "answer": self.tokenizer.decode(rollout.answers[row]),
                 "score": scores[row],
                 "kl": kl,
                 "scorers": rollout.scores.of_answer(row),

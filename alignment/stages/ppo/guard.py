@@ -71,10 +71,6 @@ class Guard:
         self._best_scores: Tensor | None = None  # [prompts]
         self.best_updates = 0
 
-    def due(self, updates: int) -> bool:
-        """Whether the policy is evaluated after this many updates."""
-        return updates % self._config.every == 0
-
     def evaluate(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats per sequence).
 
@@ -82,7 +78,9 @@ class Guard:
         policy again gives the same ``guard/scorer`` and ``guard/kl``.
         """
         rollout = rollouts.of_prompts(self._prompts, updates, UpdateMetrics(lambda values: values[None]))
-        scores = self._scores(rollout, rollouts)
+        own = (rollout.prompts, rollout.answers, rollout.rows) if self._context.is_main else ([], [], [])
+        with rollouts.gathered():  # a reward model may share the policy's weights
+            scores = self._scorer.total(shared(lambda: self._scorer.scores(*own))[0])  # [prompts], asked for by one
         pairs = zip(rollout.readings.logprobs, rollout.readings.reference_logprobs, strict=True)
         metrics = {
             "guard/proxy": float(self._proxy(rollout).mean()),
@@ -90,29 +88,19 @@ class Guard:
             "guard/kl": sum(float((policy - reference).sum()) for policy, reference in pairs) / len(rollout.answers),
         }
         if everyones(self._is_best(scores, metrics["guard/kl"]))[0]:  # the main process decides for all
-            self._record_best(scores, updates)
+            self._best_scores, self.best_updates = scores.cpu(), updates
+            self._best.record()
         metrics["guard/best_update"] = float(self.best_updates)
         if self._context.is_main:
             self._log.keep_through(updates - 1)  # a resumed stage evaluates again
             self._log.append(updates, metrics)
         return metrics
 
-    def _scores(self, rollout: Rollout, rollouts: Rollouts) -> Tensor:
-        """``[prompts]`` by the held-out scorer, which the main process asks for all."""
-        own = (rollout.prompts, rollout.answers, rollout.rows) if self._context.is_main else ([], [], [])
-        with rollouts.gathered():  # a reward model may share the policy's weights
-            scores = shared(lambda: self._scorer.scores(*own))[0]
-        return self._scorer.total(scores)
-
     def _is_best(self, scores: Tensor, kl: float) -> bool:
         if self._best_scores is None:
             return True  # the reference
         limit = self._config.max_kl
         return (limit is None or kl <= limit) and better_beyond_noise(scores, self._best_scores)
-
-    def _record_best(self, scores: Tensor, updates: int) -> None:
-        self._best_scores, self.best_updates = scores.cpu(), updates
-        self._best.record()
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Evaluates once more, restores the best weights if ``keep_best``, and returns the metrics of both."""

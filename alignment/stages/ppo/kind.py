@@ -20,30 +20,8 @@ from alignment.data.records import Conversation, LabelledAnswer, PreferencePair,
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.rewards.scorer_sources import REWARD, is_known, with_members
-from alignment.stages.base import (
-    Curve,
-    DataSlot,
-    LaunchShape,
-    Learning,
-    LearnsFrom,
-    Outcome,
-    Proposals,
-    References,
-    Refusal,
-    Reported,
-    StageKind,
-)
-from alignment.stages.ppo.checks import (
-    GUARD,
-    critic_faults,
-    engine_curves,
-    engine_doubts,
-    engine_faults,
-    engine_notes,
-    in_use,
-    reported_of_engine,
-    size_faults,
-)
+from alignment.stages import base
+from alignment.stages.ppo import checks
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
@@ -71,10 +49,10 @@ TIED_SHARE = "objective/tied_share"
 """The share of an update's prompts whose answers all have the same score."""
 
 
-def _data(config: PpoConfig) -> list[DataSlot]:
+def _data(config: PpoConfig) -> list[base.DataSlot]:
     return [
-        DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS),
-        DataSlot(
+        base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS),
+        base.DataSlot(
             field="ptx.data",
             data=config.ptx.data,
             record=Conversation,
@@ -90,16 +68,13 @@ def _as_read(config: PpoConfig) -> PpoConfig:
 
 def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from _scorer_faults(config, where)
-    yield from critic_faults(config, where)
-    yield from engine_faults(config, where)
+    yield from checks.critic_faults(config, where)
+    yield from checks.engine_faults(config, where)
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
         yield from unread_notes(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
     elif config.kl.coefficient == 0.0:
-        message = (
-            "0, which kl.control 'adaptive' only multiplies, so it would stay 0; choose a larger value, or "
-            "kl.control=fixed"
-        )
+        message = "0, which kl.control 'adaptive' only multiplies; choose a larger value, or kl.control=fixed"
         yield Fault(where=f"{where}.kl.coefficient", message=message)
     elif config.kl.horizon * 5 <= config.optim.batch_size:
         # An update multiplies the coefficient by at least 1 - .2 * episodes / horizon (algos/ppo.py).
@@ -108,36 +83,37 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
             f"little KL would make the coefficient zero or negative; choose more than {config.optim.batch_size // 5}"
         )
         yield Fault(where=f"{where}.kl.horizon", message=message)
-    yield from _overlong_faults(config, f"{where}.overlong")
+    if config.overlong.buffer > config.max_new_tokens:
+        message = f"{config.overlong.buffer} tokens; choose at most max_new_tokens, {config.max_new_tokens}"
+        yield Fault(where=f"{where}.overlong.buffer", message=message)
+    if not config.overlong.buffer:
+        yield from unread_faults(
+            config.overlong, OverlongConfig(), ("weight",), f"{where}.overlong", "a buffer above 0"
+        )
     steps = config.ppo_epochs * config.num_minibatches
     if steps < 3:  # the first minibatch never exceeds it, and the second can only skip later ones
         reader = f"only an update of 3 or more minibatches (ppo_epochs * num_minibatches, {steps})"
         yield from unread_notes(config, PpoConfig(), ("max_approxkl",), where, reader)
     if config.critic_warmup >= config.updates:
-        message = (
-            f"only the critic learns in the first {config.critic_warmup} of {config.updates} updates, so the policy "
-            f"never learns; choose a value below updates"
-        )
+        message = f"{config.critic_warmup} of {config.updates} updates, so the policy never learns; choose fewer"
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
 
-def _overlong_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    if config.overlong.buffer > config.max_new_tokens:
-        message = (
-            f"{config.overlong.buffer} tokens are more than the longest answer (max_new_tokens, "
-            f"{config.max_new_tokens}); choose at most that number"
-        )
-        yield Fault(where=f"{where}.buffer", message=message)
-    if not config.overlong.buffer:
-        yield from unread_faults(config.overlong, OverlongConfig(), ("weight",), where, "a buffer above 0")
-
-
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    if GUARD in in_use(config):
-        yield from _guard_faults(config, f"{where}.{GUARD}")
-    yield from missing_reward_faults(in_use(config), config.reward, where)
-    if _reads_no_reward(config):
-        yield Fault(where=f"{where}.reward", message=_unread_reward(config))
+    if checks.GUARD in checks.in_use(config):
+        yield from _guard_faults(config, f"{where}.{checks.GUARD}")
+    yield from missing_reward_faults(checks.in_use(config), config.reward, where)
+    sources = [scorer.source for scorer in checks.in_use(config).values()]
+    if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
+        return  # a misspelt source may have been meant to use it
+    if config.critic is not Critic.separate or _is_external(config.reward):
+        why = {
+            Critic.separate: "a critic can start only from a reward model that a stage made",
+            Critic.shared: "a shared critic starts at 0",
+            Critic.none: "there is no critic that could start from it",
+        }[config.critic]
+        message = f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
+        yield Fault(where=f"{where}.reward", message=message)
 
 
 def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
@@ -151,22 +127,6 @@ def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.weight", message="0, so all policies would score the same; choose another weight")
 
 
-def _reads_no_reward(config: PpoConfig) -> bool:
-    sources = [scorer.source for scorer in in_use(config).values()]
-    if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
-        return False  # a misspelt source may have been meant to use it
-    return config.critic is not Critic.separate or _is_external(config.reward)
-
-
-def _unread_reward(config: PpoConfig) -> str:
-    why = {
-        Critic.separate: "a critic can start only from a reward model that a stage made",
-        Critic.shared: "a shared critic starts at 0",
-        Critic.none: "there is no critic that could start from it",
-    }[config.critic]
-    return f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
-
-
 def _is_external(ref: str) -> bool:
     """Whether a reference names a reward model that no stage made."""
     if ref.startswith("path:"):
@@ -175,38 +135,36 @@ def _is_external(ref: str) -> bool:
     return ref.startswith("hub:")
 
 
-def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
+def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]:
     yield from sampling_refusals(config.sampling, launch)
     if launch.sharding.by_deepspeed and config.critic_warmup:
         why = "DeepSpeed updates all weights, including the policy's"
-        yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
+        yield base.Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
     if launch.sharding is Sharding.fsdp and config.critic_warmup:
         why = "PyTorch's sharded checkpoints need moments of all weights, and the policy has none yet"
-        yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
+        yield base.Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
     if launch.sharding is Sharding.fsdp and config.drop_ties:
         why = "PyTorch's sharded checkpoints need moments, and a first update in which all groups tie leaves none"
-        yield Refusal(field="drop_ties", why=why, instead="drop_ties=false, or launch=ddp")
+        yield base.Refusal(field="drop_ties", why=why, instead="drop_ties=false, or launch=ddp")
     if launch.sharding in (Sharding.zero3, Sharding.fsdp) and config.ptx.coefficient:
         why = "its forward passes bypass the module that gathers sharded weights"
-        yield Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
+        yield base.Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
 
 
 def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterator[Fault]:
     if config.guard.every and config.guard.prompts >= num_prompts:
-        message = (
-            f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or set guard.every to 0"
-        )
+        message = f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or guard.every=0"
         yield Fault(where=f"{where}.guard.prompts", message=message)
 
 
-def _reported(config: PpoConfig) -> Reported:
+def _reported(config: PpoConfig) -> base.Reported:
     training = ("objective/score", "objective/kl", "response_length", "eos_rate")
     of_several = (SCORE_STD,) if config.optim.batch_size > 1 else ()
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
     counts = (*ROW_COUNTS, "updates", "memory/base_copies")
     families = ("guard/",) if config.guard.every else ()
-    of_engine = reported_of_engine(config.sampling)
-    return Reported(training=(*training, *of_several, *of_groups, *of_engine), counts=counts, families=families)
+    of_engine = checks.reported_of_engine(config.sampling)
+    return base.Reported(training=(*training, *of_several, *of_groups, *of_engine), counts=counts, families=families)
 
 
 def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
@@ -227,7 +185,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
             "all answers to each of the last update's prompts had the same score, so there was nothing to learn from; "
             "use a scorer that distinguishes them"
         )
-    return [*doubts, *engine_doubts(metrics)]
+    return [*doubts, *checks.engine_doubts(metrics)]
 
 
 def _against_forgetting(name: str) -> str:
@@ -237,7 +195,7 @@ def _against_forgetting(name: str) -> str:
     )
 
 
-def _curves(settings: Mapping[str, Any]) -> list[Curve]:
+def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     without_critic = settings.get("critic") == Critic.none.value
     absent = ("loss/value", "val/explained_variance") if without_critic else ("objective/tied_prompts",)
     return [chart for chart in _all_curves() if chart.keys[0] not in absent]
@@ -250,18 +208,18 @@ def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> flo
     return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
 
 
-def _all_curves() -> list[Curve]:
+def _all_curves() -> list[base.Curve]:
     return [
         curve("Score", "what PPO maximises, mean over an update", "objective/score"),
         curve("KL to the reference", "nats per sequence", "objective/kl"),
-        Curve(
+        base.Curve(
             title="Held-out answers, over √KL",
             unit="mean score: what PPO maximises, and the guard's held-out scorer",
             keys=("guard/proxy", "guard/scorer"),
             labels=("training score", "held-out scorer"),
             over="guard/kl",
         ),
-        Curve(title="KL coefficient", unit="", keys=("objective/kl_coef",), only_if_it_moves=True),
+        base.Curve(title="KL coefficient", unit="", keys=("objective/kl_coef",), only_if_it_moves=True),
         curve("Policy loss", "", "loss/policy"),
         curve("Value loss", "", "loss/value"),
         curve("Clipped", "share of tokens", "policy/clipfrac"),
@@ -271,15 +229,15 @@ def _all_curves() -> list[Curve]:
         curve(
             "Prompts without score differences", "whose answers all score alike, in an update", "objective/tied_prompts"
         ),
-        Curve(
-            title="Penalties",
-            unit="subtracted from the score, mean over an update",
-            keys=(LENGTH, OVERLONG),
+        curve(
+            "Penalties",
+            "subtracted from the score, mean over an update",
+            (LENGTH, OVERLONG),
             labels=("length", "overlong"),
         ),
         curve("Answer length", "tokens", "response_length"),
         curve("Answers that ended", "share", "eos_rate"),
-        *engine_curves(),
+        *checks.engine_curves(),
     ]
 
 
@@ -352,10 +310,7 @@ def _size(rows: Rows) -> dict[str, Any]:
     }
 
 
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
-
-
-KIND = StageKind(
+KIND = base.StageKind(
     name="ppo",
     summary="PPO, RLOO or GRPO on scores of the policy's own answers",
     config=PpoConfig,
@@ -364,27 +319,27 @@ KIND = StageKind(
     run="alignment.stages.ppo.run:run",
     rehearse="alignment.stages.ppo.run:refuse_base",
     data=_data,
-    scorers=in_use,
+    scorers=checks.in_use,
     faults=_faults,
     as_read=_as_read,
     curves=_curves,
     headline="objective/score",
     tokens=_sampled_tokens,
-    references=References(more=lambda config: reward_model_slots(in_use(config))),
-    launch=LaunchShape(
+    references=base.References(more=lambda config: reward_model_slots(checks.in_use(config))),
+    launch=base.LaunchShape(
         refusals=_refusals,
-        size_faults=size_faults,
+        size_faults=checks.size_faults,
         check_machine=lambda config, where: check_engine(config.sampling, where),
-        notes=engine_notes,
+        notes=checks.engine_notes,
     ),
-    learning=Learning(
+    learning=base.Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
         faults=_too_few_prompts,
         batches_of_rows=False,
-        learns_from=LearnsFrom.scores,
+        learns_from=base.LearnsFrom.scores,
     ),
-    outcome=Outcome(
+    outcome=base.Outcome(
         metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
     ),
-    proposals=PROPOSALS,
+    proposals=base.Proposals(questions=_questions, stage=_stage),
 )

@@ -6,7 +6,6 @@ log-probabilities can be computed in the micro-batches that are learned from (do
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,7 +22,8 @@ from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.models.forward.rows import on_device
 from alignment.models.kernels.nf4 import reused_norms
-from alignment.stages.ppo.experience import Experience, Partition, ScoredBatch, spread
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.experience import Experience, ScoredBatch, spread
 from alignment.stages.ppo.kind import SCORE_STD
 from alignment.stages.ppo.objective import Advantages, PolicyLoss, PolicyObjective, Sampled
 from alignment.stages.ppo.ptx import Ptx
@@ -70,168 +70,92 @@ def add_episodes(
     metrics.values["memory/base_copies"] = base_copies
 
 
-@torch.no_grad()
-def add_policy(
-    metrics: UpdateMetrics,
-    loss: PolicyLoss,
-    objective: PolicyObjective,
-    entropy: Tensor,
-    response_mask: Tensor,
-    *,
-    tokens: Tensor,
-) -> None:
-    """Adds a micro-batch's share of its minibatch's metrics.
-
-    ``entropy`` is ``[answer tokens]``, and ``tokens`` the scalar number of the minibatch's answer tokens.
-    """
-    over = loss.ratio - 1.0
-    clipped = ((over > objective.clip_high) | (-over > objective.clip)).float()
-    kl = {} if loss.kl is None else {"loss/kl": loss.kl}
-    metrics.add_share(
-        {
-            "loss/policy": loss.policy,
-            **kl,
-            "policy/approxkl": (0.5 * loss.change**2 * response_mask).sum() / tokens,
-            "policy/clipfrac": (clipped * response_mask).sum() / tokens,
-            "policy/entropy": entropy.sum() / tokens,
-            "val/ratio": (loss.ratio * response_mask).sum() / tokens,
-        }
-    )
-    metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearnOptions:
-    """How an update learns: its losses, the minibatches of an epoch, and the updates in which only the critic learns.
-
-    With ``value_clip`` None, values are not clipped.
-    """
-
-    objective: PolicyObjective
-    value_clip: float | None
-    value_coefficient: float
-    num_minibatches: int
-    critic_warmup: int
-
-
-def experience_of(
-    batch: ScoredBatch,
-    advantages: Advantages,
-    *,
-    importance: Tensor | None,
-    partition: Partition,
-    kl_coefficient: float,
-) -> Experience:
-    """What an update learns from."""
-    return Experience(
-        prompts=batch.rollout.prompts,
-        answers=batch.rollout.answers,
-        response_mask=batch.response_mask,
-        logprobs=batch.logprobs,
-        reference_logprobs=batch.reference_logprobs,
-        values=batch.values,
-        scores=batch.scores,
-        advantages=advantages.learned,
-        importance=importance,
-        returns=advantages.returns,
-        partition=partition,
-        kl_coefficient=kl_coefficient,
-    )
-
-
+@dataclass(eq=False)
 class Learner:
     """Computes the gradients of one minibatch at a time. ``autocast`` is the trainer's, for forward passes."""
 
-    def __init__(
-        self,
-        roles: Roles,
-        context: StageContext,
-        options: LearnOptions,
-        *,
-        episodes: Episodes,
-        ptx: Ptx | None,
-        metrics: UpdateMetrics,
-        accelerator: Accelerator,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self._roles = roles
-        self._context = context
-        self._options = options
-        self._episodes = episodes
-        self.ptx = ptx
-        self._update_metrics = metrics
-        self._accelerator = accelerator
-        self._autocast = autocast
-
-    def with_episodes(self, episodes: Episodes) -> Learner:
-        """The same learner for episodes that are made in another way."""
-        other = copy.copy(self)
-        other._episodes = episodes
-        return other
+    roles: Roles
+    config: PpoConfig
+    context: StageContext
+    objective: PolicyObjective
+    episodes: Episodes
+    ptx: Ptx | None
+    metrics: UpdateMetrics
+    accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def learn(self, model: nn.Module, experience: Experience, minibatch: int, *, update: int, step: int) -> None:
         """Computes the gradients of a minibatch of the experience and leaves them in the parameters."""
-        policy_learns = update >= self._options.critic_warmup
+        policy_learns = update >= self.config.critic_warmup
         with reused_norms(model):
             if self.ptx is not None and policy_learns:
                 self._add_ptx(self.ptx, model, step)
             self._backward(model, experience, minibatch, policy_learns=policy_learns)
         if not policy_learns:
-            for parameter in self._roles.policy.parameters():
+            for parameter in self.roles.policy.parameters():
                 if parameter.requires_grad:
                     parameter.grad = None  # with zero gradients, Adam would count the step
 
     def minibatch(self, update: int, step_of_update: int) -> int:
         """The index of the minibatch to learn from; in every epoch, those of the update have another order."""
-        epoch, step = divmod(step_of_update, self._options.num_minibatches)
-        order = torch.randperm(self._options.num_minibatches, generator=self._context.generator("epoch", update, epoch))
+        epoch, step = divmod(step_of_update, self.config.num_minibatches)
+        order = torch.randperm(self.config.num_minibatches, generator=self.context.generator("epoch", update, epoch))
         return int(order[step])
 
     def order(self, update: int) -> list[int]:
         """The prompts of an update, in the random order in which they are divided into minibatches."""
-        generator = self._context.generator("minibatches", update)
-        order: list[int] = torch.randperm(self._episodes.prompts_per_update, generator=generator).tolist()
+        generator = self.context.generator("minibatches", update)
+        order: list[int] = torch.randperm(self.episodes.prompts_per_update, generator=generator).tolist()
         return order
 
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
-        with accumulating(self._accelerator, model, last=False):
-            tokens = self._episodes.micro_batch_tokens
-            share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator, tokens=tokens)
-        self._update_metrics.add_share({"loss/ptx": share})
+        with accumulating(self.accelerator, model, last=False):
+            tokens = self.episodes.micro_batch_tokens
+            share = ptx.add_gradients(unwrapped(self.roles.policy), step, self.accelerator, tokens=tokens)
+        self.metrics.add_share({"loss/ptx": share})
 
     def _backward(self, model: nn.Module, experience: Experience, minibatch: int, *, policy_learns: bool) -> None:
         """The loss is a sum over the minibatch divided by one number, over all micro-batches and processes."""
         every = experience.partition.rows_of(minibatch)
         mask = experience.response_mask[self._at(every)]
-        whole = _Divisors(tokens=mask.sum().float(), policy=self._options.objective.divisor(mask))
-        micro_batches = experience.partition.minibatches[minibatch][self._context.rank]
+        tokens, divisor = mask.sum().float(), self.objective.divisor(mask)  # of the whole minibatch
+        micro_batches = experience.partition.minibatches[minibatch][self.context.rank]
         for number, rows in enumerate(micro_batches):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
-            read, counted = (rows, whole) if rows else (every[:1], whole.endless())
-            with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
-                with self._autocast():
-                    loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
+            read, by = (rows, (tokens, divisor)) if rows else (every[:1], (tokens * math.inf, divisor * math.inf))
+            with accumulating(self.accelerator, model, last=number == len(micro_batches) - 1):
+                with self.autocast():
+                    loss = self._loss(model, experience, read, *by, policy_learns=policy_learns)
                 # DDP averages over processes, but this loss is a sum.
-                self._accelerator.backward(loss * self._context.world_size)
+                self.accelerator.backward(loss * self.context.world_size)
 
     def _loss(
-        self, model: nn.Module, experience: Experience, indices: list[int], divisors: _Divisors, *, policy_learns: bool
+        self,
+        model: nn.Module,
+        experience: Experience,
+        indices: list[int],
+        tokens: Tensor,
+        divisor: Tensor,
+        *,
+        policy_learns: bool,
     ) -> Tensor:
-        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``)."""
+        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``).
+
+        ``tokens`` is the minibatch's number of answer tokens, and ``divisor`` that of its policy loss.
+        """
         prompts, answers = [experience.prompts[row] for row in indices], [experience.answers[row] for row in indices]
         rows, width = self._at(indices), max(map(len, answers))
         mask = experience.response_mask[rows, :width]
         stream = answer_stream(prompts, answers, mask.device)
 
-        objective = self._options.objective
         statistics, value_loss = model(
             stream,
-            self._episodes.temperature,
-            self._value_loss(experience, rows, mask, divisors.tokens),
+            self.episodes.temperature,
+            self._value_loss(experience, rows, mask, tokens),
             policy_learns=policy_learns,
-            entropy_gradient=objective.entropy_coefficient > 0.0,
+            entropy_gradient=self.objective.entropy_coefficient > 0.0,
         )
-        loss = objective.loss(
+        loss = self.objective.loss(
             spread(statistics.logprobs, mask),
             spread(statistics.entropy, mask),
             Sampled(
@@ -242,16 +166,34 @@ class Learner:
                 importance=None if experience.importance is None else experience.importance[rows, :width],
             ),
             kl_coefficient=experience.kl_coefficient,
-            divisor=divisors.policy,
-            tokens=divisors.tokens,
+            divisor=divisor,
+            tokens=tokens,
         )
-        add_policy(self._update_metrics, loss, objective, statistics.entropy, mask, tokens=divisors.tokens)
+        self._record(loss, statistics.entropy, mask, tokens)
         # Gradients must be 0 instead of missing, because DDP waits for those of every parameter.
         return float(policy_learns) * loss.total + value_loss
 
+    @torch.no_grad()
+    def _record(self, loss: PolicyLoss, entropy: Tensor, response_mask: Tensor, tokens: Tensor) -> None:
+        """Adds a micro-batch's share of its minibatch's metrics; ``entropy`` is ``[answer tokens]``."""
+        over = loss.ratio - 1.0
+        clipped = ((over > self.objective.clip_high) | (-over > self.objective.clip)).float()
+        kl = {} if loss.kl is None else {"loss/kl": loss.kl}
+        self.metrics.add_share(
+            {
+                "loss/policy": loss.policy,
+                **kl,
+                "policy/approxkl": (0.5 * loss.change**2 * response_mask).sum() / tokens,
+                "policy/clipfrac": (clipped * response_mask).sum() / tokens,
+                "policy/entropy": entropy.sum() / tokens,
+                "val/ratio": (loss.ratio * response_mask).sum() / tokens,
+            }
+        )
+        self.metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())
+
     def _at(self, rows: list[int]) -> Tensor:
         """The rows as indices on the device, because each use of a list would copy it there and wait."""
-        return on_device(torch.tensor(rows), self._context.device)
+        return on_device(torch.tensor(rows), self.context.device)
 
     def _value_loss(self, experience: Experience, rows: Tensor, mask: Tensor, tokens: Tensor) -> ValueLoss:
         """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
@@ -261,22 +203,10 @@ class Learner:
             assert experience.returns is not None, "a critic has targets"
             width = mask.shape[1]
             old, returns = experience.values[rows, :width], experience.returns[rows, :width]
-            values, clip = spread(flat, mask), self._options.value_clip
+            values, clip = spread(flat, mask), self.config.value_clip
             loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
             clipped = (value_is_clipped(values.detach(), old, returns, clip=clip) * mask).sum() / tokens
-            self._update_metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
-            return self._options.value_coefficient * loss
+            self.metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
+            return self.config.value_coefficient * loss
 
         return value_loss
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Divisors:
-    """Scalars of a whole minibatch: its answer tokens, and what the policy's sum is divided by."""
-
-    tokens: Tensor
-    policy: Tensor
-
-    def endless(self) -> _Divisors:
-        """With these a row does not count."""
-        return _Divisors(tokens=self.tokens * math.inf, policy=self.policy * math.inf)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +14,27 @@ from alignment.algos.ppo import (
     answer_log_ratio,
     center_and_scale,
     clipped_policy_loss,
+    group_centered,
+    group_standardized,
     k3,
     leave_one_out,
     log_ratio,
     scale_only,
     token_rewards,
 )
+from alignment.stages.ppo.config import Advantage, PpoConfig
+
+COMPARISONS: dict[Advantage, Callable[[Tensor, int], Tensor]] = {
+    Advantage.rloo: leave_one_out,
+    Advantage.grpo: group_standardized,
+    Advantage.dr_grpo: group_centered,
+}
+"""How the answers to a prompt are compared, without a critic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advantages:
-    """The result of an estimator; all ``[rows, tokens]`` float32, zero outside the response mask.
+    """What the answers of a batch are worth; all ``[rows, tokens]`` float32, zero outside the response mask.
 
     ``raw`` are the unscaled advantages, ``learned`` those that the policy learns from, and ``returns`` the targets of
     the value model; None without one.
@@ -36,68 +45,39 @@ class Advantages:
     returns: Tensor | None
 
 
-class AdvantageEstimator(Protocol):
-    """Computes the advantages of a rollout batch, the same on every process."""
+def advantages_of(
+    config: PpoConfig,
+    *,
+    scores: Tensor,
+    kl: Tensor,
+    values: Tensor | None,
+    response_mask: Tensor,
+    kl_coefficient: float,
+) -> Advantages:
+    """The advantages of a batch, in which answers to the same prompt are in adjacent rows; the same on every process.
 
-    def estimate(
-        self, *, scores: Tensor, kl: Tensor, values: Tensor | None, response_mask: Tensor, kl_coefficient: float
-    ) -> Advantages:
-        """The advantages of a batch, in which answers to the same prompt are in adjacent rows.
+    ``scores`` are ``[rows]``; ``kl`` (k1 estimates in nats), ``values`` (None without a critic) and ``response_mask``
+    (True on the tokens of an answer) are ``[rows, tokens]``. ``kl_coefficient`` is that of the KL in the reward: 0 if
+    the KL is in the loss.
 
-        ``scores`` are ``[rows]``; ``kl`` (k1 estimates in nats), ``values`` (None without a critic) and
-        ``response_mask`` (True on the tokens of an answer) are ``[rows, tokens]``. ``kl_coefficient`` is that of the KL
-        in the reward: 0 if the KL is in the loss.
-        """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gae:
-    """Generalised advantage estimation (Schulman et al. 2016) with the KL in the reward of each token.
-
-    ``baseline_group`` is the number of answers to a prompt; the mean score of the other answers to the same prompt is
-    subtracted from each score. None subtracts nothing. ``whiten_rewards`` divides the rewards of tokens by their
-    standard deviation.
+    ``Advantage.gae`` is generalised advantage estimation (Schulman et al. 2016) with the KL in the reward of each
+    token. The others give each token the advantage of its answer, whose reward has the KL summed over its tokens.
     """
-
-    gamma: float
-    gae_lambda: float
-    baseline_group: int | None
-    whiten_rewards: bool
-
-    def estimate(
-        self, *, scores: Tensor, kl: Tensor, values: Tensor | None, response_mask: Tensor, kl_coefficient: float
-    ) -> Advantages:
-        """Advantages over all tokens of the batch, and returns as values plus advantages."""
-        assert values is not None, "a plan refuses this estimator without a critic"
-        if self.baseline_group is not None:
-            scores = leave_one_out(scores, self.baseline_group)
-        rewards = token_rewards(scores, kl, response_mask, kl_coefficient=kl_coefficient)
-        if self.whiten_rewards:
-            rewards = scale_only(rewards, response_mask)
-        raw, returns = advantages_and_returns(
-            rewards, values, response_mask, gamma=self.gamma, gae_lambda=self.gae_lambda
-        )
-        return Advantages(raw=raw, learned=center_and_scale(raw, response_mask), returns=returns)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupRelative:
-    """One advantage for a whole answer, by comparison with the other answers to its prompt; no critic is used.
-
-    ``group`` is the number of answers to a prompt. ``compare`` turns ``[rows]`` rewards of answers into advantages; the
-    KL of an answer, summed over its tokens, is a part of its reward.
-    """
-
-    group: int
-    compare: Callable[[Tensor, int], Tensor]
-
-    def estimate(
-        self, *, scores: Tensor, kl: Tensor, values: Tensor | None, response_mask: Tensor, kl_coefficient: float
-    ) -> Advantages:
-        """The answer's advantage on each of its tokens."""
+    group = config.completions_per_prompt
+    if config.advantage is not Advantage.gae:
         rewards = scores - kl_coefficient * (kl * response_mask).sum(-1)
-        advantages = self.compare(rewards, self.group)[:, None] * response_mask
+        advantages = COMPARISONS[config.advantage](rewards, group)[:, None] * response_mask
         return Advantages(raw=advantages, learned=advantages, returns=None)
+    assert values is not None, "a plan refuses this advantage without a critic"
+    if config.prompt_baseline:
+        scores = leave_one_out(scores, group)
+    rewards = token_rewards(scores, kl, response_mask, kl_coefficient=kl_coefficient)
+    if config.whiten_rewards:
+        rewards = scale_only(rewards, response_mask)
+    raw, returns = advantages_and_returns(
+        rewards, values, response_mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+    )
+    return Advantages(raw=raw, learned=center_and_scale(raw, response_mask), returns=returns)
 
 
 class Average(str, Enum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -20,21 +21,14 @@ from alignment.training.context import StageContext
 from alignment.training.micro_batches import as_many_as_most
 
 
+@dataclass(eq=False)
 class Ptx:
     """Adds ``coefficient`` times the token-mean loss of a few conversations to the gradients of each optimiser step."""
 
-    def __init__(
-        self,
-        rows: Sequence[TokenizedConversation],
-        context: StageContext,
-        *,
-        coefficient: float,
-        batch_size: int,
-    ) -> None:
-        self._rows = rows
-        self._context = context
-        self._coefficient = coefficient
-        self._batch_size = batch_size
+    rows: Sequence[TokenizedConversation]
+    context: StageContext
+    coefficient: float
+    batch_size: int
 
     def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator, *, tokens: int) -> Tensor:
         """Returns this process's share of the loss of the step's conversations, without the coefficient.
@@ -43,21 +37,21 @@ class Ptx:
 
         Gradients stay local in the parameters; the caller must synchronise them in a later backward pass.
         """
-        size = self._batch_size
-        batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
-        rows = [self._rows[index] for index in batch]
+        size = self.batch_size
+        batch = prompt_order(len(self.rows), step * size, size, lambda round_: self.context.generator("ptx", round_))
+        rows = [self.rows[index] for index in batch]
         learned = sum(label != IGNORED for row in rows for label in row.labels)
-        shares = [rows[rank :: self._context.world_size] for rank in range(self._context.world_size)]
+        shares = [rows[rank :: self.context.world_size] for rank in range(self.context.world_size)]
         lengths = [[len(row.input_ids) for row in share] for share in shares]
-        own = shares[self._context.rank]
-        total = torch.zeros((), device=self._context.device)
-        for indices in as_many_as_most([by_tokens(share, tokens) for share in lengths], self._context.rank):
+        own = shares[self.context.rank]
+        total = torch.zeros((), device=self.context.device)
+        for indices in as_many_as_most([by_tokens(share, tokens) for share in lengths], self.context.rank):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
             read, counted = ([own[index] for index in indices], learned) if indices else (rows[:1], math.inf)
-            with products_in(self._context.spec.model.dtype, self._context.device):
-                loss = _loss_sum(policy, read, self._context.device) / counted
+            with products_in(self.context.spec.model.dtype, self.context.device):
+                loss = _loss_sum(policy, read, self.context.device) / counted
             # Gradients are averaged over processes, but this loss is a sum.
-            accelerator.backward(loss * self._coefficient * self._context.world_size)
+            accelerator.backward(loss * self.coefficient * self.context.world_size)
             total += loss.detach()
         return total
 

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import AnswerStream, answer_statistics, answer_stream
+from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.kernels.nf4 import reused_norms
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo.engine import RolloutEngine, SampledAnswers
@@ -70,44 +70,31 @@ class _Draw:
     uniforms: Tensor
 
 
+@dataclass(eq=False)
 class Rollouts:
     """Each process makes its share of a batch and receives all other shares, so that it holds the whole batch.
 
     ``gathered`` gathers sharded weights. The answers of an update can be sampled ahead, before it begins.
     """
 
-    def __init__(
-        self,
-        roles: Roles,
-        context: StageContext,
-        *,
-        episodes: Episodes,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        gathered: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._roles = roles
-        self._context = context
-        self._episodes = episodes
-        self._engine = engine
-        self._rewards = rewards
-        self.gathered = gathered
-        self._ahead: dict[int, Future[SampledAnswers]] = {}
+    roles: Roles
+    context: StageContext
+    episodes: Episodes
+    engine: RolloutEngine
+    rewards: Rewards
+    gathered: Callable[[], AbstractContextManager[None]]
+    _ahead: dict[int, Future[SampledAnswers]] = field(default_factory=dict)
 
     def of_update(self, update: int, metrics: UpdateMetrics, partition_of: Cut) -> tuple[Rollout, Partition]:
-        """The episodes of an update, which do not depend on the number of processes, and how they were cut.
-
-        Raises:
-            StageError: the engine failed.
-        """
+        """The episodes of an update, which do not depend on the number of processes, and how they were cut."""
         draw, ahead = self._draw_of(update), self._ahead.get(update)
-        return self._make(draw, self._episodes.group, update, metrics, partition_of, ahead=ahead)
+        return self._make(draw, self.episodes.group, update, metrics, partition_of, ahead=ahead)
 
     def sample_ahead(self, update: int) -> None:
         """Begins to sample the answers of a later update with the engine's weights, beside whatever follows."""
         draw = self._draw_of(update)
         thread = ThreadPoolExecutor(1, thread_name_prefix="sampling ahead")
-        self._ahead = {update: thread.submit(self._engine.answers, draw.prompts, draw.uniforms)}
+        self._ahead = {update: thread.submit(self.engine.answers, draw.prompts, draw.uniforms)}
         thread.shutdown(wait=False)
 
     def of_prompts(self, prompts: Prompts, version: int, metrics: UpdateMetrics) -> Rollout:
@@ -125,21 +112,21 @@ class Rollouts:
             learned,
             group=group,
             num_minibatches=num_minibatches,
-            world_size=self._context.world_size,
-            tokens=self._episodes.micro_batch_tokens,
+            world_size=self.context.world_size,
+            tokens=self.episodes.micro_batch_tokens,
         )
 
     def _draw_of(self, update: int) -> _Draw:
-        number = self._episodes.prompts_per_update
-        prompts = self._episodes.prompts
+        number = self.episodes.prompts_per_update
+        prompts = self.episodes.prompts
         drawn = prompt_order(
-            len(prompts), update * number, number, lambda round_: self._context.generator("prompts", round_)
+            len(prompts), update * number, number, lambda round_: self.context.generator("prompts", round_)
         )
-        uniforms = self._uniforms(self._episodes.per_update, "sampling", update)
-        return self._own(prompts, drawn, uniforms, self._episodes.group)
+        uniforms = self._uniforms(self.episodes.per_update, "sampling", update)
+        return self._own(prompts, drawn, uniforms, self.episodes.group)
 
     def _own(self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int) -> _Draw:
-        share = range(self._context.rank, len(drawn), self._context.world_size)
+        share = range(self.context.rank, len(drawn), self.context.world_size)
         indices = [drawn[i] for i in share for _ in range(group)]
         return _Draw(
             prompts=[list(prompts.ids[index]) for index in indices],
@@ -148,8 +135,8 @@ class Rollouts:
         )
 
     def _uniforms(self, rows: int, name: str, *numbers: int) -> Tensor:
-        generator = self._context.generator(name, *numbers)
-        return torch.rand(rows, self._episodes.max_new_tokens, generator=generator, dtype=torch.float64)
+        generator = self.context.generator(name, *numbers)
+        return torch.rand(rows, self.episodes.max_new_tokens, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
     def _make(
@@ -166,19 +153,19 @@ class Rollouts:
         started = time.monotonic()
         if self._ahead:  # the weights that any process samples with must stay until then
             own_of_all(lambda: wait(self._ahead.values()))
-        self._engine.follow(version)
-        self._context.phase("sampling")
-        products = products_in(self._context.spec.model.dtype, self._context.device)
-        with self.gathered(), products, reused_norms(self._roles.actor_critic):
-            sampled = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
+        self.engine.follow(version)
+        self.context.phase("sampling")
+        products = products_in(self.context.spec.model.dtype, self.context.device)
+        with self.gathered(), products, reused_norms(self.roles.actor_critic):
+            sampled = own_of_all(ahead.result if ahead else lambda: self.engine.answers(draw.prompts, draw.uniforms))
             ended = time.monotonic()
-            self._context.phase("scoring")
+            self.context.phase("scoring")
             answers = interleave(shared(lambda: self._scored(draw, sampled)), group=group)
             partition = partition_of(answers)
-            readings = in_rows(shared(lambda: self._read(answers, partition.of_rank(self._context.rank))), partition)
+            readings = in_rows(shared(lambda: self._read(answers, partition.of_rank(self.context.rank))), partition)
         metrics.add_seconds("rollouts", ended - started)
         metrics.add_seconds("scoring", time.monotonic() - ended)
-        of_answers = {field.name: getattr(answers, field.name) for field in fields(Answers)}
+        of_answers = {entry.name: getattr(answers, entry.name) for entry in fields(Answers)}
         return Rollout(**of_answers, readings=readings), partition
 
     def _scored(self, draw: _Draw, sampled: SampledAnswers) -> Answers:
@@ -188,52 +175,39 @@ class Rollouts:
             answers=sampled.ids,
             versions=[sampled.version] * len(sampled.ids),
             sampled_logprobs=sampled.logprobs,
-            scores=self._rewards.scores(draw.prompts, sampled.ids, draw.rows),
+            scores=self.rewards.scores(draw.prompts, sampled.ids, draw.rows),
         )
 
     def _read(self, answers: Answers, micro_batches: Sequence[Sequence[int]]) -> Readings:
         """The answers of these micro-batches, in their order."""
         lengths = [len(answers.answers[row]) for rows in micro_batches for row in rows]
         if not lengths:  # all of the prompts may be those of other processes
-            return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if self._has_critic else None)
+            has_critic = self.roles.actor_critic.value is not None
+            return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if has_critic else None)
         streams = [
             answer_stream(
-                [answers.prompts[row] for row in rows], [answers.answers[row] for row in rows], self._context.device
+                [answers.prompts[row] for row in rows], [answers.answers[row] for row in rows], self.context.device
             )
             for rows in micro_batches
         ]
-        logprobs, entropy, values = self._policy_and_values(streams)
-        reference = self._reference_logprobs(streams)
-        columns = [logprobs, reference, entropy, *([] if values is None else [values])]
-        on_host = torch.stack([column.float() for column in columns]).cpu()  # a single wait for the GPU
+        temperature = self.episodes.temperature
+        # Log-probabilities are recomputed, because those from sampling differ from the training forward's.
+        looks = [self.roles.actor_critic.look(batch, temperature) for batch in streams]
+        policy, values = [statistics for statistics, _ in looks], [values for _, values in looks if values is not None]
+        with self.roles.reference() as reference:
+            reference_logprobs = [answer_statistics(reference, s, temperature=temperature).logprobs for s in streams]
+        parts = [
+            [s.logprobs for s in policy],
+            reference_logprobs,
+            [s.entropy for s in policy],
+            *([values] * bool(values)),
+        ]
+        on_host = torch.stack([torch.cat(column).float() for column in parts]).cpu()  # a single wait for the GPU
         # Copies, because a view would travel to other processes with all that it is a view of.
         by_answer = [[part.clone() for part in column.split(lengths)] for column in on_host]
         return Readings(
             logprobs=by_answer[0],
             reference_logprobs=by_answer[1],
             entropy=by_answer[2],
-            values=None if values is None else by_answer[3],
+            values=by_answer[3] if values else None,
         )
-
-    def _policy_and_values(self, streams: Sequence[AnswerStream]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities are recomputed, because those from sampling differ from the training forward's."""
-        look = self._roles.actor_critic.look
-        readings = [look(batch, self._episodes.temperature) for batch in streams]
-        statistics = [statistics for statistics, _ in readings]
-        values = [values for _, values in readings if values is not None]
-        return (
-            torch.cat([tokens.logprobs for tokens in statistics]),
-            torch.cat([tokens.entropy for tokens in statistics]),
-            torch.cat(values) if values else None,
-        )
-
-    def _reference_logprobs(self, streams: Sequence[AnswerStream]) -> Tensor:
-        temperature = self._episodes.temperature
-        with self._roles.reference() as reference:
-            return torch.cat(
-                [answer_statistics(reference, batch, temperature=temperature).logprobs for batch in streams]
-            )
-
-    @property
-    def _has_critic(self) -> bool:
-        return self._roles.actor_critic.value is not None

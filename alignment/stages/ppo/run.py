@@ -44,13 +44,7 @@ from alignment.training.longest_batch import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 
-FROM_LAST_UPDATE = (
-    "objective/score",
-    "objective/kl",
-    "response_length",
-    "eos_rate",
-    "memory/base_copies",
-)
+FROM_LAST_UPDATE = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
 """Metrics of the last update that are written to the manifest."""
 OF_SOME = (SCORE_STD, TIED_SHARE, *OF_ENGINE)
 """Those that only some methods, engines or sizes of batches have."""
@@ -108,11 +102,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
 def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
     """Trains; the metrics of the last update, and of the guard."""
     last = train(
-        trainer,
-        context,
-        headline="objective/score",
-        period=trainer.steps_per_update,
-        trials=AnswerTrials(trainer),
+        trainer, context, headline="objective/score", period=trainer.steps_per_update, trials=AnswerTrials(trainer)
     )
     metrics = {name: last[name] for name in FROM_LAST_UPDATE} | {name: last[name] for name in OF_SOME if name in last}
     metrics["updates"] = float(trainer.updates_done)
@@ -132,11 +122,7 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 
 
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any, policy: PreTrainedModel) -> Ptx | None:
-    """The loss of conversations beside PPO's, if it is wanted.
-
-    Raises:
-        ModelError: a conversation is longer than the policy's positions.
-    """
+    """The loss of conversations beside PPO's, if it is wanted."""
     if not config.ptx.coefficient:
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
@@ -182,11 +168,7 @@ def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Pro
 
 
 def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
-    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side.
-
-    Raises:
-        ConfigError: there are too few different prompts.
-    """
+    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side."""
     if not config.guard.every:
         return prompts, Prompts(ids=[], rows=[])
     different = sorted({tuple(prompt) for prompt in prompts.ids})

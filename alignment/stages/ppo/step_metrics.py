@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Gather = Callable[[Tensor], Tensor]
 _KL = "policy/approxkl"
 
 
 class UpdateMetrics:
     """``gather`` takes this process's ``[metrics]`` and returns ``[processes, metrics]``."""
 
-    def __init__(self, gather: Gather) -> None:
+    def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
         self._gather = gather
         self.clear()
 
@@ -57,18 +56,16 @@ class UpdateMetrics:
         values = iter(torch.stack(scalars).tolist() if scalars else [])
         for minibatch in ended:
             before = self._shares.get(_KL, 0.0)
-            self._take_in([(name, next(values), is_maximum) for name, _, is_maximum in minibatch])
+            for name, _, is_maximum in minibatch:
+                value = next(values)
+                if is_maximum:
+                    self._maxima[name] = max(self._maxima.get(name, float("-inf")), value)
+                else:
+                    self._shares[name] += value
             self._kl = self._shares[_KL] - before
             if self._steps_read == 0:
                 self._first = self._shares[_KL]
             self._steps_read += 1
-
-    def _take_in(self, named: Sequence[tuple[str, float, bool]]) -> None:
-        for name, value, is_maximum in named:
-            if is_maximum:
-                self._maxima[name] = max(self._maxima.get(name, float("-inf")), value)
-            else:
-                self._shares[name] += value
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Adds time spent in a phase of the update."""

@@ -15,13 +15,13 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.algos.ppo import AdaptiveKl, KlController, tied_groups
@@ -31,14 +31,14 @@ from alignment.models.assembly.modules import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo import learn
-from alignment.stages.ppo.collect import Collector, penalties_of, warn_of_equal_scores
+from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
 from alignment.stages.ppo.engine import EngineGap, RolloutEngine
 from alignment.stages.ppo.experience import Answers, Experience, Partition, Samples
 from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import TIED_SHARE
-from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
-from alignment.stages.ppo.objective import AdvantageEstimator
+from alignment.stages.ppo.learn import Learner
+from alignment.stages.ppo.objective import PolicyObjective, advantages_of
 from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.rollouts import Episodes, Rollouts
 from alignment.stages.ppo.step_metrics import UpdateMetrics
@@ -49,6 +49,7 @@ from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)
 
+FILE = "actor_critic.safetensors"
 SAMPLES_DIFFER = (
     "the stage continues from its checkpoint, but the engine's answers depend on what else it samples at the time, "
     "so from here on they may differ from those of an uninterrupted run."
@@ -68,8 +69,7 @@ class PpoTrainer(ShardedTrainer):
         episodes: Episodes,
         engine: RolloutEngine,
         rewards: Rewards,
-        estimator: AdvantageEstimator,
-        learn: LearnOptions,
+        objective: PolicyObjective,
         kl_controller: KlController,
         args: TrainingArguments,
         ptx: Ptx | None = None,
@@ -79,14 +79,11 @@ class PpoTrainer(ShardedTrainer):
         self.config = config
         self.context = context
         self.episodes = episodes
-        self.estimator = estimator
-        self._objective = learn.objective
+        self._objective = objective
         self.kl_controller = kl_controller
         self.kl_budget = KlBudget(config.guard.max_kl)
         self._engine_gap = EngineGap(
-            config.sampling,
-            whole_answers=learn.objective.whole_answers,
-            where=f"stages.{context.spec.stage}.sampling",
+            config.sampling, whole_answers=objective.whole_answers, where=f"stages.{context.spec.stage}.sampling"
         )
         self.samples = samples
         self.guard: Guard | None = None
@@ -103,28 +100,25 @@ class PpoTrainer(ShardedTrainer):
         self.collector = Collector(
             Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=self._gathered_roles),
             rewards,
+            config,
             end_ids=episodes.end_ids,
-            penalties=penalties_of(config),
         )
         self.learner = Learner(
             roles,
+            config,
             context,
-            learn,
+            objective=objective,
             episodes=episodes,
             ptx=ptx,
             metrics=self.metrics,
             accelerator=self.accelerator,
             autocast=self.compute_loss_context_manager,
         )
-        self._prepare_roles()
-
-    def _prepare_roles(self) -> None:
-        """Activation checkpointing and sharding, once the learner and the rollouts have the roles."""
-        roles = self.roles
-        if self.config.optim.activation_checkpointing:
+        # Once the learner and the rollouts have the roles:
+        if config.optim.activation_checkpointing:
             for language_model in roles.trained_models():
                 checkpoint_activations(language_model)
-        prepare(roles.actor_critic, self.context, *roles.trained_models())
+        prepare(roles.actor_critic, context, *roles.trained_models())
         if self.is_fsdp_enabled:
             shard_together(roles.actor_critic, roles.frozen_models(), self.accelerator.state.fsdp_plugin)
 
@@ -209,7 +203,7 @@ class PpoTrainer(ShardedTrainer):
         self._update_ended = False
         self.metrics.clear()
         self.context.progress("rollouts", update, self.config.updates)
-        if self.guard is not None and self.guard.due(update):
+        if self.guard is not None and update % self.config.guard.every == 0:
             started = time.monotonic()
             self.metrics.values |= self.guard.evaluate(update, self.rollouts)
             self.metrics.add_seconds("guard", time.monotonic() - started)
@@ -223,7 +217,8 @@ class PpoTrainer(ShardedTrainer):
         """Computed on the host, where answers and scores are: some numbers a token, and many reads."""
         batch, partition = self.collector.collect(update, self.metrics, functools.partial(self._partition, update))
         coefficient = self.kl_controller.coefficient
-        advantages = self.estimator.estimate(
+        advantages = advantages_of(
+            self.config,
             scores=batch.scores,
             kl=batch.kl,
             values=batch.values,
@@ -238,8 +233,19 @@ class PpoTrainer(ShardedTrainer):
         self._check(update, batch.scores)
         if self.samples is not None:
             self.samples.write(update, batch.rollout, batch.scores.tolist())
-        experience = experience_of(
-            batch, advantages, importance=importance, partition=partition, kl_coefficient=coefficient
+        experience = Experience(
+            prompts=batch.rollout.prompts,
+            answers=batch.rollout.answers,
+            response_mask=batch.response_mask,
+            logprobs=batch.logprobs,
+            reference_logprobs=batch.reference_logprobs,
+            values=batch.values,
+            scores=batch.scores,
+            advantages=advantages.learned,
+            importance=importance,
+            returns=advantages.returns,
+            partition=partition,
+            kl_coefficient=coefficient,
         )
         return experience.to(self.args.device)
 
@@ -272,15 +278,11 @@ class PpoTrainer(ShardedTrainer):
         started = time.monotonic()
         self.learner.learn(model, experience, minibatch, update=update, step=self.state.global_step)
         self.metrics.step_done()
-        self._check_step()
-        self.metrics.add_seconds("learning", time.monotonic() - started)
-
-    def _check_step(self) -> None:
-        """If the policy of this minibatch had moved too far, the update's remaining minibatches are skipped."""
         limit = self.config.max_approxkl
-        if limit is not None:
+        if limit is not None:  # if the policy of this minibatch had moved too far, the remaining ones are skipped
             share = self.metrics.approximate_kl()
             self._update_ended = float(self._gathered(torch.tensor([share])).sum()) > limit
+        self.metrics.add_seconds("learning", time.monotonic() - started)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the update's metrics to the trainer's own; there is one log line per update."""
@@ -312,7 +314,8 @@ class PpoTrainer(ShardedTrainer):
         """Writes the trained weights and our state."""
         folder = Path(output_dir or self.args.output_dir)
         self._save_state(folder)
-        save_weights(self.roles.actor_critic, folder)
+        trained = {n: p.detach().contiguous() for n, p in self.roles.actor_critic.named_parameters() if p.requires_grad}
+        save_file(trained, folder / FILE)
 
     def _save_state(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,11 +328,15 @@ class PpoTrainer(ShardedTrainer):
             state["guard"] = self.guard.save(folder)
         (folder / "ppo.json").write_text(json.dumps(state))
 
+    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.roles.actor_critic, Path(resume_from_checkpoint))
+            return
+        saved = load_file(Path(resume_from_checkpoint) / FILE)
+        for name, parameter in self.roles.actor_critic.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; from a checkpoint, it first restores our state."""
@@ -353,19 +360,19 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@dataclass(eq=False)
 class KlBudget:
     """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
 
     The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
     """
 
-    def __init__(self, limit: float | None) -> None:
-        self._limit = limit
-        self.was_above = False
+    limit: float | None
+    was_above: bool = False
 
     def is_exceeded(self, kl: float) -> bool:
         """Whether the budget is exceeded after the next batch, whose mean KL is ``kl``."""
-        is_above = self._limit is not None and kl > self._limit
+        is_above = self.limit is not None and kl > self.limit
         is_exceeded = is_above and self.was_above
         self.was_above = is_above
         return is_exceeded
@@ -383,21 +390,3 @@ class EndsOverBudget(TrainerCallback):
             control.should_log = True
             control.should_save = False  # checkpoints are made only between updates
             control.should_training_stop = True
-
-
-FILE = "actor_critic.safetensors"
-
-
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Writes the trained weights, as this process holds them."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / FILE)
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Loads the weights that ``save_weights`` wrote into the model."""
-    saved = load_file(folder / FILE)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(saved[name])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
 from transformers import TrainingArguments
 
-from alignment.algos.ppo import AdaptiveKl, FixedKl, KlController, group_centered, group_standardized, leave_one_out
+from alignment.algos.ppo import AdaptiveKl, FixedKl, KlController
 from alignment.config.faults import refuse
 from alignment.config.optim import tokens_of
 from alignment.config.scoring import ScorerConfig
@@ -20,8 +17,7 @@ from alignment.stages.ppo.checks import size_faults
 from alignment.stages.ppo.config import Advantage, KlConfig, KlControl, KlTerm, PpoConfig
 from alignment.stages.ppo.engine import PolicyEngine, RolloutEngine
 from alignment.stages.ppo.experience import Prompts, Samples
-from alignment.stages.ppo.learn import LearnOptions
-from alignment.stages.ppo.objective import AdvantageEstimator, Average, Gae, GroupRelative, PolicyObjective
+from alignment.stages.ppo.objective import Average, PolicyObjective
 from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.rollouts import Episodes
 from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
@@ -38,13 +34,10 @@ def roles_of(config: PpoConfig, context: StageContext, start: Lineage, reward: S
         config.adapter,
         device=context.device,
         critic=config.critic,
-        values_are_scores=_returns_are_scores(config),
+        # Returns are on the scale of the reward model's scores if it is the only scorer, and nothing rescales it.
+        values_are_scores=config.scorers == [ScorerConfig(source=REWARD)]
+        and not (config.prompt_baseline or config.whiten_rewards),
     )
-
-
-def _returns_are_scores(config: PpoConfig) -> bool:
-    """Whether returns are on the scale of the reward model's scores: it is the only scorer, and nothing rescales it."""
-    return config.scorers == [ScorerConfig(source=REWARD)] and not config.prompt_baseline and not config.whiten_rewards
 
 
 def kl_controller(config: KlConfig) -> KlController:
@@ -66,21 +59,24 @@ def build_trainer(
     ptx: Ptx | None = None,
     samples: Samples | None = None,
 ) -> PpoTrainer:
-    """The trainer of a stage; an answer ends at one of ``end_ids``. Without an ``engine`` the policy itself samples.
-
-    Raises:
-        ConfigError: ``size_faults`` finds faults, such as episodes that do not divide by the processes.
-    """
+    """The trainer of a stage; an answer ends at one of ``end_ids``. Without an ``engine`` the policy itself samples."""
     refuse(list(size_faults(config, context.world_size, f"stages.{context.spec.stage}")))
     trainer = PpoTrainer(
         roles,
         config,
         context,
-        episodes=_episodes(config, prompts, end_ids),
+        episodes=Episodes(
+            prompts=prompts,
+            end_ids=end_ids,
+            per_update=config.optim.batch_size,
+            group=config.completions_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            micro_batch_tokens=tokens_of(config.optim.micro_batch_tokens),
+        ),
         engine=engine or PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
         rewards=rewards,
-        estimator=estimator_of(config),
-        learn=_learn_options(config),
+        objective=objective_of(config),
         kl_controller=kl_controller(config.kl),
         args=_arguments(config, context),
         ptx=ptx,
@@ -104,35 +100,6 @@ def _arguments(config: PpoConfig, context: StageContext) -> TrainingArguments:
     )
 
 
-def _episodes(config: PpoConfig, prompts: Prompts, end_ids: frozenset[int]) -> Episodes:
-    return Episodes(
-        prompts=prompts,
-        end_ids=end_ids,
-        per_update=config.optim.batch_size,
-        group=config.completions_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        micro_batch_tokens=tokens_of(config.optim.micro_batch_tokens),
-    )
-
-
-def _learn_options(config: PpoConfig) -> LearnOptions:
-    return LearnOptions(
-        objective=objective_of(config),
-        value_clip=config.value_clip,
-        value_coefficient=config.value_coefficient,
-        num_minibatches=config.num_minibatches,
-        critic_warmup=config.critic_warmup,
-    )
-
-
-COMPARISONS: dict[Advantage, Callable[[Tensor, int], Tensor]] = {
-    Advantage.rloo: leave_one_out,
-    Advantage.grpo: group_standardized,
-    Advantage.dr_grpo: group_centered,
-}
-"""How the answers to a prompt are compared, without a critic."""
-
 AVERAGES = {
     Advantage.gae: Average.tokens,  # as in Huang et al. 2024
     Advantage.rloo: Average.token_sums,  # an answer is one action: Ahmadian et al. 2024, section 3
@@ -140,18 +107,6 @@ AVERAGES = {
     Advantage.dr_grpo: Average.constant_length,  # Liu et al. 2025, section 3.2
 }
 """How the terms of tokens are averaged."""
-
-
-def estimator_of(config: PpoConfig) -> AdvantageEstimator:
-    """What turns scores into advantages."""
-    if config.advantage is not Advantage.gae:
-        return GroupRelative(group=config.completions_per_prompt, compare=COMPARISONS[config.advantage])
-    return Gae(
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        baseline_group=config.completions_per_prompt if config.prompt_baseline else None,
-        whiten_rewards=config.whiten_rewards,
-    )
 
 
 def objective_of(config: PpoConfig) -> PolicyObjective:

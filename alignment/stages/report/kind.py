@@ -30,9 +30,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     return NewStage(why=why, settings={"evaluation": Reasoned(value=None, why="there are no held-out prompts")})
 
 
-PROPOSALS = Proposals(stage=_stage)
-
-
 KIND = StageKind(
     name="report",
     summary="one HTML page about the whole run",
@@ -41,5 +38,5 @@ KIND = StageKind(
     produces=REPORT,
     references=References(whole_run=True),
     launch=LaunchShape(runs_on=RunsOn.driver),
-    proposals=PROPOSALS,
+    proposals=Proposals(stage=_stage),
 )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from alignment.config.data import DataConfig, TooLongConfig, ValidationConfig
-from alignment.config.faults import Fault
 from alignment.config.model import AdapterConfig
 from alignment.config.new_recipe import BY_REWARD_MODEL, FROM_PAIRS, Circumstances, NewStage, Question, Reasoned
 from alignment.config.optim import OptimConfig
@@ -80,17 +79,12 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         **from_start(circumstances, "stage:sft"),
         **data_of(rows),
         **optimiser(
-            rows,
-            lr=adapter_rate(1e-4, "chosen, not tuned"),
-            epochs=Reasoned(value=1, why="Stiennon et al. 2020"),
+            rows, lr=adapter_rate(1e-4, "chosen, not tuned"), epochs=Reasoned(value=1, why="Stiennon et al. 2020")
         ),
         **row_limit(rows, circumstances),
         "eval_fraction": Reasoned(value=share, why=why),
     }
     return NewStage(why="Learns to score answers from the pairs.", settings=settings, reads=rows)
-
-
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
 
 
 _CHANCE = 0.5
@@ -99,10 +93,6 @@ _CHANCE = 0.5
 def _data(config: RewardConfig) -> list[DataSlot]:
     own = pair_slot(config.data, config.margin)
     return [own, held_out_slot(config.validation, own)]
-
-
-def _too_few_prompts(config: RewardConfig, num_prompts: int, where: str) -> Iterator[Fault]:
-    yield from held_out_fault(config.eval_fraction, num_prompts, "pairs", where)
 
 
 def _reported(config: RewardConfig) -> Reported:
@@ -152,7 +142,10 @@ KIND = StageKind(
     data=_data,
     curves=_curves,
     headline="accuracy",
-    learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
+    learning=Learning(
+        limits=limits_of_parts,
+        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "pairs", where),
+    ),
     outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts, lines=handed_on),
-    proposals=PROPOSALS,
+    proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -56,39 +56,35 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     kind, limits = pair_rows(config.margin), limits_of_parts(config)
     learned, validated = hold_out(config, context, rest, kind, limits, tokenizer, reported=held_out)
     trainer = _trainer(config, context, start, tokenizer, learned)
-    last = train(
-        trainer,
-        context,
-        headline="loss",
-        ceiling=DIVERGED * math.log(2),
-        validation=_validation(config, context, trainer, validated),
-    )
+    validation = None
+    if validated is not None:
+        rows = HeldOutRows(rows=_dataset(validated, config.margin), tokens=pair_tokens(validated))
+        validation = Validation(config.validation, context, trainer, rows)
+    last = train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2), validation=validation)
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
     with gathered(trainer, trainer.model):
         # Both answers to a prompt are in adjacent rows, so that the prompt is computed once.
-        rows = list(rows_of(judged, "prompt", "chosen", "rejected"))
-        prompts = [prompt for prompt, *_ in rows for _ in range(2)]
-        both = scores(trainer, context, prompts, [answer for _, *answers in rows for answer in answers])
+        texts = list(rows_of(judged, "prompt", "chosen", "rejected"))
+        prompts = [prompt for prompt, *_ in texts for _ in range(2)]
+        both = scores(trainer, context, prompts, [answer for _, *answers in texts for answer in answers])
     offset = float(both[::2].mean())
     metrics = {"score_offset": offset, **counts, "rows": float(len(learned)), **of_handed_on(last)}
     if len(held_out):
         metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     refuse_results(metrics)
     result = save_model(trainer.model, tokenizer, context, start, metrics)
-    weight = whole(_score_head(trainer.model).weight)
+    model = trainer.model
+    head = model.get_base_model().score.modules_to_save["default"] if isinstance(model, PeftModel) else model.score
+    weight = whole(head.weight)
     if context.is_main:
-        head = {"weight": weight.detach().float().cpu().contiguous(), "offset": torch.tensor(offset)}
-        write_weights(head, context.content / "head.safetensors")
+        weights = {"weight": weight.detach().float().cpu().contiguous(), "offset": torch.tensor(offset)}
+        write_weights(weights, context.content / "head.safetensors")
     return result
 
 
 def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) -> tuple[Dataset, Dataset]:
-    """Pairs to learn from, and held-out pairs; all pairs of a prompt are on the same side.
-
-    Raises:
-        DataError: there are too few prompts to hold any out.
-    """
+    """Pairs to learn from, and held-out pairs; all pairs of a prompt are on the same side."""
     if fraction == 0:
         return pairs, pairs.select([])
     learned, held_out = split_by_prompt(pairs, fraction, rng, where=where, setting="eval_fraction=0")
@@ -101,11 +97,7 @@ def drawn(pairs: Dataset, number: int, rng: torch.Generator) -> Dataset:
 
 
 def _trainer(
-    config: RewardConfig,
-    context: StageContext,
-    start: Any,
-    tokenizer: Any,
-    learned: Dataset,
+    config: RewardConfig, context: StageContext, start: Any, tokenizer: Any, learned: Dataset
 ) -> MicroBatchedRewardTrainer:
     pairs, origin_of = split_origins(learned)
     torch.manual_seed(context.seed("head") % 2**63)
@@ -127,15 +119,6 @@ def _trainer(
     install_scalar(unwrapped(model))
     prepare(model, context)
     return trainer
-
-
-def _validation(
-    config: RewardConfig, context: StageContext, trainer: MicroBatchedRewardTrainer, pairs: Dataset | None
-) -> Validation | None:
-    if pairs is None:
-        return None
-    held_out = HeldOutRows(rows=_dataset(pairs, config.margin), tokens=pair_tokens(pairs))
-    return Validation(config.validation, context, trainer, held_out)
 
 
 class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
@@ -191,9 +174,3 @@ def scores(
     with torch.no_grad(), products_in(context.spec.model.dtype, context.device):
         parts = batches(prompts, answers, tokens=trainer.micro_batch_tokens, device=trainer.args.device)
         return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()
-
-
-def _score_head(model: Any) -> torch.nn.Linear:
-    if isinstance(model, PeftModel):
-        return model.get_base_model().score.modules_to_save["default"]
-    return model.score

@@ -55,11 +55,7 @@ def _data(config: RewardCardConfig) -> list[DataSlot]:
     return [
         DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS),
         DataSlot(
-            field="learned",
-            data=config.learned,
-            record=PreferencePair,
-            rows=PAIRS,
-            in_use=bool(config.learned.source),
+            field="learned", data=config.learned, record=PreferencePair, rows=PAIRS, in_use=bool(config.learned.source)
         ),
     ]
 

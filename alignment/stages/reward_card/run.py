@@ -34,7 +34,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE, RewardCardConfig
-from alignment.stages.shared.answer_scores import asking_of, scores_of
+from alignment.stages.shared.answer_scores import asking_of, counted_progress, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of
@@ -42,12 +42,7 @@ from alignment.training.context import StageContext
 
 
 def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequence[PreferencePair]) -> list[float]:
-    """The rule's score of each chosen and rejected answer in turn.
-
-    Raises:
-        DataError: a row lacks what the rule needs, or a function's file changed since the run was planned.
-        RewardError: the rule failed, or did not return one usable number per answer.
-    """
+    """The rule's score of each chosen and rejected answer in turn."""
     prompts = [
         Prompt(messages=pair.messages, tools=pair.tools, row=pair.row, where=pair.where)
         for pair in pairs
@@ -59,13 +54,7 @@ def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequen
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
     no_tokens: list[list[int]] = [[] for _ in texts]
     answers = Answers(prompt_ids=no_tokens, answer_ids=no_tokens, texts=texts, prompts=prompts, rows=range(len(texts)))
-    done = 0
-
-    def progress(number: int) -> None:
-        nonlocal done
-        done += number
-        context.progress("scoring by the rule", done, len(texts))
-
+    progress = counted_progress(context, "scoring by the rule", len(texts))
     return scores_of(scorer, answers, source=rule.source, progress=progress)
 
 
@@ -81,7 +70,8 @@ NUM_WORDS = 10
 def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     """A reward model and pairs in, ``card.json`` and ``pairs.jsonl`` out."""
     records = rows_of(context, PreferencePair, config.data)
-    learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
+    knows_learned = LEARNED in context.spec.extra_data
+    learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if knows_learned else []
     unseen, overlap = _without_learned(config, context, records, learned)
     context.progress("loading")
     reading = _read(config, context, unseen)
@@ -91,17 +81,22 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
         context.progress("fitting the bag of words")
         bag = _bag_of_words(context, learned)
         judged = _judged(config, context, reading, scores, bag)
-        return _written(config, context, reading, judged, overlap and _with_words(overlap, bag))
+        if overlap is None or bag is None:  # a bag of words, just where the learned pairs are known
+            return _written(config, context, reading, judged, None)
+        speaks_for, against = bag.heaviest(NUM_WORDS)
+        words: dict[str, Any] = {
+            "words": len(bag.words),
+            "penalty": bag.penalty,
+            "for_answer": speaks_for,
+            "against": against,
+        }
+        return _written(config, context, reading, judged, replace(overlap, **words))
 
     return on_main(context, conclude) or StageResult(metrics={})
 
 
 def _written(
-    config: RewardCardConfig,
-    context: StageContext,
-    reading: _Reading,
-    pairs: list[Judged],
-    learned: Learned | None,
+    config: RewardCardConfig, context: StageContext, reading: _Reading, pairs: list[Judged], learned: Learned | None
 ) -> StageResult:
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     card = replace(
@@ -120,35 +115,22 @@ def _written(
 # ---- the pairs that the model was trained on -------------------------------------------------------------------------
 
 
-def _knows_learned(context: StageContext) -> bool:
-    return LEARNED in context.spec.extra_data
-
-
 def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
     seen = learned[:MAX_LEARNED]
     texts = [(pair.chosen, pair.rejected) for pair in seen]
     return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
 
 
-def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
-    """Adds the words and weights of the bag of words."""
-    assert bag is not None, "there is a bag of words whenever the learned pairs are known"
-    speaks_for, against = bag.heaviest(NUM_WORDS)
-    return replace(learned, words=len(bag.words), penalty=bag.penalty, for_answer=speaks_for, against=against)
-
-
 def _without_learned(
     config: RewardCardConfig, context: StageContext, records: list[PreferencePair], learned: list[PreferencePair]
 ) -> tuple[list[PreferencePair], Learned | None]:
-    """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown.
-
-    Raises:
-        DataError: all pairs overlap, so none is left to judge.
-    """
+    """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown."""
     if not learned:
         return records, None
-    part_known = _part_is_known(config, context)
-    known = asked_too(records, learned if part_known else [*learned, *_whole_file(config, context)])
+    part_known, others = _part_is_known(config, context), []
+    if not part_known:  # all rows of the learned pairs' own source, instead of a fraction
+        others = rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
+    known = asked_too(records, [*learned, *others])
     others = [record for record in records if asked(record).text not in known]
     overlap = Learned(
         num_pairs=len(learned),
@@ -182,11 +164,6 @@ def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
     return made.identity.get("seed") == context.spec.seed and not (path / LEFT_OUT).exists()
 
 
-def _whole_file(config: RewardCardConfig, context: StageContext) -> list[PreferencePair]:
-    """All rows of the learned pairs' own source, instead of a fraction."""
-    return rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
-
-
 # ---- the model and its rows ------------------------------------------------------------------------------------------
 
 
@@ -204,12 +181,7 @@ class _Reading:
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """Loads the model and tokenises its rows.
-
-    Raises:
-        ModelError: it cannot be loaded, has another tokenizer than the run's base, or its rows cannot be cut.
-        DataError: too many pairs are too long.
-    """
+    """Loads the model and tokenises its rows."""
     reward = context.spec.inputs["reward"]
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if read_manifest(reward.path) is None:
@@ -262,11 +234,7 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """One score per row, on every process.
-
-    Raises:
-        RewardError: a score is not finite.
-    """
+    """One score per row, on every process."""
     parts = grouped(reading.rows, AT_ONCE)
 
     def scores_of(share: Sequence[Sequence[list[int]]]) -> list[float]:

@@ -21,18 +21,7 @@ from alignment.core.fingerprint import IF_SET
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.records.stages import COUNTS, SAMPLING_FILE, Sampling
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
-from alignment.stages.base import (
-    Cell,
-    DataSlot,
-    LaunchShape,
-    MadeRows,
-    Outcome,
-    References,
-    Reported,
-    ResultTable,
-    RunsOn,
-    StageKind,
-)
+from alignment.stages import base
 from alignment.stages.shared.kind_answers import (
     check_engine,
     missing_reward_faults,
@@ -118,11 +107,11 @@ def lines(artifact: Path) -> list[str]:
     return [f"{made}; left out: {left_out}" if left_out else made]
 
 
-def tables(artifact: Path) -> list[ResultTable]:
+def tables(artifact: Path) -> list[base.ResultTable]:
     """What the best of several answers scores, and how far it can be from the policy."""
     record = Sampling.read(artifact)
     rows = [
-        (f"best of {best.answers}", [Cell(text=f"{best.score:.3f}"), Cell(text=f"{best.kl_bound:.2f}")])
+        (f"best of {best.answers}", [base.Cell(text=f"{best.score:.3f}"), base.Cell(text=f"{best.kl_bound:.2f}")])
         for best in record.best_of
     ]
     note = (
@@ -131,7 +120,7 @@ def tables(artifact: Path) -> list[ResultTable]:
         "those that chose the rows, so judge a policy that learns from them by another metric."
     )
     columns = {"score": "mean score", "kl": "KL at most, nats"}
-    return [ResultTable(title="Best of n", note=note, columns=columns, rows=rows)]
+    return [base.ResultTable(title="Best of n", note=note, columns=columns, rows=rows)]
 
 
 _ASKED = {"role": "user", "content": "2 + 2?"}
@@ -148,17 +137,17 @@ _EXAMPLES: Mapping[Select, str] = {
 """A row that each selection makes."""
 
 
-def _data(config: SampleConfig) -> list[DataSlot]:
+def _data(config: SampleConfig) -> list[base.DataSlot]:
     left_out = [
-        DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
+        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
         for number, data in enumerate(config.leave_out)
     ]
-    return [DataSlot(field="data", data=config.data, record=Prompt), *left_out]
+    return [base.DataSlot(field="data", data=config.data, record=Prompt), *left_out]
 
 
-def _rows(config: SampleConfig) -> MadeRows:
+def _rows(config: SampleConfig) -> base.MadeRows:
     others = {f"select={select.value}": row for select, row in _EXAMPLES.items() if select is not config.select}
-    return MadeRows(example=_EXAMPLES[config.select], others=others)
+    return base.MadeRows(example=_EXAMPLES[config.select], others=others)
 
 
 def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
@@ -183,8 +172,8 @@ def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
 
 
-def _reported(_: SampleConfig) -> Reported:
-    return Reported(training=("score", "best_score"), counts=COUNTS)
+def _reported(_: SampleConfig) -> base.Reported:
+    return base.Reported(training=("score", "best_score"), counts=COUNTS)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -203,7 +192,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     return doubts
 
 
-KIND = StageKind(
+KIND = base.StageKind(
     name="sample",
     summary="a policy's answers, scored and turned into rows for other stages",
     config=SampleConfig,
@@ -216,11 +205,11 @@ KIND = StageKind(
     leaves_out="leave_out",
     scorers=_scorers,
     faults=_faults,
-    references=References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=LaunchShape(
-        runs_on=RunsOn.replicas,
+    references=base.References(more=lambda config: reward_model_slots(_scorers(config))),
+    launch=base.LaunchShape(
+        runs_on=base.RunsOn.replicas,
         refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),
-    outcome=Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
+    outcome=base.Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
 )

@@ -49,11 +49,6 @@ def answer_scores(
     """The score of each answer by each scorer, and in total, prompt by prompt.
 
     ``records`` are all rows of the stage's data, ``tokenizer`` is the policy's.
-
-    Raises:
-        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a scorer failed, or did not return one usable number per answer.
     """
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
@@ -85,7 +80,9 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
     """
     context.progress("loading")
     tokenizer = asked_tokenizer(context, field="policy")
-    _refuse_other_reward(context, tokenizer)
+    reward = context.spec.inputs.get("reward")  # checked before anything is sampled
+    if reward is not None and reward.path is not None and read_manifest(reward.path) is not None:
+        refuse_other_tokenizer(context.spec, reward, tokenizer)
     records = rows_of(context, Prompt, config.data)
     asked = asked_prompts(config, context, tokenizer, records)
     policy = lineage(context.spec, context.spec.inputs["policy"])
@@ -103,18 +100,9 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
         write_lines(context.content / SAMPLES, samples)
         sampling.write(context.content)
         context.trackers.table("samples", samples)
-    return StageResult(metrics=_metrics(sampling))
-
-
-def _refuse_other_reward(context: StageContext, tokenizer: Any) -> None:
-    """Checks the stage's own reward model before anything is sampled.
-
-    Raises:
-        ModelError: it reads tokens of another tokenizer.
-    """
-    reward = context.spec.inputs.get("reward")
-    if reward is not None and reward.path is not None and read_manifest(reward.path) is not None:
-        refuse_other_tokenizer(context.spec, reward, tokenizer)
+    counts = {name: float(getattr(sampling, name)) for name in COUNTS}
+    scores = {"score": sampling.best_of[0].score, "best_score": sampling.best_of[-1].score}
+    return StageResult(metrics=counts | scores)
 
 
 def _candidates(
@@ -164,10 +152,7 @@ def _samples(
 
 
 def _summary(
-    config: SampleConfig,
-    asked: AskedPrompts,
-    candidates: Sequence[Sequence[Candidate]],
-    made: Sequence[OfPrompt],
+    config: SampleConfig, asked: AskedPrompts, candidates: Sequence[Sequence[Candidate]], made: Sequence[OfPrompt]
 ) -> Sampling:
     reasons = Counter(reason for of_prompt in made for reason in of_prompt.left_out.values())
     count = config.completions_per_prompt
@@ -193,11 +178,6 @@ def _mean_best(candidates: Sequence[Sequence[Candidate]], size: int) -> float:
     """The mean over prompts of the expected best score of ``size`` answers."""
     of_prompts = [expected_best([answer.score for answer in of_prompt], size) for of_prompt in candidates]
     return sum(of_prompts) / len(of_prompts)
-
-
-def _metrics(sampling: Sampling) -> dict[str, float]:
-    counts = {name: float(getattr(sampling, name)) for name in COUNTS}
-    return counts | {"score": sampling.best_of[0].score, "best_score": sampling.best_of[-1].score}
 
 
 def refuse_base(config: SampleConfig, context: StageContext) -> None:

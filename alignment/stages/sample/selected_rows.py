@@ -79,13 +79,8 @@ def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bo
         return {index: _reaches(score, threshold) for index, score in scores.items()}
     if not scores or is_tied(scores):  # a mean of equal numbers may be rounded to another one
         return {}
-    mean = sum(scores.values()) / len(scores)
-    return {index: score > mean for index, score in scores.items() if not _is_at(score, mean)}
-
-
-def _is_at(score: float, mean: float) -> bool:
-    """Whether a score, rounded to float32, is the mean: that of 0.2, 0.4 and 0.6 is 0.40000001."""
-    return _reaches(score, mean) and _reaches(mean, score)
+    mean = sum(scores.values()) / len(scores)  # that of 0.2, 0.4 and 0.6, rounded to float32, is 0.40000001
+    return {i: score > mean for i, score in scores.items() if not (_reaches(score, mean) and _reaches(mean, score))}
 
 
 def _reaches(score: float, limit: float) -> bool:
@@ -121,31 +116,20 @@ def rows_of_prompt(config: SampleConfig, prompt: Prompt, candidates: Sequence[Ca
         index = best(scores, config.threshold)
         if index is not None:
             used[index] = CHOSEN
-            rows.append(_conversation(prompt, candidates[index]))
+            row, answer = _asked(prompt), candidates[index]
+            messages = [*row["messages"], {"role": "assistant", "content": answer.text}]
+            rows.append({**row, "messages": messages, "score": answer.score})
     elif config.select is Select.labels:
         for index, good in labels(scores, config.threshold).items():
-            used[index] = GOOD if good else BAD
-            rows.append(_labelled(prompt, candidates[index], good=good))
+            used[index], answer = GOOD if good else BAD, candidates[index]
+            rows.append({**_asked(prompt), "completion": answer.text, "label": good, "score": answer.score})
     else:
         for high, low in pairs(scores, every=config.select is Select.all_pairs, min_margin=config.min_margin):
             used = {low: REJECTED, **used, high: CHOSEN}
-            rows.append(_pair(prompt, candidates[high], candidates[low]))
+            better, worse = candidates[high], candidates[low]
+            both = {"chosen_score": better.score, "rejected_score": worse.score}
+            rows.append({**_asked(prompt), "chosen": better.text, "rejected": worse.text, **both})
     return OfPrompt(rows=rows, used=used, left_out=reasons, tied=is_tied(scores))
-
-
-def _conversation(prompt: Prompt, answer: Candidate) -> dict[str, Any]:
-    turn = {"role": "assistant", "content": answer.text}
-    row = _asked(prompt)
-    return {**row, "messages": [*row["messages"], turn], "score": answer.score}
-
-
-def _pair(prompt: Prompt, better: Candidate, worse: Candidate) -> dict[str, Any]:
-    scores = {"chosen_score": better.score, "rejected_score": worse.score}
-    return {**_asked(prompt), "chosen": better.text, "rejected": worse.text, **scores}
-
-
-def _labelled(prompt: Prompt, answer: Candidate, *, good: bool) -> dict[str, Any]:
-    return {**_asked(prompt), "completion": answer.text, "label": good, "score": answer.score}
 
 
 def _asked(prompt: Prompt) -> dict[str, Any]:
@@ -159,10 +143,7 @@ def _asked(prompt: Prompt) -> dict[str, Any]:
 
 
 def no_rows(
-    config: SampleConfig,
-    context: StageContext,
-    candidates: Sequence[Sequence[Candidate]],
-    made: Sequence[OfPrompt],
+    config: SampleConfig, context: StageContext, candidates: Sequence[Sequence[Candidate]], made: Sequence[OfPrompt]
 ) -> StageError:
     """The error of a stage whose answers (``candidates``, by prompt) gave no row, with the reason and a remedy."""
     usable = [
@@ -174,20 +155,15 @@ def no_rows(
         reasons = Counter(reason for outcome in made for reason in outcome.left_out.values())
         counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
         message = f"none of the {sum(map(len, candidates))} answers can be used ({counts})"
-        remedy = _of_reasons(reasons)
+        remedy = "use a policy that answers these prompts, or another chat template; `align chat` shows its answers"
+        if reasons.get(NO_END):
+            remedy = "raise max_new_tokens, or set ended_only=false to use answers without an end"
     elif config.threshold is not None:
         message = f"no answer reaches the threshold {config.threshold:g}; the best one scores {max(scores):g}"
         remedy = "lower threshold, or raise completions_per_prompt"
     else:
         message, remedy = _no_difference(config, [of_prompt for of_prompt in usable if len(of_prompt) > 1])
     return StageError(message, where=f"stages.{context.spec.stage}", remedy=remedy)
-
-
-def _of_reasons(reasons: Mapping[str, int]) -> str:
-    """What to do about answers that were left out for these reasons."""
-    if reasons.get(NO_END):
-        return "raise max_new_tokens, or set ended_only=false to use answers without an end"
-    return "use a policy that answers these prompts, or another chat template; `align chat` shows its answers"
 
 
 def _no_difference(config: SampleConfig, several: Sequence[Sequence[float]]) -> tuple[str, str]:

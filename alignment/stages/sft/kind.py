@@ -91,9 +91,6 @@ def _labelled(circumstances: Circumstances) -> Rows | None:
     return circumstances.rows.get(LabelledAnswer)
 
 
-PROPOSALS = Proposals(questions=_questions, stage=_stage)
-
-
 def _data(config: SftConfig) -> list[DataSlot]:
     own = DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)
     return [own, held_out_slot(config.validation, own)]
@@ -117,5 +114,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
     ),
-    proposals=PROPOSALS,
+    proposals=Proposals(questions=_questions, stage=_stage),
 )

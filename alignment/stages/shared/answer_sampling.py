@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,16 +57,14 @@ class AskedPrompts:
 def asked_prompts(
     config: AskingConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
 ) -> AskedPrompts:
-    """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others.
-
-    Raises:
-        DataError: a row cannot be rendered, too many are too long, or no prompt is left.
-    """
+    """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others."""
     limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
     by_row, counts = fitting(context, PROMPTS, records, config.data, limits, tokenizer)
     ids = {row: tokenized.rows[0]["prompt"] for row, tokenized in by_row.items()}
     evaluated = _evaluated(config, context, {row: records[row] for row in ids})
-    repeated = set(_repeated({row: prompt for row, prompt in ids.items() if row not in evaluated}))
+    first: dict[tuple[int, ...], int] = {}
+    others = [row for row in ids if row not in evaluated]
+    repeated = {row for row in others if first.setdefault(tuple(ids[row]), row) != row}
     reasons = {**evaluated, **dict.fromkeys(repeated, "its prompt repeats an earlier row")}
     list_left_out(context, ({"where": records[row].where, "reason": reasons[row]} for row in sorted(reasons)))
     rows = [row for row in ids if row not in reasons]
@@ -99,15 +97,6 @@ def _evaluated(config: AskingConfig, context: StageContext, records: Mapping[int
     return reasons
 
 
-def _repeated(prompts: Mapping[int, Sequence[int]]) -> Iterator[int]:
-    """The rows whose prompt is that of an earlier row."""
-    seen = set()
-    for row, prompt in prompts.items():
-        if tuple(prompt) in seen:
-            yield row
-        seen.add(tuple(prompt))
-
-
 log = logging.getLogger(__name__)
 
 
@@ -136,17 +125,13 @@ def made_in_parts(
         prepare()
     for first in range(0, len(missing), context.world_size):
         group = missing[first : first + context.world_size]
-        values = shared(partial(make, group[context.rank]) if context.rank < len(group) else _nothing)
+        values = shared(partial(make, group[context.rank]) if context.rank < len(group) else lambda: None)
         for number, value in zip(group, values[: len(group)], strict=True):
             parts[number] = value
             if context.is_main:
                 write_text(files[number], json.dumps({"value": value, "sha256": digest(json.dumps(value))}))
         progress(len(parts) - len(missing) + first + len(group))
     return parts
-
-
-def _nothing() -> None:
-    """What a process makes that is left over."""
 
 
 def _file(context: StageContext, name: str, number: int, key: Any) -> Path:
@@ -196,9 +181,6 @@ def sampled_answers(
     """Token ids of ``completions_per_prompt`` answers to each prompt, with the end of the turn if it was generated.
 
     Each prompt has random numbers of its own, so that its answers do not depend on the other prompts.
-
-    Raises:
-        ModelError: a prompt and its answer may be longer than the policy's positions.
     """
     generation = Generation(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids(tokenizer))

@@ -15,14 +15,22 @@ AT_ONCE = 128
 """How many answers a scorer gets in one call; a limit, so that a slow scorer still reports progress."""
 
 
+def counted_progress(context: StageContext, phase: str, total: int | None = None) -> Callable[[int], None]:
+    """Reports how much of ``total`` is done, given what was done since the last call."""
+    done = 0
+
+    def progress(number: int) -> None:
+        nonlocal done
+        done += number
+        context.progress(phase, done, total)
+
+    return progress
+
+
 def scores_of(
     scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
 ) -> list[float]:
-    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
-
-    Raises:
-        RewardError: the scorer failed, or did not return one usable number per answer.
-    """
+    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer."""
     scores: list[float] = []
     for part in answers.parts(AT_ONCE):
         of_part = scorer.scores(part)

@@ -37,9 +37,6 @@ def with_chosen_size(context: StageContext, run: Run) -> StageContext:
     """The context of a stage that has a number; ``run`` runs the stage. Every process must call this.
 
     Random numbers are as before.
-
-    Raises:
-        StageError: not even the longest row fits, or the stage does not train through ``session.train``.
     """
     if not is_automatic(context.spec.config):
         return context

@@ -25,9 +25,11 @@ from alignment.stages.base import Curve, DataSlot, Refusal, Reported, Slot
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
 
-def curve(title: str, unit: str, key: str, guide: float | None = None) -> Curve:
-    """A chart of one metric."""
-    return Curve(title=title, unit=unit, keys=(key,), guide=guide)
+def curve(
+    title: str, unit: str, keys: str | tuple[str, ...], guide: float | None = None, labels: tuple[str, ...] = ("",)
+) -> Curve:
+    """A chart of one metric, or of several with their labels."""
+    return Curve(title=title, unit=unit, keys=(keys,) if isinstance(keys, str) else keys, labels=labels, guide=guide)
 
 
 def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
@@ -69,10 +71,7 @@ def hold_nearer_to_the_start(name: str) -> str:
 def held_out_fault(fraction: float, num_prompts: int, rows: str, where: str) -> Iterator[Fault]:
     """A fault if no prompt can be held out, or none would be left; ``rows`` names what would help."""
     if fraction > 0 and not 0 < round(fraction * num_prompts) < num_prompts:
-        message = (
-            f"{num_prompts} prompts are too few to hold out a share of {fraction:g}; add {rows}, or set "
-            "eval_fraction to 0"
-        )
+        message = f"{num_prompts} prompts are too few to hold out a share of {fraction:g}; add {rows}, or use 0"
         yield Fault(where=f"{where}.eval_fraction", message=message)
 
 
@@ -191,7 +190,5 @@ def missing_reward_faults(scorers: Mapping[str, ScoreSourceConfig], reward: str 
     """Scorers that are the stage's reward model, where it names none."""
     for field, scorer in scorers.items():
         if scorer.source == REWARD and reward is None:
-            message = (
-                f"'{REWARD}' needs the model in {where}.reward, which is null; name a model, or remove this scorer"
-            )
+            message = f"'{REWARD}' needs the model in {where}.reward, which is null; name one, or remove this scorer"
             yield Fault(where=f"{where}.{source_field(field)}", message=message)

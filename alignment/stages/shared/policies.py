@@ -48,10 +48,6 @@ def start_engine(session: EngineSession, context: StageContext, options: Callabl
     """Starts the engine on the main process, and tells the others where it is; every process must call this.
 
     ``options`` may write weights for it.
-
-    Raises:
-        ConfigError: there is no environment with vLLM.
-        StageError: the server cannot be started.
     """
     context.progress("starting vLLM")
 
@@ -90,11 +86,6 @@ class ServedPolicies:
         """Starts a server for the policy unless the running one fits; ``longest`` is a prompt with its answer.
 
         Every process must call this.
-
-        Raises:
-            ConfigError: there is no environment with vLLM, or the server at a url has other weights.
-            ModelError: the engine does not take the policy.
-            StageError: the server cannot be started, or does not take the weights.
         """
         needed = served_weights(policy, highest_rank=RANKS[-1])
         if self._config.url is not None:
@@ -107,11 +98,7 @@ class ServedPolicies:
             self._weights = shared(lambda: self._used(needed.adapter))[0]
 
     def _refuse_other_weights(self, needed: ServedWeights) -> None:
-        """A server at a url has one set of weights, those of a plain folder; only an adapter can be put on them.
-
-        Raises:
-            ConfigError: the policy has others.
-        """
+        """A server at a url has one set of weights, those of a plain folder; only an adapter can be put on them."""
         if needed.below.adapters or self._below not in (None, needed.below):
             names = " and ".join(adapter.path.name for adapter in needed.below.adapters) or needed.below.source
             raise ConfigError(
@@ -131,11 +118,7 @@ class ServedPolicies:
     def answers(
         self, asked: Sequence[Asked], generation: Generation, progress: Callable[[int], None] = lambda _: None
     ) -> list[list[EngineAnswer]]:
-        """The answers of the prepared policy; ``progress`` receives how many there are so far.
-
-        Raises:
-            StageError: the engine failed, or gave what was not asked for.
-        """
+        """The answers of the prepared policy; ``progress`` receives how many there are so far."""
         done = 0
 
         def count(number: int) -> None:
@@ -218,11 +201,7 @@ def served_answer_and_score(
     sampling: Sampling | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Like ``answer_and_score``, but the engine answers, prepared for the policy; ``model`` is the policy, which gives
-    the log-probabilities.
-
-    Raises:
-        StageError: the engine failed, or gave what was not asked for.
-    """
+    the log-probabilities."""
     generation = Generation(
         max_new_tokens=max_new_tokens, temperature=sampling.temperature if sampling else 0.0, end_ids=end_ids
     )
@@ -266,11 +245,7 @@ class Policies:
 
 
 def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> Any:
-    """The run's tokenizer if the arm shares it and stops at the same tokens, else that of the external model.
-
-    Raises:
-        ModelError: an artifact has a different tokenizer or chat template than the run's base.
-    """
+    """The run's tokenizer if the arm shares it and stops at the same tokens, else that of the external model."""
     path = stage_input.path
     if path is None or is_adapter(path) or read_manifest(path) is not None:
         refuse_other_tokenizer(context.spec, stage_input, ours)
@@ -281,11 +256,7 @@ def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> A
 
 
 def asked_tokenizer(context: StageContext, *, field: str) -> Any:
-    """The tokenizer of the policy that the stage's ``field`` names: the run's, or its own if it is from outside.
-
-    Raises:
-        ModelError: an artifact has another tokenizer than the run's base, or there is no chat template.
-    """
+    """The tokenizer of the policy that the stage's ``field`` names: the run's, or its own if it is from outside."""
     spec, policy = context.spec, context.spec.inputs[field]
     ours = load_tokenizer(spec.base_path, spec.model.template)
     tokenizer = tokenizer_of(context, policy, ours)

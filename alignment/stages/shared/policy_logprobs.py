@@ -68,9 +68,6 @@ def policy_logprobs(
 
     The processes divide the micro-batches. A process loads the policies of its own, one at a time. Progress is reported
     as ``phase``.
-
-    Raises:
-        ModelError: a policy cannot be loaded, or its head does more than one matrix product.
     """
     spans = [(key, span) for key, rows in asked.items() for span in rows.micro_batches()]
 

@@ -77,9 +77,6 @@ def split_by_prompt(
     """The indices of rows to learn from, and of the rows of a share of the prompts.
 
     Rows of one conversation stay together, by the first one's prompt: a later one contains what an earlier one learns.
-
-    Raises:
-        DataError: there are too few prompts to hold any out; the error names the ``setting``.
     """
     prompt_of = _by_record(rows, prompts_of(rows))
     prompts = sorted(set(prompt_of))
@@ -148,10 +145,6 @@ def hold_out(
     No prompt is on both sides, and none of a held-out row is in ``reported``, the rows on which the stage reports its
     result. ``rows`` have the column ``where``, and so have those to learn from. Held-out ones have the kind's columns
     alone; those of a ``share`` are listed in ``HELD_OUT``.
-
-    Raises:
-        DataError: too few prompts to hold any out, less than one batch is left to learn from, or a prompt of the
-            validation's own data is learned from or reported on.
     """
     validation, where = config.validation, f"stages.{context.spec.stage}.validation"
     if not validation.on:

@@ -164,8 +164,8 @@ class OwnRows:
         return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 
-def reference_logprobs(
-    policy: PreTrainedModel,
+def precomputed_reference(
+    policy: PreTrainedModel | PeftModel,
     start: Lineage,
     rows: Dataset,
     context: StageContext,
@@ -175,19 +175,23 @@ def reference_logprobs(
 ) -> Reference:
     """The reference of all rows, from the cache, or computed, with each process computing its share.
 
-    ``answers`` are the columns of the answers to the column ``prompt``. ``policy`` must be in evaluation mode;
-    ``tokens`` limits the tokens of a micro-batch.
+    ``answers`` are the columns of the answers to the column ``prompt``. ``tokens`` limits the tokens of a micro-batch.
+    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its
+    weights are whole from then on until the trainer cuts them.
     """
-    assert not policy.training, "dropout would be active"
+    model = unwrapped(policy)
+    copy_weights(model.parameters())
+    model.to(context.device).eval()
+    use_flat_attention(model)
     own = OwnRows(
-        policy=policy,
+        policy=model,
         rows=rows.shard(num_shards=context.world_size, index=context.rank, contiguous=False),
         dtype=context.spec.model.dtype,
         tokens=tokens,
         rank=context.rank,
         world_size=context.world_size,
     )
-    shaped_by = [own.dtype.value, str(policy.dtype), _device_name(context.device), tokens, context.world_size]
+    shaped_by = [own.dtype.value, str(model.dtype), _device_name(context.device), tokens, context.world_size]
     key = _key(start, rows_of(rows, "prompt", *answers), context.adapter, shaped_by)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
     columns = _read(file, answers, rows=len(rows))
@@ -198,19 +202,13 @@ def reference_logprobs(
         log.warning("the policy does not have the log-probabilities in %s, so they are computed again.", file)
     context.progress("reference log-probabilities")
     shares = everyones([own.sums(answer) for answer in answers])
-    sums = [_interleaved(of_answer) for of_answer in zip(*shares, strict=True)]
-    assert all(len(column) == len(rows) for column in sums), "a process's share is missing"
+    sums = [torch.empty(len(rows)) for _ in answers]
+    for rank, of_process in enumerate(shares):  # each of n processes computed every n-th row
+        for column, share in zip(sums, of_process, strict=True):
+            column[rank :: len(shares)] = share
     # During a search for the size of micro-batches, they are those of another size.
     is_final = context.search is None and not on_shadows()
     return Reference(logprobs=dict(zip(answers, sums, strict=True)), file=file, own=own, is_final=is_final)
-
-
-def _interleaved(shares: Sequence[Tensor]) -> Tensor:
-    """The values in the order of the rows; each of n processes computed every n-th row."""
-    whole = torch.empty(sum(len(share) for share in shares))
-    for rank, share in enumerate(shares):
-        whole[rank :: len(shares)] = share
-    return whole
 
 
 def _key(
@@ -341,23 +339,15 @@ def make_ready(
         install_causal(reference)
         compute_in(reference, context.spec.model.dtype, context.device)  # as accelerate does for the policy
     elif isinstance(policy, PeftModel):
-        _drop_copied_adapter(policy)
+        policy.delete_adapter("ref")  # the copy that TRL makes for a reference, which ignores any other adapters
+        with_own(policy)
+
+        def at_the_start(**inputs: Any) -> Any:
+            with at_start(policy):
+                return trainer.model(**inputs)
+
         if trainer.needs_reference:
-            _use_start_as_reference(trainer, policy)
-
-
-def _drop_copied_adapter(policy: PeftModel) -> None:
-    """Removes the copy that TRL makes for a reference, which ignores any other adapters."""
-    policy.delete_adapter("ref")
-    with_own(policy)
-
-
-def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
-    def reference(**inputs: Any) -> Any:
-        with at_start(policy):
-            return trainer.model(**inputs)
-
-    trainer.ref_model = reference
+            trainer.ref_model = at_the_start
 
 
 def answer_logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -371,27 +361,6 @@ def _labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     """``[rows, columns]``: the tokens of the answers, made on the host, so that their places are known there."""
     ids, is_answer = on_host(batch["input_ids"], batch["completion_mask"])
     return on_device(ids.masked_fill(is_answer == 0, IGNORED), batch["input_ids"].device)
-
-
-def precomputed_reference(
-    policy: PreTrainedModel | PeftModel,
-    start: Lineage,
-    rows: Dataset,
-    context: StageContext,
-    *,
-    answers: Sequence[str],
-    tokens: int,
-) -> Reference:
-    """As ``reference_logprobs``.
-
-    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its
-    weights are whole from then on until the trainer cuts them.
-    """
-    model = unwrapped(policy)
-    copy_weights(model.parameters())
-    model.to(context.device).eval()
-    use_flat_attention(model)
-    return reference_logprobs(model, start, rows, context, answers=answers, tokens=tokens)
 
 
 def with_reference(rows: Dataset, reference: Reference | None, names: Mapping[str, str]) -> Dataset:

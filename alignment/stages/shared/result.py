@@ -25,12 +25,7 @@ from alignment.training.sharding import is_sharded, whole_state
 
 
 def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
-    """The policy's lineage and its tokenizer, with the run's chat template.
-
-    Raises:
-        ArtifactError: the artifact is missing or damaged.
-        ModelError: its base is not the run's, or it was trained with another tokenizer or chat template.
-    """
+    """The policy's lineage and its tokenizer, with the run's chat template."""
     spec = context.spec
     context.progress("loading")
     init = spec.inputs["init"]
@@ -71,19 +66,12 @@ class StageResult:
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
-    context: StageContext,
-    start: Lineage,
-    metrics: dict[str, float],
+    model: PreTrainedModel | PeftModel, tokenizer: Any, context: StageContext, start: Lineage, metrics: dict[str, float]
 ) -> StageResult:
     """Saves the tokenizer and a trained model: the whole model, or its adapter and the adapters below it.
 
     If the base is another artifact's own model, it is copied too. The folders are plain transformers and PEFT folders.
     Only the main process writes, but all processes must call this, because weights may be sharded.
-
-    Raises:
-        NonFiniteError: a trained weight is not finite.
     """
     is_adapter = isinstance(model, PeftModel)
     refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
@@ -124,7 +112,7 @@ def save_model(
     return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)
 
 
-def _all_but_adapter(folder: str, names: list[str]) -> list[str]:
+def _all_but_adapter(_: str, names: list[str]) -> list[str]:
     """What lies beside an adapter from outside, such as a tokenizer or the state of its training."""
     return [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 

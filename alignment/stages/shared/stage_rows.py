@@ -39,11 +39,7 @@ DRAWN_AS = {"learned": "data"}
 
 
 def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: str = "data") -> list[R]:
-    """The records of a stage's ``field``, mixed-in ones included; records that are left out are listed in ``LEFT_OUT``.
-
-    Raises:
-        DataError: rows are faulty and may not be skipped, no record is left, or too few are left to mix.
-    """
+    """The records of a stage's ``field``, mixed-in ones included; ``LEFT_OUT`` lists those that are left out."""
     _remove_old_list(context, field)
     sources = [_read(context, record, *source) for source in _sources(context, data, field)]
     rows = [row for source in sources for row in source]
@@ -51,20 +47,11 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 
 
 def token_rows(
-    context: StageContext,
-    kind: Kind,
-    data: DataConfig,
-    limits: Limits,
-    tokenizer: Any,
-    *,
-    field: str = "data",
+    context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
 ) -> tuple[Dataset, dict[str, float]]:
     """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
 
     The column ``where`` names the file and row that a row is from (``split_origins``).
-
-    Raises:
-        DataError: as in ``rows_of``, or too many rows are too long.
     """
     _remove_old_list(context, field)
     tables = [
@@ -117,11 +104,7 @@ def split_origins(rows: Dataset) -> tuple[Dataset, Callable[[int], str]]:
 def fitting(
     context: StageContext, kind: Kind, records: Sequence[Any], data: DataConfig, limits: Limits, tokenizer: Any
 ) -> tuple[dict[int, Tokenized], dict[str, float]]:
-    """The tokenised records that are within the limits, by their index in ``records``; and counts as in ``token_rows``.
-
-    Raises:
-        DataError: some cannot be tokenised and may not be skipped, or too many are too long.
-    """
+    """The tokenised records within the limits, by their index in ``records``; and counts as in ``token_rows``."""
     every = [
         row
         for first in range(0, len(records), CHUNK)

@@ -25,5 +25,4 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_folder(overrides: list[str]) -> Path:
-    """Where the quickstart with these overrides is recorded."""
     return Path(overrides[0].removeprefix("output=")) / "runs/quickstart"

@@ -22,7 +22,6 @@ from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from benchmarks.contestants import training, trl_grpo, trl_latest
 from benchmarks.contestants.stock import train
-from benchmarks.contestants.training import with_adapter
 from benchmarks.grid import LAUNCHER_MEMORY, Setting, start_of
 from benchmarks.measure import Steps
 from benchmarks.prepare import in_our_order
@@ -30,13 +29,6 @@ from benchmarks.setting import BETA, GRPO_BETA, LORA, PROMPTS, ROWS, WITHOUT_AUT
 from benchmarks.stage import stage_config, write_stage
 from benchmarks.works import WORKS
 from tests.tiny import save_tiny_model, tiny_model, tiny_scorer
-
-
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto", "ppo", "grpo"])
-def test_a_worker_reads_what_the_benchmark_writes(kind: str, tmp_path: Path) -> None:
-    config = stage_config(kind, "lora", tmp_path / "rows.jsonl", steps=3, rows=8)
-    spec = read_spec(write_stage(tmp_path, config, base=tmp_path, data=tmp_path / "rows.jsonl"))
-    assert spec.config == config
 
 
 def test_others_take_rows_in_the_order_of_our_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,23 +115,6 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
     assert len(steps.seconds) == 1, "without a warm-up the first step is measured"
 
 
-START = {"per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": True}
-
-
-def test_a_critic_with_an_adapter_learns_with_it_and_with_its_head_and_begins_as_it_was() -> None:
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    plain = tiny_scorer().eval().bfloat16()
-    before = plain(input_ids=ids).logits.detach().clone()
-    critic = with_adapter(plain)
-    trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
-    assert {name.split(".")[-3] for name in trained if name != "score.weight"} == {"lora_A", "lora_B"}
-    assert len(trained) == 2 * 2 * 7 + 1, "two factors in each of seven layers of two blocks, and the head"
-    assert {weight.dtype for name, weight in trained.items() if "lora_" in name} == {torch.float32}
-    assert type(critic) is type(tiny_scorer())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(critic(input_ids=ids).logits.float(), before.float(), rtol=1e-2, atol=1e-2)
-
-
 SFT = [{"input_ids": [5 + i, 6, 7], "labels": [-100, 6, 7]} for i in range(ROWS)]
 PAIRS = [{"prompt": [5, 6 + i], "chosen": [7, 8], "rejected": [9]} for i in range(ROWS)]
 ANSWERS = [{"prompt": [5, 6 + i], "completion": [7, 8], "KL_completion": [9], "label": i % 2 == 0} for i in range(ROWS)]
@@ -216,28 +191,6 @@ def _task(kind: str, adapter: str, folder: Path, setting: Setting) -> dict[str, 
         "tokens": str(folder / "tokens.json"),
         "result": str(folder / "result.json"),
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "expected"),
-    [
-        ("dpo_lora", {"micro_rows": 2}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
-        ("dpo_lora", {"checkpointing": False}, {**START, "gradient_checkpointing": False}),
-        ("dpo_lora", {"precision": "autocast without input casts"}, START),
-        ("grpo_lora", {"checkpointing": False}, {**START, "gradient_checkpointing": False}),
-        ("grpo_lora", {"cache": "static"}, {**START, "cache_implementation": "static"}),
-    ],
-)
-def test_trls_trainers_get_the_setting(
-    name: str, change: dict[str, Any], expected: dict[str, Any], tmp_path: Path
-) -> None:
-    work = WORKS[name]
-    setting = {**start_of(work.rivals["trl"].axes), **change}
-    task = {"kind": work.kind, "adapter": "lora", "steps": 3, "setting": setting}
-    module: Any = trl_latest if name == "dpo_lora" else trl_grpo
-    arguments = module._arguments(task, str(tmp_path))
-    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    assert {argument: arguments[argument] for argument in expected} == expected
 
 
 def test_rivals_train_with_our_hyperparameters_and_make_our_updates(tmp_path: Path) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import measure, rows
 from benchmarks.counts import counts_of
 from benchmarks.figures import (
     Sharing,
@@ -22,8 +17,6 @@ from benchmarks.figures import (
     ratios,
     useful_flop,
 )
-from benchmarks.machine import processor
-from benchmarks.roofline import reached
 from benchmarks.summary import summarise, table
 from benchmarks.works import WORKS
 
@@ -73,36 +66,6 @@ def test_beginnings_that_sequences_have_in_common_have_to_be_computed_once() -> 
         "reference_tokens": 7,
     }
     assert counts_of("sampling", [[1, 2, 3], [1, 2]]) == {"prompt_tokens": 3}
-
-
-def test_the_roofline_refuses_what_another_machine_measured(tmp_path: Path) -> None:
-    other = processor() | {"model": "Another"}
-    (tmp_path / "dpo_lora.json").write_text(json.dumps({"conditions": {"processor": other}}), encoding="utf-8")
-    assert reached("sft_lora", tmp_path) is None
-    with pytest.raises(ValueError, match="dpo_lora was measured on Another; measure it here first"):
-        reached("dpo_lora", tmp_path)
-
-
-def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
-    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [COUNTS]}]}
-    losses = {
-        "ours": (1.0, 1.0),
-        "trl_default": (1.009, 0.991),
-        "trl_fastest": (1.0, 1.03),
-        "trl_leanest": (1.011, 1.0),
-    }
-    measurements = [
-        {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0) | {"losses": [first, 7.0, last]}}
-        for name, (first, last) in losses.items()
-    ]
-    text = _table("sft_lora", inputs, measurements)
-    assert "- trl_fastest: its losses differ from ours by up to 0.0% in the first step and 3.0% in the last" in text
-    assert "- trl_leanest: its losses differ from ours by up to 1.1% in the first step and 0.0% in the last" in text
-    assert "- trl_default: its losses" not in text
-
-
-def _table(name: str, inputs: dict[str, Any], measurements: list[dict[str, Any]]) -> str:
-    return table(summarise(name, WORKS[name], inputs, measurements, {}))
 
 
 @pytest.mark.parametrize(
@@ -220,15 +183,6 @@ def test_the_share_of_the_peak_is_that_of_the_highest_peak_in_a_number_format() 
     assert [content["ratios"][name]["tokens_per_second"] for name in ("vllm", "generate_float32")] == [2.0, 3.0]
 
 
-def test_a_product_of_the_peak_is_a_multiplication_and_an_addition_for_each_of_its_terms(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = itertools.count(0.0, 0.5)
-    monkeypatch.setattr(measure, "_SIDE", 8)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    assert measure.matmul_peak(torch.float32) == 2 * 8**3 / 0.5
-
-
 @pytest.mark.parametrize(("first", "last", "same"), [(2.01, 1.79, True), (2.4, 1.8, False), (2.0, 1.85, False)])
 def test_a_rival_that_learns_something_else_is_seen_in_its_first_or_last_loss(
     first: float, last: float, same: bool
@@ -238,14 +192,6 @@ def test_a_rival_that_learns_something_else_is_seen_in_its_first_or_last_loss(
     assert difference["same_losses"] is same
     assert difference["first_loss_difference"] == pytest.approx((first - 2.0) / 2.0)
     assert difference["last_loss_difference"] == pytest.approx(abs(last - 1.8) / 1.8)
-
-
-def test_a_repetition_takes_the_same_rows_whoever_asks_and_no_others() -> None:
-    every = list(range(100))
-    assert [rows.taken(every, i, 8) for i in range(5)] == [list(range(8 * i, 8 * i + 8)) for i in range(5)]
-    assert rows.taken(list(range(10)), 1, 8) == [8, 9, 0, 1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="7 rows fit"):
-        rows.taken(list(range(7)), 0, 8)
 
 
 def _result(speed: float, loss: float) -> dict[str, Any]:

@@ -6,13 +6,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from benchmarks.gpu_check import checks, speed
-from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.card import Card
 from benchmarks.gpu_check.checks import Check, Outcome
 from benchmarks.gpu_check.page import text_of, write
@@ -53,24 +50,6 @@ def test_a_program_that_does_not_end_is_stopped_with_all_that_it_started() -> No
     assert time.monotonic() - started < 30, "its child holds the pipe open while it lives"
 
 
-def test_every_check_runs_and_none_begins_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed: list[str] = []
-    now = [0.0]
-    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def say(line: str) -> None:
-        printed.append(line)
-        if line.startswith("second: "):
-            now[0] = 601.0
-
-    several = [check("raise SystemExit(3)", name="first"), check("", name="second"), check("", name="third")]
-    outcomes = checks.run_all(several, budget=600.0, say=say)
-    assert [outcome.check.name for outcome in outcomes] == ["first", "second", "third"]
-    assert outcomes[0].faults == ["exit code 3"]
-    assert outcomes[2].faults == ["not run: the earlier checks took all the time"]
-    assert any(line.startswith("first: FAILED after") for line in printed)
-
-
 def test_the_page_says_what_passed_what_failed_and_what_was_measured(tmp_path: Path) -> None:
     outcomes = [
         Outcome(check=check("", name="kernels"), seconds=12.4, faults=["exit code 1", "FAILED test_x"]),
@@ -99,16 +78,3 @@ def test_speeds_are_measured_on_whatever_device_there_is(tmp_path: Path, capsys:
     assert len(figures) == 4
     assert all(value >= 0 for value in figures.values())
     assert figures["greedy answers, tokens a second (2048 tokens, 32 at once)"] > 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert capsys.readouterr().err.startswith("gpu-check: PyTorch finds no CUDA device. Install the build of PyTorch")
-
-
-def test_an_unknown_check_is_refused_with_the_names_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--only", "kernel"])
-    assert ended.value.code == 2
-    assert "no check kernel; there are gpu tests, kernels, stages, quickstart, speed" in capsys.readouterr().err

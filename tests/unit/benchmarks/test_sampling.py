@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
-from alignment.engines.engine_session import EngineSession
-from benchmarks.contestants import generate_sampling, sampling, vllm_sampling
+from benchmarks.contestants import sampling
 from benchmarks.contestants.generate_sampling import _by_generate, common_length, in_batches
 from benchmarks.contestants.our_sampling import one_batch
 from benchmarks.contestants.sampling import Answer, measured
-from benchmarks.contestants.vllm_sampling import _asking, bytes_per_token
+from benchmarks.contestants.vllm_sampling import _asking
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
 from benchmarks.works import SamplingSize
@@ -32,52 +31,12 @@ def test_a_beginning_that_generate_reads_once_and_a_static_cache_change_no_answe
         assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "system_tokens", "asked"),
-    [
-        ({"batch": 2}, 3, [(2, 3, "dynamic", "sdpa"), (1, 3, "dynamic", "sdpa")]),
-        ({"cache": "static", "attention": "eager"}, 0, [(3, 0, "static", "eager")]),
-        ({"cache": "static, compiled"}, 0, [(3, 0, "static, compiled", "sdpa")]),
-    ],
-)
-def test_generate_samples_with_its_setting_and_reads_a_system_turn_once(
-    changes: dict[str, Any], system_tokens: int, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warm-up is as long as what is measured where code is compiled, and short elsewhere."""
-    batches: list[Any] = []
-    limits: set[int] = set()
-
-    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
-        batches.append((len(prompts), common, cache, model.config._attn_implementation))
-
-        def answer(seed: int, limit: int) -> list[list[int]]:
-            limits.add(limit)
-            return [[end] for _ in prompts]
-
-        return answer
-
-    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
-    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
-    task = _task(tmp_path, "float32", **{"batch": 3, "cache": "dynamic", "attention": "sdpa"} | changes)
-    task["size"]["system_tokens"] = system_tokens
-    (tmp_path / "task.json").write_text(json.dumps(task))
-    generate_sampling.main(tmp_path / "task.json")
-    assert batches == asked
-    assert limits == ({8} if changes.get("cache") == "static, compiled" else {4, 8})
-
-
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 30], [5, 6, 7, 8, 40, 41, 42]]
 
 
 @pytest.fixture
 def model() -> Any:
     return tiny_model().eval()
-
-
-def test_prompts_have_in_common_what_leaves_each_a_token_of_its_own() -> None:
-    assert common_length(PROMPTS) == 3
-    assert common_length([[1, 2], [1, 2, 3], [1, 2]]) == 1
-    assert common_length([[1, 2], [3, 2]]) == 0
 
 
 def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
@@ -118,27 +77,6 @@ def _task(folder: Path, dtype: str, **setting: Any) -> dict[str, Any]:
         "tokens": str(folder / "tokens.json"),
         "result": str(folder / "result.json"),
     }
-
-
-def test_vllm_is_started_with_the_number_format_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Started(Exception):
-        pass
-
-    def start(session: EngineSession, options: vllm_sampling.VllmOptions) -> None:
-        assert (options.dtype, options.max_length) == ("float32", max(map(len, PROMPTS)) + 8)
-        raise Started
-
-    monkeypatch.setattr(EngineSession, "start", start)
-    monkeypatch.setattr(vllm_sampling, "matmul_peak", lambda dtype: 1.0)
-    (tmp_path / "task.json").write_text(json.dumps(_task(tmp_path, "float32")))
-    with pytest.raises(Started):
-        vllm_sampling.main(tmp_path / "task.json")
-
-
-def test_a_token_has_keys_and_values_in_all_layers() -> None:
-    config = tiny_model().config
-    assert bytes_per_token(config, torch.bfloat16) == 2 * 2 * config.num_key_value_heads * config.head_dim * 2
-    assert bytes_per_token(config, torch.float32) == 2 * bytes_per_token(config, torch.bfloat16)
 
 
 def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,14 @@ from typing import Any
 import pytest
 
 from alignment.pipeline.backends.command import CPU_MEMORY, WAITING_SETTINGS, idle_threads
-from benchmarks import harness, machine, search_run
+from benchmarks import harness, search_run
 from benchmarks import measurement as measurement_module
 from benchmarks.counts import padded_tokens
-from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
+from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, start_of
 from benchmarks.harness import Options, turns
-from benchmarks.measurement import Circumstances, Failed, Measurement, command_of, taken, task_of
+from benchmarks.measurement import Circumstances, Failed, Measurement, command_of, taken
 from benchmarks.search import CannotStart, Trial, search
-from benchmarks.search_run import NO_COMPILER, Trying, trial_of
+from benchmarks.search_run import Trying, trial_of
 from benchmarks.searched import NoSearch, choices_of, code_of, fixed_of, grid_of, search_file, write_search
 from benchmarks.work import Contestant, with_choices
 from benchmarks.works import WORKS
@@ -141,16 +139,6 @@ def test_only_a_whole_run_of_committed_code_is_published(
             harness.measure("neighbour", options)
 
 
-def test_uncommitted_code_is_that_of_both_packages_and_no_result(tmp_path: Path) -> None:
-    assert machine.uncommitted_code(tmp_path) == []
-    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
-    for name in ("alignment/stages/run.py", "benchmarks/grid.py", "benchmarks/results/sft.json", "tests/test.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
-    assert machine.uncommitted_code(tmp_path) == ["alignment/stages/run.py", "benchmarks/grid.py"]
-
-
 AXES = (
     Axis(name="micro_rows", values={8: "8 rows", 4: "4 rows", 1: "1 row"}),
     Axis(name="checkpointing", values={True: "checkpointing", False: "none"}),
@@ -190,23 +178,6 @@ def test_each_axis_is_tried_from_the_fastest_and_from_the_leanest_so_far() -> No
         (compiled, False),
         *((setting, True) for setting in again * 2),
     ]
-
-
-def test_the_best_round_of_a_setting_in_the_second_pass_counts() -> None:
-    class Uneven(Library):
-        """In the second pass the fastest setting is slow in one round, fails in the next, and is fast in the third."""
-
-        def measure(self, setting: Setting, final: bool) -> Trial:
-            trial = super().measure(setting, final)
-            if not final or setting != _setting(1, False):
-                return trial
-            rounds = sum(asked == (setting, True) for asked in self.asked)
-            slow, failed = replace(trial, speed=1.0, peak_memory=0.1), replace(trial, failure="it broke")
-            return {1: slow, 2: failed, 3: trial}[rounds]
-
-    compiled = _setting(1, False, compiled=True)
-    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=2) == {FASTEST: compiled, LEANEST: _setting(1, False)}
-    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=3)[FASTEST] == _setting(1, False)
 
 
 def test_the_speed_of_a_trial_is_of_the_rows_of_its_steps_or_of_its_updates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,21 +234,6 @@ def test_settings_that_fail_are_left_out_and_a_first_that_fails_ends_the_search(
         search(AXES, library.measure, tolerance=0.01, rounds=2)
 
 
-GRIDS = [(name, library) for name, work in WORKS.items() for library in work.rivals]
-
-
-@pytest.mark.parametrize(("name", "library"), GRIDS)
-def test_every_value_of_a_grid_has_words_and_divides_its_batch(name: str, library: str) -> None:
-    axes = WORKS[name].rivals[library].axes
-    silent = [(axis.name, value) for axis in axes for value, words in axis.values.items() if not words]
-    assert set(silent) <= {("compiled", False), ("layers_compiled", False)}
-    batch = {"sampling": WORKS[name].size.prompts, "ppo": 32, "grpo": 32}.get(WORKS[name].kind, 8)
-    rows = [axis for axis in axes if axis.name in ("micro_rows", "batch", "rollout_rows")]
-    assert all(batch % int(count) == 0 for axis in rows for count in axis.values)
-    assert not compiles(start_of(axes), axes), "a search starts without a compiler"
-    assert described(start_of(axes), axes).startswith(next(iter(axes[0].values.values())))
-
-
 def test_padding_is_counted_to_the_longest_row_of_each_micro_batch() -> None:
     rows = [{"input_ids": [1] * length} for length in (5, 2, 7, 1)]
     assert [padded_tokens("sft", rows, {"micro_rows": count, "padding_free": False}) for count in (4, 2, 1)] == [
@@ -307,38 +263,6 @@ def _trying(work: str, library: str) -> Trying:
         circumstances=Circumstances(threads=2, amx=True),
         conditions={"code_sha256": "same"},
     )
-
-
-def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_goes_through_its_rows_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
-    monkeypatch.setattr(search_run, "compiler", lambda: None)
-    trying = _trying("sft_lora", "trl")
-    plain = start_of(WORKS["sft_lora"].rivals["trl"].axes)
-    assert trying.trial({**plain, "layers_compiled": True}, False).failure == NO_COMPILER
-    assert trying.entries == [
-        {"library": "trl", "final": False, "setting": {**plain, "layers_compiled": True}, "error": NO_COMPILER}
-    ]
-    trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
-    steps = {
-        (compiled, final): (task["warm_up"], task["steps"], made.limit_seconds)
-        for compiled in (False, True)
-        for final in (False, True)
-        for made in [trying.measurement({**plain, "layers_compiled": compiled}, final=final)]
-        for task in [task_of(made, Path("folder"))]
-    }
-    assert steps == {
-        (False, False): (0, 1, 600),
-        (False, True): (1, 3, 1800),
-        (True, False): (3, 4, 2400),
-        (True, True): (4, 6, 3600),
-    }
-    grpo = _trying("grpo_lora", "trl")
-    compiled = grpo.measurement({**start_of(WORKS["grpo_lora"].rivals["trl"].axes), "compiled": True}, final=False)
-    assert (compiled.steps_while_compiling, compiled.warm_up) == (0, 1), "a policy that has learned gives other answers"
-    kto = _trying("kto_lora", "trl")
-    assert kto.measurement(start_of(WORKS["kto_lora"].rivals["trl"].axes), final=False).warm_up == 1
 
 
 WORK = WORKS["sft_lora"]
@@ -415,21 +339,3 @@ def test_a_search_of_other_circumstances_is_refused(
         choices_of(file, "sft_lora", WORK, CONDITIONS | conditions, versions)
     assert str(refused.value).startswith(f"rivals-sft_lora.json cannot be used: {reason}")
     assert 'make bench WORK=sft_lora ARGS="--search"' in str(refused.value)
-
-
-def test_a_missing_search_and_one_of_another_grid_are_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoSearch, match=r"rivals-sft_lora-no-amx\.json is missing"):
-        choices_of(search_file(tmp_path, "sft_lora", amx=False), "sft_lora", WORK, CONDITIONS, VERSIONS)
-    content = json.loads(file.read_text())
-    grid = copy.deepcopy(content["grid"])
-    del grid["trl"]["layers_compiled"]
-    fixed = {**content["fixed"], "trl": {"precision": "no"}}
-    for changes, words in (
-        ({"grid": grid}, "the grid"),
-        ({"fixed": fixed}, "the grid"),
-        ({"code": {**content["code"], "stock": "of then"}}, "the code"),
-    ):
-        write_search(file, {**content, **changes})
-        with pytest.raises(NoSearch, match=f"{words} of .* has changed since"):
-            choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
-    assert list(tmp_path.iterdir()) == [file], "nothing half written is left"

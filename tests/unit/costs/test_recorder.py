@@ -306,7 +306,7 @@ def operation(func: Any, *shapes: tuple[int, ...]) -> Operation:
 def test_more_than_the_caches_hold_is_written_before_each_timed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)  # on a busy machine, a first run may take long
     with Written() as written:
-        seconds_of(operation(torch.ops.aten.mm.default, (4, 4), (4, 4)), bytes_between=NEAR_BYTES)
+        seconds_of([(operation(torch.ops.aten.mm.default, (4, 4), (4, 4)), NEAR_BYTES)])
     before_a_run = [before for before, event in zip(written.events, written.events[1:], strict=False) if event == "mm"]
     _, *before_a_timed_run = before_a_run
     assert len(before_a_timed_run) == RUNS
@@ -329,15 +329,26 @@ def test_nearly_equal_products_and_all_views_are_timed_once(
     assert (forms[0] == forms[1]) == counts_as_alike
 
 
-def test_an_operation_that_cannot_run_has_no_time() -> None:
-    assert seconds_of(operation(torch.ops.aten.mm.default, (4, 5), (4, 5)), bytes_between=NEAR_BYTES) is None
-
-
-def test_an_operation_on_more_memory_than_a_plan_may_take_is_not_run() -> None:
+def test_operations_that_cannot_run_have_no_time_and_the_others_have_theirs() -> None:
     def run(*_: Any) -> None:
-        raise AssertionError("it was run")
+        raise AssertionError("it was run, although it is on more memory than a plan may take")
 
-    assert seconds_of(operation(run, (MOST_BYTES // 4 + 1,)), bytes_between=NEAR_BYTES) is None
+    fitting, other = (operation(torch.ops.aten.mm.default, (4, 4), (size, 4)) for size in (4, 5))
+    large = operation(run, (MOST_BYTES // 4 + 1,))
+    seconds = seconds_of([(each, NEAR_BYTES) for each in (other, fitting, large, fitting)])
+    assert [each > 0 for each in seconds] == [False, True, False, True]
+
+
+def test_operations_share_what_is_written_before_them_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)
+    product = operation(torch.ops.aten.mm.default, (4, 4), (4, 4))
+    monkeypatch.setattr(op_times, "TOGETHER_BYTES", 2 * 2 * 4 * 4 * 4)
+    with Written() as written:
+        seconds_of([(product, NEAR_BYTES)] * 3)
+    runs = [
+        event if event == "mm" else "swept" for event in written.events if event == "mm" or event > CACHES_OF_A_CORE
+    ]
+    assert runs == ["mm", "mm", *["swept", "mm", "mm"] * RUNS, "mm", *["swept", "mm"] * RUNS]
 
 
 def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +356,7 @@ def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are(monkeypatch:
     monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)
     seen: list[int] = []
     with Written() as written:
-        seconds_of(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), bytes_between=NEAR_BYTES - 1)
+        seconds_of([(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), NEAR_BYTES - 1)])
     assert len(seen) == 2 * (RUNS + 1)
     assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
     assert seen[0] != seen[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.op_times import bytes_of, flop_of
-from alignment.costs.shadows import Key, Operation
+from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageInput, StageSpec
 from alignment.records.cost import StageCost
@@ -91,8 +91,11 @@ def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
 class AsExpected(Timer):
     """This machine, on which every operation takes as long as it is expected to."""
 
-    def _measured(self, operation: Operation, bytes_between: float) -> float:
-        return flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        return [
+            flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
+            for operation, _ in operations
+        ]
 
 
 def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
@@ -121,6 +124,26 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     assert thrice.steps == 3 * once.steps
     assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
+def test_only_learning_from_sampled_answers_leaves_holes_in_the_heap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
+    ppo = chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers))
+    specs = [ppo, spec_of(tmp_path, SftConfig)]
+    usual = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
+    monkeypatch.setattr(estimation, "HOLES", 0.0)
+    without = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
+    held = [{name: phase.held for name, phase in cost.phases.items()} for cost in (*usual, *without)]
+    changing = max(
+        sum(phase.parts.get(part, 0) for part in ("activations", "cache", "logits"))
+        for phase in usual[0].phases.values()
+    )
+    assert held[0]["loading"] == held[2]["loading"]
+    assert held[0]["saving"] - held[2]["saving"] == pytest.approx(changing / 4, abs=1)
+    assert held[1].items() >= held[3].items()  # rows are tokenised once
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
@@ -347,8 +370,8 @@ def estimate(tmp_path: Path) -> Estimate:
 class FreeOperations(Timer):
     """A device on which operations take no time."""
 
-    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        return 0.0
+    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
+        return [0.0] * len(operations)
 
 
 def _row(words: int) -> dict[str, Any]:

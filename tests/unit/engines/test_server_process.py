@@ -167,16 +167,6 @@ def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
         assert keeper.exit_code(1) == (3 if argv[0] == sys.executable else NOT_STARTED)
 
 
-def test_a_second_server_replaces_the_first(tmp_path: Path) -> None:
-    (tmp_path / "second").mkdir()
-    with Keeper() as keeper:
-        started(keeper, tmp_path)
-        second = started(keeper, tmp_path / "second")
-        assert gone(tmp_path)
-        with urllib.request.urlopen(second.url) as reply:
-            assert reply.read().decode() == second.key
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -231,13 +221,6 @@ def test_a_chosen_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
             ServerProcess(keeper, command(tmp_path), log=tmp_path / "log", where="--port", start_timeout=30, port=port)
 
 
-def test_a_server_that_never_answers_is_named(tmp_path: Path) -> None:
-    with Keeper() as keeper, pytest.raises(StageError, match="did not answer within 1 s of starting"):
-        ServerProcess(
-            keeper, program("import time; time.sleep(60)"), log=tmp_path / "log", where="sampling", start_timeout=1
-        )
-
-
 def test_the_end_of_a_server_is_noticed_later_too_and_its_child_ends_with_the_keeper(tmp_path: Path) -> None:
     with Keeper() as keeper:
         server = started(keeper, tmp_path)
@@ -284,13 +267,6 @@ def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
     with Keeper() as keeper, pytest.raises(StageError, match=r"the server cannot be started: .*nowhere") as raised:
         ServerProcess(keeper, nowhere, log=tmp_path / "log", where="sampling", start_timeout=30)
     assert "cache_gb" not in raised.value.remedy
-
-
-def test_a_proxy_is_not_asked_for_a_server_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    with Keeper() as keeper:
-        assert not started(keeper, tmp_path).has_ended
 
 
 def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.endpoint import GIVE_UP, Endpoint, SavedReplies
-from alignment.evaluation.endpoint_client import Refused, _Allowance, _Stream
+from alignment.evaluation.endpoint_client import Refused, _Allowance, _Bounded
 from tests.judge_server import Judge, Response, serving
 
 pytest.importorskip("openai")
@@ -211,7 +211,7 @@ class Encrypting:
 def test_an_encrypted_connection_is_limited_in_bytes_and_in_time() -> None:
     allowance = _Allowance()
     allowance.begin(30.0)
-    encrypted = _Stream(Encrypting(), allowance).start_tls(None)
+    encrypted = _Bounded(Encrypting(), allowance).start_tls(None)
     assert [len(encrypted.read(1 << 20)) for _ in range(4)] == [1 << 20] * 4
     with pytest.raises(Refused, match="4 MiB"):
         encrypted.read(1)

@@ -13,7 +13,7 @@ from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.run_page.run_records import Difference
-from alignment.stages.registry import config_classes, trains
+from alignment.stages.registry import config_classes
 from tests.unit.report.conftest import HOSTILE, FakeRun, Page, assert_harmless, unlabelled
 
 QUALITY = Metric(name="quality")
@@ -106,44 +106,6 @@ def test_settings_arms_costs_and_what_may_be_said_of_them(compared: Compared) ->
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
-def test_one_question_with_other_choices_is_another_prompt(compared: Compared) -> None:
-    for run in compared.runs:
-        for number, row in enumerate(run.samples[:2]):
-            row.update(id="", messages=[{"role": "user", "content": "Which is right?"}], choices=[f"{number}", "none"])
-    both = len(compared.runs[0].samples)
-    page = Page(unlabelled(compared.html())).text
-    assert f"of {both} held-out prompts" in page
-
-
-def test_what_one_run_alone_measured_becomes_a_column(compared: Compared) -> None:
-    row = compared.runs[1].evaluation["arms"][3]
-    row["perplexity"] = {"mean": 7.25, "low": 6.5, "high": 8.125}
-    row["win_rate"] = {"mean": 0.625, "low": 0.5, "high": 0.75}
-    html = unlabelled(compared.html())
-    assert '<th scope="col"><bdi>win_rate</bdi></th><th scope="col"><bdi>perplexity</bdi></th>' in html
-    assert "<td>0.62<small>0.50 to 0.75</small></td><td>7.25<small>6.50 to 8.12</small></td>" in html
-    assert html.count("<td>–</td><td>–</td></tr>") >= len(compared.runs[0].evaluation["arms"]), "the others have none"
-
-
-def test_where_less_of_a_metric_is_better_a_lower_mean_is_called_better(compared: Compared) -> None:
-    compared.primary = Metric(name="errors", higher_is_better=False)
-    arms = ["stage:dpo", *(f"path:/scratch/{'experiments/' * 8}exp{number}/checkpoint-500" for number in (1, 2))]
-    compared.differences = [_difference(arm, -0.09, 0.05, metric=compared.primary) for arm in arms]
-    html = compared.html()
-    for name in ("dpo", "exp1/checkpoint-500", "exp2/checkpoint-500"):
-        assert f"{name}: B is really better than A: −0.090 in errors (95" in Page(html).text
-    assert 'class="verdict good"' in html
-
-
-def test_without_a_metric_nothing_is_said_of_which_run_is_better(compared: Compared) -> None:
-    compared.primary, compared.differences = None, []
-    for run in compared.runs:
-        run.evaluation.update(metrics=[], primary=None, comparisons=[], tasks={})
-    page = Page(compared.html()).text
-    assert "No evaluation of these runs has a metric, so it is unknown which is better." in page
-    assert "They are ordered by a hash of their id" in page
-
-
 def test_curves_of_a_stage_lie_over_each_other(compared: Compared) -> None:
     html = compared.html()
     (drawn,) = re.findall(r'<svg class="curve"[^>]*aria-label="dpo, Loss: A from[^"]*, B from[^"]*">.*?</svg>', html)
@@ -166,13 +128,6 @@ def test_a_result_that_runs_share_is_drawn_once(compared: Compared) -> None:
     assert re.search(r'aria-label="sft, Loss: A from [^B"]*"', html)
 
 
-@pytest.mark.parametrize("kind", sorted(STAGES))
-def test_curves_are_missed_of_stages_that_train_and_of_no_others(compared: Compared, kind: str) -> None:
-    entry = {"kind": kind, "state": "failed", "inputs": {}, "seconds": None, "artifact": "odd-0"}
-    compared.runs[0].run["stages"]["odd"] = entry
-    assert ("A has no curves for this stage yet (failed)." in Page(compared.html()).text) == trains(kind)
-
-
 def test_other_losses_leave_out_a_guide_and_have_margins_of_their_own(compared: Compared) -> None:
     compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "ipo"
     html = compared.html()
@@ -182,19 +137,6 @@ def test_other_losses_leave_out_a_guide_and_have_margins_of_their_own(compared: 
     charts = re.findall(r'aria-label="dpo, Margin: ([AB] from[^"]*)"', compared.html())
     assert [chart.count(" from ") for chart in charts] == [1, 1]
     assert [chart[0] for chart in charts] == ["A", "B"]
-
-
-@pytest.mark.parametrize(("position", "letter"), [(0, "A"), (1, "B")])
-def test_a_curve_that_one_run_alone_has_is_drawn_beside_those_that_both_have(
-    compared: Compared, position: int, letter: str
-) -> None:
-    run = compared.runs[position]
-    run.run["config"]["stages"]["dpo"]["validation"] = {"every": 10}
-    for row in run.metrics["dpo"]:
-        row["validation/loss"] = row["loss"] + 0.1
-    html = compared.html()
-    assert re.search(r'aria-label="dpo, Loss, training: A from[^"]*, B from', html)
-    assert re.search(rf'aria-label="dpo, Loss, held-out: {letter} from', html)
 
 
 def test_what_a_run_lacks_is_said(compared: Compared) -> None:
@@ -248,20 +190,3 @@ def test_a_prompt_on_which_one_arm_differs_most_comes_first(compared: Compared) 
             qualities = {"base": 0.05, "stage:ppo": 0.9} if index == 7 else {"base": 0.1, "stage:ppo": 0.1}
             row["answers"] = {arm: {"text": "A.", "scores": {"quality": q * number}} for arm, q in qualities.items()}
     assert re.findall(r"Note (\d+):", Page(compared.html()).text)[0] == "7"
-
-
-def test_conversations_that_part_in_a_later_turn_are_not_named_together(compared: Compared) -> None:
-    for number, run in enumerate(compared.runs):
-        run.samples = run.samples[:1]
-        turns = [{"text": "First."}, {"text": f"Second of {number}."}]
-        run.samples[0] |= {"later_turns": ["And?"], "answers": {"base": {"text": "First.", "turns": turns}}}
-    page = Page(compared.html()).text
-    assert "base A First. user And? assistant Second of 0." in page
-    assert "base B First. user And? assistant Second of 1." in page
-    compared.runs[1].samples[0]["later_turns"] = ["Why?"]
-    assert "No prompt was answered by an arm of the same name" in Page(compared.html()).text
-
-
-def test_as_many_runs_as_have_a_look_fit(tmp_path: Path) -> None:
-    html = Compared(tmp_path, count=MOST_RUNS).html()
-    assert "H run 7" in Page(html).text

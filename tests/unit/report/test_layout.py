@@ -111,13 +111,3 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Layout]]
 def test_nothing_is_cut_off_at_the_side(layouts: dict[str, list[Layout]], page: str, width: int) -> None:
     layout = layouts[page][WIDTHS.index(width)]
     assert (layout.page, layout.cut) == (width, [])
-
-
-def test_what_is_cut_off_is_seen(tmp_path: Path) -> None:
-    if browser() is None:
-        pytest.skip("no Chromium: nothing was laid out")
-    page = tmp_path / "page.html"
-    page.write_text(
-        "<div style='overflow-x: auto; white-space: nowrap'>short <b style='margin-left: 50rem'>far</b></div>"
-    )
-    assert layouts_of([page], widths=[390]) == [[Layout(page=390, cut=["far"])]]

@@ -190,12 +190,6 @@ def test_a_damaged_file_is_said(fake_run, stage, file, content, sentence):
     assert sentence in Page(fake_run.built()).text
 
 
-def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
-    fake_run.evaluation["arms"][1] = {"name": "base+prompt", "reward": None, "metrics": {"quality": {"mean": None}}}
-    row = row_of(fake_run.html(), "base+prompt")
-    assert row.count("<td>–</td>") == 8, "nobody has a loss, a perplexity or refusals, so these have no column"
-
-
 def test_arms_at_long_paths_that_end_alike_have_labels_of_their_own(fake_run):
     paths = {arm: f"path:/scratch/{arm}/{'experiments/' * 8}checkpoint-500" for arm in ("base", "base+prompt")}
     for arm, path in paths.items():
@@ -329,16 +323,6 @@ def test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the_righ
         assert of_task == gaps[: len(of_task)]
     means = [[sign * sum(qualities(sample)) / len(qualities(sample)) for sample in half] for half in (better, worse)]
     assert min(means[0]) > max(means[1])
-
-
-def test_prompts_without_a_score_are_in_neither_half(fake_run):
-    for sample in fake_run.samples[:20]:
-        sample["answers"] = {arm: {"text": answer["text"]} for arm, answer in sample["answers"].items()}
-    html = fake_run.html(num_samples=40)
-    halves = [html.count(f"<small>by hash, {half} half</small>") for half in ("better", "worse")]
-    assert html.count("<small>by hash</small>") == 20
-    assert sum(halves) + html.count("<small>arms differ most</small>") == 20
-    assert "<small>by hash</small>" not in fake_run.built(num_samples=20)
 
 
 def test_a_sample_shows_its_turns_answers_and_scores_in_order(fake_run):

@@ -10,7 +10,7 @@ import pytest
 from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.axes import nice_ticks, padded, smoothed, thinned, tick_labels
-from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, Line, curve, interval_curve
+from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, interval_curve
 
 
 @pytest.mark.parametrize(
@@ -26,29 +26,6 @@ from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, Line, curve, interva
 )
 def test_ticks_stand_at_round_numbers_and_tell_them_apart(low, high, labels):
     assert tick_labels(nice_ticks(low, high, 5)) == labels
-
-
-@pytest.mark.parametrize(
-    ("highest", "numbers"), [(0.45, ["0.0", "0.2", "0.4", "0.5"]), (1.0, ["0.00", "0.50", "1.00"])]
-)
-def test_chance_has_its_number_beside_the_axis(highest, numbers):
-    drawn = curve([Line(points=[(1, 0.0), (2, highest)])], title="accuracy", guide=0.5)
-    beside = re.findall(r'text-anchor="end">(.*?)</text>', drawn)
-    assert set(numbers) <= set(beside)
-    assert len(beside) == len(set(beside)), "once, where a tick has it too"
-
-
-@pytest.mark.parametrize(
-    ("last", "over_steps", "numbers"),
-    [
-        (0.8, False, ["0.0", "0.2", "0.4", "0.6", "0.8"]),
-        (2.0, False, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
-        (2.0, True, ["0", "1", "2"]),
-    ],
-)
-def test_only_an_axis_of_steps_has_nothing_but_whole_numbers(last, over_steps, numbers):
-    drawn = curve([Line(points=[(0.0, 1.0), (last, 2.0)])], title="score", guide=None, over_steps=over_steps)
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == numbers
 
 
 @pytest.mark.parametrize("guide", [-5.0, -3.5, 4.0])
@@ -96,52 +73,6 @@ def test_a_value_that_is_not_finite_becomes_a_gap_and_is_said(fake_run, bad):
     assert re.search(r'<path class="line s0" d="([^"]*)"', kl).group(1).count("M") == 2
     assert "nan" not in kl
     assert "inf" not in kl
-
-
-def test_a_figure_that_is_never_finite_or_absent_gets_no_chart(fake_run):
-    for row in fake_run.metrics["sft"]:
-        row["loss"] = math.nan
-        del row["mean_token_accuracy"]
-    html = fake_run.html()
-    assert 'aria-label="sft,' not in html
-    assert "Its metrics.jsonl contains none of the metrics that are drawn for this kind of stage." in html
-
-
-def test_a_single_step_and_a_constant_can_be_drawn(fake_run):
-    fake_run.metrics["sft"] = [{"step": 1, "loss": 2.0}]
-    fake_run.metrics["reward"] = [{"step": step, "loss": 0.5} for step in range(1, 40)]
-    html = fake_run.html()
-    assert 'aria-label="sft, Loss: from 2.00 to 2.00"' in html
-    assert 'aria-label="reward, Loss: from 0.500 to 0.500"' in html
-
-
-def test_five_thousand_steps_stay_small(fake_run):
-    fake_run.metrics["sft"] = [
-        {"step": step, "loss": 2 + math.sin(step), "mean_token_accuracy": 0.5} for step in range(5000)
-    ]
-    curve = fake_run.html().split('aria-label="sft, Loss')[1].split("</svg>")[0]
-    assert len(curve) < 20_000
-
-
-def test_every_kind_of_stage_shows_its_figures(fake_run):
-    html = fake_run.html()
-    titles = {
-        "sft": ["Loss", "Next-token accuracy"],
-        "reward": ["Loss", "Accuracy", "Margin"],
-        "dpo": ["Loss", "Accuracy", "Margin", "Log-probability of the answers"],
-        "ppo": [
-            "Score",
-            "KL to the reference",
-            "Policy loss",
-            "Value loss",
-            "Clipped",
-            "Explained variance",
-            "Answer length",
-            "Answers that ended",
-        ],
-    }
-    shown = re.findall(r'aria-label="(\w+), ([^:"]+): ', html)
-    assert shown == [(stage, title) for stage, names in titles.items() for title in names]
 
 
 def test_a_kl_coefficient_is_drawn_only_where_it_moves(fake_run):

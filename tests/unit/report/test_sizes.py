@@ -84,22 +84,3 @@ def test_other_epochs_for_fewer_rows_are_drawn_and_said_and_a_limit_is_an_amount
     html = parts.html()
     assert "0.41 at 75" in drawing(html)
     assert "the optimiser’s settings differ too" in html
-
-
-def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
-    parts.drop_arms([f"stage:{name}" for name in PARTS])
-    for arm in parts.evaluation["arms"]:
-        arm["metrics"]["quality"] = {"mean": arm["metrics"]["quality"]["mean"]}
-    html = parts.html()
-    assert drawing(html).count("<circle") == 3
-    assert 'class="raw' not in drawing(html)
-    assert 'class="guide"' not in drawing(html)
-    assert "where each run starts" not in html
-
-
-@pytest.mark.parametrize(("rows", "numbers"), [((75.0, 75.0), ["75", "300"]), ((10.0, 299.0), ["10", "300"])])
-def test_an_amount_has_one_number_below_and_numbers_never_run_into_each_other(parts, rows, numbers):
-    parts.headlines["sft_25"], parts.headlines["sft_50"] = ({"rows": count} for count in rows)
-    figure = drawing(parts.html())
-    assert figure.count("<circle") == 3
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', figure) == numbers

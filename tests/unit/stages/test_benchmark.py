@@ -37,7 +37,7 @@ from alignment.records.benchmark import (
 from alignment.rehearse import check_model
 from alignment.stages import registry
 from alignment.stages.benchmark import harness_model, harness_run, run
-from alignment.stages.benchmark.harness_model import HarnessModel, Sizes, StopTexts
+from alignment.stages.benchmark.harness_model import HarnessModel, StopTexts
 from alignment.stages.benchmark.kind import BenchmarkConfig, content
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
@@ -258,7 +258,7 @@ def ours(folder: Path, **changes: Any) -> HarnessModel:
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     use_flat_attention(model)
-    sizes = replace(Sizes(max_length=None, max_new_tokens=8, micro_batch_tokens=200, batch_size=2), **changes)
+    sizes = replace(BenchmarkConfig(max_new_tokens=8, micro_batch_tokens=200, batch_size=2), **changes)
     ends = [tokenizer.eos_token_id]
     return HarnessModel(model, tokenizer, sizes, end_ids=ends, where="arm base", progress=lambda _: None)
 

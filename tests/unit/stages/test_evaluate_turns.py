@@ -22,7 +22,7 @@ from alignment.config.evaluating import (
     JudgeKind,
     PairConfig,
 )
-from alignment.config.launch import Engine
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.reading import iterate
@@ -186,7 +186,7 @@ def test_rewards_and_log_ratios_are_those_of_the_own_conversation(
         answered.update(arguments[3])
         return to_score(*arguments)
 
-    monkeypatch.setattr("alignment.stages.evaluate.run.answers_to_score", noted)
+    monkeypatch.setattr("alignment.stages.evaluate.metric_scores.answers_to_score", noted)
     arms = {"base": chain.base, "stage:sft": None, "path:near": chain.folder / "near"}
     evaluation, _ = evaluate(chain, replace(CONFIG, arms=list(arms)), "by-value")
     sft = chain.policy("sft")
@@ -299,8 +299,8 @@ def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_t
     def file(row: int, temperature: float, engine: Engine = Engine.own) -> Path:
         turn = TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None])
         answers, policy = AnswersConfig(temperature=temperature), lineage(spec, spec.inputs["reference"])
-        limits = {"max_new_tokens": 4, "ends": [2], "with_logprobs": False}
-        return answer_cache.file_of(context, policy, turn, answers, **limits, engine=engine)
+        config = replace(CONFIG, answers=answers, sampling=SamplingConfig(engine=engine))
+        return answer_cache.file_of(config, context, policy, turn, ends=[2], with_logprobs=False)
 
     assert file(0, 1.0) != file(1, 1.0)
     assert file(0, 0.0) == file(1, 0.0) != file(0, 0.0, Engine.vllm)
@@ -319,8 +319,8 @@ def test_a_reference_has_its_thought_only_where_it_can_follow_the_prompt(thinks:
         later_turns=("Times 3?",),
         later_references=(references[1],),
     )
-    first = first_turn(tokenizer, [row], lambda row: row.messages, with_references=True)
-    later = later_turn(tokenizer, [row], lambda row: row.messages, [[["4."]]], number=1, with_references=True)
+    arm = asked_arm(tokenizer, row)
+    first, later = arm.first, later_turn(arm, [row], [[["4."]]], number=1)
     rendered = [f"{text}<|im_end|>" for text in (references if thinks else ["4.", "12."])]
     assert [reference and reference.ids for reference in (*first.references, *later.references)] == [
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered
@@ -395,29 +395,32 @@ def prompt_with_tool(tokenizer: Any, *texts: str) -> list[int]:
     return ids_of(tokenizer, text)
 
 
-def shown(row: HeldOutPrompt) -> tuple[Message, ...]:
-    return row.messages
+def asked_arm(tokenizer: Any, row: HeldOutPrompt, *, own_tokens: bool = False) -> ArmPrompts:
+    def shown(row: HeldOutPrompt) -> tuple[Message, ...]:
+        return row.messages
+
+    return ArmPrompts(
+        policy=Lineage(source="path:other", base=Path("other"), adapters=()),
+        tokenizer=tokenizer,
+        first=first_turn(tokenizer, [row], shown, with_references=not own_tokens),
+        shown=shown,
+        plain=True,
+        own_tokens=own_tokens,
+    )
 
 
 def test_turns_and_scores_have_the_tools_of_their_row(tokenizer: Any) -> None:
-    first = first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=True)
+    plain = asked_arm(tokenizer, ROW_WITH_TOOL)
+    first, later = plain.first, later_turn(plain, [ROW_WITH_TOOL], [[["Four."]]], number=1)
     assert first.prompts == [prompt_with_tool(tokenizer, "2 + 2?")]
     assert [reference and reference.ids for reference in first.references] == [ids_of(tokenizer, f"4.{END}")]
-    later = later_turn(tokenizer, [ROW_WITH_TOOL], shown, [[["Four."]]], number=1, with_references=True)
     assert later.prompts == [prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?")]
     (reference,) = later.references
     assert reference.prompt == prompt_with_tool(tokenizer, "2 + 2?", "4.", "Times 3?")
     assert reference.ids == ids_of(tokenizer, f"12.{END}")
     answers = [Answer(ids=[1], text=text, ended=True) for text in ("Four.", "12.")]
     arm = Answered(answers=answers, logprobs=None, references=[None, None], seconds=0.0, turns=[2])
-    prompts = ArmPrompts(
-        policy=Lineage(source="path:other", base=Path("other"), adapters=()),
-        tokenizer=tokenizer,
-        first=first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=False),
-        shown=shown,
-        plain=True,
-        own_tokens=True,  # so its answers are rendered once more, in the run's tokens
-    )
+    prompts = asked_arm(tokenizer, ROW_WITH_TOOL, own_tokens=True)  # its answers are rendered in the run's tokens
     scored = answers_to_score(tokenizer, [ROW_WITH_TOOL], {"path:other": prompts}, {"path:other": arm})["path:other"]
     assert scored.prompt_ids == [
         prompt_with_tool(tokenizer, "2 + 2?"),
@@ -425,7 +428,7 @@ def test_turns_and_scores_have_the_tools_of_their_row(tokenizer: Any) -> None:
     ]
     assert scored.answer_ids == [ids_of(tokenizer, f"{text}{END}") for text in ("Four.", "12.")]
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template leaves out the tool 'add'"):
-        first_turn(styled_tokenizer("chatml"), [ROW_WITH_TOOL], shown, with_references=False)
+        asked_arm(styled_tokenizer("chatml"), ROW_WITH_TOOL)
 
 
 def test_judge_and_grader_see_the_tools_of_every_row(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate.checks import FIELD, votes_files
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import Judged, ScoredArms, _extra_words, _words, judge
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers, _extra_words, _words, judge
 from alignment.stages.evaluate.metric_scores import settled
 from alignment.stages.shared import policies
 from alignment.training.context import StageContext
@@ -273,14 +273,26 @@ def context(folder: Path, votes: Sequence[Vote]) -> StageContext:
     return StageContext(spec=spec, rank=0, world_size=1)
 
 
+def scored_by(
+    arms: dict[str, Answered], scores: dict[str, list[float]], rewards: dict[str, Any] | None = None
+) -> ScoredAnswers:
+    return ScoredAnswers(
+        rows=COUNTED,
+        arms=arms,
+        rewards=rewards or {},
+        log_ratios={},
+        turn_scores={arm: {"brevity": of_arm} for arm, of_arm in scores.items() if arm in arms},
+        metrics=[Metric(name="brevity")],
+        primary_name="brevity",
+        reference=SFT,
+        intervals=Intervals(samples=200, seed=0),
+    )
+
+
 def judged(stage: StageContext, config: JudgeConfig = BY_PEOPLE, **arms: Answered) -> Judged:
     every = {**ANSWERS, **{name if name == "base" else f"stage:{name}": arm for name, arm in arms.items()}}
-    primary = ScoredArms(
-        metric=Metric(name="brevity"),
-        by_arm={"base": [0.0] * len(COUNTED), SFT: [0.0] * len(COUNTED), DPO: [1.0] * 6 + [0.0] * (len(COUNTED) - 6)},
-    )
-    intervals = Intervals(samples=200, seed=0)
-    return judge(config, stage, COUNTED, every, {}, primary, None, reference=SFT, intervals=intervals)
+    nothing = [0.0] * len(COUNTED)
+    return judge(config, stage, scored_by(every, {"base": nothing, SFT: nothing, DPO: [1.0] * 6 + nothing[6:]}), None)
 
 
 def sentence(result: Judged) -> str:
@@ -325,17 +337,7 @@ def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tm
     scores = {SFT: [0.0] * len(COUNTED), DPO: [1.0] + [0.0] * (len(COUNTED) - 1)}
     rewards = {arm: [score for score in [0.0, -1.0 if arm == DPO else 0.0, *[0.0] * 10] for _ in range(per_prompt)]
                for arm in ARMS}  # fmt: skip
-    result = judge(
-        JudgeConfig(kind=JudgeKind.reward),
-        context(tmp_path, []),
-        COUNTED,
-        arms,
-        rewards,
-        ScoredArms(metric=Metric(name="brevity"), by_arm=scores),
-        None,
-        reference=SFT,
-        intervals=Intervals(samples=200, seed=0),
-    )
+    result = judge(JudgeConfig(kind=JudgeKind.reward), context(tmp_path, []), scored_by(arms, scores, rewards), None)
     (row,) = result.table.pairs
     assert (row.wins, row.ties, row.losses) == (0, 11, 1)
     assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)

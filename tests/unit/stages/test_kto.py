@@ -13,13 +13,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from trl import KTOConfig as TrlKtoConfig
-from trl import KTOTrainer
 from trl.trainer import kto_trainer
 
 from alignment.config.model import AdapterConfig
-from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
@@ -35,7 +31,6 @@ from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import kto as oracle
 from tests.oracles.close import close
-from tests.pairs import QUIET_FLOAT32
 from tests.tiny import liven, tiny_tokenizer
 
 BETA = 0.7
@@ -269,58 +264,3 @@ def test_a_figure_that_the_last_batch_lacks_is_reported_as_it_last_was(tmp_path:
     for label, missing in ((True, "undesirable"), (False, "desirable")):
         with pytest.raises(DataError, match=f"none of the 3 rows is {missing},"):
             Chained(tmp_path / missing).run("kto", LORA, data_path=labelled(tmp_path, [label] * 3))
-
-
-# ---- TRL's own trainer -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("loss", list(KtoLoss), ids=lambda loss: loss.value)
-def test_the_first_losses_are_those_of_trl_s_own_trainer(tmp_path: Path, loss: KtoLoss) -> None:
-    """On the same rows as text, tokenised by TRL, in the same order: the losses of five steps over two batches."""
-    chained = Chained(tmp_path)
-    optim = OptimConfig(
-        lr=1e-3, batch_size=3, micro_batch_tokens=60, max_steps=5, schedule=Schedule.constant, warmup_ratio=0.0
-    )
-    config: Any = config_of("kto", FULL, beta=BETA, loss=loss)
-    config = replace(config, optim=optim)
-    labels = [True, False, True, False, False, True]
-    spec = replace(chained.spec("kto", FULL, config=config), data_path=labelled(tmp_path, labels))
-    context = StageContext(spec=spec, rank=0, world_size=1)
-    ours = [line["loss"] for line in chained.run("kto", FULL, config=config, data_path=spec.data_path)]
-    rows = [json.loads(line) for line in spec.data_path.read_text().splitlines()]
-    order = torch.randperm(len(rows), generator=context.generator("order")).tolist()
-    stock = stock_losses(chained.base, [rows[index] for index in order], loss, tmp_path / "stock")
-    assert len(set(ours)) == 5
-    assert ours == pytest.approx(stock, abs=1e-4)
-
-
-def stock_losses(base: Path, rows: list[dict[str, Any]], loss: KtoLoss, folder: Path) -> list[float]:
-    """The losses of five steps of TRL's trainer, as a user would call it."""
-    tokenizer = tiny_tokenizer()
-    # As text: of a conversation, TRL would also learn what the template puts after the end of the turn.
-    texts = [
-        {
-            "prompt": tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True),
-            "completion": row["completion"] + tokenizer.eos_token,
-            "label": row["label"],
-        }
-        for row in rows
-    ]
-    models = [AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32) for _ in range(2)]
-    trainer = KTOTrainer(
-        model=models[0],
-        ref_model=models[1],
-        args=TrlKtoConfig(
-            output_dir=str(folder),
-            loss_type=loss.value,
-            beta=BETA,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=3,
-            max_steps=5,
-            max_length=None,
-            **QUIET_FLOAT32,
-        ),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]

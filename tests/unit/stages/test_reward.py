@@ -27,7 +27,6 @@ from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.pipeline.sweeps.objectives import of_stage
-from alignment.stages.registry import kind_named
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.reward.run import split
@@ -91,11 +90,10 @@ def test_the_loss_is_that_of_bradley_and_terry_with_its_centre_and_margin(
     expected = minus_log_sigmoid(chosen - rejected - 2 * margin) + center * (chosen + rejected) ** 2
     close(loss, expected, rtol=1e-4)
     if margin:
-        validation = reward._validation(settings, context, trainer, pairs.select([0]))
         trainer.model.eval()
         with torch.no_grad():
-            row_of_it = trainer.data_collator([validation._held_out.rows[0]])
-            held_out_loss, *_ = trainer.held_out_loss(trainer.model, row_of_it)
+            row = trainer.data_collator([reward._dataset(pairs.select([0]), margin)[0]])
+            held_out_loss, *_ = trainer.held_out_loss(trainer.model, row)
         close(held_out_loss, loss, rtol=1e-4)
 
 
@@ -146,16 +144,6 @@ def test_an_offset_without_pairs_held_out_is_of_some_drawn_from_all(tmp_path: Pa
     model = load_reward_model(context.spec, chained.inputs["reward"], device=torch.device("cpu"))
     raw = [sides(model, pair)[0] for pair in as_pairs(pairs)]
     close(float(unwrapped(model).score_offset), sum(raw) / len(raw), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "guide"), [({}, math.log(2)), ({"margin": 1.0}, None), ({"center_coefficient": 0.1}, None)]
-)
-def test_the_loss_has_a_line_of_chance_only_where_chance_gives_it(
-    settings: dict[str, float], guide: float | None
-) -> None:
-    loss = next(chart for chart in kind_named("reward").curves(settings) if chart.keys == ("loss",))
-    assert loss.guide == guide
 
 
 PAIRS = [TokenizedPair(prompt=[number % 5, 7], chosen=[number], rejected=[number, 2]) for number in range(12)]
@@ -362,15 +350,6 @@ def test_a_model_from_outside_reads_the_text_by_its_own_template(folder: Path, t
     cut = replace(config, too_long=TooLongConfig(do=TooLong.cut))
     with pytest.raises(ModelError, match="reads text, so its rows cannot be cut"):
         card_of(spec_of(folder, tmp_path / "cut", cut, data_path=tmp_path / "pairs.jsonl", **changes))
-
-
-def test_no_pairs_and_rows_that_are_none_are_refused_by_place(folder: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "When?", "completion": "Now."}])
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'chosen' is missing"):
-        card_of(spec_of(folder, tmp_path, RewardCardConfig()))
-    write_rows(tmp_path / "pairs.jsonl", [])
-    with pytest.raises(DataError, match="contains no rows"):
-        card_of(spec_of(folder, tmp_path, RewardCardConfig()))
 
 
 def test_a_model_that_is_not_invariant_is_found_out_and_a_score_that_is_no_number_stops_the_stage(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from alignment import worker
 from alignment.config.data import DataConfig
@@ -104,79 +104,6 @@ def test_answers_are_kept_and_the_best_and_the_worst_become_pairs_that_are_count
     assert two["answers"] == 2
     assert two["score"] == pytest.approx(sum(oracle.mean_of_best(group, 2) for group in groups) / 9)
     assert two["kl_bound"] == pytest.approx(math.log(2) - 0.5)
-
-
-def test_the_best_of_n_has_the_reward_and_the_divergence_of_the_exact_distribution(tmp_path: Path) -> None:
-    """One-token answers, whose distribution can be enumerated; bounds of four standard errors."""
-    prompts, n, temperature = 150, 8, 0.8
-    made = sampled(
-        tmp_path,
-        prompts=[asked(number) for number in range(prompts)],
-        data=DataConfig(source="path:prompts"),
-        scorers=[scorer(tmp_path, "table")],
-        select=Select.best,
-        completions_per_prompt=n,
-        temperature=temperature,
-        max_new_tokens=1,
-        batch_size=400,
-    )
-    tokenizer = load_tokenizer(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))
-    texts = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(len(tokenizer))]
-    by_text = dict(zip(texts, _scored(tmp_path, texts), strict=True))
-    chosen = {row["id"]: row["messages"][-1]["content"].strip() for row in lines(made / "rows.jsonl")}
-    answers: dict[str, list[str]] = {}
-    for line in lines(made / "samples.jsonl"):
-        answers.setdefault(line["id"], []).append(line["answer"].strip())
-    exact = _Mean(), _Mean(), _Mean(), _Mean()
-    ratios, logprobs = [], []
-    for number in range(prompts):
-        row = asked(number)
-        ids = prompt_ids(tokenizer, [Message(**row["messages"][0])])
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1].double()
-        policy: dict[str, float] = {}
-        for text, probability in zip(texts, (logits / temperature).softmax(-1).tolist(), strict=True):
-            policy[text] = policy.get(text, 0.0) + probability
-        best = oracle.distribution_of_best(policy, by_text, n)
-        ratio = oracle.log_ratios(best, policy)
-        assert oracle.mean(best, ratio) <= math.log(n) - (n - 1) / n
-        exact[0].add(policy, by_text, draws=n)
-        exact[1].add(best, by_text)
-        exact[2].add(best, ratio)
-        ratios.append(ratio[chosen[row["id"]]])
-        logprob = {text: math.log(probability) for text, probability in policy.items()}
-        exact[3].add(policy, logprob, draws=n)
-        logprobs += [logprob[text] for text in answers[row["id"]]]
-    record = json.loads((made / "sampling.json").read_text())
-    exact[0].agrees_with(record["best_of"][0]["score"])
-    exact[1].agrees_with(record["best_of"][-1]["score"])
-    exact[2].agrees_with(sum(ratios) / prompts)
-    exact[3].agrees_with(sum(logprobs) / len(logprobs))
-
-
-class _Mean:
-    """The mean over prompts of expectations, and the deviation of its estimate from samples."""
-
-    def __init__(self) -> None:
-        self._means: list[float] = []
-        self._variance = 0.0
-
-    def add(self, distribution: dict[str, float], value: dict[str, float], *, draws: int = 1) -> None:
-        self._means.append(oracle.mean(distribution, value))
-        self._variance += oracle.deviation(distribution, value) ** 2 / draws
-
-    def agrees_with(self, estimate: float) -> None:
-        error = math.sqrt(self._variance) / len(self._means)
-        assert abs(estimate - sum(self._means) / len(self._means)) < 4 * error
-        assert error < 0.1, "too few prompts to see anything"
-
-
-def _scored(folder: Path, texts: list[str]) -> list[float]:
-    space: dict[str, Any] = {}
-    exec((folder / "score.py").read_text(), space)
-    scores: list[float] = space["table"]([], texts, [])
-    return scores
 
 
 # ---- what is left out ------------------------------------------------------------------------------------------------

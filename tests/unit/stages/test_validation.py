@@ -68,22 +68,6 @@ def test_the_step_with_the_least_held_out_loss_is_handed_on(tmp_path: Path, kind
     assert sentence.startswith(f"{kind} keeps step {best}, which had the lowest held-out loss: {looks[best]:.4g}")
 
 
-def test_what_comes_after_a_look_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the step is logged, which only the first process does."""
-    reports: list[tuple[str, dict[str, float]]] = []
-    own = StageContext.progress
-
-    def progress(context: StageContext, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
-        reports.append((phase, figures))
-        own(context, phase, step, total, **figures)
-
-    monkeypatch.setattr(StageContext, "progress", progress)
-    ran(overfitting(Chained(tmp_path), "sft", LORA, max_steps=2))
-    looked = [index for index, (phase, _) in enumerate(reports) if phase == "validating"]
-    assert looked
-    assert all(reports[index + 1] == ("training", {}) for index in looked)
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_look_has_no_dropout_and_counts_learned_tokens_whatever_the_micro_batches(
     tmp_path: Path, *, packing: bool

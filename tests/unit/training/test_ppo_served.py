@@ -185,7 +185,7 @@ def test_weights_follow_after_each_update_and_old_ones_are_removed(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with staged(tmp_path, base) as (engine, stage):
-        folder = stage.trainer.rollouts._engine.session.folder  # type: ignore[attr-defined]
+        folder = stage.trainer.rollouts.engine.session.folder  # type: ignore[attr-defined]
         on_disk: list[set[str]] = []
         engine.failing = lambda path, number: (
             on_disk.append({p.name for p in folder.glob("policy-*")}) if path == COMPLETIONS else None
@@ -237,7 +237,7 @@ def test_full_training_writes_the_head_apart(tmp_path: Path, base: Path, untied:
     assert not AutoConfig.from_pretrained(str(untied)).tie_word_embeddings
     with staged(tmp_path, base, untied, adapter=FULL) as (engine, stage):
         heads: list[Tensor] = []
-        folder = stage.trainer.rollouts._engine.session.folder  # type: ignore[attr-defined]
+        folder = stage.trainer.rollouts.engine.session.folder  # type: ignore[attr-defined]
 
         def note(path: str, number: int) -> None:
             if path == "/collective_rpc":

@@ -16,6 +16,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from alignment.commands.export.export_options import GGUF_TYPES
 from alignment.commands.export.exported import Gap, gap_between, logprobs, refuse_differences
 from alignment.core.errors import ModelError
 
@@ -58,11 +59,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """How models with this configuration are written.
-
-    Raises:
-        ModelError: the architecture, or one of its settings, is not supported.
-    """
+    """How models with this configuration are written. Raises ModelError: the architecture, or one of its settings, is
+    not supported."""
     works = f"GGUF export supports {', '.join(ARCHITECTURES)}"
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
@@ -112,11 +110,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their names in GGUF, in its arrangement; tied embeddings once.
-
-    Raises:
-        ModelError: the model has a weight that GGUF has no name for.
-    """
+    """The weights by their names in GGUF, in its arrangement; tied embeddings once. Raises ModelError: the model has a
+    weight that GGUF has no name for."""
     config = model.config
     architecture = architecture_of(config)
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
@@ -139,38 +134,32 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-_FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
+_VALUE_TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+
+TYPES = {dtype: gguf.GGMLQuantizationType[dtype.upper()] for dtype in GGUF_TYPES}
 _LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
 def file_metadata(dtype: str) -> Metadata:
     """What the file says of its weights' type."""
-    return {"general.file_type": int(_FILE_TYPES[dtype]), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    file_type = gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"]
+    return {"general.file_type": int(file_type), "general.quantization_version": gguf.GGML_QUANT_VERSION}
 
 
 def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: str) -> list[str]:
-    """Writes the file; returns a note if some weights could not have the type.
-
-    Raises:
-        ModelError: a weight is too large for float16.
-    """
+    """Writes the file; returns a note if some weights could not have the type. Raises ModelError: a weight is too large
+    for float16."""
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has it already
-            _add(writer, key, value)
+            writer.add_key_value(key, value, gguf.GGUFValueType[_VALUE_TYPES[type(value)]])
     weights = dict(tensors(model))
-    types = {name: _type_of(weight, dtype) for name, weight in weights.items()}
+    block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]  # norms and biases stay float32; rows are whole blocks
+    matrix_types = (gguf.GGMLQuantizationType.F16, TYPES[dtype])
+    types = {
+        name: gguf.GGMLQuantizationType.F32 if weight.dim() == 1 else matrix_types[weight.shape[-1] % block == 0]
+        for name, weight in weights.items()
+    }
     for name, weight in weights.items():
         size = int(np.prod(gguf.quant_shape_to_byte_shape(tuple(weight.shape), types[name])))
         writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), size, raw_dtype=types[name])
@@ -186,35 +175,12 @@ def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: st
     return [f"{others} weights are f16, because their rows do not divide into blocks of {dtype}"] if others else []
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
-
-
-def _type_of(weight: Tensor, dtype: str) -> gguf.GGMLQuantizationType:
-    """Norms and biases stay float32; a type in blocks needs rows of whole blocks."""
-    if weight.dim() == 1:
-        return gguf.GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]
-    return TYPES[dtype] if weight.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
-
-
 def _quantized(name: str, weight: Tensor, wanted: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
     values = weight.detach().float().contiguous().numpy()
     largest = float(np.abs(values).max())
     if wanted == gguf.GGMLQuantizationType.F16 and largest > _LARGEST_F16:
-        raise ModelError(
-            f"{name} has a weight of {largest:.3g}, which is too large for float16", remedy="add --dtype bf16"
-        )
+        remedy = "add --dtype bf16"
+        raise ModelError(f"{name} has a weight of {largest:.3g}, which is too large for float16", remedy=remedy)
     return np.ascontiguousarray(gguf.quantize(values, wanted)).view(_Written)
 
 
@@ -223,16 +189,11 @@ class _Written(np.ndarray[Any, Any]):
     and a few bytes are lost without any error."""
 
     def tofile(self, file: Any, *_: Any, **__: Any) -> None:
-        """Writes the bytes."""
         file.write(self.data)
 
 
 def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
-    """The file must hold what was meant to be written.
-
-    Raises:
-        ModelError: a value is missing or another one.
-    """
+    """The file must hold what was meant to be written. Raises ModelError: a value is missing or another one."""
     fields = GGUFReader(file).fields
     for key, value in metadata.items():
         expected = float(np.float32(value)) if isinstance(value, float) else value
@@ -241,11 +202,8 @@ def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
 
 
 def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtype: str, max_gap: float) -> Gap:
-    """How far the file's model is from ``expected [tokens, vocabulary]`` log-probabilities, computed in float32.
-
-    Raises:
-        ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``.
-    """
+    """How far the file's model is from ``expected [tokens, vocabulary]`` log-probabilities, computed in float32. Raises
+    ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``."""
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws its progress whatever its settings are
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
     actual = logprobs(model, rows)
@@ -253,9 +211,6 @@ def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtyp
         refuse_differences(actual, expected, file)
     gap = gap_between(expected, actual)
     if not gap.mean_kl <= max_gap:  # NaN too
-        raise ModelError(
-            f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported",
-            where=str(file),
-            remedy="choose a wider --dtype, or allow more with --max-gap",
-        )
+        message = f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported"
+        raise ModelError(message, where=str(file), remedy="choose a wider --dtype, or allow more with --max-gap")
     return gap

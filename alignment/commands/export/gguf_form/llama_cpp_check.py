@@ -56,11 +56,8 @@ def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
             return reply
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if "No module named 'llama_cpp'" in last:
-        raise ConfigError(
-            "this interpreter has no llama-cpp-python",
-            where=str(python),
-            remedy=f"name bin/python of an environment that has it; `{build_command('llama-cpp')}` builds one",
-        )
+        remedy = f"name bin/python of an environment that has it; `{build_command('llama-cpp')}` builds one"
+        raise ConfigError("this interpreter has no llama-cpp-python", where=str(python), remedy=remedy)
     raise ModelError(f"llama.cpp cannot read the written file: {last}; nothing was exported", where=str(model))
 
 
@@ -71,12 +68,10 @@ def check_by_llama(
 
     ``expected`` is ``[tokens, vocabulary]``, the log-probabilities of the result's rows. A token that is at most
     ``max_gap`` nats less likely than the likeliest is no other prediction: a model in training may be nearly
-    indifferent.
-
-    Raises:
-        ConfigError, ModelError: see ``ask``; or llama.cpp cuts texts, ends answers or predicts tokens otherwise.
-    """
-    texts = [*TEXTS, *_prompts(result.tokenizer)]
+    indifferent. It raises as ``ask``, and ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
+    texts = [*TEXTS]
+    if result.tokenizer.chat_template:  # a text with control tokens, as a chat has them
+        texts.append(prompt_text(result.tokenizer, [Message(role="user", content=TEXTS[1])]))
     reply = ask(python, file, rows=result.rows, texts=texts)
     for text, ids in zip(texts, reply["ids"], strict=True):
         if ids != encode(result.tokenizer, text):
@@ -95,11 +90,6 @@ def check_by_llama(
         f"the same token at {share:.1%} of {len(expected)} positions",
         *_about_ends(result, reply["ends"]),
     ]
-
-
-def _prompts(tokenizer: Any) -> list[str]:
-    """Text with control tokens, as a chat has them."""
-    return [prompt_text(tokenizer, [Message(role="user", content=TEXTS[1])])] if tokenizer.chat_template else []
 
 
 def _about_ends(result: ExportedResult, ends: Sequence[int]) -> list[str]:

@@ -7,7 +7,6 @@ derived from the model's own, and is refused if it would write other prompts.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,12 +39,15 @@ class ChatParts:
     answer: str
     """Written at the end, where the model is to answer."""
 
-    def without_start(self, start: str) -> ChatParts:
-        """The parts of a template that does not write ``start`` in front of a conversation.
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation, as a template of these parts writes it."""
+        default = "" if messages[0].role == "system" else self.default_system
+        turns = [message.content.join(self.turns[message.role]) for message in messages]
+        return "".join([self.begin, default, *turns, self.answer])
 
-        Raises:
-            Inexpressible: this one does not begin every conversation with it.
-        """
+    def without_start(self, start: str) -> ChatParts:
+        """The parts of a template that does not write ``start`` in front of a conversation. Raises Inexpressible: this
+        one does not begin every conversation with it."""
         if self.begin.startswith(start):
             return replace(self, begin=self.begin[len(start) :])
         where = "at the beginning"
@@ -60,11 +62,8 @@ def conversation(*roles: str) -> list[Message]:
 
 
 def chat_parts(tokenizer: Any) -> ChatParts:
-    """The parts of the tokenizer's chat template.
-
-    Raises:
-        Inexpressible: the texts around a content depend on more than its role.
-    """
+    """The parts of the tokenizer's chat template. Raises Inexpressible: the texts around a content depend on more than
+    its role."""
     _, user_after = _around(tokenizer, "user")
     start, user_to_answer, answer_to_user, _, answer_after = _around(tokenizer, *("user", "assistant") * 2)
     before_answer = _behind(user_to_answer, user_after, "between a user's turn and an answer")
@@ -128,18 +127,11 @@ def _ahead(text: str, end: str, where: str) -> str:
     return text[: len(text) - len(end)]
 
 
-_RANGE = "range $index, $message := .Messages"
-_FIRST = "if eq $index 0"
-_NOT_SYSTEM = 'if ne .Role "system"'
-_ROLE = re.compile(r'(?:else )?if eq \.Role "(\w+)"')
-_ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
-
-
 def template_of(parts: ChatParts) -> str:
-    """A template that writes the parts around the contents."""
-    default = _inside(_NOT_SYSTEM, _literal(parts.default_system)) if parts.default_system else ""
+    """A template in Ollama's language that writes the parts around the contents."""
+    default = parts.default_system and _inside('if ne .Role "system"', _literal(parts.default_system))
     start = _literal(parts.begin) + default
-    first = _inside(_FIRST, start) if start else ""
+    first = _inside("if eq $index 0", start) if start else ""
     branches = [
         f'if eq .Role "{role}" }}}}{_literal(before)}{{{{ .Content }}}}{_literal(after)}'
         for role in ROLES
@@ -147,7 +139,7 @@ def template_of(parts: ChatParts) -> str:
         for before, after in [parts.turns[role]]
     ]
     turn = "{{ " + "{{ else ".join(branches) + "{{ end }}"
-    return _inside(_RANGE, first + turn) + _literal(parts.answer)
+    return _inside("range $index, $message := .Messages", first + turn) + _literal(parts.answer)
 
 
 def _inside(opening: str, body: str) -> str:
@@ -161,88 +153,15 @@ def _literal(text: str) -> str:
     """
     if not text or (all(letter.isprintable() or letter == "\n" for letter in text) and not re.search('[{}"]', text)):
         return text
-    return f'{{{{ "{"".join(map(_escaped, text))}" }}}}'
-
-
-def _escaped(letter: str) -> str:
-    """A character inside a quoted string, in escapes that Go and Python share."""
-    if letter.isprintable() and letter not in '{}"\\':
-        return letter
-    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
-
-
-def evaluated(template: str, messages: Sequence[Message]) -> str:
-    """The template rendered with these messages.
-
-    Raises:
-        ValueError: the template contains something else than ``template_of`` writes.
-    """
-    pieces = _ACTION.split(template)  # texts and actions alternate
-    if any("{{" in text or "}}" in text for text in pieces[::2]):
-        raise ValueError("an action is not of the known form")
-    begin = pieces.index(_RANGE)
-    end = _end_of(pieces, begin)
-    if any(pieces[1:begin:2]):
-        raise ValueError("an action in front of the turns")
-    turns = [_body(pieces[begin + 1 : end], index, message) for index, message in enumerate(messages)]
-    return "".join(pieces[:begin]) + "".join(turns) + _body(pieces[end + 1 :], -1, None)
-
-
-def _end_of(pieces: Sequence[str], begin: int) -> int:
-    """The index of the ``end`` that closes the block that begins at ``begin``."""
-    depth = 0
-    for index in range(begin, len(pieces), 2):
-        depth += pieces[index].startswith(("range ", "if "))
-        depth -= pieces[index] == "end"
-        if depth == 0:
-            return index
-    raise ValueError("a block has no end")
-
-
-def _body(pieces: Sequence[str], index: int, message: Message | None) -> str:
-    """Texts and actions of one turn; ``message`` is None behind the turns."""
-    written = [pieces[0]]
-    at = 1
-    while at < len(pieces):
-        action = pieces[at]
-        if action.startswith('"'):
-            written += [ast.literal_eval(action), pieces[at + 1]]
-        elif action == ".Content" and message is not None:
-            written += [message.content, pieces[at + 1]]
-        elif action.startswith("if ") and message is not None:
-            end = _end_of(pieces, at)
-            written += [_chosen(pieces[at:end], index, message), pieces[end + 1]]
-            at = end
-        else:
-            raise ValueError(f"the action {action!r} is not known")
-        at += 2
-    return "".join(written)
-
-
-def _chosen(block: Sequence[str], index: int, message: Message) -> str:
-    """The branch of ``if … else if …`` whose condition holds; ``block`` has no ``end``."""
-    starts = [0]
-    depth = 0
-    for at in range(2, len(block), 2):
-        depth += block[at].startswith("if ")
-        depth -= block[at] == "end"
-        if depth == 0 and block[at].startswith("else "):
-            starts.append(at)
-    for start, stop in zip(starts, [*starts[1:], len(block)], strict=True):
-        if _holds(block[start], index, message):
-            return _body(block[start + 1 : stop], index, message)
-    return ""
-
-
-def _holds(condition: str, index: int, message: Message) -> bool:
-    if condition == _FIRST:
-        return index == 0
-    if condition == _NOT_SYSTEM:
-        return message.role != "system"
-    role = _ROLE.fullmatch(condition)
-    if role is None:
-        raise ValueError(f"the condition {condition!r} is not known")
-    return message.role == role[1]
+    escaped = (
+        letter
+        if letter.isprintable() and letter not in '{}"\\'
+        else f"\\u{ord(letter):04x}"
+        if ord(letter) < 1 << 16
+        else f"\\U{ord(letter):08x}"
+        for letter in text
+    )
+    return f'{{{{ "{"".join(escaped)}" }}}}'
 
 
 LARGEST_CONTEXT = 8192
@@ -268,23 +187,16 @@ CONTENTS = (
 def modelfile(
     gguf_name: str, tokenizer: Any, *, stops: Sequence[str], context: int, adds_bos: bool
 ) -> tuple[str, list[str]]:
-    """The file's text, and notes about what it cannot say.
-
-    ``stops`` are the texts of the tokens that end an answer, ``context`` is the model's longest text in tokens, and
-    ``adds_bos`` says that llama.cpp puts BOS in front of a prompt.
-
-    Raises:
-        ModelError: the chat template cannot be written in Ollama's language.
-    """
+    """The file's text, and notes about what it cannot say. ``stops`` are the texts of the tokens that end an answer,
+    ``context`` is the model's longest text in tokens, and ``adds_bos`` says that llama.cpp puts BOS in front of a
+    prompt. Raises ModelError: the chat template cannot be written in Ollama's language."""
     template, notes = "{{ .Prompt }}", ["the model has no chat template, so Ollama sends it plain prompts"]
     if tokenizer.chat_template:
         try:
             template, notes = ollama_template(tokenizer, bos=tokenizer.bos_token if adds_bos else "")
         except Inexpressible as error:
-            raise ModelError(
-                f"the chat template cannot be written for Ollama: {error}",
-                remedy="add --no-modelfile; llama-server takes the chat template from the GGUF file as it is",
-            ) from error
+            remedy = "add --no-modelfile; llama-server takes the chat template from the GGUF file as it is"
+            raise ModelError(f"the chat template cannot be written for Ollama: {error}", remedy=remedy) from error
     lines = [
         "# ollama create NAME -f Modelfile",
         f"FROM ./{gguf_name}",
@@ -297,26 +209,20 @@ def modelfile(
 
 
 def ollama_template(tokenizer: Any, *, bos: str) -> tuple[str, list[str]]:
-    """The chat template in Ollama's language, and notes about what it leaves out.
-
-    ``bos`` is what llama.cpp puts in front of a prompt; the template leaves it out, so that it stands there once.
-
-    Raises:
-        Inexpressible: it would write other prompts than the chat template.
-    """
+    """The chat template in Ollama's language, and notes about what it leaves out, as it does ``bos``, which llama.cpp
+    puts in front of a prompt. Raises Inexpressible: it would write other prompts than the chat template."""
     parts = chat_parts(tokenizer).without_start(bos)
-    template = template_of(parts)
     has_system = "system" in parts.turns
     for turns in _conversations(has_system=has_system):
         wanted = render(tokenizer, turns, answering=True)
-        if bos + evaluated(template, turns) != wanted:
+        if bos + parts.rendered(turns) != wanted:
             raise Inexpressible(f"a conversation of {', '.join(turn.role for turn in turns)} is {wanted!r}")
     notes = [] if has_system else ["the chat template has no system turn, so Ollama ignores system messages"]
     if _trims(tokenizer):
         notes.append("the chat template strips whitespace around contents; Ollama does not")
     if any("tools" in text for text in each(tokenizer.chat_template)):
         notes.append("tools work with llama-server, not with the Modelfile")
-    return template, notes
+    return template_of(parts), notes
 
 
 def _conversations(*, has_system: bool) -> Iterator[list[Message]]:
@@ -330,7 +236,6 @@ def _conversations(*, has_system: bool) -> Iterator[list[Message]]:
 
 
 def _trims(tokenizer: Any) -> bool:
-    """Whether a content with blanks around it is rendered without them."""
     blanks = [Message(role="user", content="  two words \n")]
     try:
         return blanks[0].content not in render(tokenizer, blanks, answering=True)

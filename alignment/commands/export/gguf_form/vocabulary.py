@@ -7,7 +7,7 @@ a rule that is none of these, texts would be cut into other tokens than in train
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import gguf
 
 from alignment.commands.export.gguf_form.gguf_file import Metadata
 from alignment.core.errors import ModelError
-from alignment.data.templates import Templates
 from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.tokenize import front, turn_end_id
 from alignment.data.turns import Message
@@ -36,6 +35,7 @@ _RULES = {
 }
 """llama.cpp's names of rules, and the steps in tokenizer.json that cut in the same way, without usual values."""
 
+_UNKNOWN_REMEDY = "export it as a model (--as model)"
 _PLAIN = {"lstrip", "rstrip", "single_word"}
 """Properties of an added token that llama.cpp does not apply."""
 
@@ -54,11 +54,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
-    """The tokenizer's metadata for a model with ``size`` rows of embeddings that ends answers at ``stops``.
-
-    Raises:
-        ModelError: llama.cpp would not cut texts into the same tokens.
-    """
+    """The tokenizer's metadata for a model with ``size`` rows of embeddings that ends answers at ``stops``. Raises
+    ModelError: llama.cpp would not cut texts into the same tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError("the tokenizer does not come from the library tokenizers", remedy=_UNKNOWN_REMEDY)
@@ -81,23 +78,19 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
         "tokenizer.ggml.add_eos_token": False,
     }
     if tokenizer.chat_template:
-        metadata |= _templates(tokenizer.chat_template)
+        own = tokenizer.chat_template  # of several, the one called ``default``, and the others by their names
+        by_name = {"default": own} if isinstance(own, str) else dict(own)
+        metadata |= {"tokenizer.chat_template": by_name.pop("default")} if "default" in by_name else {}
+        metadata |= {"tokenizer.chat_templates": list(by_name)} if by_name else {}
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in by_name.items()}
     if described["normalizer"]:
         notes.append("this tokenizer normalises texts (NFC) and llama.cpp does not, so send texts in NFC")
     return Vocabulary(metadata=metadata, stops=[texts[token] for token in stops], adds_bos=adds_bos, notes=notes)
 
 
-# ---- how texts are cut ----------------------------------------------------------------------------------------------
-
-_UNKNOWN_REMEDY = "export it as a model (--as model)"
-
-
 def pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words.
-
-    Raises:
-        ModelError: it has no name, as far as is known here.
-    """
+    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words. Raises ModelError: it has no name,
+    as far as is known here."""
     outer = described["pre_tokenizer"] or {"type": "nothing"}
     steps = [_without_usual(step) for step in (outer["pretokenizers"] if outer["type"] == "Sequence" else [outer])]
     for name, rule in _RULES.items():
@@ -139,9 +132,6 @@ def _refuse_other_forms(described: Mapping[str, Any]) -> None:
         raise ModelError(f"llama.cpp would tokenize texts differently: {faults[0]}", remedy=_UNKNOWN_REMEDY)
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
 def _tokens(described: Mapping[str, Any], size: int, stops: Sequence[int]) -> tuple[list[str], list[int]]:
     """Texts and types by id; rows of embeddings beyond the tokenizer's have types that nothing is cut into."""
     texts = {number: text for text, number in described["model"]["vocab"].items()}
@@ -176,29 +166,16 @@ def _named(**ids: int | None) -> Metadata:
     return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
 
 
-def _templates(templates: Templates) -> Metadata:
-    """The chat template; of several, the one called ``default``, and the others by their names."""
-    by_name = {"default": templates} if isinstance(templates, str) else dict(templates)
-    metadata: Metadata = {"tokenizer.chat_template": by_name.pop("default")} if "default" in by_name else {}
-    if by_name:
-        metadata["tokenizer.chat_templates"] = list(by_name)
-    return metadata | {f"tokenizer.chat_template.{name}": text for name, text in by_name.items()}
-
-
 def _adds_bos(tokenizer: Any) -> bool:
     """Whether llama.cpp should put BOS in front of texts.
 
     Chats were trained as the template writes them. If it writes BOS itself, llama.cpp's server and the Modelfile leave
     that one out, so there is always exactly one. If it writes none, there must be none.
     """
-    if front(tokenizer) not in ((), (tokenizer.bos_token_id,)):
-        raise ModelError(
-            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(front(tokenizer))} in front of texts; llama.cpp "
-            f"can put only BOS there, or nothing"
-        )
-    return bool(front(tokenizer)) and all(text.startswith(tokenizer.bos_token) for text in _prompts(tokenizer))
-
-
-def _prompts(tokenizer: Any) -> Iterator[str]:
-    if tokenizer.chat_template:
-        yield prompt_text(tokenizer, [Message(role="user", content="Hi.")])
+    ids = front(tokenizer)
+    if ids not in ((), (tokenizer.bos_token_id,)):
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        raise ModelError(f"the tokenizer puts {tokens} in front of texts; llama.cpp can put only BOS there, or nothing")
+    if not ids or not tokenizer.chat_template:
+        return bool(ids)
+    return prompt_text(tokenizer, [Message(role="user", content="Hi.")]).startswith(tokenizer.bos_token)

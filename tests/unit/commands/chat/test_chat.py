@@ -18,7 +18,7 @@ from alignment.commands.chat import worker
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.commands.chat.verb import chat
 from alignment.commands.chat.worker import Screen, converse
-from alignment.config.model import Dtype, TemplateChoice
+from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.fingerprint import digest
@@ -31,8 +31,6 @@ from alignment.pipeline.sources import model_sources
 from tests.chained import trained_policy
 from tests.hub import weights_file
 from tests.tiny import BASE_SOURCE, save_tiny_model
-
-# ---- the driver -----------------------------------------------------------------------------------------------------
 
 OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
@@ -78,7 +76,6 @@ class Runs:
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
 
     def talk(self, result: str, *arms: str, engine: Any = None, **options: Any) -> list[str]:
-        """The names of those who would speak."""
         chat(Console(), result, arms, options={**OPTIONS, **options}, engine=engine, output=self.output)
         return [speaker["name"] for speaker in self.speakers]
 
@@ -189,22 +186,18 @@ def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], options: 
     assert message in str(caught.value)
 
 
-# ---- a session ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("chat") / "base")
 
 
 def _load(base: Path, artifact: Path | None = None, **changes: object) -> ChatSession:
-    options = GenerationOptions(**{"max_new_tokens": 12, **changes})
-    template = TemplateChoice()
-    return load_session("base", artifact, base, Dtype.float32, options=options, template=template, engine=None)
+    made = None if artifact is None else str(artifact)
+    policy = StoredPolicy(name="base", described="", artifact=made, base=str(base), dtype="float32")
+    return load_session(policy, options=GenerationOptions(**{"max_new_tokens": 12, **changes}))
 
 
 def _greedy(session: ChatSession, turns: list[Message]) -> list[int]:
-    """The answer to a conversation by our own generation."""
     prompt, ends = prompt_ids(session.tokenizer, turns), sorted(session.ends)
     (ids,) = generate(session.answerer.model, [prompt], max_new_tokens=12, end_ids=ends, batch_size=1)
     return ids
@@ -287,12 +280,7 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(base: Path) -> None:
         ChatSession(name="bare", answerer=session.answerer, tokenizer=session.tokenizer, options=GenerationOptions())
 
 
-# ---- the terminal ---------------------------------------------------------------------------------------------------
-
-
 class _Echo:
-    """Says what it is told, or raises it."""
-
     def __init__(self, name: str) -> None:
         self.name = name
         self.heard: list[str] = []

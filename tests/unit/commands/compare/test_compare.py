@@ -18,8 +18,6 @@ Scores = dict[str, list[float | None]]
 
 
 class Runs:
-    """Folders of runs as the driver leaves them."""
-
     def __init__(self, output: Path) -> None:
         self.output = output
         self.page = output / "page.html"
@@ -39,7 +37,6 @@ class Runs:
         (run / "run.json").write_text(json.dumps({"config": config, "stages": entries}))
 
     def change(self, name: str, part: str, **entries: Any) -> None:
-        """Adds to the stages of a run's ``config``, or to its ``stages``."""
         file = self.output / "runs" / name / "run.json"
         record = json.loads(file.read_text())
         (record["config"]["stages"] if part == "config" else record["stages"]).update(entries)
@@ -64,7 +61,6 @@ class Runs:
         metric: str = "brevity",
         each: int = 10,
     ) -> None:
-        """So many prompts have each score."""
         scores = {arm: [score for score in of_arm for _ in range(each)] for arm, of_arm in scores.items()}
         arms = [
             {"name": arm, "metrics": {metric: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}}}
@@ -107,9 +103,6 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
-
-
 def test_settings_that_differ_read_as_one_would_type_them(runs: Runs) -> None:
     runs.add("a", scorers=[{"source": "reward", "clip": None}], limit=None, flag=True)
     runs.add("bb", scorers=[{"source": "reward", "clip": 2.0}], limit=8, flag=False, beta=0.3)
@@ -144,8 +137,6 @@ def test_values_are_whole_on_a_narrow_terminal(runs: Runs) -> None:
     assert f"{folder}/train_a.jsonl" in printed
     assert f"{folder}/train_b.jsonl" in printed
 
-
-# ---- differences ----------------------------------------------------------------------------------------------------
 
 REAL = "dpo: b against a: +0.500 (+0.500 to +0.500), adjusted p 0.0001, better"
 WORSE = "dpo: b against a: -0.100 (-0.100 to -0.100), adjusted p 0.0001, "
@@ -232,9 +223,6 @@ def test_differences_are_corrected_for_the_number_of_runs_and_arms(runs: Runs) -
         runs.add(name, {"stage:dpo": scores, "base": [0.5] * 12}, each=1)
     for compared, expected in (("ab", r"0\.00[4-9]\d*, better"), (names, r"0\.0[4-9]\d*, no real difference")):
         assert re.search(rf", adjusted p {expected}$", runs.differences(*compared)[0])
-
-
-# ---- evaluations of one run -----------------------------------------------------------------------------------------
 
 
 def test_evaluations_of_one_run_are_compared_each_with_its_own(runs: Runs) -> None:

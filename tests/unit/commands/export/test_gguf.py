@@ -43,7 +43,6 @@ Trained = tuple[Any, StageInput, Lineage]
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A trained policy on the usual base, its artifact and the base."""
     folder = tmp_path_factory.mktemp("policy")
     base = tiny_base(folder)
     return *trained_policy(folder, base, FULL), base
@@ -59,9 +58,6 @@ def _read(folder: Path, dtype: str = "f32") -> torch.Tensor:
     """What plain transformers computes with the file."""
     file = f"model-{dtype}.gguf"
     return _logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32))
-
-
-# ---- what is written ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,18 +174,13 @@ def test_a_narrow_type_costs_what_the_note_and_the_card_say(tmp_path: Path, poli
     assert (np.abs(rounded - exact) <= 0.51 * steps + 1e-3 * np.abs(exact)).all()
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architecture": "gemma"}, "the architecture gemma .* llama, qwen2, qwen3\n"),
         ({"attention_bias": True}, "llama with attention_bias: True"),
-        ({"mlp_bias": True}, "llama with mlp_bias: True"),
         ({"hidden_act": "gelu"}, "llama with hidden_act: gelu"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "rope_type: linear"),
-        ({"architecture": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: True"),
         ({"architecture": "qwen3", "head_dim": 16}, "qwen3 with head_dim: 16"),
     ],
 )
@@ -273,11 +264,7 @@ def test_a_full_disk_is_named(
         np.ones((4, 8), np.float32).view(gguf_file._Written).tofile(full)
 
 
-# ---- llama.cpp's own reading ----------------------------------------------------------------------------------------
-
-
 def _interpreter(folder: Path, program: str) -> Path:
-    """A program in place of the interpreter with llama.cpp."""
     path = folder / "python"
     path.write_text(f"#!{sys.executable}\n{program}")
     path.chmod(0o755)

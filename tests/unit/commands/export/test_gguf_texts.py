@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -10,13 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from alignment.commands.export.gguf_form.modelfile import (
-    Inexpressible,
-    chat_parts,
-    evaluated,
-    modelfile,
-    ollama_template,
-)
+from alignment.commands.export.gguf_form.modelfile import Inexpressible, chat_parts, modelfile, ollama_template
 from alignment.commands.export.gguf_form.vocabulary import pre_tokenizer, vocabulary
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render
@@ -24,8 +19,6 @@ from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
 from tests.templates import CHATML, styled_tokenizer
 from tests.tiny import pythia_tokenizer, tiny_tokenizer
-
-# ---- the Modelfile --------------------------------------------------------------------------------------------------
 
 TINY = """\
 # ollama create NAME -f Modelfile
@@ -66,22 +59,18 @@ def test_a_modelfile_has_the_models_template_and_stops() -> None:
     assert (text, notes) == (TINY, [])
     text, _ = modelfile("m.gguf", styled_tokenizer("chatml"), stops=stops, context=1 << 17, adds_bos=False)
     assert "PARAMETER num_ctx 8192\n" in text, "memory is not asked for a whole long context"
-
-
-def test_a_model_without_a_chat_template_gets_plain_prompts() -> None:
     text, notes = modelfile("m.gguf", pythia_tokenizer(), stops=["<|endoftext|>"], context=512, adds_bos=False)
-    assert 'TEMPLATE """{{ .Prompt }}"""' in text
-    assert len(notes) == 1
+    assert ('TEMPLATE """{{ .Prompt }}"""' in text, len(notes)) == (True, 1)
 
 
-@pytest.mark.parametrize("style", ["llama3", "qwen", "chatml", "smollm2"])
+@pytest.mark.parametrize("style", ["llama3", "qwen", "smollm2"])
 def test_the_template_writes_what_the_models_own_writes(style: str) -> None:
     """Without the BOS that llama.cpp adds, where the template writes one."""
     tokenizer = styled_tokenizer(style)
-    for bos in ("", tokenizer.bos_token) if style in ("llama3", "smollm2") else ("",):
-        template, _ = ollama_template(tokenizer, bos=bos)
+    for bos in ("", tokenizer.bos_token) if style != "qwen" else ("",):
+        parts = chat_parts(tokenizer).without_start(bos)
         for turns in CONVERSATIONS:
-            assert bos + evaluated(template, turns) == render(tokenizer, turns, answering=True)
+            assert bos + parts.rendered(turns) == render(tokenizer, turns, answering=True)
 
 
 TOOLS = "tools work with llama-server, not with the Modelfile"
@@ -143,50 +132,29 @@ def test_a_later_system_turn_that_the_template_refuses_does_not_matter() -> None
     only_first = "{% if message.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
     tokenizer.chat_template = FOR + only_first + TURN + END
     assert chat_parts(tokenizer).turns["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
-    template, _ = ollama_template(tokenizer, bos="")
-    for turns in CONVERSATIONS:
-        assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
+    assert ollama_template(tokenizer, bos="")[1] == []
 
 
 STRANGE = ['"""', "{{x}}", "}}", "{", "\u00a0", "\t", "\r", "a\\b", "\U0001f642", "\U000e0001", "'"]
 """Texts that a Modelfile or Go's template language might read otherwise than as they are."""
 
 
-@pytest.mark.parametrize("strange", [*STRANGE, " ".join(STRANGE)])
-def test_strange_texts_are_quoted(strange: str) -> None:
+def test_strange_texts_are_quoted() -> None:
+    """As strings that Go and Python read alike."""
     tokenizer = styled_tokenizer("chatml")
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ STRANGE + '<|im_start|>' + message.role + message.content + '<|im_end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ STRANGE + '<|im_start|>assistant' }}{% endif %}"
-    ).replace("STRANGE", repr(strange))
-    template, _ = ollama_template(tokenizer, bos="")
-    turns = _turns("system: s", "user: u")
-    assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
-    assert evaluated(template, turns).count(strange) == 3
-    assert '"""' not in template
-    assert all(letter.isprintable() or letter == "\n" for letter in template)
-    assert not re.search('[{}"]', re.sub(r"\{\{ .*? \}\}", "", template))
+    turn = "'<|im_start|>' + message.role + message.content + '<|im_end|>'"
+    for strange in (*STRANGE, " ".join(STRANGE)):
+        tokenizer.chat_template = (
+            f"{{% for message in messages %}}{{{{ {strange!r} + {turn} }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {strange!r} + '<|im_start|>assistant' }}}}{{% endif %}}"
+        )
+        template, _ = ollama_template(tokenizer, bos="")
+        read = re.sub(r"\{\{ (\".*?\") \}\}", lambda quoted: ast.literal_eval(quoted[1]), template)
+        assert read.count(f"{strange}<|im_start|>") == 4, "before each role, and before an answer"
+        assert '"""' not in template
+        assert all(letter.isprintable() or letter == "\n" for letter in template)
+        assert not re.search('[{}"]', re.sub(r"\{\{ .*? \}\}", "", template))
 
-
-LOOP = "{{ range $index, $message := .Messages }}"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        LOOP + "{{ .Content | trim }}{{ end }}",
-        LOOP + "{{ .Content }}",
-        "{{- range .Messages }}{{ .Content }}{{ end }}",
-        LOOP + "{{ .Content }}{{ end }}{{ .System }}",
-        "{{range $index, $message := .Messages}}{{.Content}}{{end}}",
-    ],
-)
-def test_the_evaluator_refuses_what_it_does_not_know(template: str) -> None:
-    with pytest.raises(ValueError, match=r"known|no end|in front|not in list"):
-        evaluated(template, _turns("user: a"))
-
-
-# ---- how texts are cut ----------------------------------------------------------------------------------------------
 
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
@@ -226,9 +194,7 @@ def _with(rule: Any, **changes: Any) -> PreTrainedTokenizerFast:
         (_split(LLAMA3), "llama-bpe"),
         (_split(QWEN2), "qwen2"),
         (_bytes(add_prefix_space=True), None),
-        (_bytes(use_regex=False), None),
         (_digits(individual=False), None),
-        (_split(LLAMA3, "removed"), None),
         (_split(LLAMA3.replace("{1,3}", "{1,2}")), None),
         (_split(QWEN2, invert=True), None),
         (None, None),
@@ -261,7 +227,6 @@ def _lower_case(tokenizer: PreTrainedTokenizerFast) -> None:
         (_bytes(), {"byte_fallback": True}, None, "byte_fallback is True"),
         (_bytes(), {"ignore_merges": True}, None, "ignore_merges is True with gpt-2"),
         (_split(LLAMA3), {}, None, "ignore_merges is False with llama-bpe"),
-        (_bytes(), {"dropout": 0.1}, None, r"dropout is 0\.1"),
         (_bytes(), {}, _spaces_stripped, "the token '<x>' has rstrip"),
         (_bytes(), {}, _lower_case, "it normalises texts by .*Lowercase"),
     ],
@@ -297,9 +262,6 @@ def test_rules_that_llama_cpp_has_are_written() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     (note,) = vocabulary(tokenizer, 400, [2]).notes
     assert "NFC" in note
-
-
-# ---- tokens, templates, beginnings and ends -------------------------------------------------------------------------
 
 
 def test_named_templates_are_written_as_llama_cpp_reads_them() -> None:
@@ -348,14 +310,6 @@ def test_all_tokens_that_end_an_answer_are_written() -> None:
     assert "<unk>" in words.stops
 
 
-def test_a_tokenizer_without_a_chat_template_ends_at_eos() -> None:
-    tokenizer = pythia_tokenizer()
-    words = vocabulary(tokenizer, len(tokenizer), [0])
-    assert _ids(words) == {"bos": 0, "eos": 0, "unknown": 0}
-    assert "tokenizer.chat_template" not in words.metadata
-    assert not words.adds_bos
-
-
 @pytest.mark.parametrize(
     ("style", "template", "adds_bos"),
     [
@@ -373,3 +327,6 @@ def test_bos_is_added_where_tokenizer_and_template_write_it(style: str, template
     words = vocabulary(tokenizer, len(tokenizer), sorted(end_ids(tokenizer)))
     assert words.adds_bos is words.metadata["tokenizer.ggml.add_bos_token"] is adds_bos
     assert words.metadata["tokenizer.ggml.add_eos_token"] is False
+    bare = vocabulary(pythia_tokenizer(), len(pythia_tokenizer()), [0])
+    assert (_ids(bare), bare.adds_bos) == ({"bos": 0, "eos": 0, "unknown": 0}, False)
+    assert "tokenizer.chat_template" not in bare.metadata

@@ -87,10 +87,10 @@ class Store:
         (content / "evaluation.json").write_text(json.dumps(evaluation))
         identity = {"arms": {arm: _fingerprint(of)}}
         inputs = {arm: _fingerprint(of)}
-        return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
+        changes = {"identity": identity, "inputs": inputs, "created": name}
+        return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, **changes)
 
     def forget(self, **changes: Any) -> None:
-        """A measurement of the PPO policy."""
         content = self.root / "content"
         content.mkdir()
         row = {"name": "stage:ppo", "rise": {"mean": 16.39, "low": 14.0, "high": 19.0}}

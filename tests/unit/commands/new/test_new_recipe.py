@@ -32,7 +32,7 @@ from alignment.pipeline.backends import processes
 from alignment.stages import registry
 from alignment.stages.base import Proposals
 from tests.e2e.test_outside_kind import OUTSIDE
-from tests.hub import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import WRITTEN
 from tests.tiny import save_tiny_model
 
 BOTH = {"from-pairs": "both", "first": "learn"}
@@ -66,7 +66,7 @@ class New:
         console = Console(file=self._screen, width=200)
         given = Options(**{"model": self._model, **options})
         asking = {} if ask is None else {"ask": ask}
-        assert new_recipe(console, files, out=out, options=given, measure=measured, **asking) == 0
+        assert new_recipe(console, files, out=out, options=given, **asking) == 0
         recipe: Recipe = yaml_file.read(Path(out))
         return recipe
 
@@ -76,7 +76,8 @@ class New:
 
 
 @pytest.fixture
-def new(model: Path) -> New:
+def new(model: Path, monkeypatch: pytest.MonkeyPatch) -> New:
+    monkeypatch.setattr(processes, "call", lambda argv: worker.main(argv[3:]))
     return New(model)
 
 
@@ -86,7 +87,6 @@ def write(name: str, rows: Sequence[Any]) -> str:
 
 
 def rows_like(name: str, number: int = 60) -> list[Any]:
-    """Different rows of a format; labels take turns."""
     marks = {"2": "{} and 2", "Hi": "Hi {}", "Summarise": "Sum up {}", "haiku": "haiku {}"}
     rows = []
     for each in range(number):
@@ -122,12 +122,9 @@ def validator() -> Any:
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """Its stages; the recipe validates."""
     assert [fault.message for fault in validator().iter_errors(recipe)] == []
     return list(recipe["stages"])
 
-
-# ---- which stages ---------------------------------------------------------------------------------------------------
 
 PREFERENCES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 EXPECTED = {
@@ -160,13 +157,6 @@ def test_a_recipe_for_each_written_file_passes_a_plan(file: Path, new: New) -> N
     assert stages_of(recipe)[-1] == "report"
     if file.stem == "toolcalls":
         assert "3 records cannot be rendered, such as toolcalls.json: row " in new.printed
-
-
-@needs_public_data
-def test_a_recipe_for_pairs_of_people_passes_a_plan(new: New) -> None:
-    """Conversations of them are the beginnings of others, so some rows resemble what is held out."""
-    assert stages_of(new(str(PUBLIC / "oasst/pairs.jsonl"), answers=BOTH)) == PREFERENCES
-    assert "resemble prompts of evaluate" not in new.printed
 
 
 @pytest.mark.parametrize(("name", "heldout"), [("kto", False), ("preference", True)])
@@ -215,9 +205,6 @@ def test_a_scorer_is_used_beside_a_reward_model_and_only_a_metric_where_nothing_
     recipe = new(file, prompts, out="both.yaml", answers={**DIRECTLY, **scored})
     assert stages_of(recipe) == ["dpo", "ppo", "evaluate", "report"], "the prompts without answers ask for it"
     assert "also what is trained on" in Path("both.yaml").read_text()
-
-
-# ---- which values ---------------------------------------------------------------------------------------------------
 
 
 def test_values_follow_from_the_data(new: New) -> None:
@@ -321,9 +308,6 @@ def test_weights_in_float32_take_twice_as_much(
     assert f"take about {size} with {adapter}" in chosen.why
 
 
-# ---- what is held out -----------------------------------------------------------------------------------------------
-
-
 def test_held_out_prompts_are_learned_from_nowhere(new: New) -> None:
     """Nor is a faulty row."""
     asked = [f"What is {n} + 1?" for n in range(60)]
@@ -374,9 +358,6 @@ def test_prompts_of_the_user_are_held_out_with_rows_that_resemble_them_unless_mo
     assert len(lines_of("few-few-train.jsonl")) == 18
     new(write("most.jsonl", [*alike, *others[:4]]), heldout=own, out="most.yaml")
     assert not Path("most-most-train.jsonl").exists()
-
-
-# ---- what is asked and refused --------------------------------------------------------------------------------------
 
 
 def test_nothing_is_guessed_without_a_terminal(new: New, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,9 +446,6 @@ def test_a_recipe_whose_plan_is_refused_leaves_no_file(new: New, here: Path, mon
     assert "wrote" not in new.printed
 
 
-# ---- the command and its process ------------------------------------------------------------------------------------
-
-
 def test_the_command_counts_tokens_in_a_process_of_its_own(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,9 +473,6 @@ def test_an_error_of_that_process_is_the_commands(
     assert f"--model: {here / 'shapes'} has no *.safetensors file" in shown.err
     assert "wrote" not in shown.out
     assert files_in(here) == ["broken", "shapes", "talk.jsonl"]
-
-
-# ---- the text of a recipe -------------------------------------------------------------------------------------------
 
 
 def test_values_and_comments_are_written_as_people_write_them() -> None:

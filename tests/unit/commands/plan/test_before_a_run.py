@@ -65,57 +65,27 @@ ON_GPU = replace(LEARNS, host=16 * GB, first_rows=1000, assumed_tokens=2048)
 FAILED = replace(LATER, error="it calls the server at http://x")
 
 
+NOT_IN_4 = "dpo: 6.50 GB do not fit into 4.00 GB"
+SMALL = ["memory: each"]
+FIRST_ROWS = "dpo: FLOP and time cover only the first 1,000 rows"
+WHOLE_DISK = "while it trains; only 10.00 GB are free; set output to a folder on a larger disk"
+NO_LIBRARIES = "without importing libraries and without downloading, reading and storing files"
+
+
 @pytest.mark.parametrize(
     ("cost", "options", "expected", "absent"),
     [
-        (
-            costs(LESS, memory=4),
-            {},
-            ["dpo: 6.50 GB do not fit into 4.00 GB; 3.00 GB with optim.micro_batch_tokens=512 adapter@a=lora"],
-            ["memory: each"],
-        ),
-        (
-            costs(LEARNS, memory=4),
-            {},
-            ["dpo: 6.50 GB do not fit into 4.00 GB, even with the settings that were tried"],
-            ["memory: each"],
-        ),
-        (
-            costs(LEARNS, memory=4),
-            {"is_earlier": True},
-            ["dpo: 6.50 GB do not fit into 4.00 GB; --cost looks for settings that fit"],
-            [],
-        ),
-        (
-            costs(ON_GPU, device="h100", memory=80),
-            {},
-            [
-                "dpo: 16.00 GB of the host's memory",
-                "dpo: FLOP and time cover only the first 1,000 rows",
-                "dpo: micro_batch_tokens=auto counts as 2,048 tokens",
-            ],
-            ["time:"],
-        ),
-        (
-            costs(LEARNS, device="h100"),
-            {},
-            ["without importing libraries and without downloading, reading and storing files"],
-            [],
-        ),
+        (costs(LESS, memory=4), {}, [f"{NOT_IN_4}; 3.00 GB with optim.micro_batch_tokens=512 adapter@a=lora"], SMALL),
+        (costs(LEARNS, memory=4), {}, [f"{NOT_IN_4}, even with the settings that were tried"], SMALL),
+        (costs(LEARNS, memory=4), {"is_earlier": True}, [f"{NOT_IN_4}; --cost looks for settings that fit"], []),
+        (costs(ON_GPU, device="h100", memory=80), {}, ["dpo: 16.00 GB of the host's memory", FIRST_ROWS], ["time:"]),
+        (costs(ON_GPU), {}, ["dpo: micro_batch_tokens=auto counts as 2,048 tokens"], []),
+        (costs(LEARNS, device="h100"), {}, [NO_LIBRARIES], []),
         (costs(LEARNS, startup=0.0), {}, ["time: 1 min 01 s for all stages\n"], []),
-        (costs(LEARNS, memory=0), {}, [], ["memory: each"]),
-        (
-            costs(LEARNS, LATER),
-            {"free": 10.0 * GB},
-            ["while it trains; only 10.00 GB are free; set output to a folder on a larger disk"],
-            [],
-        ),
-        (
-            costs(LEARNS, FAILED),
-            {},
-            ["kto: not estimated: it calls the server at http://x"],
-            ["time:", "memory:", "disk:"],
-        ),
+        (costs(LEARNS, memory=0), {}, [], SMALL),
+        (costs(LEARNS, replace(LATER, fixed=9 * GB), memory=8), {}, ["kto: 15.00 GB do not fit into 8.00 GB"], SMALL),
+        (costs(LEARNS, LATER), {"free": 10.0 * GB}, [WHOLE_DISK], []),
+        (costs(LEARNS, FAILED), {}, ["kto: not estimated: it calls the server at"], ["time:", "memory:", "disk:"]),
     ],
 )
 def test_a_cost_says_what_does_not_fit_and_what_it_leaves_out(
@@ -163,8 +133,6 @@ def test_a_cost_that_cannot_be_estimated_is_refused(
     assert [word for word in words if word not in str(refused.value)] == []
     assert not (tmp_path / "artifacts").exists()
 
-
-# ---- previews -------------------------------------------------------------------------------------------------------
 
 SFT = ", sft: {kind: sft, data: {source: 'bundled:quickstart/conversations'}}"
 

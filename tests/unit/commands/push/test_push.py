@@ -42,8 +42,6 @@ class Hub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The routes of an upload by LFS."""
-
     server: Hub
 
     def do_GET(self) -> None:
@@ -149,7 +147,6 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """What an export leaves, without a model that could be loaded."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name, content in FILES.items():

@@ -94,17 +94,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stages": {"dpo": {"bata": 0.1}}}, f"stages.dpo: {NO_KEY.format('bata')}"),
     ({"stages": {"dpo": {"optim": {"lrr": 0.1}}}}, f"stages.dpo.optim: {NO_KEY.format('lrr')}"),
     ({"stages": {"dpo": {"updates": 3}}}, f"stages.dpo: {NO_KEY.format('updates')}"),
-
-
     ({"stages": {"mine": {"kind": "dpo", "updates": 3}}}, f"stages.mine: {NO_KEY.format('updates')}"),
     ({"stages": {"mine": {"packing": 1}}}, "stages.mine.packing: 1 is not of type 'boolean', 'string'"),
     ({"stages": {"dpo": {"beta": True}}}, "stages.dpo.beta: True is not of type 'number', 'string'"),
     ({"stages": {"dpo": {"beta": 0}}}, "stages.dpo.beta: 0 is less than or equal to the minimum of 0"),
     ({"stages": {"dpo": {"beta": "-1e-2"}}}, "stages.dpo.beta: '-1e-2' does not match "),
-
     ({"stages": {"dpo": {"loss": "sigmod"}}}, f"stages.dpo.loss: {NO_CHOICE.format('sigmod')}"),
     ({"stages": {"dpo": {"adapter": {"kind": "lra"}}}}, f"stages.dpo.adapter.kind: {NO_CHOICE.format('lra')}"),
-
     ({"stages": {"mine": {"kind": "stf"}}}, "stages.mine.kind: 'stf' is not one of "),
     ({"stages": {"a b": {"kind": "sft"}}}, "stages: 'a b' does not match "),
     ({"launch": {"backend": {"kind": "slurm", "tim": 1}}}, f"launch.backend: {NO_KEY.format('tim')}"),
@@ -113,7 +109,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tracking": {"tags": [""]}}, "tracking.tags.0: '' should be non-empty"),
     ({"defaults": ["base", {"stage@stages.dpo": "dop"}]}, "defaults.1.stage@stages.dpo: 'dop' is not one of "),
     ({"defaults": [{"override /adapter@stages.dpo.adapter": "qlor"}]}, "defaults.0.override /adapter@stages.dpo.adap"),
-
     ({"defaults": [{"launch": "zero4"}]}, "defaults.0.launch: 'zero4' is not one of "),
 ]  # fmt: skip
 

@@ -58,13 +58,11 @@ def ask(run: ServedRun) -> Ask:
 
 @pytest.fixture
 def arm(run: ServedRun) -> LoadedArm:
-    """An arm that a test may change."""
     (arm,) = arms_of(run, "dpo")
     return arm
 
 
 def chat(**changes: Any) -> dict[str, Any]:
-    """A request for one token."""
     return {"model": "dpo", "messages": HI, "max_tokens": 1, "temperature": 0, **changes}
 
 
@@ -75,17 +73,11 @@ def called(**function: Any) -> list[dict[str, Any]]:
 WRONG: list[Any] = [
     ("model", None, "model"),
     ("n", 2, "n"),
-    ("logprobs", True, "logprobs"),
     ("response_format", {"type": "json_object"}, "response_format"),
-    ("presence_penalty", 0.5, "presence_penalty"),
     ("generation_config", '{"num_beams": 500}', "generation_config"),
-    ("chat_template", "{{ 7 * 7 }}", "chat_template"),
     ("chat_template_kwargs", {"chat_template": "{{ 7 * 7 }}"}, "chat_template_kwargs.chat_template"),
-    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
-    ("chat_template_kwargs", {"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
     ("chat_template_kwargs", "x", "chat_template_kwargs"),
     ("max_tokens", 0, "max_tokens"),
-    ("max_tokens", 1.5, "max_tokens"),
     ("max_tokens", True, "max_tokens"),
     ("max_completion_tokens", "ten", "max_completion_tokens"),
     ("temperature", -1, "temperature"),
@@ -100,11 +92,9 @@ WRONG: list[Any] = [
     ("stream_options", {"include_usage": 1}, "include_usage"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"99999999": 1}, "logit_bias"),
-    ("logit_bias", {"5": "1"}, "logit_bias"),
     ("logit_bias", {"5": 1000}, "logit_bias"),
     ("tools", [5], "tools[0]"),
     ("messages", None, "messages"),
-    ("messages", "Hi.", "messages"),
     ("messages", [], "messages"),
     ("messages", ["Hi."], "messages[0]"),
     ("messages", [*HI, {"role": "king", "content": "Hi."}], "messages[1].role"),
@@ -127,18 +117,10 @@ def test_what_a_request_cannot_have_is_refused_by_name(ask: Ask, field: str, val
     assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", param)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("best_of", 2),
-        ("suffix", "."),
-        ("logprobs", 0),
-        ("messages", HI),
-        ("prompt", ""),
-        ("prompt", ["Hi."]),
-        ("prompt", "half \udfff"),
-    ],
-)
+OF_TEXTS = [("best_of", 2), ("suffix", "."), ("logprobs", 0), ("messages", HI), ("prompt", ""), ("prompt", ["Hi."])]
+
+
+@pytest.mark.parametrize(("field", "value"), [*OF_TEXTS, ("prompt", "half \udfff")])
 def test_completions_refuse_what_is_theirs(ask: Ask, field: str, value: Any) -> None:
     status, reply = ask("POST", TEXT, {"model": "dpo", "prompt": "Hi.", field: value})
     assert (status, reply["error"]["param"]) == (400, field)
@@ -208,9 +190,6 @@ def test_control_tokens_in_a_message_are_text_as_in_training(ask: Ask) -> None:
     assert reply["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, [Message(role="user", content=words)]))
 
 
-# ---- the chat template -----------------------------------------------------------------------------------------------
-
-
 def with_template(arm: LoadedArm, template: str) -> Ask:
     arm.tokenizer.chat_template = template
     return asking([arm])
@@ -262,21 +241,12 @@ def test_a_template_that_refuses_or_never_ends_is_a_refusal(arm: LoadedArm, monk
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     refuses = "{{ raise_exception('there is no third message') }}"
-    ask = with_template(
-        arm,
-        PLAIN
-        + "{% if messages | length == 2 %}"
-        + endless
-        + "{% endif %}"
-        + "{% if messages | length == 3 %}"
-        + refuses
-        + "{% endif %}",
-    )
-    status, reply = ask("POST", CHAT, chat(messages=HI * 2))
-    assert (status, reply["error"]["param"]) == (400, "messages")
-    status, reply = ask("POST", CHAT, chat(messages=HI * 3))
-    assert (status, reply["error"]["type"]) == (400, "invalid_request_error")
-    assert "there is no third message" in reply["error"]["message"]
+    of_length = "{{% if messages | length == {} %}}{}{{% endif %}}"
+    ask = with_template(arm, PLAIN + of_length.format(2, endless) + of_length.format(3, refuses))
+    for number, words in ((2, ""), (3, "there is no third message")):
+        status, reply = ask("POST", CHAT, chat(messages=HI * number))
+        assert (status, reply["error"]["param"]) == (400, "messages")
+        assert words in reply["error"]["message"]
     assert ask("POST", CHAT, chat())[0] == 200
 
 
@@ -292,7 +262,6 @@ def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(ask: Ask
 
 
 def pieces(stream: str) -> list[dict[str, Any]]:
-    """The events of a stream, which ends as OpenAI's do."""
     *events, end, empty = stream.split("\n\n")
     assert (end, empty) == ("data: [DONE]", "")
     return [json.loads(event.removeprefix("data: ")) for event in events]
@@ -360,9 +329,6 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(
     assert (status, reply["error"]["param"]) == (400, "messages")
 
 
-# ---- models for which transformers knows the form of an answer -------------------------------------------------------
-
-
 def answering(text: str, *, eos: str = "<|endoftext|>") -> Ask:
     """An arm of Qwen's kind that always gives this answer."""
     tokenizer = tokenizer_with_tools()
@@ -382,7 +348,6 @@ def answering(text: str, *, eos: str = "<|endoftext|>") -> Ask:
 
 
 def content(ask: Ask) -> tuple[str | None, str]:
-    """The answer at once, and in pieces."""
     (choice,) = ask("POST", CHAT, chat(max_tokens=100))[1]["choices"]
     streamed = pieces(ask("POST", CHAT, chat(max_tokens=100, stream=True))[1])
     parts = [piece["choices"][0]["delta"].get("content", "") for piece in streamed if "choices" in piece]
@@ -417,9 +382,6 @@ def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
     assert choice["finish_reason"] == "tool_calls"
 
 
-# ---- pieces of a stream ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "stops", "expected"),
     [
@@ -440,9 +402,6 @@ def test_pieces_of_any_size_end_where_the_whole_text_ends(
     cut = StopCut(stops)
     returned = [cut.after(text[start : start + size]) for start in range(0, len(text), size)]
     assert "".join([*returned, cut.rest()]) == expected
-
-
-# ---- clients that go away --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])

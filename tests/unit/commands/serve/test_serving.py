@@ -62,16 +62,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 
 def policies(run: ServedRun, *arms: str, of: str = "mine") -> list[StoredPolicy]:
-    """These policies of the run."""
     return PolicyFinder(Console(), of, run.output).policies(arms)
 
 
 def folder(run: ServedRun, stage: str, adapter: str) -> Path:
     """That of an adapter in a policy's artifact."""
     return Path(run.artifacts[stage].path or "") / "adapters" / adapter
-
-
-# ---- the driver -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,28 +143,21 @@ def test_the_printed_command_is_quoted_for_a_shell() -> None:
     )
 
 
-def test_a_disk_without_room_for_what_vllm_loads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
 
+    assert written_error(tmp_path) is None
+    for kind in (ConfigError, DataError, ModelError, ArtifactError):
+        write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
+        error = written_error(tmp_path)
+        assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
     monkeypatch.setattr("alignment.commands.serve.vllm_files.write_files", full)
     settings = tmp_path / "serve.json"
     settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
     assert worker.main([str(settings), "0"]) == DiskError.exit_code
     error = written_error(tmp_path)
-    assert isinstance(error, DiskError)
-    assert error.where == str(tmp_path / "merged")
-
-
-@pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, ArtifactError])
-def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, kind: type[AlignmentError]) -> None:
-    assert written_error(tmp_path) is None
-    write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
-    error = written_error(tmp_path)
-    assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
-
-
-# ---- what is loaded -------------------------------------------------------------------------------------------------
+    assert (type(error), error.where) == (DiskError, str(tmp_path / "merged"))
 
 
 def test_an_arm_has_the_weights_and_ends_of_training_and_the_whole_distribution(run: ServedRun) -> None:
@@ -241,14 +230,11 @@ def test_several_policies_share_one_tokenizer_and_one_set_of_ends(run: ServedRun
         write_files([replace(base, chat_template=f"path:{template}"), sft], VllmFiles(folder=tmp_path))
 
 
-# ---- sums of adapters -----------------------------------------------------------------------------------------------
-
 Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.self_attn.v_proj"
 INPUTS, OUTPUTS = 6, 5
 
 
 def saved(folder: Path, rank: int, modules: list[str], *, alpha: int, rslora: bool = False, seed: int) -> Path:
-    """An adapter as PEFT writes it."""
     rng = torch.Generator().manual_seed(seed)
     factors = {}
     for module in modules:
@@ -286,9 +272,6 @@ def test_the_sum_adds_to_each_weight_what_all_adapters_add(tmp_path: Path) -> No
     save_file({f"{Q}.weight": torch.zeros(2, 2)}, first / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"q_proj\.weight, which is not a factor"):
         write_sum([first, second], tmp_path / "sum")
-
-
-# ---- the policies of one vLLM server --------------------------------------------------------------------------------
 
 
 def test_several_policies_are_sums_of_adapters_on_their_base(run: ServedRun) -> None:

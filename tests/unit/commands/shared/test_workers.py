@@ -41,8 +41,6 @@ from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_spec, tiny_tokenizer
 from tests.unit.training.read_back import curves_of
 
-# ---- processes that are killed --------------------------------------------------------------------------------------
-
 KILLED = """\
 #!/bin/sh
 mkdir .out.partial
@@ -59,7 +57,6 @@ WRITERS = ("export", "add-tokens")
 
 
 def ends_by(number: int) -> list[str]:
-    """The command line of a process that ends by a signal."""
     return [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
 
 
@@ -102,8 +99,6 @@ def test_a_template_that_never_ends_is_named_and_other_exit_codes_are_the_worker
     with pytest.raises(StageError, match=f"chat: its process was ended by signal {int(signal.SIGTERM)}"):
         run_worker(ends_by(signal.SIGTERM), verb="chat")
 
-
-# ---- new tokens -----------------------------------------------------------------------------------------------------
 
 TOKENS = ["<|think|>", "<|/think|>"]
 TEXT = "The shop <|think|>is closed<|/think|> on Monday."
@@ -201,13 +196,10 @@ def test_a_token_that_cannot_be_new_is_refused_and_nothing_written(
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
-# ---- trackers -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("run", "to", "url", "words"),
     [
-        ("quickstrat", "tensorboard", "", r"there is no run 'quickstrat' under .*; did you mean 'quickstart'\?"),
+        ("quickstrat", "tensorboard", "", r"no run 'quickstrat' under .*; did you mean 'quickstart'\?"),
         ("quickstart", "mlflow", "http://me:s3cret@x", r"--url: not an address of a server; allowed: http"),
         ("quickstart", "mlflow", "", r"tracking.mlflow_url: no server is named"),
     ],
