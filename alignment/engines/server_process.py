@@ -346,8 +346,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
 
 def quiet_environment() -> dict[str, str]:
     """Variables that keep a vLLM server offline and free of telemetry."""
-    switched_on = dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"), "1")
-    return switched_on | {"TOKENIZERS_PARALLELISM": "false"}
+    flags = dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"), "1")
+    return flags | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def adapter_arguments(rank: int, adapters: int) -> Sequence[str]:

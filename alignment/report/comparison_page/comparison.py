@@ -7,6 +7,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -42,9 +43,17 @@ def rule(primary: str | None) -> str:
     )
 
 
+class Shared(NamedTuple):
+    """A prompt that several runs answered; ``arms`` are (arm, answers), an answer with the indices of its ``runs``."""
+
+    sample: Sample
+    why: str
+    arms: list[tuple[str, list[Row]]]
+
+
 def share(runs: Sequence[Run], num_samples: int) -> Row:
     """The prompts to show (``shown``), and the ``count`` of those that at least two runs answered by an arm of the same
-    name. ``arms`` of a prompt are (arm, answers); an answer has the indices of the ``runs`` that gave it."""
+    name."""
     samples_by_prompt: dict[str, dict[int, Sample]] = {}
     for run_index, run in enumerate(runs):
         for sample in run.samples:
@@ -58,11 +67,11 @@ def share(runs: Sequence[Run], num_samples: int) -> Row:
     ]
     arms_of = {id(chosen_sample): arms for chosen_sample, (_, arms) in zip(widest, shared, strict=True)}
     shown = [
-        {
-            "sample": chosen.sample,
-            "why": chosen.why,
-            "arms": [(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen.sample)].items()],
-        }
+        Shared(
+            chosen.sample,
+            chosen.why,
+            [(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen.sample)].items()],
+        )
         for chosen in choose(widest, num_samples, widest=WIDEST)
     ]
     return {"shown": shown, "count": len(shared)}

@@ -137,9 +137,7 @@ def test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_f
         session.close()
         assert engine.names == ["base"], "a server of the user has no adapter of ours left"
     first, second = (weights.name for weights in adapters)
-    assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first), (UNLOAD, second)], (
-        "loaded before it is forgotten"
-    )
+    assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first), (UNLOAD, second)], "loaded before forgotten"
     assert given[0] != given[1] != given[2]
 
 
