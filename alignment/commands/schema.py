@@ -101,7 +101,7 @@ def _defaults(folders: Sequence[Path]) -> Schema:
     """The list of files to start from; a name may also be that of a file beside the recipe."""
     return {
         "description": (
-            "Not needed. Files to start from: base, then a file for each stage (stage@stages.NAME: FILE), and _self_ last. "
+            "Not needed. Files to start from: base, a file for each stage (stage@stages.NAME: FILE), and _self_ last. "
             "'override /GROUP: FILE' replaces a choice of an earlier entry."
         ),
         "type": "array",

@@ -31,7 +31,9 @@ def long_form(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if isinstance(model, str) and (source := model_source(model, folder)):
         settings["model"] = {"source": source}
     overrides = [
-        {f"override /{group}": chosen} for group in ("model", "launch", "tracking") if (chosen := _take(settings, group))
+        {f"override /{group}": chosen}
+        for group in ("model", "launch", "tracking")
+        if (chosen := _take(settings, group))
     ]
     added: list[Any] = []
     for_all = _take(settings, "adapter")

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[4]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = jsonschema.Draft7Validator(recipe_schema())
 SWEEPS = jsonschema.Draft7Validator(sweep_schema())
-BESIDE_DEFAULTS = ("stages", "model", "launch", "tracking", "summary")
+BESIDE_DEFAULTS = ("stages", "adapter", "model", "launch", "tracking", "summary")
 """Keys of recipes of which the docs show a part."""
 
 
@@ -144,6 +144,27 @@ WRONG_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"parameters": [{"values": [1]}]}, "parameters.0: 'key' is a required property"),
     ({"pruning": {"pruner": "mediam"}}, "pruning.pruner: 'mediam' is not one of "),
 ]
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (
+            "{model: Qwen/Qwen2.5-0.5B, adapter: qlora, launch: {use: zero3}, tracking: [wandb], stages: {report: }}",
+            None,
+        ),
+        ("stages: {sft: {adapter: {use: dora, rank: 4}}, best: {kind: sft}, x: {use: evaluate_house_style}}", None),
+        ("adapter: qlorra", "adapter"),
+        ("launch: zero9", "launch"),
+        ("tracking: [wand]", "tracking.0"),
+        ("stages: {sft: {adapter: qlorra}}", "stages.sft.adapter"),
+        ("stages: {sft: {beta: 1}}", "stages.sft"),
+        ("stages: {mine: {use: other}}", "stages.mine.use"),
+    ],
+)
+def test_a_recipe_needs_no_defaults(text: str, where: str | None) -> None:
+    places = {fault.partition(":")[0] for fault in faults(RECIPES, yaml_file.load(text))}
+    assert places == ({where} if where else set())
 
 
 def test_a_fault_is_reported_where_it_stands() -> None:
