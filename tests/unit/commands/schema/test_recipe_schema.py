@@ -163,8 +163,8 @@ WRONG_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ],
 )
 def test_a_recipe_needs_no_defaults(text: str, where: str | None) -> None:
-    places = {fault.partition(":")[0] for fault in faults(RECIPES, yaml_file.load(text))}
-    assert places == ({where} if where else set())
+    paths = {fault.partition(":")[0] for fault in faults(RECIPES, yaml_file.load(text))}
+    assert paths == ({where} if where else set())
 
 
 def test_a_fault_is_reported_where_it_stands() -> None:
