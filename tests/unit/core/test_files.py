@@ -154,8 +154,6 @@ def _fail(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     real = Path.open
 
     class Full:
-        """A file that opens and takes nothing."""
-
         def __init__(self, stream: Any) -> None:
             self._stream = stream
 
@@ -328,7 +326,6 @@ def test_an_interrupted_or_impossible_write_leaves_nothing(tmp_path: Path) -> No
 
 
 def _publish_and_die(work: Path, target: Path, after_renames: int) -> None:
-    """Kills this process at the given ``os.replace``, as a power cut would."""
     real, count = os.replace, 0
 
     def replace(source: Path, destination: Path) -> None:

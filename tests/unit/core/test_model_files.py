@@ -31,7 +31,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model whose weights somebody moved out of it, with an index that leads to them."""
     save_tiny_model(tmp_path / "model")
     tiny_tokenizer().save_pretrained(str(tmp_path / "model"))
     os.rename(tmp_path / "model/model.safetensors", tmp_path / "elsewhere.safetensors")

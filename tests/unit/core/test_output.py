@@ -63,14 +63,12 @@ def test_rows_and_errors_cannot_command_the_terminal(tmp_path: Path, capsys: pyt
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs that are long at 2,000 bytes."""
     for name, size in (("LIMIT", 2000), ("HEAD", 40), ("TAIL", 400)):
         monkeypatch.setattr(terminal, name, size)
 
 
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
-    """A disk that takes no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -179,7 +177,6 @@ def test_characters_that_the_terminal_lacks_are_printed_as_numbers(encoding: str
 
 
 def _unread(argv: Sequence[str]) -> tuple[int, str]:
-    """Exit code and stderr of a command whose stdout is a pipe without a reader."""
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -272,7 +269,6 @@ OVER_TEXT = (
 
 @pytest.fixture
 def tokenizer() -> Any:
-    """Of a model whose template a test may set."""
     return tiny_tokenizer()
 
 

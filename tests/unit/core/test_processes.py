@@ -24,7 +24,6 @@ from tests.living import is_living, wait_until
 
 
 def busy(lock: Path) -> Busy:
-    """The error of another holder of a lock."""
     with pytest.raises(Busy) as caught, held(lock, wait=False):
         pytest.fail("two hold one lock")
     return caught.value
@@ -198,7 +197,6 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @pytest.fixture
 def family() -> Iterator[tuple[int, int]]:
-    """The ids of a child and of its child."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         yield parent.pid, int(parent.stdout.readline())

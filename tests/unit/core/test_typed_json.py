@@ -148,8 +148,6 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
 
 
 class Colour(Enum):
-    """An enum whose value is no text."""
-
     red = 1
 
 

@@ -284,8 +284,6 @@ CACHES_OF_A_CORE = 8 << 20
 
 
 class Written(TorchDispatchMode):
-    """Notes, in order, the runs of ``torch.mm`` and the bytes that other operations write in place."""
-
     def __init__(self) -> None:
         super().__init__()
         self.events: list[int | str] = []
@@ -398,13 +396,10 @@ def test_one_part_of_each_size_counts_for_all_of_that_size() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.t(),
         lambda x: x[3:, 1::2],
-        lambda x: x.split(16, dim=1),
         lambda x: x.mul_(2),
         lambda x: x.max(-1, keepdim=True),
         lambda x: torch.exp(x, out=torch.empty_like(x)),
-        lambda x: torch.zeros(64).add_(x[0]),
     ],
 )
 def test_an_operation_returns_the_same_again_for_arguments_of_the_same_shape(function: Any) -> None:

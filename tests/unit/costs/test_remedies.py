@@ -51,8 +51,6 @@ STATES = {"full": (40, 40, 80), "bare": (20, 20, 40), "lora": (20, 1, 2), "qlora
 
 @dataclass
 class Stage:
-    """A stage of which it is known what everything takes; it counts its estimates."""
-
     fails: tuple[str, ...] = ()
     estimated: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -80,18 +78,15 @@ EVERY = list(itertools.product(*(range(depth + 1) for depth in DEPTHS)))
 
 
 def every_set() -> Iterator[set[Levels]]:
-    """Every set of levels that might fit, with those whose choices free nothing or take memory."""
     for chosen in itertools.product((False, True), repeat=len(EVERY)):
         yield set(itertools.compress(EVERY, chosen))
 
 
 def is_freeing(fitting: set[Levels]) -> bool:
-    """Whether what fits still fits if a choice is taken further."""
     return all(other in fitting for levels in fitting for other in EVERY if all(map(int.__ge__, other, levels)))
 
 
 def chosen_of(fitting: set[Levels]) -> tuple[Levels | None, int]:
-    """What is chosen if these levels fit, and how often that was asked."""
     asked: list[Levels] = []
 
     def fits(levels: Levels) -> bool:
@@ -175,14 +170,11 @@ AS_LORA = "adapter@stages.dpo.adapter=lora"
 
 
 class Untimed(Timer):
-    """A device on which no operation may be timed."""
-
     def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
         raise AssertionError("an operation was timed")
 
 
 def ways_of(spec: StageSpec) -> list[Way]:
-    """Training all weights and LoRA, without sizes of micro-batches, to save estimates."""
     own: tuple[str, ...] = ()
     ways = []
     for overrides, adapter in ((own, FULL), ((AS_LORA,), PROPOSALS_LORA)):
@@ -193,7 +185,6 @@ def ways_of(spec: StageSpec) -> list[Way]:
 
 
 def combinations(way: Way) -> list[tuple[int, ...]]:
-    """Every level of every choice."""
     levels: list[tuple[int, ...]] = [()]
     for choice in way.choices:
         levels = [(*before, level) for before in levels for level in range(len(choice.values) + 1)]
@@ -210,7 +201,6 @@ Estimate = Callable[[Way, Mapping[str, Any]], StageCost]
 
 @pytest.fixture
 def estimate(stage: StageSpec) -> Estimate:
-    """Estimates each combination once."""
     costs: dict[Any, StageCost] = {}
 
     def cost(way: Way, settings: Mapping[str, Any]) -> StageCost:
@@ -290,7 +280,6 @@ def test_what_cannot_be_estimated_is_not_proposed() -> None:
 
 
 def peak_with(overrides: list[str]) -> int:
-    """What the stage takes with these settings."""
     way = next((way for way in WAYS if way.overrides and set(way.overrides) <= set(overrides)), OWN)
     settings = {
         choice.field: value

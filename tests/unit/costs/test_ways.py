@@ -56,7 +56,6 @@ def timer() -> Timer:
 
 
 def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
-    """A stage of eight pairs, four a step, on a base without weights."""
     rows = folder / "pairs.jsonl"
     pairs = [
         {
@@ -89,8 +88,6 @@ def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
 
 
 class AsExpected(Timer):
-    """This machine, on which every operation takes as long as it is expected to."""
-
     def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
         return [
             flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
@@ -174,7 +171,6 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
 
 
 def evaluation(folder: Path, *, batch_size: int, max_new_tokens: int = 40) -> StageSpec:
-    """An evaluation of a base without weights on 64 prompts, in a folder without answers of another one."""
     folder.mkdir()
     rows = folder / "prompts.jsonl"
     prompts = [{"prompt": f"When is shop {n} closed?"} for n in range(10, 74)]
@@ -335,8 +331,6 @@ Estimate = Callable[..., StageCost]
 
 @pytest.fixture
 def estimate(tmp_path: Path) -> Estimate:
-    """The cost on an H100 of a stage that learns from two rows of some words."""
-
     def cost(
         model: PreTrainedConfig,
         adapter: AdapterConfig,
@@ -368,8 +362,6 @@ def estimate(tmp_path: Path) -> Estimate:
 
 
 class FreeOperations(Timer):
-    """A device on which operations take no time."""
-
     def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
         return [0.0] * len(operations)
 

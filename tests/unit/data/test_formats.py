@@ -452,13 +452,6 @@ def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], 
             _records(LabelledAnswer, row | {"label": label})
 
 
-@pytest.mark.parametrize(("value", "text"), [(7, "7"), ("", ""), (None, "")])
-def test_the_id_of_a_call_is_text(value: Any, text: str) -> None:
-    turn = {"role": "tool", "content": "4", "tool_call_id": value}
-    (conversation,) = _records(Conversation, {"messages": [ASKED, turn, ANSWER]})
-    assert conversation.messages[1].call_id == text
-
-
 def test_choices_in_another_notation_are_refused_and_free_text_is_none() -> None:
     """Otherwise the row would be a question without choices, whose answer is their index."""
     with pytest.raises(DataError, match="'choices' must be a list, or JSON of one"):

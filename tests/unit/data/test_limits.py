@@ -37,7 +37,6 @@ def _mixed(own: int, *parts: tuple[MixedConfig, int], seed: int = 0) -> list[str
     [
         (1000, [(MixedConfig(share=0.2), 1000), (MixedConfig(share=0.1), 1000)], [1000, 286, 143]),
         (80, [(MixedConfig(count=20), 100), (MixedConfig(share=0.5), 1000)], [80, 20, 100]),
-        (60, [(MixedConfig(), 40)], [60, 40]),  # without share and count, all of it
         (60, [(MixedConfig(), 40), (MixedConfig(share=0.2), 1000)], [60, 40, 25]),
     ],
 )
@@ -119,7 +118,6 @@ def test_the_limits_that_a_longer_row_breaks_are_named(limits: Limits, message: 
         (Limits(row=9, prompt=4, too_long=LEFT), [1, 3, 4, 5], [6, 7, 8]),
         (Limits(row=7, answer=2, too_long=LEFT), [1, 2, 3, 4, 5], [6, 7]),
         (Limits(row=7, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
-        (Limits(row=9, prompt=4, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
     ],
 )
 def test_an_answer_loses_its_end_and_the_prompt_its_side(limits: Limits, prompt: list[int], chosen: list[int]) -> None:

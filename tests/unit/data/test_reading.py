@@ -22,9 +22,7 @@ from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import iterate, read_records, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.row_files import RawRow, rows_of
-from alignment.data.source_files import locate
 from alignment.data.turns import Message
-from alignment.stages.registry import kinds
 
 ALL = DataConfig(source="")
 SKIP = DataConfig(source="", on_error=OnError.skip)
@@ -214,26 +212,6 @@ def test_a_fault_of_many_rows_is_told_once_with_advice_for_each_kind(tmp_path: P
     assert "on_error" not in str(_refused(_written(file, [BAD] * 3), ALL)), "nobody is told to leave out all rows"
 
 
-def test_faults_name_the_setting_and_the_rows_that_were_read(tmp_path: Path) -> None:
-    file = _written(tmp_path / "rows.jsonl", [*[BAD] * 2, *[GOOD] * 38])
-
-    def refused(data: DataConfig) -> tuple[str, str]:
-        reading = start(file, data, setting="stages.sft.data")
-        first, *_, last = str(_refused(file, data, reading=reading)).splitlines()
-        return first, last
-
-    first, last = refused(replace(ALL, limit=1))
-    assert first == "stages.sft.data: 2 faulty rows among the first 3 rows:"
-    assert "stages.sft.data.on_error=skip" in last
-    assert "(stages.sft.data.max_skipped)" in last
-    first, last = refused(ALL)
-    assert first == "stages.sft.data: 2 faulty rows:"
-    assert last.endswith("; stages.sft.data.on_error=skip leaves out the faulty ones")
-    first, last = refused(replace(SKIP, max_skipped=0.01))
-    assert first == "stages.sft.data: more than 1% of 40 rows are faulty; 2 faulty rows:"
-    assert last.endswith("stages.sft.data.max_skipped=0.05")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "where", "message"),
     [
@@ -307,7 +285,6 @@ def _made(record: Any, row: Any, form: str = "messages") -> Any:
         ([{**RECORDS_ANSWER, "content": "", "thinking": "Add.", "tool_calls": [{"name": "add"}]}], {}, ""),
         ([RECORDS_ANSWER], {"reference": "Four."}, "Four."),
         ([], {"reference": 4.0}, "4"),
-        ([], {"reference": 4.5}, "4.5"),
         ([], {"reference": None}, ""),
         ([], {"reference": math.nan}, ""),  # as pandas writes an absent text
         ([], {"reference": ["4.", "Four."]}, ""),  # for metrics that take the best of several
@@ -362,10 +339,8 @@ def test_a_pair_holds_the_scores_of_its_row(chosen: Any, rejected: Any, expected
         {},
         {"chosen_score": 9},
         {"chosen_score": "nan", "rejected_score": "1"},
-        {"chosen_score": "", "rejected_score": "1"},
         {"chosen_score": True, "rejected_score": 0},
         {"chosen_score": 1e308, "rejected_score": -1e308},
-        {"chosen_score": 1, "rejected_score": math.inf},
     ],
 )
 def test_a_pair_without_two_finite_numbers_has_no_scores_and_no_margin(scores: dict[str, Any]) -> None:
@@ -383,16 +358,6 @@ def test_the_answer_to_a_question_is_one_of_its_choices_or_the_index_of_one(answ
     assert _made(Question, row, "choices") == question
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("sft", "conversations"), ("reward", "preferences"), ("ppo", "preferences"), ("evaluate", "heldout")],
-)
-def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) -> None:
-    record = kinds()[kind].data(kinds()[kind].config())[0].record
-    rows = read_records(locate(f"bundled:quickstart/{name}"), record, DataConfig(source=""))
-    assert len({row.id for row in rows}) == len(rows) >= 100
-
-
 def _graded(**answers: float) -> dict[str, Any]:
     return {"prompt": "?", "completions": [{"text": text, "score": score} for text, score in answers.items()]}
 
@@ -408,10 +373,7 @@ NO_RECORD: list[tuple[Any, str, Any, str]] = [
     (LabelledAnswer, "ranked", _graded(a=1, b=2, c=3), "'label' is missing: the row has 3 answers"),
     (LabelledAnswer, "ranked", _graded(a=1, b=1), "same rank"),
     (LabelledAnswer, "text", {"text": "2 + 2 is 4."}, "plain text"),
-    (Question, "messages", {"messages": [USER]}, "'choices' is missing"),
     (Question, "choices", CHOICES | {"answer": "6"}, "'answer' is '6'"),
-    (Question, "choices", CHOICES | {"answer": -1}, "'answer' is -1"),
-    (Question, "choices", CHOICES | {"answer": True}, "'answer' must be text"),
     (Question, "choices", CHOICES | {"choices": ["4", "4 ", "5"]}, "'choices' contains '4' twice"),
     (Question, "choices", CHOICES | {"choices": ["4"]}, "'choices' has fewer than two"),
     (Question, "ranked", _graded(a=9, b=9), "'choices' has several best answers"),

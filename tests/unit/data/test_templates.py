@@ -103,8 +103,6 @@ def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -
     ("source", "words"),
     [
         ("path:nowhere.jinja", "path:FILE"),
-        ("llama", "path:FILE"),
-        ("path:", "path:FILE"),
         ("trl:qwen3_trainig", "did you mean trl:qwen3_training?"),
     ],
 )
@@ -142,11 +140,8 @@ def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> Non
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"enable_thinking": False},
-    "qwen3_5_nothink": {"enable_thinking": True},
-    "qwen3_8": {"reasoning_effort": "low"},
     "gptoss": {"reasoning_effort": "high", "model_identity": "You are tiny.", "builtin_tools": ["python"]},
     "nemotron_3_nano": {"enable_thinking": False, "truncate_history_thinking": False},
-    "nemotron_3_super": {"low_effort": True},
 }
 
 
@@ -172,7 +167,6 @@ def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
     [
         ("qwen3", {"enable_thinking"}),
         ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
-        ("qwen3_training", {"enable_thinking"}),
         ("{% set mood = 1 %}{{ mood }}{% for turn in messages %}{{ turn }}{% endfor %}", set()),
         ("{% set mood = mood if mood is defined else 1 %}{{ mood }}", {"mood"}),
         ("{% generation %}{{ mood }}{% endgeneration %}{{ strftime_now('%Y') }}", {"mood"}),
@@ -192,8 +186,6 @@ def test_the_options_of_a_template_are_the_names_that_it_reads_before_it_sets_th
         ({"messages": 1}, ".messages", "no option"),
         ({"enable_thinking": None}, ".enable_thinking", "~model.template_options.enable_thinking"),
         ({"enable_thinking": {"a": 1}}, ".enable_thinking", "true or false, a number, a text, or a list"),
-        ({"enable_thinking": [[1]]}, ".enable_thinking", "true or false, a number"),
-        ({"enable_thinking": float("inf")}, ".enable_thinking", "inf"),
     ],
 )
 def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str, words: str) -> None:
@@ -298,10 +290,7 @@ def _real(name: str, family: Any = QWEN, options: Any = None) -> Any:
 
 
 def _tokenizer(case: Case) -> Any:
-    template = text_of(case.name)
-    if template is None:
-        pytest.skip(f"there is no template {case.name} on this machine")
-    return dressed(case.family, template, case.options)
+    return _real(case.name, case.family, case.options)
 
 
 def _tokenized(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> Tokenized:
@@ -335,7 +324,7 @@ def _check(case: Case, messages: list[Message], tools: tuple[Any, ...] = ()) -> 
 @pytest.mark.parametrize("system", [False, True], ids=["no system turn", "a system turn"])
 def test_answers_without_thoughts_are_learned_exactly(case: Case, system: bool) -> None:
     messages = [SYSTEM, *PLAIN] if system else PLAIN
-    if case.without_thought and (case.takes_system or not system):
+    if case.without_thought:
         whole = _check(case, messages)
         assert len(whole.rows) == (1 if case.keeps else 3)
         assert whole.lost == frozenset()
@@ -397,7 +386,6 @@ TWO_CALLS = [_user("2 + 2?"), _answer("", tool_calls=(CALL, OTHER_CALL))]
         (PHI_LIKE, PHI_4, PLAIN, set()),
         (JSON_AND_TRIMMED, PHI_4, ODD, set()),
         ("gptoss", GPT_OSS, TWO_CALLS, {"calls of tools"}),
-        ("qwen3", QWEN, TWO_CALLS, set()),
     ],
 )
 def test_what_a_template_drops_is_named(name: str, family: Any, messages: list[Message], lost: set[str]) -> None:
@@ -438,11 +426,6 @@ def test_a_generated_answer_without_its_opening_tag_is_read_as_thought_and_answe
     written = [_user("2 + 2?"), _answer("Two and two.\n</think>\n\nFour."), _user("Sure?")]
     in_a_field = [written[0], _answer("Four.", "Two and two."), written[2]]
     assert prompt_ids(tokenizer, written) == prompt_ids(tokenizer, in_a_field)
-
-
-def test_a_template_that_knows_no_thoughts_gets_the_words_of_the_row() -> None:
-    tokenizer = dressed(PHI_4, PHI_LIKE)
-    assert _learned_alone(tokenizer, _talk("Hi.", "a</think>b")) == "a</think>b<|im_end|>"
 
 
 def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -33,7 +33,6 @@ from alignment.data.tokens.tokenize import (
 )
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.training.session import Preempted
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -66,7 +65,6 @@ MANY = _turns("Hi.", "Hello.", "Open?", "From nine.", "Thanks", "Bye.")
 TALKS = {
     "one turn": HI,
     "many turns": MANY,
-    "an answer of one letter": _turns("Letter?", "A"),
     "an answer of blanks": _turns("Hi.", "   "),
     "blanks around an answer": _turns(" Hi.\n\n", "\n Hello ,  you.\n\n"),
     "other scripts": _turns("Où est Łukasz? 東京", "À 7 h, près du café – “chez Zoë” 🙂."),
@@ -259,10 +257,6 @@ TEMPLATES = {
         EACH + OPEN.format("<|im_start|>assistant\n<think>"),
         "renders a prompt differently when an answer follows it",
     ),
-    "it counts the turns": (
-        "{{ messages | length }}" + EACH + OPEN.format("<|im_start|>assistant\n"),
-        "renders a prompt differently when an answer follows it",
-    ),
 }
 
 
@@ -272,20 +266,6 @@ def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
     tokenizer.chat_template, message = TEMPLATES[name]
     with pytest.raises(DataError, match=message):
         tokenize_conversation(tokenizer, HI)
-
-
-def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
-    """It is raised by a signal, wherever the stage is: while a template is at work, say."""
-
-    class Stopped:
-        chat_template = "{{ messages }}"
-        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
-
-        def apply_chat_template(self, *_: Any, **__: Any) -> str:
-            raise Preempted
-
-    with pytest.raises(Preempted):
-        prompt_ids(Stopped(), HI[:1])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def reply() -> dict[str, Any]:
-    """What a server gives: one answer of the full length, and one that ends."""
     first = {
         "index": 0,
         "token_ids": [4, 7, 8],
@@ -86,7 +85,6 @@ def test_a_wrong_reply_is_refused(fault: str) -> None:
 
 @contextmanager
 def asking(base: Path, *, key: str = "", **changes: Any) -> Iterator[tuple[FakeEngine, EngineClient]]:
-    """A server, and a client of it."""
     with engine_server(base, key=key) as engine:
         config = replace(SamplingConfig(engine=Engine.vllm, timeout=5.0, retries=0), **changes)
         with closing(EngineClient(config, engine.url, key, where=WHERE)) as client:

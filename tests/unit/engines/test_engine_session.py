@@ -36,7 +36,6 @@ REPLACING = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Weights]:
-    """Two adapters that do something, and not the same."""
     folder = tmp_path_factory.mktemp("adapters")
     weights = []
     for number in range(2):
@@ -72,7 +71,6 @@ def session_with(
 
 @contextmanager
 def at_url(base: Path, folder: Path, **settings: Any) -> Iterator[tuple[FakeEngine, EngineSession]]:
-    """A session with a server that runs already."""
     with engine_server(base) as engine, session_with(folder, url=f"{engine.url}/v1/", **settings) as session:
         session.start(options(base))
         yield engine, session
@@ -80,14 +78,12 @@ def at_url(base: Path, folder: Path, **settings: Any) -> Iterator[tuple[FakeEngi
 
 @contextmanager
 def started(base: Path, folder: Path, planted: Planted, **settings: Any) -> Iterator[EngineSession]:
-    """A session with a server of its own."""
     with session_with(folder, python=str(interpreter_of(folder, planted)), **settings) as session:
         session.start(options(base))
         yield session
 
 
 def servers_under(folder: Path) -> list[psutil.Process]:
-    """Servers whose temporary files are in ``folder``."""
     named = []
     for process in psutil.process_iter(["environ", "status"]):
         alive = process.info["status"] != psutil.STATUS_ZOMBIE
@@ -97,7 +93,6 @@ def servers_under(folder: Path) -> list[psutil.Process]:
 
 
 def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAnswer]]:
-    """What an undisturbed engine gives."""
     with at_url(base, folder) as (_, session):
         session.use(weights)
         return session.answers(weights, ASKED, GENERATION)

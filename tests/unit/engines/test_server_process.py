@@ -71,27 +71,22 @@ keeper_process.main(Path(sys.argv[1]))
 
 
 def command(folder: Path) -> ServerCommand:
-    """The server above."""
     return ServerCommand(name="the server", argv=[sys.executable, "-c", PARENT, PORT, str(folder), KEY])
 
 
 def started(keeper: Keeper, folder: Path) -> ServerProcess:
-    """It, once it answers."""
     return ServerProcess(keeper, command(folder), log=folder / "log", where="sampling", start_timeout=30)
 
 
 def program(text: str) -> ServerCommand:
-    """A server that ends at once."""
     return ServerCommand(name="the server", argv=[sys.executable, "-c", text], smaller="lower sampling.cache_gb")
 
 
 def pids(folder: Path) -> list[int]:
-    """The server's process and its child's."""
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
 def gone(folder: Path) -> bool:
-    """Whether both have ended."""
     return not any(is_living(pid) for pid in pids(folder))
 
 

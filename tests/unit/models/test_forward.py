@@ -241,23 +241,6 @@ def test_under_autocast_gradients_stay_close_to_those_of_the_plain_forward(
         assert relative(of_model, of_reference) < 0.15, name
 
 
-BATCHES = ["pairs of one prompt", "ragged", "answers to one prompt", "one-token completions"]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rows", BATCHES)
-def test_answers_behind_a_shared_prompt_learn_like_padded_rows(architecture: str, rows: str) -> None:
-    model, reference = tiny_model(architecture), twin(tiny_model(architecture))
-    use_flat_attention(model)
-    prompts, answers = zip(*ROWS[rows], strict=True)
-    loss = -answer_statistics(model, answer_stream(prompts, answers, CPU)).logprobs.mean()
-    expected = plain(reference, padded(ROWS[rows])).loss
-    loss.backward()
-    expected.backward()
-    assert relative(loss, expected) < 1e-5
-    assert_same_gradients(model, reference)
-
-
 PROMPTS = [prompt for name in ROWS for prompt, _ in ROWS[name]]
 ANSWERS = [answer for name in ROWS for _, answer in ROWS[name]]
 

@@ -121,22 +121,6 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
     assert relative(expected, truth) < bound
 
 
-def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
-    model = _fused("llama", AdapterConfig(rank=4))
-    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    for most, rows, copied, joined in (
-        (2 * numbers, layout.FEW_ROWS, True, True),
-        (2 * numbers - 1, layout.FEW_ROWS, False, True),
-        (2 * numbers, layout.FEW_ROWS + 1, False, False),
-    ):
-        monkeypatch.setattr(layout, "COPIED_BYTES", most)
-        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model, rows):
-            functions = [vars(module)[JOINT].__qualname__ for module in model.modules() if JOINT in vars(module)]
-        assert bool(functions) is joined
-        assert any("_in_one_product" in name for name in functions) is copied
-
-
 @pytest.mark.parametrize("active", [["default"], ["default", "second"]])
 def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_prepacked(active: list[str]) -> None:
     config = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"k_proj": 7, "up_proj": 1}, use_rslora=True)

@@ -29,10 +29,10 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
-from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
+from alignment.models.forward.two_threads import balanced, can_share, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
-from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, relative, twin
+from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, twin
 
 
 @pytest.fixture(autouse=True)
@@ -51,19 +51,6 @@ def _two_threads(_one_thread: None) -> None:
 )
 def test_the_largest_goes_first_to_whom_has_less(costs: tuple[int, ...], expected: tuple[list[int], list[int]]) -> None:
     assert balanced(costs) == expected
-
-
-def test_results_come_in_order_from_two_threads() -> None:
-    threads = {}
-
-    def work(number: int) -> int:
-        threads[number] = threading.current_thread().name
-        time.sleep(0.01)
-        return number * number
-
-    assert each_of([1, 2, 3, 4], work, [10, 20, 30, 10]) == [1, 4, 9, 16]
-    assert threads[2] == threads[1] != threads[3]  # 30 and 20, then 10 each
-    assert threads[3] == threads[4]
 
 
 @pytest.mark.parametrize(
@@ -175,19 +162,6 @@ def test_values_and_gradients_are_those_of_the_plain_forward(
     install_causal(unwrapped(model))
     assert_learns_alike(model, reference, padded(BATCHES[rows]))
     assert rows != "equal rows" or trained_passes == APART
-
-
-@torch.no_grad()
-def test_states_without_gradients_are_in_the_order_of_the_whole_stream(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    rows = [([7, 8, 9], [4] * length) for length in (20, 3, 11, 9, 4)]
-    apart = _states(model, rows)
-    assert [name for name, _ in passes] == ["part", "part"]
-    torch.set_num_threads(1)
-    whole = _states(model, rows)
-    assert passes[2:] == [("MainThread", 5)]
-    assert not apart.requires_grad
-    assert relative(apart, whole) < 1e-6
 
 
 def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(

@@ -25,7 +25,6 @@ ANSWERS = answers_to(PROMPTS, ["Hello there.", "No."])
 
 
 def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANSWERS) -> list[float]:
-    """What a function with this body makes of answers."""
     file = folder / "score.py"
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
     scores: list[float] = scorer_of(file, "brevity").scores(answers).tolist()
@@ -73,7 +72,6 @@ IN_FRONT = "import os, sys; sys.path.insert(0, os.path.dirname(__file__)); "
 
 
 def constant_of(folder: Path, value: float, *, imports: str = "from helper import VALUE", lazily: bool = False) -> Any:
-    """A scorer that gives every answer the ``value`` in a package beside its file, behind a symlink."""
     (folder / "package").mkdir(parents=True)
     (folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
     (folder / "package/constants.py").write_text(f"VALUE = {value}\n")

@@ -25,14 +25,11 @@ PROMPTS = [prompt(line=number + 1) for number in range(4)]
 
 
 class FixedScorer:
-    """Gives what it was told to give, and remembers what it was asked."""
-
     def __init__(self, scores: Sequence[float] = ()) -> None:
         self._scores = scores
         self.asked: list[Answers] = []
 
     def scores(self, answers: Answers) -> torch.Tensor:
-        """The scores, whatever the answers."""
         self.asked.append(answers)
         return torch.tensor(self._scores)
 
@@ -56,7 +53,6 @@ def scores_of(**scores: Sequence[float]) -> Scores:
 
 
 def learned(slot: RewardMix, scores: Scores) -> torch.Tensor:
-    """The total as training takes it: after the running means have taken the scores in."""
     slot.observe(scores)
     return slot.total(scores)
 
@@ -155,7 +151,6 @@ def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
 
 
 def cautious(**changes: float | bool) -> RewardMix:
-    """A rule, and twice the lower bound of two members, of which the first is normalised and the second clipped."""
     members = [
         Part(source="stage:first", scorer=FixedScorer([5.0, 7.0]), normalize=True),
         Part(source="stage:second", scorer=FixedScorer([-9.0, 1.0]), clip=2.0, weight=100.0),

@@ -50,7 +50,6 @@ TEXTS = ["On Monday.", "", "It is closed on Monday, and the keys are with the ca
 
 
 def tokenizer_of_another_family() -> PreTrainedTokenizerFast:
-    """Other ids for the same text, another template, pad equal to the token that ends a turn."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["shop", "Monday", "keys"])
     tokenizer.chat_template = TEMPLATE
@@ -58,7 +57,6 @@ def tokenizer_of_another_family() -> PreTrainedTokenizerFast:
 
 
 def external(folder: Path, architecture: str = "llama", *, template: str = "", **changes: Any) -> Path:
-    """A reward model as a hub has them; ``template`` stands in front of its own."""
     tokenizer = tokenizer_of_another_family()
     tokenizer.chat_template = template + TEMPLATE
     tiny_scorer(architecture, vocab_size=len(tokenizer), seed=3, **changes).save_pretrained(str(folder))
@@ -73,13 +71,11 @@ def scorer(folder: Path, *, tokens: int = 1000, prompts: Sequence[Prompt] = PROM
 
 
 def conversation(question: Prompt, answer: str) -> str:
-    """What the template says, written by hand."""
     return f"[user] {question.messages[-1].content} {END}[assistant] {answer} {END}"
 
 
 @torch.no_grad()
 def expected(folder: Path, question: Prompt, answer: str) -> float:
-    """The score of the last token, by the plain model on this row alone."""
     model = AutoModelForSequenceClassification.from_pretrained(str(folder), attn_implementation="eager")
     ids = torch.tensor([load_tokenizer(folder)(conversation(question, answer), add_special_tokens=False)["input_ids"]])
     return float(model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1])
@@ -221,7 +217,6 @@ MEMBERS = [MemberConfig(source="length", target=4), MemberConfig(source="regex",
 
 @pytest.fixture
 def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
@@ -233,7 +228,6 @@ def slot(
     fields: Sequence[str] = FIELDS,
     **changes: Any,
 ) -> RewardMix:
-    """The scorers at these fields of a stage as one reward."""
     spec = tiny_spec(tmp_path, PpoConfig(), **changes)
     named = dict(zip(fields, scorers, strict=False))
     return build_rewards(named, spec, load_tokenizer(spec.base_path), TWO_PROMPTS, reward_model, RUN)
@@ -245,7 +239,6 @@ def scored(mix: RewardMix, base: Lineage) -> Scores:
 
 
 def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
-    """Each scorer's scores."""
     return {name: values.tolist() for name, values in scored(mix, base).by_name().items()}
 
 

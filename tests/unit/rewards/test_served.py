@@ -183,7 +183,6 @@ FIELD = "scorers[0]"
 
 
 def length_scores(body: dict[str, Any], _: int = 0) -> Response:
-    """Each answer's number of characters."""
     scores = [{"id": item["id"], "score": len(item["answer"]) / 2} for item in body["items"]]
     return Response(body=json.dumps({"scores": scores}))
 
