@@ -1,9 +1,7 @@
-"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER``.
-
-Every stage does what it would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and
-for a few steps. Its result is an artifact whose weights are missing, from which later stages start. ``--device`` names
-a GPU of alignment/costs/devices.py; else the machine's own operations are timed.
-"""
+"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER``. Every stage does what it
+would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and for a few steps. Its
+result is an artifact whose weights are missing, from which later stages start. ``--device`` names a GPU of
+alignment/costs/devices.py; else the machine's own operations are timed."""
 
 from __future__ import annotations
 
@@ -185,10 +183,8 @@ def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) 
 
 
 class Timer:
-    """How stages are estimated, and seconds of operations on a device, of which equal ones are timed once.
-
-    ``fixed`` are the bytes that a process takes there before it has a model, and ``startup`` the seconds.
-    """
+    """How stages are estimated, and seconds of operations on a device, of which equal ones are timed once. ``fixed``
+    are the bytes that a process takes there before it has a model, and ``startup`` the seconds."""
 
     def __init__(self, device: str, *, tries_longest: bool = True, processes: int = 1) -> None:
         self.tries_longest = tries_longest
@@ -209,10 +205,8 @@ class Timer:
         return other
 
     def seconds(self, operations: Mapping[Key, tuple[Operation, float]]) -> dict[Key, float]:
-        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next.
-
-        On a CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes.
-        """
+        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next. On a
+        CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes."""
         if not self._counts_time:
             return dict.fromkeys(operations, 0.0)
         alikes = {
@@ -395,11 +389,9 @@ def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, Pha
 
 
 def _beside(name: str, phase: Phase, recorder: Recorder, repeats: Repeats) -> int:
-    """Bytes beside the tensors of a process on a CPU once it computes.
-
-    Sampled answers have ever new lengths, so that there is soon code for as many shapes as oneDNN caches, if it makes
-    any. Micro-batches have new lengths too, those of later steps as many as those of the last step that ran.
-    """
+    """Bytes beside the tensors of a process on a CPU once it computes. Sampled answers have ever new lengths, so that
+    there is soon code for as many shapes as oneDNN caches, if it makes any. Micro-batches have new lengths too, those
+    of later steps as many as those of the last step that ran."""
     if name in BEFORE:
         return 0
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default

@@ -34,10 +34,8 @@ class StageInput:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
     """One stage, resolved. Paths are absolute. Of how it is launched it knows what its processes share out.
-
-    ``produces`` is the kind of artifact that it makes.
-    ``extra_data`` holds files beside the main one, by the field that names them: ``{"ptx.data": Path("…")}``.
-    """
+    ``produces`` is the kind of artifact that it makes. ``extra_data`` holds files beside the main one, by the field
+    that names them: ``{"ptx.data": Path("…")}``."""
 
     run: str
     recipe: str

@@ -1,10 +1,8 @@
-"""Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``.
-
-The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
-any training: no chat template, rows that are all too long, a scorer that fails, a base model that a stage or its
-adapter does not fit. It reads the first rows of each source to learn from, and calls each of the user's functions with
-one answer to a row of each class. The outcome is written to ``status.json`` next to the log.
-"""
+"""Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``. The driver starts it
+before the first stage of a run, so that faults that would stop a later stage are reported before any training: no chat
+template, rows that are all too long, a scorer that fails, a base model that a stage or its adapter does not fit. It
+reads the first rows of each source to learn from, and calls each of the user's functions with one answer to a row of
+each class. The outcome is written to ``status.json`` next to the log."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""A page opened in headless Chromium: what its console says, what became of it, and a picture.
-
-``python -m tests.browser PAGE PICTURE.png`` takes the pictures of the docs, such as
-``python -m tests.browser runs/quickstart/report.html docs/report.png --height 1625`` and
-``python -m tests.browser sweeps/quickstart.dpo_beta/sweep.html docs/sweep.png``; ``--height`` cuts or lengthens one.
-"""
+"""A page opened in headless Chromium: what its console says, what became of it, and a picture. ``python -m
+tests.browser PAGE PICTURE.png`` takes the pictures of the docs, such as ``python -m tests.browser
+runs/quickstart/report.html docs/report.png --height 1625`` and ``python -m tests.browser
+sweeps/quickstart.dpo_beta/sweep.html docs/sweep.png``; ``--height`` cuts or lengthens one."""
 
 from __future__ import annotations
 

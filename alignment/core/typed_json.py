@@ -1,11 +1,8 @@
-"""JSON files as frozen dataclasses: one program writes them, others read them, and reading checks every field.
-
-A field without a default has to be in the file. One with a default may be missing, as in a file of an older version.
-Keys that no field has are passed over. The field ``version`` says which form a file has; a newer form is refused.
-
-``read`` refuses a file in which anything has another form than its field. ``read_parts`` leaves such parts out: a page
-about a run shows what a damaged file still says.
-"""
+"""JSON files as frozen dataclasses: one program writes them, others read them, and reading checks every field. A field
+without a default has to be in the file. One with a default may be missing, as in a file of an older version. Keys that
+no field has are passed over. The field ``version`` says which form a file has; a newer form is refused. ``read``
+refuses a file in which anything has another form than its field. ``read_parts`` leaves such parts out: a page about a
+run shows what a damaged file still says."""
 
 from __future__ import annotations
 

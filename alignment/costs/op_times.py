@@ -1,11 +1,9 @@
-"""How long operations take on this machine: each is run with real tensors of the same shapes, and timed.
-
-A stage reads what many operations before have written, and the next layer's weights. So other memory is written before
-a timed run; several operations, each on tensors of its own, share that. With inputs that are still in the processor's
-nearest caches, the operations of a step took two thirds of what they take in a stage. Where little is read and written
-from one run of an operation to the next, as in sampling, its code is still in these caches: it runs on other tensors
-first (docs/LOG.md, 2026-11-28).
-"""
+"""How long operations take on this machine: each is run with real tensors of the same shapes, and timed. A stage reads
+what many operations before have written, and the next layer's weights. So other memory is written before a timed run;
+several operations, each on tensors of its own, share that. With inputs that are still in the processor's nearest
+caches, the operations of a step took two thirds of what they take in a stage. Where little is read and written from one
+run of an operation to the next, as in sampling, its code is still in these caches: it runs on other tensors first
+(docs/LOG.md, 2026-11-28)."""
 
 from __future__ import annotations
 
@@ -103,10 +101,8 @@ class _Trial:
 
 @torch.no_grad()
 def seconds_of(operations: Sequence[tuple[Operation, float]]) -> list[float]:
-    """Seconds of one run of each operation after a first one; 0 if it cannot be run here.
-
-    With each operation comes what a stage reads and writes from one run of its function to the next, in bytes.
-    """
+    """Seconds of one run of each operation after a first one; 0 if it cannot be run here. With each operation comes
+    what a stage reads and writes from one run of its function to the next, in bytes."""
     seconds: list[float] = []
     swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
     for group in _groups(operations):
@@ -147,10 +143,8 @@ def _first_run(operation: Operation, bytes_between: float) -> _Trial | None:
 
 
 def alike(operation: Operation) -> Hashable:
-    """What operations have in common that take the same time for each byte: function, types and nearly the sizes.
-
-    A view takes the same time whatever its size.
-    """
+    """What operations have in common that take the same time for each byte: function, types and nearly the sizes. A
+    view takes the same time whatever its size."""
     if getattr(operation.func, "is_view", False):
         return str(operation.func)
     leaves = tree_leaves((operation.args, operation.kwargs))

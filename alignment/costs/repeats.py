@@ -13,11 +13,9 @@ STEP_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repeats:
-    """How many times as much as the estimated stage the whole one does, unless that ``is_unknown``.
-
-    ``steps``: of its steps, and ``learning`` times as often in the phase that learns. ``rows``: of what it does with
-    each row, and ``held_out`` with each that is held out. ``of_steps``: by how much the number of its steps is larger.
-    """
+    """How many times as much as the estimated stage the whole one does, unless that ``is_unknown``. ``steps``: of its
+    steps, and ``learning`` times as often in the phase that learns. ``rows``: of what it does with each row, and
+    ``held_out`` with each that is held out. ``of_steps``: by how much the number of its steps is larger."""
 
     steps: float = 1.0
     learning: float = 1.0

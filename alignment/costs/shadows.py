@@ -1,10 +1,8 @@
-"""Shadows: tensors with a shape and no numbers, on which a stage runs in seconds and in little memory.
-
-Large tensors of numbers become shadows. Their operations run on PyTorch's meta device, which computes shapes, types and
-which tensors share memory. Token ids, masks and small tensors stay real, so that rows have the lengths of the data.
-Where a program reads a number from a shadow, that number is 1, and truth values and token ids that it derives from
-shadows are computed as if every number were 1. So sampling, sorting and checks for infinite values go on.
-"""
+"""Shadows: tensors with a shape and no numbers, on which a stage runs in seconds and in little memory. Large tensors of
+numbers become shadows. Their operations run on PyTorch's meta device, which computes shapes, types and which tensors
+share memory. Token ids, masks and small tensors stay real, so that rows have the lengths of the data. Where a program
+reads a number from a shadow, that number is 1, and truth values and token ids that it derives from shadows are computed
+as if every number were 1. So sampling, sorting and checks for infinite values go on."""
 
 from __future__ import annotations
 

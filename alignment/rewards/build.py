@@ -43,19 +43,13 @@ def build_rewards(
     run: Computation,
     asking: Asking | None = None,
 ) -> RewardMix:
-    """The weighted sum of these scorers, each named by its field in the configuration.
-
-    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that prompts can be
-    looked up by the index of their row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source
-    ``reward``, if a stage made it and it is already loaded; with None it is loaded here. ``asking`` is for scorers
-    behind HTTP.
-
-    Raises:
-        ConfigError: the key of a server is not set, or its client is not installed.
-        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a function's file cannot be imported.
-    """
+    """The weighted sum of these scorers, each named by its field in the configuration. ``prompts`` are all rows of the
+    stage's data (up to ``data.limit``), too long ones included, so that prompts can be looked up by the index of their
+    row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source ``reward``, if a stage made it and
+    it is already loaded; with None it is loaded here. ``asking`` is for scorers behind HTTP. Raises ConfigError: the
+    key of a server is not set, or its client is not installed; DataError: a row lacks a field that a scorer needs, or a
+    function's file changed since the run was planned; ModelError: a reward model cannot be loaded, or its tokenizer
+    does not fit; RewardError: a function's file cannot be imported."""
     builder = _Builder(
         spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run, asking=asking
     )

@@ -31,10 +31,8 @@ _imported: dict[Path, dict[str, ModuleType]] = {}
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """While the block runs, modules in ``folder`` can be imported, each once per process; installed modules come first.
-
     If folders of other such files are on the path of Python, they come after ``folder`` meanwhile. What the block puts
-    on the path stays there.
-    """
+    on the path stays there."""
     folder = folder.resolve()
     modules = _imported.setdefault(folder, {})
     known = {_package(name) for name in dict(sys.modules)}
@@ -104,21 +102,16 @@ Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]
 
 @dataclass(eq=False)
 class FunctionScorer:
-    """Calls ``function(prompts, completions, rows)`` once per batch.
-
-    ``prompts`` are lists of ``{"role", "content"}`` messages, ``completions`` are texts, ``rows`` the JSON rows of
-    the data file; all are copies, so that a function may change them.
-    """
+    """Calls ``function(prompts, completions, rows)`` once per batch. ``prompts`` are lists of ``{"role", "content"}``
+    messages, ``completions`` are texts, ``rows`` the JSON rows of the data file; all are copies, so that a function may
+    change them."""
 
     source: FunctionSource
     function: Function
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float64: what the function returns.
-
-        Raises:
-            RewardError: it raised, or did not return one usable number per answer; names the line or the row.
-        """
+        """``[answers]`` float64: what the function returns. Raises RewardError: it raised, or did not return one usable
+        number per answer; names the line or the row."""
         return scores_from(self._returned(answers), answers, source=str(self.source))
 
     def optional_scores(self, answers: Answers) -> list[float | None]:
@@ -139,14 +132,9 @@ class FunctionScorer:
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:
     """The function; its file is imported once per process. ``planned`` is the file's SHA-256 when the run was planned.
-
     The file can import modules in its own folder; installed modules come first. The function of another folder's file
-    finds its own, whatever their names.
-
-    Raises:
-        DataError: the file has changed since then.
-        RewardError: the file cannot be imported, or does not define the function.
-    """
+    finds its own, whatever their names. Raises DataError: the file has changed since then; RewardError: the file cannot
+    be imported, or does not define the function."""
     sha256 = file_sha256(source.file)
     if planned is not None and sha256 != planned:
         raise DataError(
@@ -180,10 +168,8 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error, such as a request to stop that arrived meanwhile.
-
-    In a worker no signal raises ``KeyboardInterrupt``, so that one comes from the user's function.
-    """
+    """Whether this package raised the error, such as a request to stop that arrived meanwhile. In a worker no signal
+    raises ``KeyboardInterrupt``, so that one comes from the user's function."""
     return type(error).__module__.startswith("alignment.")
 
 

@@ -23,10 +23,8 @@ _REMEDY = f"give one number per answer, from -{LARGEST:g} to {LARGEST:g}, in the
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
     """At least one answer to score, in every form that a scorer may read: token ids, text, and the row of its prompt.
-
-    ``texts`` have no special tokens. ``rows`` are the indices of the prompts in the stage's data.
-    Example: ``Answers(prompt_ids=[[1, 5]], answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
-    """
+    ``texts`` have no special tokens. ``rows`` are the indices of the prompts in the stage's data. Example:
+    ``Answers(prompt_ids=[[1, 5]], answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``."""
 
     prompt_ids: Sequence[Sequence[int]]
     answer_ids: Sequence[Sequence[int]]
@@ -60,11 +58,8 @@ class Scorer(Protocol):
 
 
 def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
-    """Checks that all ``[answers]`` scores are within ±``LARGEST``.
-
-    Raises:
-        RewardError: a score is not; names the scorer by its ``source``, the row and the value.
-    """
+    """Checks that all ``[answers]`` scores are within ±``LARGEST``. Raises RewardError: a score is not; names the
+    scorer by its ``source``, the row and the value."""
     unusable = (~(scores.abs() <= LARGEST)).nonzero()  # NaN compares as false
     if len(unusable):
         index = int(unusable[0])
@@ -72,11 +67,8 @@ def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
 
 
 def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
-    """``[answers]`` float64 from the value that a user's function returned: a list of one number per answer.
-
-    Raises:
-        RewardError: the value is anything else; names the function by its ``source``, the row and the value.
-    """
+    """``[answers]`` float64 from the value that a user's function returned: a list of one number per answer. Raises
+    RewardError: the value is anything else; names the function by its ``source``, the row and the value."""
     pairs = zip(_one_each(given, answers, source), answers.prompts, strict=True)
     scores = [checked_number(value, where=prompt.where, source=source) for value, prompt in pairs]
     return torch.tensor(scores, dtype=torch.float64)
@@ -101,10 +93,7 @@ def _one_each(given: Any, answers: Answers, source: str) -> Sequence[Any]:
 
 def checked_number(value: Any, *, where: str, source: str) -> float:
     """The score of an answer to the row at ``where``, as the scorer ``source`` gave it; 1 for true and 0 for false.
-
-    Raises:
-        RewardError: it is not a number within ±``LARGEST``.
-    """
+    Raises RewardError: it is not a number within ±``LARGEST``."""
     if not isinstance(value, (Real, np.bool)):
         raise _refused(
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source
@@ -131,11 +120,8 @@ def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
 
 
 class RuleScorer:
-    """Scores texts by a rule; ``prompts`` are all rows of the stage's data.
-
-    Raises:
-        DataError: a row lacks what the rule reads.
-    """
+    """Scores texts by a rule; ``prompts`` are all rows of the stage's data. Raises DataError: a row lacks what the rule
+    reads."""
 
     def __init__(self, rule: Rule, prompts: Sequence[Prompt]) -> None:
         self._rule = rule

@@ -45,10 +45,8 @@ class Item:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Api:
     """``body`` is posted to ``path``; ``read`` gives a score for each item of the answer, as the server wrote it.
-
     ``read`` raises NoReply for an answer of another form. ``single``: a call has one item. ``labels``: it can score by
-    one class of several.
-    """
+    one class of several."""
 
     path: str
     body: Callable[[ServerConfig, Sequence[Item]], dict[str, Any]]

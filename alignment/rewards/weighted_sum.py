@@ -1,8 +1,6 @@
-"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight.
-
-The scores of an ensemble's members are combined before that sum. Each member keeps a column of its own in ``Scores``,
-because a running normalisation needs the scores of the whole batch, and people want to see who disagrees.
-"""
+"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight. The scores
+of an ensemble's members are combined before that sum. Each member keeps a column of its own in ``Scores``, because a
+running normalisation needs the scores of the whole batch, and people want to see who disagrees."""
 
 from __future__ import annotations
 
@@ -38,11 +36,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ensemble:
-    """Several scorers that enter the total as one; the weights of ``members`` do not count.
-
-    ``combine`` turns the normalised and clipped scores of the members, ``[members, answers]``, into ``[answers]``.
-    These are then normalised and clipped like those of one scorer.
-    """
+    """Several scorers that enter the total as one; the weights of ``members`` do not count. ``combine`` turns the
+    normalised and clipped scores of the members, ``[members, answers]``, into ``[answers]``. These are then normalised
+    and clipped like those of one scorer."""
 
     source: str
     members: Sequence[Part]
@@ -54,10 +50,8 @@ class Ensemble:
 
 @dataclass(eq=False)
 class RunningMoments:
-    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5).
-
-    ``squares`` is the sum of squared distances from the mean.
-    """
+    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5). ``squares`` is the
+    sum of squared distances from the mean."""
 
     count: int = 0
     mean: float = 0.0
@@ -83,10 +77,8 @@ class RunningMoments:
 
 
 class RewardMix:
-    """The reward slot of a stage (``alignment.rewards.scores.Rewards``).
-
-    ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data, by index.
-    """
+    """The reward slot of a stage (``alignment.rewards.scores.Rewards``). ``tokenizer`` is the policy's; ``prompts`` are
+    all rows of the stage's data, by index."""
 
     def __init__(self, parts: Sequence[Part | Ensemble], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._parts = dict(zip(_names([part.source for part in parts]), parts, strict=True))
@@ -101,18 +93,13 @@ class RewardMix:
 
     @property
     def names(self) -> list[str]:
-        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``.
-
-        A member of an ensemble is ``ensemble/NAME``.
-        """
+        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``. A member of an ensemble is
+        ``ensemble/NAME``."""
         return list(self._columns)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
-        """The score of each answer by each scorer; no scorer is called for a batch without answers.
-
-        Raises:
-            RewardError: a scorer did not give one usable number per answer; names row, scorer and value.
-        """
+        """The score of each answer by each scorer; no scorer is called for a batch without answers. Raises RewardError:
+        a scorer did not give one usable number per answer; names row, scorer and value."""
         if not answers:
             return Scores(names=tuple(self._columns), values=torch.empty(len(self._columns), 0))
         seen = Answers(

@@ -42,11 +42,9 @@ def our_answers(model: Any, tokenizer: Any, prompts: Sequence[Ids]) -> list[Ids]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first tokens in which two answers to a prompt differ.
-
-    ``gap`` is how far apart the logits of the two are in float64, and ``others`` how far the likeliest token is ahead
-    of the more likely of the two: 0 if it is one of them.
-    """
+    """The first tokens in which two answers to a prompt differ. ``gap`` is how far apart the logits of the two are in
+    float64, and ``others`` how far the likeliest token is ahead of the more likely of the two: 0 if it is one of
+    them."""
 
     prompt: int
     position: int
