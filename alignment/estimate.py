@@ -48,11 +48,19 @@ from alignment.costs.recorder import (
     Recorder,
 )
 from alignment.costs.remedies import Way, with_remedy, with_settings
-from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
+from alignment.costs.repeats import (
+    BEFORE,
+    DIVIDED,
+    OFFLOADED,
+    STEP_ROWS,
+    Repeats,
+    divided,
+    repeats_of,
+    seconds_a_byte,
+    without,
+)
 from alignment.costs.shadows import Key, Operation
-from alignment.costs.sharing import BEFORE, DIVIDED, OFFLOADED, divided, without
-from alignment.costs.storing import seconds_a_byte
-from alignment.data.row_count import fewer_of, times_as_many
+from alignment.data.reading import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.models.kernels.row_attention import forget_plans
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost

@@ -26,8 +26,7 @@ from alignment.core.errors import AlignmentError
 from alignment.core.model_files import positions_in, reason_of_positions, row_too_long
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
-from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import PROMPTS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import PROMPTS, Limits, RowTooLong, Tokenized, refuse_losses, tokenized
 from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec

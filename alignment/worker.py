@@ -46,9 +46,9 @@ from alignment.core.hardware import versions
 from alignment.core.locks import held
 from alignment.core.terminal import make_unfailing
 from alignment.data.chat_template import template_text
-from alignment.data.hub_rows import content_of
+from alignment.data.source_files import content_of
 from alignment.job import StageSpec
-from alignment.models.kernels.sdpa import without_cudnn
+from alignment.models.kernels.row_attention import without_cudnn
 from alignment.pipeline.sources.model_sources import OF_FOLDER, identity_of_folder
 from alignment.records import training
 from alignment.records.run import Attempts

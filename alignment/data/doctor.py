@@ -18,10 +18,8 @@ from alignment.data.fields import Fields, SetAside, is_text, not_finite
 from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
-from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearDuplicates, RepeatedRecords, RowRelations
-from alignment.data.objections import Objections, bare
-from alignment.data.reading import LOOKED_AT, NAMED, prepared, start
+from alignment.data.reading import LOOKED_AT, NAMED, Objections, bare, prepared, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -33,6 +31,7 @@ from alignment.data.records import (
     Record,
 )
 from alignment.data.row_files import NotUtf8, RawRow
+from alignment.data.source_files import source_rows
 
 _NOUNS: dict[type[Record], tuple[str, str]] = {
     PlainText: ("text", "texts"),

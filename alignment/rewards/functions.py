@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +35,27 @@ def importable(folder: Path) -> Iterator[None]:
     on the path stays there."""
     folder = folder.resolve()
     modules = _imported.setdefault(folder, {})
-    known = {_package(name) for name in dict(sys.modules)}
+    known = set(sys.modules)
     sys.modules.update(modules)
-    before = set(dict(sys.modules))
+    path = list(sys.path)
+    others = [entry for entry in path if Path(entry or ".").resolve() in _imported.keys() - {folder}]
+    sys.path[:] = [*(entry for entry in path if entry not in others), str(folder), *others]
+    before = set(sys.path)
     try:
-        with _in_front_of_others(folder):
-            yield
+        yield
     finally:
-        imported = {name: module for name, module in dict(sys.modules).items() if name not in before}
-        packages = _packages_of(folder, imported) - known
-        modules |= {name: module for name, module in imported.items() if _package(name) in packages}
+        sys.path[:] = [*(entry for entry in sys.path if entry not in before), *path]
+        imported = {name: module for name, module in dict(sys.modules).items() if name not in known}
+        modules |= {name: module for name, module in imported.items() if _is_beside(folder, name, module)}
         for name in modules:
             sys.modules.pop(name, None)
+
+
+def _is_beside(folder: Path, name: str, module: ModuleType) -> bool:
+    """Whether the module, or the package that it is in, stands in ``folder``, by symlinks or not."""
+    file, package = getattr(module, "__file__", None), folder / name.partition(".")[0]
+    paths = (Path(file), Path(file).parent.resolve() / Path(file).name) if file else ()
+    return any(path.with_suffix("") == package or package in path.parents for path in paths)
 
 
 def with_modules_beside(folder: Path, function: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
@@ -58,43 +67,6 @@ def with_modules_beside(folder: Path, function: Callable[_Parameters, _Returned]
             return function(*args, **kwargs)
 
     return call
-
-
-@contextmanager
-def _in_front_of_others(folder: Path) -> Iterator[None]:
-    """Puts ``folder`` at the end of the path of Python, and the folders of other files behind it."""
-    own, path = str(folder), list(sys.path)
-    others = [entry for entry in path if Path(entry or ".").resolve() in _imported.keys() - {folder}]
-    sys.path[:] = [*(entry for entry in path if entry not in others), own, *others]
-    try:
-        yield
-    finally:
-        rest = [entry for entry in sys.path if entry not in others]
-        if own in rest:  # unless the user's code has removed it
-            del rest[len(rest) - 1 - rest[::-1].index(own)]
-        for index, entry in enumerate(path):
-            if entry in others:
-                rest.insert(index, entry)
-        sys.path[:] = rest
-
-
-def _packages_of(folder: Path, imported: Mapping[str, ModuleType]) -> set[str]:
-    """The packages, and the modules without one, that were imported from ``folder``, by symlinks or not."""
-    packages = set()
-    for name, module in imported.items():
-        file = getattr(module, "__file__", None)
-        if file is None:
-            continue
-        package, path = folder / _package(name), Path(file)
-        for candidate in (path, path.parent.resolve() / path.name, path.resolve()):
-            if candidate.with_suffix("") == package or package in candidate.parents:
-                packages.add(_package(name))
-    return packages
-
-
-def _package(name: str) -> str:
-    """``"helpers.text"`` → ``"helpers"``."""
-    return name.partition(".")[0]
 
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]

@@ -16,8 +16,7 @@ from alignment.algos.preferences import spread
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import generated_text
 from alignment.rewards.scorer_sources import label
-from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scorer, Scores, refuse_unusable
 
 _FLAT = 1e-6
 """A deviation below this share of the mean is float32 rounding: such scores count as all equal."""
@@ -77,8 +76,8 @@ class RunningMoments:
 
 
 class RewardMix:
-    """The reward slot of a stage (``alignment.rewards.scores.Rewards``). ``tokenizer`` is the policy's; ``prompts`` are
-    all rows of the stage's data, by index."""
+    """The reward slot of a stage (``Rewards`` in scorers.py). ``tokenizer`` is the policy's; ``prompts`` are all rows
+    of the stage's data, by index."""
 
     def __init__(self, parts: Sequence[Part | Ensemble], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._parts = dict(zip(_names([part.source for part in parts]), parts, strict=True))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
-from alignment.data.list_texts import TURNS, begins_turns
 from alignment.data.records import Answer, Example
+from alignment.data.row_files import TURNS, begins_turns
 from alignment.data.turns import Message, tools_of, turn_of, turns_of
 
 PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")

@@ -18,8 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from alignment.costs.recorder import is_on_cpu
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.rows import Range, Segment, on_device
-from alignment.models.kernels.row_attention import Row, Scores, attend
-from alignment.models.kernels.sdpa import capped_attention
+from alignment.models.kernels.row_attention import Row, Scores, attend, capped_attention
 
 ATTENTION = "flat"
 SLIDING = "sliding_attention"

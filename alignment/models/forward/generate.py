@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from alignment.costs.recorder import counted_times, on_shadows
 from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.decoding import decoding
-from alignment.models.forward.decoding_rows import DecodingRows, WaitingPrompts
+from alignment.models.forward.decoding import DecodingRows, WaitingPrompts, decoding
 from alignment.models.forward.shared_prompts import Reading, shared_beginning
 from alignment.models.kernels.layout import prepacked
 

@@ -18,7 +18,7 @@ from alignment.costs.recorder import one_of_each
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.flat import MULTIPLE, trunk_states
 from alignment.models.forward.rows import FlatRows, next_multiple
-from alignment.models.forward.two_threads import has_two_threads, in_two_threads
+from alignment.models.forward.side_by_side import has_two_threads, in_two_threads
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""

@@ -29,8 +29,7 @@ from alignment.models.forward.rows import (
     on_host,
     stream,
 )
-from alignment.models.forward.side_by_side import can_divide
-from alignment.models.forward.two_threads import THREADS, can_share, each_of
+from alignment.models.forward.side_by_side import THREADS, can_divide, can_share, each_of
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 8192

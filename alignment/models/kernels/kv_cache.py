@@ -19,7 +19,7 @@ from alignment.core.errors import ModelError
 from alignment.costs.recorder import CACHE, memory_for
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.attention import KeysValues
-from alignment.models.kernels.sdpa import capped_attention
+from alignment.models.kernels.row_attention import capped_attention
 
 ATTENTION = "decoding"
 ROOM = 64

@@ -29,9 +29,8 @@ from alignment.core import deadline, terminal
 from alignment.core.errors import DataError, ModelError
 from alignment.core.terminal import Terminal, Unfailing, begin_attempt, complain, shorten, visible
 from alignment.data.records import Prompt
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import render
-from alignment.data.tokens.row_kinds import PROMPTS, tokenized
+from alignment.data.tokens.row_kinds import PROMPTS, Limits, tokenized
 from alignment.data.turns import Message
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.processes import execute

@@ -20,7 +20,7 @@ from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfi
 from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.core.fingerprint import file_sha256
-from alignment.costs import storing
+from alignment.costs import repeats
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.op_times import bytes_of, flop_of
 from alignment.costs.shadows import Operation
@@ -302,11 +302,11 @@ def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_aga
         sizes.append(path.stat().st_size)
         return file_sha256(path)
 
-    monkeypatch.setattr(storing, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(storing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(storing, "file_sha256", hashed)
-    assert storing.seconds_a_byte(tmp_path) == 7.0 / (1000 * storing.PIECES)
-    assert sizes == [1000 * storing.PIECES]
+    monkeypatch.setattr(repeats, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(repeats, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(repeats, "file_sha256", hashed)
+    assert repeats.seconds_a_byte(tmp_path) == 7.0 / (1000 * repeats.PIECES)
+    assert sizes == [1000 * repeats.PIECES]
     assert not list(tmp_path.iterdir())
 
 

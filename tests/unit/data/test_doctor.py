@@ -21,8 +21,8 @@ from alignment.data import near_duplicates
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
+from alignment.data.reading import count_rows, fewer_of, times_as_many
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
-from alignment.data.row_count import count_rows, fewer_of, times_as_many
 from alignment.data.turns import Message
 
 RNG = random.Random(0)

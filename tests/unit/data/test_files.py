@@ -19,11 +19,10 @@ from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
 from alignment.data import caps
 from alignment.data.chat_template import template_text
-from alignment.data.hub_rows import hub_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
 from alignment.data.row_files import NotUtf8, RawRow, files_of, rows_of
-from alignment.data.source_files import locate
+from alignment.data.source_files import hub_rows, locate
 from tests.hub import NAME, leave_data_set, use_cache
 
 ROWS = [{"prompt": f"Add {number} to it.", "completion": f"It is {number} more."} for number in range(4)]

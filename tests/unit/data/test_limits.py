@@ -11,8 +11,19 @@ from alignment.config.data import MixedConfig, Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.mix import mixed, subset
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import (
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    Limits,
+    Parts,
+    RowTooLong,
+    Tokenized,
+    cut_to,
+    excess,
+    refuse_losses,
+    tokenized,
+)
 from alignment.data.tokens.tokenize import Tokens, prompt_ids
 from alignment.data.turns import Message
 from alignment.stages.cpt.kind import CptConfig

@@ -18,9 +18,8 @@ from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
 from alignment.data.records import Conversation
 from alignment.data.templates import options_of, own_template, trl_templates, with_options
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import prompt_text, render
-from alignment.data.tokens.row_kinds import CONVERSATIONS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import CONVERSATIONS, Limits, Tokenized, tokenized
 from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message

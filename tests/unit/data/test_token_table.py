@@ -26,8 +26,7 @@ from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
 from alignment.data.tokens import chunks, token_table
 from alignment.data.tokens.chunks import Job
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind, Limits
 from alignment.data.tokens.token_table import TokenTable
 from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.core.errors import DataError, ModelError
 from alignment.data.records import Conversation, PlainText, PreferencePair
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import LAST_STAND_IN, prompt_and_answers, render
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, TEXTS, tokenized
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, TEXTS, Limits, tokenized
 from alignment.data.tokens.tokenize import (
     IGNORED,
     TokenizedConversation,

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
-from alignment.models.forward import decoding_rows
+from alignment.models.forward import decoding
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
-from alignment.models.forward.decoding import sampled_tokens
-from alignment.models.forward.decoding_rows import DecodingRows
+from alignment.models.forward.decoding import DecodingRows, sampled_tokens
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate, reading_order
 from alignment.models.forward.shared_prompts import shared_beginning
@@ -190,7 +189,7 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
     name: str, prompts: list[list[int]], batch_size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows enter and leave at different steps, columns are dropped, and the cache grows."""
-    monkeypatch.setattr(decoding_rows, "DROPPED", 2)
+    monkeypatch.setattr(decoding, "DROPPED", 2)
     monkeypatch.setattr(kv_cache, "ROOM", 3)
     monkeypatch.setattr(reading_module, "FEWEST_TOKENS", 16)
     monkeypatch.setattr(reading_module, "FEWEST_ROWS", 1)

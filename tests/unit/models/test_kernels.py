@@ -20,10 +20,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.models.assembly.modules import checkpoint_activations, recompute
-from alignment.models.kernels import blocks, norms, products
-from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels import blocks, products
+from alignment.models.kernels.blocks import fuse_blocks, fuse_norms
 from alignment.models.kernels.nf4 import quantize_trunk
-from alignment.models.kernels.norms import fuse_norms
 from alignment.models.kernels.products import fuse_adapters
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import CPU, DORA, LORA, QLORA, adapted, assert_same_gradients, gradients, relative
@@ -134,7 +133,7 @@ def test_gradients_are_the_same_bits_as_with_all_stored(
     adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of whole layers also if each layer is computed alone."""
-    monkeypatch.setattr(norms, "_MANY", 0)  # as for many numbers
+    monkeypatch.setattr(blocks, "_MANY", 0)  # as for many numbers
     again = _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast)
     monkeypatch.setattr(products, "origin_of", lambda _: None)
     _assert_same_bits(again, _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast))

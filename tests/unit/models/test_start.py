@@ -17,7 +17,7 @@ from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_in_order
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.roles import load_start, turn_off_dropout
-from alignment.models.forward import decoding_rows
+from alignment.models.forward import decoding
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal
@@ -352,7 +352,7 @@ def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypat
 
     In a batch of two, prompts enter behind others, and columns are dropped.
     """
-    monkeypatch.setattr(decoding_rows, "DROPPED", 1)
+    monkeypatch.setattr(decoding, "DROPPED", 1)
     wrapped = _wrapped(architecture)
     base = wrapped.get_base_model()
     prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]

@@ -24,12 +24,12 @@ from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
 from alignment.models.assembly.roles import load_start
-from alignment.models.forward import flat, side_by_side, two_threads
+from alignment.models.forward import flat, side_by_side
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
-from alignment.models.forward.two_threads import balanced, can_share, has_two_threads, in_two_threads
+from alignment.models.forward.side_by_side import balanced, can_share, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
 from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, twin
@@ -261,7 +261,7 @@ def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple
 
 
 def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, calls, ended = two_threads.wait, [], []
+    wait, calls, ended = side_by_side.wait, [], []
 
     def interrupted(futures: list[object]) -> None:
         calls.append(len(futures))
@@ -273,7 +273,7 @@ def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         ended.append(number)
 
-    monkeypatch.setattr(two_threads, "wait", interrupted)
+    monkeypatch.setattr(side_by_side, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         in_two_threads(work, [0, 1])
     assert sorted(ended) == [0, 1]

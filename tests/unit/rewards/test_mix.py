@@ -13,8 +13,7 @@ import torch
 
 from alignment.algos import preferences
 from alignment.core.errors import RewardError
-from alignment.rewards.scorers import Answers
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scores
 from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
 from tests.oracles import ensembles as ensembles_oracle
 from tests.tiny import tiny_tokenizer

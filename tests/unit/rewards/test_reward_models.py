@@ -24,8 +24,7 @@ from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
-from alignment.rewards.scorers import Answers
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scores
 from alignment.rewards.weighted_sum import RewardMix
 from alignment.stages.ppo.config import PpoConfig
 from tests.in_memory import without_collections
