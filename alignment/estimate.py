@@ -39,14 +39,7 @@ from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, alike, bytes_of, flop_of, seconds_of
-from alignment.costs.recorder import (
-    ACTIVATIONS,
-    CACHE,
-    LOGITS,
-    Operations,
-    Phase,
-    Recorder,
-)
+from alignment.costs.recorder import ACTIVATIONS, CACHE, LOGITS, Operations, Phase, Recorder
 from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.repeats import (
     BEFORE,
@@ -177,7 +170,6 @@ def _with_remedy(
 
 
 def _announce(folder: Path, line: str) -> None:
-    """Tells the driver what is being done."""
     with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
         stream.write(f"{line}\n")
 
@@ -286,12 +278,10 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
 
 
 def _checkpoint_bytes(recorder: Recorder) -> int:
-    """Trained weights and the optimiser's moments."""
     return recorder.trained_bytes + recorder.moments
 
 
 def _checkpoints_written(spec: StageSpec, recorder: Recorder, repeats: Repeats) -> int:
-    """One after each so many steps (updates in RL), and one after the last."""
     save_every: int | None = getattr(spec.config, "save_every", None)
     if save_every is None:
         return 0
@@ -307,7 +297,6 @@ def _adapter_of(spec: StageSpec) -> str:
 
 
 def _servers(settings: Any) -> Iterator[str]:
-    """Addresses of servers in the settings of a stage that score or judge answers."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.name == "base_url" and value:
@@ -367,7 +356,6 @@ def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool)
 
 
 def _scale(recorder: Recorder) -> float:
-    """How many times as much as the period that ran all periods take."""
     periods = recorder.all_steps / recorder.period
     by_tokens = recorder.mean_tokens * recorder.period / recorder.tokens_of_period if recorder.tokens_of_period else 1.0
     return periods * by_tokens
@@ -451,7 +439,6 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
 
 
 def _largest(sizes: Mapping[Hashable, float], share: float) -> set[Hashable]:
-    """The keys of the largest sizes that make up this share of their sum."""
     largest: set[Hashable] = set()
     left = share * math.fsum(sizes.values())
     for key in sorted(sizes, key=lambda key: -sizes[key]):

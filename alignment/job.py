@@ -107,7 +107,6 @@ def _without_rates(value: Any) -> Any:
 
 
 def _shapes(folder: Path) -> dict[str, str]:
-    """Hashes of the configurations of the models and adapters in a folder, by where they are in it."""
     files = [file for name in ("config.json", "adapter_config.json") for file in folder.rglob(name)]
     return {str(file.relative_to(folder)): digest(_shape(file)) for file in sorted(files)}
 

@@ -176,7 +176,6 @@ def one_of_each_class(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The columns of a row with their values, those in a list one by one."""
     for name, value in row.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str | int | float):

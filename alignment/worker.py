@@ -118,7 +118,6 @@ def _save_state(stop: Preempted) -> str:
 
 
 def _file_system_error(error: BaseException, context: StageContext) -> AlignmentError | None:
-    """The error for a full disk or an unusable path, else None. On a full disk, it first frees space."""
     if (full := disk_error(error, folder=context.spec.work)) is not None:
         if context.is_main:
             checkpoints.discard_unfinished(context.checkpoints)
@@ -135,7 +134,6 @@ def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
 
 
 def _memory_remedy(context: StageContext) -> str:
-    """Names settings that the stage has and that limit the memory of its phase."""
     config = context.spec.config
     optim = getattr(config, "optim", None)
     if limits := _limits_of_sampling(config, context.peaks.name):

@@ -13,17 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ArtifactError
@@ -243,7 +233,6 @@ class _Reader:
 
 
 def _begins_as(raw: Any, hint: Any) -> bool:
-    """Whether the outermost part has the form: a list, an object, or a scalar of that type."""
     origin = get_origin(hint)
     if origin in (list, dict):
         return isinstance(raw, origin)

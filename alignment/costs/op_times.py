@@ -116,7 +116,6 @@ def seconds_of(operations: Sequence[tuple[Operation, float]]) -> list[float]:
 
 
 def _groups(operations: Sequence[tuple[Operation, float]]) -> Iterator[list[tuple[Operation, float]]]:
-    """Operations in their order, as many together as have at most ``TOGETHER_BYTES``, or one."""
     group: list[tuple[Operation, float]] = []
     size = 0
     for operation, bytes_between in operations:
@@ -131,7 +130,6 @@ def _groups(operations: Sequence[tuple[Operation, float]]) -> Iterator[list[tupl
 
 
 def _first_run(operation: Operation, bytes_between: float) -> _Trial | None:
-    """A trial that ran once; None if the operation cannot be run here."""
     if _size_of(operation) > MOST_BYTES:
         return None
     try:
@@ -159,7 +157,6 @@ def _form(leaf: Any) -> Hashable:
 
 
 def _size_of(operation: Operation) -> int:
-    """Bytes of its arguments."""
     leaves = tree_leaves((operation.args, operation.kwargs))
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 

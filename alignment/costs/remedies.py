@@ -123,8 +123,6 @@ def needed(levels: Levels, fits: Callable[[Levels], bool]) -> Levels:
 
 
 class _Trials:
-    """Estimates of a way, and what they say of levels that need no estimate."""
-
     def __init__(self, way: Way, memory: float, estimate: Estimate, *, own: StageCost | None) -> None:
         self.way = way
         self._memory = memory
@@ -137,7 +135,6 @@ class _Trials:
         return [len(choice.values) for choice in self.way.choices]
 
     def levels_of(self, settings: Mapping[str, int | bool]) -> Levels:
-        """The levels with these settings; a choice that they lack stays as it is."""
         return tuple(
             choice.values.index(settings[choice.field]) + 1 if choice.field in settings else 0
             for choice in self.way.choices

@@ -192,7 +192,6 @@ def examine(
 
 
 def _has_texts(path: Path, data: SourceConfig) -> bool:
-    """Whether one of the first rows has a column ``text``."""
     first = islice(source_rows(path, data), LOOKED_AT)
     rows = (prepared(row.value, data) for row in first if isinstance(row, RawRow))
     return any(isinstance(row, Mapping) and is_text(row.get("text")) for row in rows)
@@ -235,7 +234,6 @@ def _count(counts: Counter[str], names: Iterable[str]) -> None:
 
 
 def _read(row: RawRow, form: Format, uses: Mapping[str, Use]) -> tuple[dict[str, list[Record]], dict[str, DataError]]:
-    """The records that each stage makes of the row, and the error of each stage that makes none."""
     try:
         example = form.read(Fields(row.value, where=row.where, example=form.row))
     except DataError as error:

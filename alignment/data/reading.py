@@ -31,8 +31,6 @@ _ByStage = Mapping[str, DataError]
 
 @dataclass(kw_only=True, slots=True)
 class _Rows:
-    """Rows to which the same stages object: how many, and the number and errors of the first ones."""
-
     count: int = 0
     first: list[tuple[int, _ByStage]] = field(default_factory=list)
 
@@ -341,7 +339,6 @@ def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stoppe
 
 
 def _share(count: int, rows: int) -> float:
-    """The smallest share in hundredths that allows ``count`` faulty ``rows``."""
     return math.ceil(100 * count / rows) / 100
 
 
@@ -404,7 +401,6 @@ def _rows_of(file: Path) -> int | None:
 
 
 def _lines_of(file: Path) -> int:
-    """Line breaks, and a last line without one; blank lines count too."""
     count, last = 0, b"\n"
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

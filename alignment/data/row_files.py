@@ -154,7 +154,6 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _located(error: Exception, where: str) -> tuple[str, str]:
-    """The location of a fault in JSON and its message, with the line of the file and no other number of a line."""
     if not isinstance(error, json.JSONDecodeError):
         return where, str(error)
     text = error.doc.rstrip()
@@ -179,7 +178,6 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:
 
 
 def _refuse_other_unicode(stream: BinaryIO, path: Path) -> None:
-    """Refuses a file whose first bytes mark it as UTF-16 or UTF-32. Raises DataError: it is such a file."""
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if name is not None:
@@ -234,7 +232,6 @@ def _csv(path: Path) -> Iterator[Unparsed]:
 
 
 def _csv_reader(lines: Iterator[str]) -> csv.DictReader[str]:
-    """A reader of the rows below the header, which shows the separator of the file."""
     header = next(lines, "")
     separator = next((mark for mark in _SEPARATORS if mark in header), _SEPARATORS[0])
     return csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)

@@ -4,14 +4,11 @@ and nothing is downloaded here."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from os.path import normpath
 from pathlib import Path
 from typing import Any
-
-from yaml import YAMLError
 
 from alignment.config.data import SourceConfig
 from alignment.config.faults import nearest, suggestion, with_scheme
@@ -120,16 +117,15 @@ def content_of(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
 def hub_rows(folder: Path, split: str, subset: str | None) -> Iterator[RawRow]:
     """The rows of a snapshot in order, each at ``hub:ORG/NAME@COMMIT SPLIT: row NUMBER``; numbers begin at 1. Raises
     DataError: the split or subset does not exist (the error lists those that do), or the files cannot be read."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
     name = snapshot_name(folder) or str(folder)
     location = " ".join(filter(None, (name, subset, split)))
     number = 0
     try:
         for number, row in enumerate(_rows_of_split(folder, split, subset, where=name), start=1):
             yield RawRow(where=f"{location}: row {number}", value=without_filled(row))
-    except (*_RAISED, ArrowException, DatasetsError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # readers of ``datasets`` raise whatever they like
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = f"{location}, after row {number}" if number else location
         raise DataError(f"cannot be read: {reason}", where=where, remedy=_REMEDY) from error
@@ -161,14 +157,6 @@ def _refuse_files_elsewhere(files: Iterable[str], folder: Path, *, where: str) -
             raise DataError(f"names a file outside the repository: {file}", where=where, remedy=_REMEDY)
 
 
-_RAISED = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
-    *(ArithmeticError, zlib.error, YAMLError),
-)
-"""Exceptions of ``datasets`` and its readers for files and descriptions that they cannot use, beside their own types.
-
-Not ``Exception``, because one subclass asks the stage to stop.
-"""
 _REMEDY = (
     "only JSON, CSV and Parquet files are read, never scripts; if it has such files in a folder, download them and "
     "give path:FOLDER"

@@ -108,7 +108,6 @@ def _started(file: Path) -> subprocess.Popen[bytes]:
 
 
 def _before_program() -> None:
-    """Runs in a server's process before its program starts."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)

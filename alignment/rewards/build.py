@@ -72,8 +72,6 @@ def build_scorer(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Builder:
-    """Builds scorers from the arguments that all scorers of a stage share."""
-
     spec: StageSpec
     tokenizer: Any
     prompts: Sequence[Prompt]
@@ -82,7 +80,6 @@ class _Builder:
     asking: Asking | None
 
     def part(self, field: str, scorer: ScorerConfig) -> Part | Ensemble:
-        """The summand of a total at a field of the configuration."""
         if scorer.source != ENSEMBLE:
             return self._column(field, scorer, weight=scorer.weight)
         assert scorer.ensemble is not None, "the plan refuses an ensemble without members"
@@ -106,7 +103,6 @@ class _Builder:
         )
 
     def scorer(self, field: str, scorer: ScoreSourceConfig) -> Scorer:
-        """The scorer at a field of the configuration."""
         function = function_of(scorer.source)
         if function is not None:
             planned = self.spec.identity.get("code", {}).get(source_field(field))
@@ -125,7 +121,6 @@ class _Builder:
         return self._model(name, source=scorer.source)
 
     def _model(self, name: str, *, source: str) -> Scorer:
-        """The reward model at the stage's input ``name``."""
         if name == REWARD and self.reward_model is not None:
             return TokenScorer(self.reward_model, self.run)
         model_input = self.spec.inputs[name]

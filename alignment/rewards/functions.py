@@ -146,7 +146,6 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _lacking(error: BaseException, answers: Answers) -> str:
-    """Names the rows without the column that a function looked up, as the end of a sentence."""
     column = error.args[0] if isinstance(error, KeyError) and error.args else None
     lacking = [prompt for prompt in answers.prompts if column not in prompt.row] if isinstance(column, str) else []
     return f"; these rows have no '{column}': {locations_of(lacking)}" if lacking else ""

@@ -163,15 +163,14 @@ def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) 
 
 
 class Rewards(Protocol):
-    """One or more scorers, and how their scores are combined. Each process scores its own share of a rollout batch with
-    ``scores``. Once the shares of all processes are gathered, ``total`` gives each answer one score, the same on every
-    process."""
+    """One or more scorers, and how their scores are combined (``RewardMix``). Each process scores its own share of a
+    rollout batch with ``scores``. Once the shares of all processes are gathered, ``total`` gives each answer one score,
+    the same on every process."""
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
         """The score of each answer by each scorer, on the CPU. ``prompts`` and ``answers`` are token ids of the
         policy's tokenizer, answers with the end token if it was sampled. ``rows`` are the indices of the prompts in the
-        stage's data, for scorers that read fields of a row. Raises RewardError: a scorer did not give one usable number
-        per answer; names row, scorer and value."""
+        stage's data. Raises RewardError: a scorer did not give one usable number per answer."""
 
     def observe(self, scores: Scores) -> None:
         """Updates the running normalisation with the scores of a whole batch, before its ``total``."""

@@ -154,7 +154,6 @@ def _only(outputs: list[Any]) -> Any:
 
 
 def _in_order(entries: Any, count: int, key: str) -> list[Any]:
-    """The entries, if they are those of the items, in their order."""
     counted = _counted(_listed(entries), count)
     order = [_get(entry, key) for entry in counted]
     if order != list(range(count)) or any(isinstance(number, bool) for number in order):

@@ -97,8 +97,7 @@ class RewardMix:
         return list(self._columns)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
-        """The score of each answer by each scorer; no scorer is called for a batch without answers. Raises RewardError:
-        a scorer did not give one usable number per answer; names row, scorer and value."""
+        """The score of each answer by each scorer; no scorer is called for a batch without answers."""
         if not answers:
             return Scores(names=tuple(self._columns), values=torch.empty(len(self._columns), 0))
         seen = Answers(
@@ -157,7 +156,6 @@ class RewardMix:
         return part.combine(self._of_members(name, by_name))
 
     def _of_members(self, name: str, by_name: Mapping[str, Tensor]) -> Tensor:
-        """``[members, answers]``: normalised and clipped scores."""
         return torch.stack([self._rescaled(member, by_name[member].double()) for member in self._members[name]])
 
     def _rescaled(self, name: str, scores: Tensor) -> Tensor:
@@ -170,7 +168,6 @@ class RewardMix:
 
 
 def _members(name: str, ensemble: Ensemble) -> dict[str, Part]:
-    """The members by their names in metrics."""
     names = _names([member.source for member in ensemble.members])
     return {f"{name}/{own}": member for own, member in zip(names, ensemble.members, strict=True)}
 

@@ -89,8 +89,4 @@ def differences(
 
 def report(engine: str, differing: Sequence[Difference], *, asked: int) -> None:
     """Prints how many answers of those to ``asked`` prompts are equal, and each that is not."""
-    print(
-        f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal",
-        *differing,
-        sep="\n",
-    )
+    print(f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal", *differing, sep="\n")

@@ -93,7 +93,6 @@ def _sequences(tokenized: Tokenized) -> dict[str, Tokens]:
 
 
 def _differences(parts: Parts) -> dict[str, range]:
-    """The range of each of two answers between their common beginning and their common end."""
     answers = {name: tokens.ids for name, tokens in parts.answers.items()}
     if len(answers) != 2:
         return {}

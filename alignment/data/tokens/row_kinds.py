@@ -207,13 +207,11 @@ def _sequences(rendered: list[Rendered] | DataError) -> list[Texts]:
 
 
 def _before(sequence: Texts, name: str) -> str:
-    """The text behind which a part of a sequence stands: the end of the prompt, unless it is the prompt."""
     prompt = sequence.get(PROMPT, ()) if name != PROMPT else ()
     return prompt[-1].text if prompt else ""
 
 
 def _rendered(tokenizer: Any, kind: Kind, record: Any) -> list[Rendered] | DataError:
-    """The record's sequences, or its fault. Raises ModelError: the template does not terminate."""
     try:
         return kind.sequences(tokenizer, record)
     except DataError as fault:
@@ -319,7 +317,6 @@ def _labelled(tokenizer: Any, record: LabelledAnswer) -> list[Rendered]:
 
 
 def _labelled_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
-    """The answer is in the column of its label; the other column is empty."""
     row: Row = {PROMPT: parts.prompt.ids, DESIRABLE: [], UNDESIRABLE: []}
     return [row | {label: tokens.ids for label, tokens in parts.answers.items()}]
 

@@ -244,7 +244,6 @@ def _files(path: Path) -> list[list[str | int]]:
 
 
 def _of_tokenizer(tokenizer: Any) -> list[str]:
-    """Hashes of the whole pipeline: merges, normaliser, prefixes and suffixes, and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = "" if backend is None else backend.to_str()
     return [*tokenizer_hashes(tokenizer).values(), hashlib.sha256(pipeline.encode()).hexdigest()]

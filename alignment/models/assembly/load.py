@@ -115,7 +115,6 @@ def base_content(spec: StageSpec) -> str | None:
 
 
 def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Path:
-    """The folder of an artifact's base on this machine; the content identifies it, not the name."""
     recorded = manifest.base["content"]
     if recorded is not None and recorded == base_content(spec):
         return spec.base_path

@@ -117,7 +117,6 @@ def _with_earlier(
     keys_values: KeysValues | None,
     earlier: KeysValues | None,
 ) -> tuple[Tensor, Tensor, _Ahead]:
-    """A layer's keys and values with those that precede the stream, and the numbers of the latter."""
     ahead = _Ahead()
     if keys_values is not None:
         keys_values.layers[module.layer_idx] = keys.contiguous(), values.contiguous()  # not as views of larger products
@@ -148,7 +147,6 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
-    """The rows that have queries, with their ranges among all keys."""
     first = ((0, ahead.prefix),) if ahead.prefix else ()
     return tuple(
         Row(segment.own, (*first, *map(ahead.shifted, segment.keys)))

@@ -182,7 +182,6 @@ def _write_padded(
 
 
 def _prefill_batches(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
-    """Yields distinct prompts of at most ``PREFILL_TOKENS`` padded tokens, or a single longer one, and their counts."""
     batch: list[Sequence[int]] = []
     repeats: list[int] = []
     for _, group in groupby(prompts, key=tuple):
@@ -405,5 +404,4 @@ def _tokens(beginning: Beginning | None) -> int:
 
 
 def _last_positions(prompts: Sequence[Sequence[int]], ahead: int, device: torch.device) -> Tensor:
-    """``[prompts, 1]``: the position of the last token of each prompt, which has so many tokens ahead of it."""
     return on_device(torch.tensor([[ahead + len(prompt) - 1] for prompt in prompts]), device)

@@ -109,7 +109,6 @@ def trunk_states(
 
 
 def _flat_states(trunk: PreTrainedModel, rows: FlatRows, *, ahead: int = 0, **of_attention: Any) -> Tensor:
-    """``[tokens, width]``; positions begin after ``ahead``, and attention gets the other arguments."""
     tokens = len(rows.input_ids)
     rows = rows.filled_up(_multiple(trunk))
     # The model passes a four-dimensional mask on, instead of building a mask that would never be read.

@@ -125,8 +125,6 @@ def _in_order(uniforms: Tensor, order: Sequence[int]) -> Callable[[slice], Tenso
 
 @dataclass(kw_only=True, slots=True)
 class _Answers:
-    """The answers so far, by the prompts' numbers in the queue, and which of them have ended."""
-
     ids: list[list[int]]
     max_new_tokens: int
     end_ids: frozenset[int]

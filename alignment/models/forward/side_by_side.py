@@ -186,7 +186,6 @@ def _assigned(rows: FlatRows, shared: list[int], longest_twice: int) -> tuple[li
 
 
 def _families(segments: tuple[Segment, ...], twice: list[bool]) -> list[list[int]]:
-    """Numbers of rows that must stay together, because they read tokens of one another, directly or not."""
     family_of = list(range(len(segments)))
     for row, segment in enumerate(segments):
         if twice[row]:

@@ -75,7 +75,6 @@ def _forward_of(eps: float, shift: float) -> Any:
 
 
 def _rate(x: Tensor, eps: float) -> Tensor:
-    """``[..., 1]``: 1/rms of ``x [..., width]``, in float32."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 

@@ -94,7 +94,6 @@ class _Group:
     hidden: Tensor
 
     def of_queries(self, lines: Tensor, width: int) -> Tensor:
-        """``[matrices, queries · parts, width]``: all query heads under one key head."""
         return lines[self.queries].view(self.matrices, -1, width)
 
     def of_keys(self, lines: Tensor) -> Tensor:
@@ -342,7 +341,6 @@ def _spread(lines: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
-    """softmax(scores), ``[matrices, queries · parts, keys]``; ``hidden`` is ``[1 or rows, queries, keys]``."""
     rows, queries, keys = hidden.shape
     shape = -1, rows, queries, query.shape[1] // queries, keys
     if scores.cap is not None:
@@ -355,7 +353,6 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor, scores: Scores) -> Tens
 
 
 def _bounded(query: Tensor, key: Tensor, scores: Scores) -> Tensor:
-    """tanh(scale·q kᵀ / cap), ``[matrices, queries · parts, keys]``."""
     assert scores.cap is not None, "only capped scores are bounded"
     return torch.bmm(query, key.transpose(1, 2)).mul_(scores.scale / scores.cap).tanh_()
 

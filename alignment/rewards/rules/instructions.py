@@ -57,7 +57,6 @@ class Instructions:
 
 
 def _problem(name: Any, given: Any) -> str:
-    """What is wrong with an instruction and its arguments; empty if nothing is."""
     known = _checks().instructions_registry.INSTRUCTION_DICT
     if not isinstance(name, str) or name not in known:
         return f"has {name!r:.60}, which is not an instruction; {suggestion(str(name), list(known))}"
@@ -79,7 +78,6 @@ def _problem(name: Any, given: Any) -> str:
 
 
 def _question(record: HasRow) -> str:
-    """The text of the prompt, which some instructions ask to repeat."""
     messages = getattr(record, "messages", ())
     return str(messages[-1].content) if messages else ""
 

@@ -23,7 +23,6 @@ class _Words:
     """Cuts a text into words of letters, their marks, and digits. In scripts without spaces each character is one."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words in lower case."""
         lower = unicodedata.normalize("NFC", unified(text.lower()))
         return divided("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
 

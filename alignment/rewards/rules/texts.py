@@ -78,7 +78,6 @@ class KeyFacts:
 
 
 def _wordings(fact: Any) -> list[str]:
-    """Empty unless the fact is text, or a list of texts, with words in each."""
     texts = [fact] if isinstance(fact, str) else fact
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return []

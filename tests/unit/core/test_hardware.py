@@ -117,8 +117,7 @@ def test_without_groups_all_that_is_free_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "amx"),
-    [("flags\t: fpu amx_bf16 amx_tile\n", True), ("flags\t: fpu avx512_bf16\n", False), ("", False)],
+    ("text", "amx"), [("flags\t: fpu amx_bf16 amx_tile\n", True), ("flags\t: fpu avx512_bf16\n", False), ("", False)]
 )
 def test_a_processor_has_amx_if_the_system_says_so(tmp_path: Path, text: str, *, amx: bool) -> None:
     (tmp_path / "cpuinfo").write_text(text)

@@ -38,15 +38,7 @@ from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
-ATTACKS = [
-    "\x1b[31mred",
-    "\x1b]0;title\x07",
-    "a\rb",
-    "\x9b2J",
-    "\u202eabc\u2066",
-    "\x08\x7f",
-    "\ud800",
-]
+ATTACKS = ["\x1b[31mred", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202eabc\u2066", "\x08\x7f", "\ud800"]
 
 
 def test_rows_and_errors_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,10 +137,7 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
     }
     assert parts(raw, Table, CLEANING) == Table(
         rows=3,
-        arms=[
-            Arm(name="sft", gold=Interval(mean=0.5)),
-            Arm(name="dpo", figures={"A": Interval(mean=1.0)}),
-        ],
+        arms=[Arm(name="sft", gold=Interval(mean=0.5)), Arm(name="dpo", figures={"A": Interval(mean=1.0)})],
         setting="TEXT",
     )
     assert parts({"rows": "x"}, Table) is None

@@ -243,12 +243,7 @@ def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("more", "labels"),
-    [
-        ({"good": True}, ["good"]),
-        ({"good": "False"}, ["good"]),
-        ({"good": "yes"}, []),
-        ({"good": None}, []),
-    ],
+    [({"good": True}, ["good"]), ({"good": "False"}, ["good"]), ({"good": "yes"}, []), ({"good": None}, [])],
 )
 def test_a_column_of_true_and_false_beside_an_answer_may_be_its_label(
     tmp_path: Path, more: dict[str, Any], labels: list[str]

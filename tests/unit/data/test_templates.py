@@ -100,10 +100,7 @@ def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [
-        ("path:nowhere.jinja", "path:FILE"),
-        ("trl:qwen3_trainig", "did you mean trl:qwen3_training?"),
-    ],
+    [("path:nowhere.jinja", "path:FILE"), ("trl:qwen3_trainig", "did you mean trl:qwen3_training?")],
 )
 def test_a_template_that_is_none_is_refused(source: str, words: str) -> None:
     with pytest.raises(DataError) as caught:

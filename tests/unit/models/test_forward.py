@@ -12,13 +12,7 @@ from peft import TaskType
 from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.models.forward import flat
-from alignment.models.forward.answers import (
-    answer_statistics,
-    answer_stream,
-    answer_values,
-    scalar_scores,
-    unwrapped,
-)
+from alignment.models.forward.answers import answer_statistics, answer_stream, answer_values, scalar_scores, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal, install_scalar
 from alignment.models.forward.flat import use_flat_attention
