@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -11,8 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +24,10 @@ from rich.text import Text
 from alignment.cli import main
 from alignment.core import deadline, terminal
 from alignment.core.errors import DataError, ModelError
-from alignment.core.terminal import Terminal, Unfailing, begin_attempt, complain, shorten, visible
+from alignment.core.terminal import Terminal, begin_attempt, complain, shorten
 from alignment.data.records import Prompt
-from alignment.data.tokens.rendering import render
 from alignment.data.tokens.row_kinds import PROMPTS, Limits, tokenized
 from alignment.data.turns import Message
-from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.processes import execute
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -86,32 +80,9 @@ def test_neither_end_of_a_log_is_lost_and_a_full_disk_stops_no_attempt(tmp_path:
     assert log.read_bytes() == b"x" * 60
 
 
-def test_only_one_rendering_is_bounded_and_none_in_another_thread(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(deadline, "SECONDS", 0.2)
-    texts, end = set(), time.thread_time() + 0.5
-    with deadline.watched():
-        while time.thread_time() < end:
-            texts.add(render(tokenizer, ASKED, answering=True))
-    thread = threading.Thread(target=lambda: texts.add(render(tokenizer, ASKED, answering=True)))
-    thread.start()
-    thread.join()
-    assert texts == {render(tokenizer, ASKED, answering=True)}
-
-
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 OWN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """Colours and cursor of rich itself."""
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_what_a_terminal_would_obey_is_written_out(attack: str) -> None:
-    shown = visible(f"before {attack} after\tand\nmore [bold]")
-    assert not OBEYED.search(shown)
-    assert shown.startswith("before ")
-    assert shown.endswith(" after\tand\nmore [bold]")
-    assert visible("\x1b[1m \x9b \u202e") == r"\x1b[1m \x9b \u202e"
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -177,14 +148,6 @@ def _unread(argv: Sequence[str]) -> tuple[int, str]:
     return process.wait(), errors
 
 
-def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w", encoding="utf-8") as file:
-        stream = Unfailing(file)
-        stream.writelines(["a", "b"])
-        assert (stream.write("cd"), stream.lost, stream.encoding) == (2, False, "utf-8")
-    assert (tmp_path / "log").read_text() == "abcd"
-
-
 def test_a_log_whose_disk_was_full_for_a_moment_goes_on(tmp_path: Path) -> None:
     code = (
         "import resource\nfrom alignment.core.terminal import make_unfailing\n"
@@ -219,33 +182,6 @@ def test_beginning_and_end_of_a_long_log_stay_and_its_writer_goes_on(tmp_path: P
     assert lines[-3:] == ["line 198 of turn 2", "line 199 of turn 2", "the last word"]
     assert sum("the middle of this log was left out" in line for line in lines) == 1
     assert lines[lines.index(terminal.CUT.decode().strip()) + 1].startswith("line 179 of"), "whole lines"
-
-
-@pytest.mark.usefixtures("small")
-def test_a_command_that_prints_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:
-    code = "print('begun')\nfor number in range(20000): print('again', number)"
-    command = Command(argv=(sys.executable, "-c", code), environment={})
-    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert lines[0] == "begun"
-    assert lines[-1] == "again 19999"
-    assert (tmp_path / "log.txt").stat().st_size < 600
-
-
-@pytest.mark.usefixtures("small")
-def test_a_command_is_not_stopped_because_its_log_cannot_be_shortened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Path.open
-
-    def full(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
-        if "+" in mode:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, mode, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", full)
-    command = Command(argv=(sys.executable, "-c", "print('x' * 3000); import time; time.sleep(0.8)"), environment={})
-    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
 
 
 ASKED = (Message(role="user", content="Hi."),)
@@ -287,20 +223,3 @@ def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
         "with deadline.Bounded(ValueError()): sum(range(10**12))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -deadline.KILLED_BY
-
-
-def test_a_profiler_of_a_c_library_is_no_fault(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python knows nothing of its handler, and cannot put it back."""
-    real = signal.signal
-
-    def signal_of_c(number: int, handler: Any) -> Any:
-        before = real(number, handler)
-        return None if handler is deadline._look else before
-
-    monkeypatch.setattr(signal, "signal", signal_of_c)
-    before = signal.getsignal(signal.SIGPROF)
-    try:
-        assert "Hi." in render(tokenizer, ASKED, answering=True)
-        assert signal.getsignal(signal.SIGPROF) is signal.SIG_IGN, "its next signal ends no process"
-    finally:
-        real(signal.SIGPROF, before)

@@ -192,26 +192,6 @@ def test_a_small_packed_file_cannot_fill_the_memory(name: str, tmp_path: Path, m
     assert len(read_records(tmp_path / "b.jsonl.gz", Conversation, ALL)) == 2_000
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "outcomes"),
-    [
-        (
-            "a.jsonl",
-            f"{ROW}\n{'x' * 1_000}\n{ROW}\n{'y' * 101}",
-            ["1", "2: is longer than 100 bytes", "3", "4: is longer than 100 bytes"],
-        ),
-        ("a.csv", "prompt,completion\na," + "x" * 200, ["2: is longer than 100 bytes"]),
-        ("a.csv", 'prompt,completion\na,"' + "line\n" * 50, ["2: not CSV: field larger than field limit (100)"]),
-    ],
-)
-def test_a_line_that_is_too_long_is_a_faulty_row(
-    name: str, content: str, outcomes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(caps, "LINE_BYTES", 100)
-    (tmp_path / name).write_text(content)
-    assert _outcomes(tmp_path / name)[: len(outcomes)] == outcomes
-
-
 def test_what_must_be_read_in_one_piece_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the Parquet file, a value stands once and is meant a thousand times."""
     monkeypatch.setattr(caps, "WHOLE_BYTES", 1 << 20)
@@ -299,17 +279,6 @@ configs:
 # A data set
 """
 DESCRIBED = {"README.md": README, "data/train.jsonl": LINES, "data/test-0.jsonl": FIRST, "long/a.jsonl": LINES * 2}
-
-
-@pytest.mark.parametrize(
-    ("subset", "split", "count"), [("short", "train", 4), ("short", "test", 1), ("long", "train", 8)]
-)
-def test_the_description_says_which_files_make_which_split_of_which_subset(
-    cache: Path, subset: str, split: str, count: int
-) -> None:
-    rows = list(hub_rows(leave_data_set(cache, DESCRIBED), split, subset))
-    assert len(rows) == count
-    assert rows[0].where == f"{NAME} {subset} {split}: row 1"
 
 
 @pytest.mark.parametrize(

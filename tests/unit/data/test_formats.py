@@ -221,20 +221,6 @@ def test_answers_are_not_compared_by_what_is_no_finite_number(score: float) -> N
     assert [_texts(prompt) for prompt in _records(Prompt, row, "ranked")] == [["?"]]
 
 
-@pytest.mark.parametrize(
-    ("row", "texts", "asked"),
-    [
-        ({"prompt": "2 + 2?", "text": "A sum.", "format": "book"}, ["A sum."], "2 + 2?"),  # as in Cosmopedia
-        ({"messages": [ASKED], "text": "A sum."}, ["A sum."], "2 + 2?"),
-        ({"prompt": "2 + 2?", "text": " "}, ["2 + 2?"], "2 + 2?"),
-        (COMPLETED | {"text": "Q: 2 + 2? A: 4."}, ["2 + 2?\n\n4."], "2 + 2?"),  # often the same in some template
-    ],
-)
-def test_the_text_beside_a_prompt_is_learned_unless_there_is_an_answer(row: Any, texts: list[str], asked: str) -> None:
-    assert _records(PlainText, row) == [PlainText(text=text) for text in texts]
-    assert [_texts(prompt) for prompt in _records(Prompt, row)] == [[asked]]
-
-
 ANSWERED = [{"messages": [ASKED, ANSWER]}, {"conversations": [ASKED, ANSWER]}, SHARED, ALPACA, QUESTION]
 
 

@@ -26,10 +26,6 @@ from alignment.data.tokens.row_kinds import (
 )
 from alignment.data.tokens.tokenize import Tokens, prompt_ids
 from alignment.data.turns import Message
-from alignment.stages.cpt.kind import CptConfig
-from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.registry import kind_of
 from tests.tiny import tiny_tokenizer
 
 
@@ -76,14 +72,6 @@ def test_a_source_with_too_few_rows_is_named() -> None:
     with pytest.raises(DataError, match="10 rows, but 20") as caught:
         _mixed(80, (MixedConfig(count=1), 1), (MixedConfig(share=0.2), 10))
     assert caught.value.where == "s.data.mix[1]"
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "size"),
-    [(300, 0.125, 38), (300, 0.25, 75), (10, 0.01, 1), (100, 0.07, 7), (300, 0.1, 30), (1000, 1e-05, 1), (0, 0.5, 0)],
-)
-def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, size: int) -> None:
-    assert len(subset(count, fraction, _generator())) == size
 
 
 DROP = TooLongConfig()
@@ -153,16 +141,6 @@ ALIKE = Parts(prompt=_tokens(1), answers={name: _tokens(6, last, learned=True) f
 def test_a_cut_that_leaves_too_little_is_refused(parts: Parts, limits: Limits, message: str) -> None:
     with pytest.raises(RowTooLong, match=message):
         cut_to(parts, limits)
-
-
-def test_each_stage_has_its_own_limits() -> None:
-    dpo = DpoConfig(max_length=9, max_prompt_length=5, max_answer_length=4, too_long=LEFT)
-    for config, limits in (
-        (dpo, Limits(row=9, prompt=5, answer=4, too_long=LEFT)),
-        (PpoConfig(max_prompt_length=7), Limits(row=7)),
-        (CptConfig(max_length=6), Limits(row=6)),
-    ):
-        assert kind_of(config).learning.limits(config) == limits
 
 
 def _prompt(tokenizer: Any, limits: Limits, *turns: Message) -> Tokenized:

@@ -25,12 +25,10 @@ from alignment.rewards.scorer_sources import function_of
 from alignment.rewards.scorers import Answers
 from data.quickstart.house_style import (
     MAX_WORDS,
-    copied,
     fact_recall,
     facts,
     invented,
     normalise,
-    sentences,
     source_text,
     style,
     style_and_facts,
@@ -134,22 +132,6 @@ def test_a_check_of_the_style_costs_its_factor(check: str, factor: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("Mr. Novak and Mrs. Lee met Dr. Ito on St. John Street.", 1),
-        ("It opens at 7 a.m. and closes at 9 p.m. on Monday.", 1),
-        ('She said "Go." Then she left.', 2),
-        ("First line\nsecond line", 2),
-        ("   \n ", 0),
-    ],
-)
-def test_sentences_are_counted_as_a_reader_would(text: str, count: int) -> None:
-    parts = sentences(text)
-    assert len(parts) == count
-    assert " ".join(parts).split() == text.split(), "together they are the text"
-
-
-@pytest.mark.parametrize(
     ("answer", "source", "unknown"),
     [
         ("The lock is new on 4 June.", NOTICE, ["4", "June"]),
@@ -164,13 +146,6 @@ def test_sentences_are_counted_as_a_reader_would(text: str, count: int) -> None:
 )
 def test_numbers_and_names_that_the_text_lacks_are_found(answer: str, source: str, unknown: list[str]) -> None:
     assert invented(answer, source=source) == unknown
-
-
-def test_only_most_of_a_longer_text_in_its_order_is_a_copy() -> None:
-    words = NOTICE.split()
-    assert [copied(" ".join(words[: int(share * len(words))]), source=NOTICE) for share in (0.6, 0.8)] == [False, True]
-    assert not copied(" ".join(reversed(words)), source=NOTICE)
-    assert not copied("The shop is closed on Monday.", source="The shop is closed on Monday.")
 
 
 ALL = DataConfig(source="")

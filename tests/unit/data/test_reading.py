@@ -18,7 +18,7 @@ from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
 from alignment.data.fields import Fields, SetAside
-from alignment.data.formats import FORMATS, detect
+from alignment.data.formats import FORMATS
 from alignment.data.reading import iterate, read_records, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.row_files import RawRow, rows_of
@@ -82,22 +82,6 @@ def test_a_list_may_be_the_text_of_its_json(tmp_path: Path, name: str, suffix: s
     as_lists, as_texts = (read_records(file, record, settings) for file in files)
     assert as_texts == as_lists
     assert len(as_lists) == 1
-
-
-@pytest.mark.parametrize(
-    ("suffix", "row", "references"),
-    [
-        (".csv", {"turns": ["2 + 2?", "Times 3?"], "reference": ["4", "12"]}, ("4", "12")),
-        (".csv", {"turns": ["The first primes?"], "reference": "[2, 3, 5]"}, ("[2, 3, 5]",)),
-        (".jsonl", {"turns": ["Which?", "Why?"], "reference": "[2, 3]"}, ("[2, 3]", "")),
-    ],
-)
-def test_a_reference_is_a_list_only_if_it_fits_the_turns_of_a_csv(
-    tmp_path: Path, suffix: str, row: dict[str, Any], references: tuple[str, ...]
-) -> None:
-    (prompt,) = read_records(_written(tmp_path / f"a{suffix}", [row]), HeldOutPrompt, ALL)
-    assert prompt.references == references
-    assert prompt.row == row, "scorers read lists, too"
 
 
 CALLS = {
@@ -413,16 +397,6 @@ def test_a_misspelt_column_is_named(record: Any, form: str, row: Any, message: s
         list(record.of(FORMATS[form].read(Fields(row, where="x:1", example=""))))
     assert caught.value.message.startswith(message)
     assert word in f"{caught.value.message} {caught.value.remedy}"
-
-
-@pytest.mark.parametrize(
-    ("row", "field"),
-    [({"prompt": 3, "chosen": "4.", "rejected": "5."}, "prompt"), ({"chosen": "4.", "rejected": "5."}, "chosen")],
-)
-def test_rows_that_fit_no_format_are_held_against_the_one_with_most_of_their_columns(row: Any, field: str) -> None:
-    with pytest.raises(DataError) as caught:
-        detect([row], where="x").read(Fields(row, where="x:1", example=""))
-    assert caught.value.message.startswith(f"'{field}'")
 
 
 def test_scores_that_contradict_a_preference_give_no_margin() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from itertools import groupby
@@ -17,7 +16,7 @@ from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
 from alignment.data.records import Conversation
-from alignment.data.templates import options_of, own_template, trl_templates, with_options
+from alignment.data.templates import options_of, trl_templates, with_options
 from alignment.data.tokens.rendering import prompt_text, render
 from alignment.data.tokens.row_kinds import CONVERSATIONS, Limits, Tokenized, tokenized
 from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
@@ -26,7 +25,7 @@ from alignment.data.turns import Message
 from tests.field.models import save_model
 from tests.real_templates import ARGUMENTS, CASES, DEEPSEEK, GPT_OSS, NAME, PHI_4, QWEN, Case, dressed, text_of
 from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, styled_tokenizer
-from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 HI = [Message(role="user", content="Hi.")]
 TALK = [*HI, Message(role="assistant", content="Hello.")]
@@ -67,26 +66,6 @@ def test_chatml_for_a_base_model_ends_turns_with_its_control_token_or_with_eos(
     again = load_tokenizer(_saved(tmp_path / "artifact", tokenizer))
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer)
     assert _learned(again) == f"Hello.{end}"
-
-
-def test_several_named_templates_are_saved_and_hashed(tmp_path: Path) -> None:
-    """As Cohere's and Hermes' tokenizers have them: one for tools, and one for everything else."""
-    plain = tokenizer_hashes(tiny_tokenizer())
-    assert plain["chat_template_sha256"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
-    tokenizer = _with({"default": CHAT_TEMPLATE, "tool_use": "{{ tools | tojson }}" + CHAT_TEMPLATE})
-    again = load_tokenizer(_saved(tmp_path / "both", tokenizer))
-    hashes = tokenizer_hashes(again)
-    assert hashes == tokenizer_hashes(tokenizer)
-    assert hashes["chat_template_sha256"] != plain["chat_template_sha256"]
-    again.chat_template = dict(reversed(again.chat_template.items()))
-    assert tokenizer_hashes(again) == hashes
-    tool = {"type": "function", "function": {"name": "add"}}
-    assert render(again, TALK, answering=False) == render(tiny_tokenizer(), TALK, answering=False)
-    assert render(again, TALK, answering=False, tools=[tool]).startswith('[{"type": "function"')
-    default = _with({"default": CHAT_TEMPLATE})
-    saved = load_tokenizer(_saved(tmp_path / "default", default))
-    assert tokenizer_hashes(saved) == tokenizer_hashes(default) == plain, "a saved tokenizer has only the text"
-    assert tokenizer_hashes(_with({"tool_use": CHAT_TEMPLATE})) != plain
 
 
 def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -> None:
@@ -220,23 +199,6 @@ def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: P
 def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
     with pytest.raises(DataError, match=words):
         set_template(_with(template), CALM)
-
-
-def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    save_tiny_model(base)
-    (base / "chat_template.jinja").write_text("{{ own }}")
-    assert own_template(base) == "{{ own }}"
-    (base / "chat_template.jinja").unlink()
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    for stored, template in [
-        ("{{ a }}", "{{ a }}"),
-        ([{"name": "default", "template": "b"}], {"default": "b"}),
-        (None, None),
-    ]:
-        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
-        assert own_template(base) == template
-    assert own_template(tmp_path / "nowhere") is None
 
 
 def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
@@ -440,13 +402,3 @@ def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
     ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
     assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
     assert "Hello." in tokenizer.decode(read)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
-)
-def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
-    tokenizer = _with(ECHO)
-    set_template(tokenizer, TemplateChoice(options={"mood": value}))
-    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"

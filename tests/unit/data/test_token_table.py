@@ -7,13 +7,9 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 from tokenizers import normalizers
@@ -30,10 +26,7 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORE
 from alignment.data.tokens.token_table import TokenTable
 from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted
-from tests.hub import leave_data_set, use_cache
-from tests.living import is_living
 from tests.tiny import tiny_tokenizer
-from tests.unit.data.test_files import DESCRIBED
 
 ALL = DataConfig(source="")
 WIDE = Limits(row=500)
@@ -296,45 +289,6 @@ def test_a_process_that_dies_stops_the_stage(
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(error, match=words):
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
-
-
-_MAKER = """
-import sys, time
-from alignment.data.tokens import chunks
-chunks.CHUNK = 1
-jobs = chunks._in_parallel(lambda rows: time.sleep(60), iter([[1], [2], [3]]), 2)
-print("begun", flush=True)
-next(jobs)
-"""
-
-
-def test_processes_end_with_a_parent_that_is_killed() -> None:
-    """They hold its locks for as long as they live."""
-    parent = psutil.Popen([sys.executable, "-c", _MAKER], stdout=subprocess.PIPE)
-    try:
-        parent.stdout.readline()
-        deadline = time.monotonic() + 30
-        while len(children := parent.children()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(children) == 2
-    finally:
-        parent.kill()
-        parent.communicate()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not [child for child in alive if is_living(child)]
-
-
-def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    snapshot, cache = leave_data_set(tmp_path, DESCRIBED), tmp_path / "cache"
-    parts = [
-        DataConfig(source="", subset=subset, split=split)
-        for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
-    ]
-    assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
-    assert len(_tables(tmp_path)) == 3
 
 
 def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -101,16 +100,6 @@ def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAn
 # ---- its memory -----------------------------------------------------------------------------------------------------
 
 
-def test_the_memory_of_a_server_of_its_own_is_measured_when_it_ends(base: Path, tmp_path: Path) -> None:
-    peaks: list[float] = []
-    with started(base, tmp_path, Planted(), on_peak=peaks.append) as session:
-        assert peaks == []
-        session.start(options(base))
-        assert len(peaks) == 1, "the first server was replaced"
-    assert len(peaks) == 2
-    assert all(20e6 < peak < 1e9 for peak in peaks), "a process of Python with numpy"
-
-
 # ---- weights follow -------------------------------------------------------------------------------------------------
 
 
@@ -145,19 +134,6 @@ def test_an_adapter_that_was_loaded_although_the_reply_was_lost_is_used(
         session.use(adapters[0])
         assert len(engine.paths(LOAD)) == 2, "the second call was refused"
         assert session.answers(adapters[0], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[0])
-
-
-def test_a_server_that_failed_is_not_waited_for_again_at_the_end(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    with at_url(base, tmp_path, timeout=1.0) as (engine, session):
-        session.use(adapters[0])
-        engine.failing = lambda path, number: Failure(hangs=True)
-        with pytest.raises(StageError, match="timed out"):
-            session.answers(adapters[0], ASKED, GENERATION)
-        calls = len(engine.calls)
-        session.close()
-        assert len(engine.calls) == calls
 
 
 def test_a_log_of_its_own_stays_only_after_a_failure(
@@ -203,20 +179,6 @@ def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, t
         with pytest.raises(
             StageError, match="the engine answers with the weights 'policy-6-abcd' instead of 'policy-7"
         ):
-            session.answers(weights, ASKED, GENERATION)
-
-
-def test_weights_that_are_replaced_while_answers_are_sampled_are_noticed(base: Path, tmp_path: Path) -> None:
-    weights = Weights(name="policy-7-abcd", folder=tmp_path, whole=True)
-    with at_url(base, tmp_path) as (engine, session):
-        engine.version = weights.name
-
-        def edit(reply: dict[str, Any]) -> dict[str, Any]:
-            engine.version = "policy-8-abcd"
-            return reply
-
-        engine.edit = edit
-        with pytest.raises(StageError, match="the engine answers with the weights 'policy-8-abcd'"):
             session.answers(weights, ASKED, GENERATION)
 
 
@@ -270,26 +232,6 @@ def test_a_server_that_dies_is_started_again_with_the_weights_that_it_had(
     assert servers_under(folder) == []
 
 
-def test_a_server_that_dies_between_two_adapters_goes_on_with_the_new_one(
-    base: Path, tmp_path: Path, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The new server never had the old adapter, which is to be forgotten."""
-    with started(base, tmp_path, Planted()) as session:
-        session.use(adapters[0])
-        load = session._load
-
-        def load_and_die(weights: Weights) -> None:
-            load(weights)
-            monkeypatch.undo()
-            for server in servers_under(session.folder):
-                server.kill()
-
-        monkeypatch.setattr(session, "_load", load_and_die)
-        session.use(adapters[1])
-        assert (tmp_path / "engine.log").read_text().count("listening") == 2, "it was started again"
-        assert session.answers(adapters[1], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[1])
-
-
 def test_a_server_that_always_dies_is_given_up(base: Path, tmp_path: Path) -> None:
     with started(base, tmp_path, Planted(dies_at=1)) as session:
         with pytest.raises(StageError, match="vLLM ended with exit code 3") as raised:
@@ -298,19 +240,6 @@ def test_a_server_that_always_dies_is_given_up(base: Path, tmp_path: Path) -> No
     assert (tmp_path / "engine.log").read_text().count("listening") == 1 + RESTARTS
     assert str(tmp_path / "engine.log") in raised.value.remedy
     assert not folder.exists()
-
-
-def test_a_server_that_dies_while_it_gets_its_weights_again_is_given_up_too(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    folder = tmp_path / "policy"
-    shutil.copytree(str(adapters[0].folder), folder)
-    weights = replace(adapters[0], folder=folder)
-    with started(base, tmp_path, Planted(dies_at=1)) as session:
-        session.use(weights)
-        shutil.rmtree(folder)  # so the new server cannot load it
-        with pytest.raises(StageError, match=LOAD):
-            session.answers(weights, ASKED, GENERATION)
 
 
 def test_a_hanging_server_is_not_started_again(base: Path, tmp_path: Path) -> None:

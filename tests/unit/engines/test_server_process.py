@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 
-from alignment.core.child_processes import RANKS
 from alignment.core.errors import StageError
 from alignment.core.locks import is_held
 from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
@@ -137,18 +136,6 @@ def test_what_a_killed_keeper_left_is_removed_by_the_next_one(tmp_path: Path, mo
             assert left == {folder.name for folder in (living.folder, recent, foreign, third.folder)}
 
 
-def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
-    with Keeper() as keeper:
-        started(keeper, tmp_path)
-        server = psutil.Process(pids(tmp_path)[0])
-        parent = server.parent()
-        parent.kill()
-        wait_until(lambda: not is_living(server))
-        os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
-        assert not keeper.is_alive
-    assert not keeper.folder.exists()
-
-
 @pytest.mark.parametrize("argv", [[sys.executable, "-c", "raise SystemExit(3)"], ["/nowhere/server"]])
 def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
     """The owner polls for the file, so it would read an empty one as soon as it is opened for writing."""
@@ -245,28 +232,3 @@ def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
     assert not is_living(int(pid))
     assert not SHARED_MEMORY.joinpath(memory).exists()
     assert not keeper.folder.exists()
-
-
-def test_a_server_is_not_one_of_its_owner_s_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage of several processes asks servers too; a server with its rank would wait for the others."""
-    for name in RANKS:
-        monkeypatch.setenv(name, "1")
-    prints = f"import os; print(sorted(name for name in {RANKS} if name in os.environ))"
-    with Keeper() as keeper:
-        assert keeper.run(ServerCommand(name="", argv=[sys.executable, "-c", prints]), log=tmp_path / "log") == 0
-    assert (tmp_path / "log").read_text() == "[]\n"
-
-
-def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
-    nowhere = ServerCommand(name="the server", argv=[str(tmp_path / "nowhere")], smaller="lower sampling.cache_gb")
-    with Keeper() as keeper, pytest.raises(StageError, match=r"the server cannot be started: .*nowhere") as raised:
-        ServerProcess(keeper, nowhere, log=tmp_path / "log", where="sampling", start_timeout=30)
-    assert "cache_gb" not in raised.value.remedy
-
-
-def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:
-    with Keeper() as keeper:
-        psutil.Process(int((keeper.folder / "pid").read_text())).kill()
-        wait_until(lambda: not keeper.is_alive)
-        with pytest.raises(StageError, match="the process that supervises servers was killed"):
-            started(keeper, tmp_path)

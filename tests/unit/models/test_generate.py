@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
@@ -239,18 +238,6 @@ def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
         model = model_of(name)
         use_flat_attention(model)
         assert shared_beginning(model, prompts, 8) is None, "windows, caps"
-
-
-def test_no_step_uses_cudnn_and_the_callers_choice_stays(made: Callable[..., Any]) -> None:
-    model = made()
-    during: list[bool] = []
-    model.register_forward_pre_hook(lambda *_: during.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]):
-        generate(model, PROMPTS, max_new_tokens=3, end_ids=[], batch_size=2)
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    assert len(during) >= 2 * 3
-    assert not any(during)
 
 
 def test_answers_on_shapes_are_long_but_not_equally_long() -> None:

@@ -8,19 +8,17 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import TaskType
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
 
 from alignment.config.launch import DIVIDE_ROWS
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.core.errors import ConfigError
-from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
 from alignment.models.assembly.roles import load_start
@@ -29,7 +27,7 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
-from alignment.models.forward.side_by_side import balanced, can_share, has_two_threads, in_two_threads
+from alignment.models.forward.side_by_side import can_share, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
 from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, twin
@@ -38,19 +36,6 @@ from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, 
 @pytest.fixture(autouse=True)
 def _two_threads(_one_thread: None) -> None:
     torch.set_num_threads(2)
-
-
-@pytest.mark.parametrize(
-    ("costs", "expected"),
-    [
-        ((5, 4, 3, 2, 1), ([0, 3, 4], [1, 2])),  # 5 + 2 + 1 and 4 + 3
-        ((1, 9), ([1], [0])),
-        ((7,), ([0], [])),
-        ((2, 2, 2, 2), ([0, 2], [1, 3])),
-    ],
-)
-def test_the_largest_goes_first_to_whom_has_less(costs: tuple[int, ...], expected: tuple[list[int], list[int]]) -> None:
-    assert balanced(costs) == expected
 
 
 @pytest.mark.parametrize(
@@ -224,21 +209,6 @@ def test_models_that_draw_numbers_or_make_weights_for_a_call_are_never_divided(
     assert passes == expected
 
 
-@pytest.mark.parametrize("where", ["autocast", "one thread", "three threads", "several processes", "a plan"])
-def test_work_is_divided_only_on_two_threads_of_one_process(
-    where: str, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under autocast each part would convert the weights; a plan has no numbers."""
-    if where.endswith("processes"):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    torch.set_num_threads({"one thread": 1, "three threads": 3}.get(where, 2))
-    with Recorder().recording() if where == "a plan" else nullcontext():
-        model = tiny_model()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
-            _states(model)
-    assert passes == ALONE
-
-
 @pytest.mark.parametrize("types", ["longrope", {"full_attention": "default", "sliding_attention": "longrope"}])
 def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
     model = tiny_model()
@@ -277,24 +247,3 @@ def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         in_two_threads(work, [0, 1])
     assert sorted(ended) == [0, 1]
-
-
-@torch.no_grad()
-def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
-    with pytest.raises(IndexError):
-        _states(model, beyond)
-    assert _states(model).shape[0] == 6 * 14
-    assert passes == [*APART, *APART]
-
-
-@pytest.mark.parametrize("active", [0, 1])
-def test_adapters_that_are_switched_off_get_no_gradients(active: int, trained_passes: list[tuple[str, int]]) -> None:
-    model = unwrapped(_lora())
-    for number, module in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
-        module._disable_adapters = number >= active
-    _states(model).sum().backward()
-    assert trained_passes == APART
-    learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    assert len(learned) == 2 * active, "a layer's factors"

@@ -61,21 +61,6 @@ def test_each_answer_is_held_against_its_own_row() -> None:
     assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("#### $18.50 each", "18.5"),
-        ("#### \\$1{,}080", "1080"),
-        ("-1,\\!080", "-1080"),
-        (" $1,080. ", "1080"),
-        (18, "18"),
-        (-1.5, "-1.5"),
-    ],
-)
-def test_a_row_s_number_stands_behind_the_mark_or_alone(answer: Any, expected: str) -> None:
-    assert similarity.expected_answer({"answer": answer}, where="x:1") == Decimal(expected)
-
-
 REFERENCE = "police killed the gunman"
 
 
@@ -336,28 +321,3 @@ def test_an_instruction_is_followed_or_not(name: str, arguments: dict[str, Any],
     row = {"instruction_id_list": [name], "kwargs": [{**arguments, "unused": None}]}
     assert scored(strict, good, **row) == 1.0
     assert scored(strict, bad, **row) == 0.0
-
-
-def test_checks_of_instructions_leave_others_random_numbers_alone() -> None:
-    random.seed(5)
-    expected = random.random()
-    random.seed(5)
-    with pytest.raises(DataError):
-        rule("instructions_strict").expected(prompt(**ARGUMENTLESS))
-    assert random.random() == expected
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"$ref": "#size", "$defs": {"size": {"$anchor": "size", "type": "integer"}}},
-        {
-            "$schema": "http://json-schema.org/draft-07/schema#",
-            "$ref": "#/definitions/size",
-            "definitions": {"size": {"type": "integer"}},
-        },
-        {"allOf": [{"$id": "urn:inner", "$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}}]},
-    ],
-)
-def test_references_are_followed_within_a_schema(schema: dict[str, Any]) -> None:
-    assert [scored(rule("json_schema"), answer, schema=schema) for answer in ("3", '"3"')] == [1.0, 0.0]
