@@ -49,7 +49,6 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For the names of tests."""
         return "-".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
 
 

@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +27,6 @@ from alignment.core.artifacts import (
 )
 from alignment.core.errors import ArtifactError, ConfigError, DiskError, StageError
 from alignment.core.files import disk_error, explained, is_full, parse_json, remove_leftovers, replacing
-from alignment.records.training import MetricsLog
 
 
 @pytest.mark.parametrize(
@@ -94,18 +91,11 @@ def test_a_manifest_of_a_newer_version_is_not_called_damaged_and_one_that_is_no_
         read_manifest(tmp_path)
 
 
-ROOT = Path(__file__).parents[3]
-
-
 def publish_one(folder: Path) -> None:
     content = folder / "content"
     content.mkdir(exist_ok=True)
     (content / "weights").touch()
     publish(content, folder / "made", Manifest(stage="sft", kind="policy", fingerprint="5f" * 32, identity={}))
-
-
-def _keep_through(folder: Path) -> None:
-    MetricsLog(folder / "metrics.jsonl").keep_through(1)
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -169,24 +159,6 @@ def test_what_was_forbidden_is_a_fault_of_a_path_only_where_there_is_a_path(tmp_
     with pytest.raises(ConfigError, match="permission denied") as caught, explained(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl")
     assert caught.value.where == "/data/rows.jsonl"
-
-
-def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tmp_path: Path) -> None:
-    """The real thing, in a process of its own: ``ulimit -f``."""
-    code = (
-        "import sys, pathlib, resource\n"
-        "from alignment.core.files import explained, write_text\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "with explained(folder):\n    write_text(folder / 'run.json', 'x' * 9000)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    expected = f"DiskError: {tmp_path}/run.json: the file would be larger than the limit on file sizes allows, 4.1 kB"
-    assert expected in done.stderr
-    assert "ulimit -f unlimited" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_that_cannot_be_is_a_fault_of_the_call(tmp_path: Path) -> None:

@@ -6,12 +6,10 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from rich.text import Text
 from alignment.cli import main
 from alignment.core import deadline, terminal
 from alignment.core.errors import DataError, ModelError
-from alignment.core.terminal import Terminal, begin_attempt, complain, shorten
+from alignment.core.terminal import Terminal, complain, shorten
 from alignment.data.records import Prompt
 from alignment.data.tokens.row_kinds import PROMPTS, Limits, tokenized
 from alignment.data.turns import Message
@@ -50,34 +48,6 @@ def test_rows_and_errors_cannot_command_the_terminal(tmp_path: Path, capsys: pyt
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("LIMIT", 2000), ("HEAD", 40), ("TAIL", 400)):
         monkeypatch.setattr(terminal, name, size)
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("line", [b"line %d\n", b"\rstep %d"], ids=["lines", "a progress bar"])
-def test_neither_end_of_a_log_is_lost_and_a_full_disk_stops_no_attempt(tmp_path: Path, line: bytes) -> None:
-    log, whole = tmp_path / "log.txt", b"begun\n" + b"".join(line % number for number in range(400))
-    log.write_bytes(whole)
-    with no_file_beyond(50):
-        shorten(log)
-    assert log.read_bytes().startswith(b"begun\n")
-    assert log.read_bytes().endswith(line % 398 + line % 399)
-    shorten(log)
-    assert len(log.read_bytes()) < 600
-    assert log.read_bytes().endswith(line % 398 + line % 399)
-    log.write_bytes(b"x" * 60)
-    with no_file_beyond(60):
-        begin_attempt(log, "attempt 2 at dpo-91c0aa17")
-    assert log.read_bytes() == b"x" * 60
 
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

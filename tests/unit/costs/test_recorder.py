@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.config.model import Dtype
 from alignment.costs.live_memory import ALIGNMENT, Heap
-from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, alike, bytes_of, flop_of, seconds_of
+from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, bytes_of, flop_of, seconds_of
 from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for, one_of_each
 from alignment.costs.shadows import Operation, Shadow, ShadowMode, zeros
 from alignment.models.assembly.load import frozen_copy
@@ -245,22 +245,6 @@ SLACK = 2 * ALIGNMENT + 64
 def operation(func: Any, *shapes: tuple[int, ...]) -> Operation:
     args = tuple(torch.empty(shape, device="meta") for shape in shapes)
     return Operation(func=func, args=args, kwargs={}, results=())
-
-
-@pytest.mark.parametrize(
-    ("func", "shape", "other", "counts_as_alike"),
-    [
-        (torch.ops.aten.mm.default, (400, 64), (401, 64), True),
-        (torch.ops.aten.mm.default, (400, 64), (800, 64), False),
-        (torch.ops.aten.mm.default, (1, 64), (2, 64), False),
-        (torch.ops.aten.view.default, (400, 64), (8, 16), True),
-    ],
-)
-def test_nearly_equal_products_and_all_views_are_timed_once(
-    func: Any, shape: tuple[int, ...], other: tuple[int, ...], *, counts_as_alike: bool
-) -> None:
-    forms = [alike(operation(func, each, (64, 64))) for each in (shape, other)]
-    assert (forms[0] == forms[1]) == counts_as_alike
 
 
 def test_operations_that_cannot_run_have_no_time_and_the_others_have_theirs() -> None:

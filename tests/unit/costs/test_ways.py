@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig
 
-from alignment import estimate as estimation
 from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.costs.devices import DEVICES, THIS
-from alignment.costs.op_times import bytes_of, flop_of
-from alignment.costs.shadows import Operation
+from alignment.costs.devices import DEVICES
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.records.cost import StageCost
@@ -82,25 +79,6 @@ def cost_when_whole(spec: StageSpec, timer: Timer) -> StageCost:
 
 def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
     return replace(spec, config=replace(spec.config, adapter=adapter))
-
-
-class AsExpected(Timer):
-    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
-        return [
-            flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
-            for operation, _ in operations
-        ]
-
-
-def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec_of(tmp_path, SftConfig)
-    every = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
-    monkeypatch.setattr(estimation, "TIMED_SHARE", 0.5)
-    some = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
-    assert some.flop == every.flop
-    assert some.seconds == pytest.approx(every.seconds, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides

@@ -247,13 +247,6 @@ def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:
     assert _texts(conversation) == ["s", "a", "b", "c\n\ne", "d"]
 
 
-@pytest.mark.parametrize(("answer", "right"), [("1", 1), (" 1 ", 1), ("3", 0), (1, 1)])
-def test_the_index_of_a_choice_may_be_text_that_is_no_choice_itself(answer: Any, right: int) -> None:
-    """As every index of a CSV is."""
-    (question,) = _records(Question, {"question": "2 + 2?", "choices": ["3", "4"], "answer": answer})
-    assert question.right == right
-
-
 @pytest.mark.parametrize(
     ("reference", "references"),
     [

@@ -239,15 +239,6 @@ def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> N
     assert dict(examine(file, data, records()).placeholders) == {"other": 1}
 
 
-def test_a_column_may_appear_for_the_first_time_after_many_rows(tmp_path: Path) -> None:
-    row = {"q": "Hi.", "a": "Hello."}
-    file = _written(tmp_path / "a.jsonl", [row] * 150 + [row | {"about": "Be kind."}, row])
-    data = replace(ALL, columns={"prompt": "q", "completion": "a", "system": "about"})
-    systems = [conversation.messages[0].content for conversation in read_records(file, Conversation, data)]
-    assert systems == ["Hi."] * 150 + ["Be kind.", "Hi."]
-    assert "'nosuch'" in _refused(file, replace(data, columns={**data.columns, "tools": "nosuch"})).message
-
-
 USER = {"role": "user", "content": "2 + 2?"}
 RECORDS_ANSWER = {"role": "assistant", "content": "4."}
 RECORDS_ASKED = (Message(role="user", content="2 + 2?"),)

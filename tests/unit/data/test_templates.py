@@ -195,12 +195,6 @@ def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: P
     assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>", "the language model has it"
 
 
-@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
-def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        set_template(_with(template), CALM)
-
-
 def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
     again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
     assert prompt_text(_with(again), HI) == "Hi.|new"

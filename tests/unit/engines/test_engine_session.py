@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,33 +123,6 @@ def test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_f
     first, second = (weights.name for weights in adapters)
     assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first), (UNLOAD, second)], "loaded before forgotten"
     assert given[0] != given[1] != given[2]
-
-
-def test_an_adapter_that_was_loaded_although_the_reply_was_lost_is_used(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    with at_url(base, tmp_path, retries=1) as (engine, session):
-        lost = Failure(drops=True, after=True)
-        engine.failing = lambda path, number: lost if (path, number) == (LOAD, 0) else None
-        session.use(adapters[0])
-        assert len(engine.paths(LOAD)) == 2, "the second call was refused"
-        assert session.answers(adapters[0], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[0])
-
-
-def test_a_log_of_its_own_stays_only_after_a_failure(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = SamplingConfig(engine=Engine.vllm, python=str(interpreter_of(tmp_path, Planted())))
-    folder = tmp_path / "cache/alignment/engines"
-    for model, logs in ((base, 0), (tmp_path / "nowhere", 1)):
-        with suppress(StageError), EngineSession(config, where=WHERE) as session:
-            session.start(options(model))
-            assert list(folder.glob("*.log")) == [], "a process that is killed leaves none"
-        assert len(list(folder.glob("*.log"))) == logs
-    with EngineSession(config, where=WHERE) as session, pytest.raises(StageError) as raised:
-        session.start(options(tmp_path / "nowhere"))
-    assert [file for file in folder.glob("*.log") if str(file) in raised.value.remedy and file.read_text()]
 
 
 def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, tmp_path: Path) -> None:

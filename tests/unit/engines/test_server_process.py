@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 
 from alignment.core.errors import StageError
 from alignment.core.locks import is_held
-from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
+from alignment.engines.keeper_process import lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 from tests.living import is_living, wait_until
 
@@ -136,19 +135,6 @@ def test_what_a_killed_keeper_left_is_removed_by_the_next_one(tmp_path: Path, mo
             assert left == {folder.name for folder in (living.folder, recent, foreign, third.folder)}
 
 
-@pytest.mark.parametrize("argv", [[sys.executable, "-c", "raise SystemExit(3)"], ["/nowhere/server"]])
-def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
-    """The owner polls for the file, so it would read an empty one as soon as it is opened for writing."""
-    with Keeper() as keeper:
-        appears = exit_file(keeper.folder, 1)
-        appears.write_text("0")
-        os.link(appears, tmp_path / "first inode")
-        keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
-        wait_until(lambda: appears.read_text() != "0")
-        assert (tmp_path / "first inode").read_text() == "0", "the file was replaced, not written over"
-        assert keeper.exit_code(1) == (3 if argv[0] == sys.executable else NOT_STARTED)
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -163,15 +149,6 @@ def test_a_server_that_ends_says_why(tmp_path: Path, text: str, reason: str) -> 
     assert raised.value.where == "stages.ppo.sampling"
     assert str(tmp_path / "log") in raised.value.remedy
     assert ("cache_gb" in raised.value.remedy) == ("memory" in reason)
-
-
-def test_a_server_whose_share_is_too_small_is_not_told_to_take_less(tmp_path: Path) -> None:
-    words = "No available memory for the cache blocks. Try increasing gpu_memory_utilization"
-    command = replace(program(f"raise ValueError({words!r})"), larger="raise sampling.gpu_share")
-    with Keeper() as keeper, pytest.raises(StageError, match="leaves no memory for keys and values") as raised:
-        ServerProcess(keeper, command, log=tmp_path / "log", where="sampling", start_timeout=30)
-    assert raised.value.remedy.startswith("raise sampling.gpu_share; ")
-    assert "lower" not in raised.value.remedy
 
 
 def test_a_port_that_was_taken_meanwhile_is_tried_again(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from alignment.core.errors import ModelError
 from alignment.models.forward import attention
 from alignment.models.forward.attention import KeysValues, flat_attention
-from alignment.models.forward.rows import FlatRows, behind, stream
+from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.kernels import row_attention
 from alignment.models.kernels.kv_cache import RowsCache, decoding_attention
 from alignment.models.kernels.row_attention import Row, Scores, attend
@@ -156,29 +156,6 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
     assert not kernel.called
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     attended, _ = flat_attention(layer, query, key, value, None, **asked)
-    assert kernel.called
-    assert relative(attended, expected) < 1e-5
-
-
-@pytest.mark.parametrize("virtual", [0, 3])
-def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts behind prompts of another stream, with a prefix before both or none."""
-    kernel = mock.Mock(side_effect=_slow_varlen)
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    start = list(range(10, 30))
-    read = stream([[*start, 5], [*start, 6, 7], [8, 9]], torch.device("cpu"))
-    rows = behind(read, [1, 0, 2, 2], [[4, 4], [3], [5, 6, 7], [2]])
-    earlier = KeysValues()
-    layer: Any = torch.nn.Identity()
-    layer.layer_idx = 0
-    query, key, value = _states(read, "cpu", torch.float32)
-    prefix = torch.randn(2, KEY_HEADS, virtual, key.shape[-1]) if virtual else None
-    flat_attention(layer, query, key, value, None, segments=read.segments, keys_values=earlier)
-    query, key, value = _states(rows, "cpu", torch.float32)
-    options: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
-    expected, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
-    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
-    attended, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
     assert kernel.called
     assert relative(attended, expected) < 1e-5
 

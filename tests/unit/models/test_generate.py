@@ -22,7 +22,6 @@ from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.decoding import DecodingRows, sampled_tokens
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate, reading_order
-from alignment.models.forward.shared_prompts import shared_beginning
 from alignment.models.kernels import kv_cache
 from tests.oracles import logprobs as oracle
 from tests.tiny import tiny_model
@@ -218,26 +217,6 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         logprobs = torch.tensor(steps.logprobs[number][: len(answer)], dtype=torch.float64)
         torch.testing.assert_close(logprobs, expected, rtol=0.0, atol=1e-5)
-
-
-def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
-    model = tiny_model()
-    prompts = [[*range(70), 5, 6], [*range(70), 5], [*range(70), 9]]
-    assert shared_beginning(model, prompts, 8) is None, "its attention is not flat"
-    use_flat_attention(model)
-    beginning = shared_beginning(model, prompts, 8)
-    assert beginning is not None
-    assert beginning.tokens == 70
-    assert {keys.shape[1] for keys, _ in beginning.keys_values.layers.values()} == {70}
-    assert shared_beginning(model, prompts, 7) is None, "few rows"
-    assert shared_beginning(model, [*prompts, [*range(63), 99, 98]], 8) is None, "few tokens"
-    repeated = shared_beginning(model, [list(range(70))] * 3, 8)
-    assert repeated is not None
-    assert repeated.tokens == 69, "each prompt has a token of its own"
-    for name in ("mistral with a window", "gemma2"):
-        model = model_of(name)
-        use_flat_attention(model)
-        assert shared_beginning(model, prompts, 8) is None, "windows, caps"
 
 
 def test_answers_on_shapes_are_long_but_not_equally_long() -> None:

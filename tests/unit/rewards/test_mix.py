@@ -192,18 +192,3 @@ def test_what_is_combined_is_normalised_and_clipped_in_its_turn() -> None:
         scores = scores_of(**{"rule": [0.0] * 4, "ensemble/first": of_first, "ensemble/second": of_second})
         expected = [2.0 * max(-0.5, min(0.5, s)) for s in ensembles_oracle.standardised(bounds[-4:], bounds)]
         assert learned(slot, scores).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_a_restored_ensemble_goes_on_as_the_straight_one() -> None:
-    raw_scores = [
-        scores_of(**{"rule": batch, "ensemble/first": batch, "ensemble/second": [x / 1e3 for x in batch]})
-        for batch in batches(5, 4)
-    ]
-    straight, first, resumed = (cautious(normalize=True) for _ in range(3))
-    expected = [learned(straight, raw).tolist() for raw in raw_scores]
-    given = [learned(first, raw).tolist() for raw in raw_scores[:3]]
-    resumed.restore(json.loads(json.dumps(first.state())))
-    given += [learned(resumed, raw).tolist() for raw in raw_scores[3:]]
-    assert given == expected
-    assert sorted(straight.state()) == ["ensemble", "ensemble/first"]
-    assert resumed.state() == straight.state()

@@ -247,28 +247,6 @@ def ids_of_rows(base: Lineage) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TWO_TEXTS]
 
 
-def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Lineage) -> None:
-    file = tmp_path / "score.py"
-    file.write_text("def brevity(prompts, completions, ids_of_rows): return [-len(text) for text in completions]\n")
-    scorers = [
-        ScorerConfig(source="exact_answer"),
-        ScorerConfig(source="regex", pattern=r"at \d", weight=2.0),
-        ScorerConfig(source="length", target=5),
-        ScorerConfig(source=f"{file}:brevity", weight=0.1, clip=10.0),
-        ScorerConfig(source="regex", pattern="^They"),
-    ]
-    mix = slot(tmp_path, scorers)
-    scores = scored(mix, base)
-    assert {name: values.tolist() for name, values in scores.by_name().items()} == {
-        "exact_answer": [1.0, 0.0],
-        "regex": [1.0, 0.0],
-        "length": [1.0, 1.0],
-        "brevity": [-18.0, -21.0],
-        "regex#2": [0.0, 1.0],
-    }
-    assert mix.total(scores).tolist() == pytest.approx([1 + 2 + 1 - 1 + 0, 0 + 0 + 1 - 1 + 1])
-
-
 @pytest.mark.parametrize("kind", list(AdapterKind))
 def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
     tmp_path: Path, base: Lineage, kind: AdapterKind
