@@ -228,3 +228,22 @@ def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple
         with torch.no_grad():
             _states(model)
     assert {rows for _, rows in passes} == {6 if kind is AdapterKind.full else 3}
+
+
+def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, calls, ended = side_by_side.wait, [], []
+
+    def interrupted(futures: list[object]) -> None:
+        calls.append(len(futures))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        wait(futures)
+
+    def work(number: int) -> None:
+        time.sleep(0.1)
+        ended.append(number)
+
+    monkeypatch.setattr(side_by_side, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_two_threads(work, [0, 1])
+    assert sorted(ended) == [0, 1]
