@@ -27,11 +27,8 @@ _ANY_OF_THEM = "bool, int, float, str or an Enum, list[TYPE] or dict[str, TYPE] 
 
 
 def of_settings(settings: type, *, where: str = "", inside: tuple[type, ...] = ()) -> Iterator[str]:
-    """What is wrong with the types in a dataclass, and in those ``inside`` it, each as the end of a sentence.
-
-    Raises:
-        Exception: whatever another package's annotations raise when they are read.
-    """
+    """What is wrong with the types in a dataclass, and in those ``inside`` it, each as the end of a sentence. Raises
+    Exception: whatever another package's annotations raise when they are read."""
     for name, hint in field_types(settings).items():
         for part in _not_for_recipes(hint):
             remedy = _INSTEAD.get(get_origin(part) or part, _ANY_OF_THEM)
@@ -195,12 +192,9 @@ def returned(
     where: str,
     passes: tuple[type[Exception], ...] = (AlignmentError,),
 ) -> list[Any]:
-    """The list that the function ``Outcome.NAME`` of a kind returns: tables, or else texts.
-
-    Raises:
-        KindError: the function raised, or returned something else. ``where`` names the kind and its package.
-        Exception: those in ``passes``, as the function raised them.
-    """
+    """The list that the function ``Outcome.NAME`` of a kind returns: tables, or else texts. Raises KindError: the
+    function raised, or returned something else. ``where`` names the kind and its package. Raises Exception: those in
+    ``passes``, as the function raised them."""
     expected = "ResultTable with a Cell for each column" if name.endswith("tables") else "texts"
     is_expected = _is_table if name.endswith("tables") else lambda value: isinstance(value, str)
     try:

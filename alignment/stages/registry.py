@@ -1,8 +1,6 @@
-"""The table of all stage kinds: the built-in ones, and those that other packages add.
-
-A package adds a kind with an entry point in the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``.
-A kind that cannot be loaded is listed by ``problems()``; it stops only a run that uses it.
-"""
+"""The table of all stage kinds: the built-in ones, and those that other packages add. A package adds a kind with an
+entry point in the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``. A kind that cannot be loaded is listed
+by ``problems()``; it stops only a run that uses it."""
 
 from __future__ import annotations
 
@@ -111,11 +109,7 @@ def config_classes() -> StageClasses:
 
 
 def kind_named(name: str, *, where: str = "kind") -> StageKind:
-    """The kind of this name.
-
-    Raises:
-        ConfigError: there is no such kind, or it cannot be used.
-    """
+    """The kind of this name. Raises ConfigError: there is no such kind, or it cannot be used."""
     row = registered().get(name)
     if row is None:
         raise ConfigError(f"{name!r} is not a kind of stage; {suggestion(name, kinds())}", where=where)
@@ -178,10 +172,8 @@ def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, An
 
 
 def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | None:
-    """What teaches the policy of a stage of this kind with these plain settings; None for any other stage.
-
-    A reward model has learned from preferences, so its scores count as these.
-    """
+    """What teaches the policy of a stage of this kind with these plain settings; None for any other stage. A reward
+    model has learned from preferences, so its scores count as these."""
     teacher = kinds()[kind_name].learning.learns_from if kind_name in kinds() else None
     by_model = any(source == REWARD or is_reference(source) for source in _sources(settings.get("scorers", REWARD)))
     return LearnsFrom.preferences if teacher is LearnsFrom.scores and by_model else teacher
@@ -204,22 +196,13 @@ def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
 
 
 def lines_of(kind_name: str, artifact: Path) -> list[str]:
-    """The lines printed about a result of this kind.
-
-    Raises:
-        KindError: a function of another package failed.
-    """
+    """The lines printed about a result of this kind. Raises KindError: a function of another package failed."""
     return _shown(kind_name, "lines", artifact)
 
 
 def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
-    """The tables of a result of this kind.
-
-    Raises:
-        FileNotFoundError: the artifact lacks the file.
-        ArtifactError: the file is damaged, or was written by a newer version.
-        KindError: a function of another package failed.
-    """
+    """The tables of a result of this kind. Raises FileNotFoundError: the artifact lacks the file. Raises ArtifactError:
+    the file is damaged, or was written by a newer version. Raises KindError: a function of another package failed."""
     return _shown(kind_name, "tables", artifact)
 
 

@@ -91,10 +91,8 @@ def saved_student(context: StageContext, start: Lineage, result: StageResult) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutAnswers:
-    """Token ids of the teacher's ``answers`` to held-out prompts; an answer's prompt is repeated beside it.
-
-    ``groups`` are the numbers of the prompts, from 0, one for each answer.
-    """
+    """Token ids of the teacher's ``answers`` to held-out prompts; an answer's prompt is repeated beside it. ``groups``
+    are the numbers of the prompts, from 0, one for each answer."""
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
@@ -139,10 +137,8 @@ ACCEPTANCE, SAME_TOP = "acceptance", "same_top"
 
 
 class DistilTrainer(MicroBatchedSftTrainer):
-    """Minimises the mean of Σ p (log p − log q) over all answer tokens of an optimiser batch.
-
-    The model must have ``install_divergence``. ``teacher`` is whole on every process, frozen and without wrappers.
-    """
+    """Minimises the mean of Σ p (log p − log q) over all answer tokens of an optimiser batch. The model must have
+    ``install_divergence``. ``teacher`` is whole on every process, frozen and without wrappers."""
 
     teacher: PreTrainedModel
     temperature: float
@@ -164,10 +160,8 @@ class DistilTrainer(MicroBatchedSftTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """This process's part of the loss of a micro-batch, scaled as the trainer's other losses are.
-
-        It is divided by the learned tokens of all processes, over which the gradient is then averaged.
-        """
+        """This process's part of the loss of a micro-batch, scaled as the trainer's other losses are. It is divided by
+        the learned tokens of all processes, over which the gradient is then averaged."""
         rows, indices = learned_positions(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         with torch.no_grad():
             teaching = teaching_at(self.teacher, rows, indices)

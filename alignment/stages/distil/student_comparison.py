@@ -79,10 +79,8 @@ def sums_of_answers(
     temperature: float,
     tokens: int,
 ) -> list[list[float]]:
-    """For each answer the sums over its tokens of acceptance, agreement and divergence, and their number.
-
-    ``tokens`` limits those of a micro-batch.
-    """
+    """For each answer the sums over its tokens of acceptance, agreement and divergence, and their number. ``tokens``
+    limits those of a micro-batch."""
     rows: list[list[float]] = []
     for batch in batches(prompts, answers, tokens=tokens, device=student.device):
         teaching = teaching_at(teacher, batch.rows, batch.indices)
@@ -236,10 +234,8 @@ def _expected(acceptance: Interval, gamma: int, cost_ratio: float) -> Interval:
 def gaps_at_differences(
     model: PreTrainedModel, prompts: Sequence[Tokens], alone: Sequence[Tokens], assisted: Sequence[Tokens]
 ) -> list[float]:
-    """How far apart the model's logits of the first two tokens are that differ, for each answer that differs.
-
-    An answer that only ends earlier than the other is infinitely far apart.
-    """
+    """How far apart the model's logits of the first two tokens are that differ, for each answer that differs. An answer
+    that only ends earlier than the other is infinitely far apart."""
     gaps = []
     for prompt, own, other in zip(prompts, alone, assisted, strict=True):
         if list(own) == list(other):

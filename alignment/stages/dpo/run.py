@@ -1,9 +1,7 @@
-"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7), and losses like it.
-
-The reference is the policy at the start of the stage: with an adapter, the same base with the adapters as they were
-then; in full training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the
-sigmoid loss starts at ln 2; otherwise the stage stops with an error. A loss without a reference has none of this.
-"""
+"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7), and losses like it. The reference is
+the policy at the start of the stage: with an adapter, the same base with the adapters as they were then; in full
+training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the sigmoid loss
+starts at ln 2; otherwise the stage stops with an error. A loss without a reference has none of this."""
 
 from __future__ import annotations
 
@@ -149,11 +147,8 @@ def start_loss(config: DpoConfig, start: PairLogprobs) -> float:
 
 
 def check_start(trainer: PairTrainer) -> FirstBatch:
-    """The first batch, before the first step.
-
-    Raises:
-        StageError: policy and reference differ on a row, so the reference is not the policy that the stage starts from.
-    """
+    """The first batch, before the first step. Raises StageError: policy and reference differ on a row, so the reference
+    is not the policy that the stage starts from."""
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
         first = FirstBatch(trainer)
         if trainer.needs_reference:

@@ -22,10 +22,8 @@ from alignment.training.sharding import everyones
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogprobs:
-    """``[pairs]`` log-probabilities of answers in nats, and the tokens of each answer.
-
-    The reference's are 0 for a loss without a reference. ``margins`` are score differences; 0 if rows have none.
-    """
+    """``[pairs]`` log-probabilities of answers in nats, and the tokens of each answer. The reference's are 0 for a loss
+    without a reference. ``margins`` are score differences; 0 if rows have none."""
 
     chosen: Tensor
     rejected: Tensor
@@ -104,10 +102,8 @@ class WithMargins:
 
 class PairTrainer(AgainstStart, DPOTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches. Set what is not TRL's after construction.
-
     ``own_loss`` replaces TRL's loss, ``nll_weight`` times the chosen answer's negative log-likelihood is added to the
-    loss, and ``implicit_rewards`` replace TRL's.
-    """
+    loss, and ``implicit_rewards`` replace TRL's."""
 
     unit = Unit.pairs
     accuracy_metric = "rewards/accuracies"
@@ -205,10 +201,8 @@ class FirstBatch:
         )
 
     def changes(self) -> dict[str, float]:
-        """By how many nats the log-probability of an answer has changed since the start, on average.
-
-        Call it after training, on every process.
-        """
+        """By how many nats the log-probability of an answer has changed since the start, on average. Call it after
+        training, on every process."""
         chosen, rejected = self._of_all(lambda inputs: self._trainer.logprobs_of(self._trainer.model_wrapped, inputs))
         return {
             "logps/chosen_change": float((chosen - self.start.chosen).mean()),
@@ -216,10 +210,8 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Raises StageError unless policy and reference agree on every answer.
-
-        A precomputed reference must have the policy's numbers in its own micro-batches, and the rows of this batch.
-        """
+        """Raises StageError unless policy and reference agree on every answer. A precomputed reference must have the
+        policy's numbers in its own micro-batches, and the rows of this batch."""
         precomputed = self._trainer.precomputed
         if precomputed is not None:
             refuse_other_reference(precomputed.start_rows())

@@ -32,11 +32,8 @@ TEXTS, QUESTIONS = "texts", "questions"
 
 
 def run(config: ForgettingConfig, context: StageContext) -> StageResult:
-    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out.
-
-    The processes share what the policies read. The stage does not fail if an arm exceeds a limit; the driver fails the
-    run at its end.
-    """
+    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out. The processes share what the
+    policies read. The stage does not fail if an arm exceeds a limit; the driver fails the run at its end."""
     spec = context.spec
     context.progress("loading")
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)

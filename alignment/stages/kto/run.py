@@ -1,9 +1,7 @@
-"""Kahneman–Tversky optimisation with TRL's trainer (Ethayarajh et al. 2024, eq. 7).
-
-The reference is the policy at the start of the stage. At step 0 both must agree on every answer (``check_start``); then
-the divergence is 0 and the loss is half the mean weight. The loss lies between 0 and the largest weight, so it has no
-bound beyond which training has diverged.
-"""
+"""Kahneman–Tversky optimisation with TRL's trainer (Ethayarajh et al. 2024, eq. 7). The reference is the policy at the
+start of the stage. At step 0 both must agree on every answer (``check_start``); then the divergence is 0 and the loss
+is half the mean weight. The loss lies between 0 and the largest weight, so it has no bound beyond which training has
+diverged."""
 
 from __future__ import annotations
 
@@ -53,11 +51,7 @@ from alignment.training.session import train
 
 
 def run(config: KtoConfig, context: StageContext) -> StageResult:
-    """Labelled answers and a policy in, policy out.
-
-    Raises:
-        DataError: all answers have the same label.
-    """
+    """Labelled answers and a policy in, policy out. Raises DataError: all answers have the same label."""
     start, tokenizer = initial_policy(context)
     rows, counts = token_rows(context, LABELLED_ANSWERS, config.data, limits_of_parts(config), tokenizer)
     labels = count_labels(rows)
@@ -133,13 +127,9 @@ def _trainer(
 
 
 def check_start(trainer: TokenizedKtoTrainer) -> None:
-    """Policy and reference must agree on every answer of the first batch before the first step.
-
-    A precomputed reference must also have the policy's numbers in its own micro-batches.
-
-    Raises:
-        StageError: they differ, so the reference is not the policy that the stage starts from.
-    """
+    """Policy and reference must agree on every answer of the first batch before the first step. A precomputed reference
+    must also have the policy's numbers in its own micro-batches. Raises StageError: they differ, so the reference is
+    not the policy that the stage starts from."""
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):

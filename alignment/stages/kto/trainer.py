@@ -33,10 +33,8 @@ def count_labels(rows: Dataset) -> dict[str, int]:
 
 def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, max_length: int, mismatch: bool) -> Dataset:
     """Rows of ``LABELLED_ANSWERS``, shuffled, with the columns ``prompt``, ``completion``, ``label`` and ``where``.
-
     ``mismatch`` adds the column ``KL_completion``: the answer of another row of the same batch of ``batch_size`` rows,
-    cut so that it has at most ``max_length`` tokens with the prompt.
-    """
+    cut so that it has at most ``max_length`` tokens with the prompt."""
     order = pa.array(torch.randperm(len(rows), generator=rng).numpy())
     table = _table(rows).take(order)
     label = _is_desirable(table)
@@ -56,12 +54,10 @@ def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, max_length
 
 
 def mismatched(prompts: Sequence[Hashable], batch_size: int) -> list[int]:
-    """``[rows]``: for each row, the row whose answer is put beside its prompt.
-
-    Within a batch, each prompt gets the answer of the row before it, and the first the last one's. If several rows have
-    one prompt, the distance is the least at which fewest prompts get an answer to themselves. A batch of a single row,
-    the last, gets the answer of the row before it. Example: prompts ``a b c d e`` in batches of 3 give ``2 0 1 4 3``.
-    """
+    """``[rows]``: for each row, the row whose answer is put beside its prompt. Within a batch, each prompt gets the
+    answer of the row before it, and the first the last one's. If several rows have one prompt, the distance is the
+    least at which fewest prompts get an answer to themselves. A batch of a single row, the last, gets the answer of the
+    row before it. Example: prompts ``a b c d e`` in batches of 3 give ``2 0 1 4 3``."""
     others: list[int] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -131,10 +127,8 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
 
     @torch.no_grad()
     def with_estimates(self, model: nn.Module, inputs: Batch) -> Batch:
-        """The batch with the reference's log-probabilities, and without the mismatched answers.
-
-        What remains of these is the estimate of the divergence. Every process must call this.
-        """
+        """The batch with the reference's log-probabilities, and without the mismatched answers. What remains of these
+        is the estimate of the divergence. Every process must call this."""
         parts = [part for part, _ in self._micro_batches(inputs)]
         batch = {name: value for name, value in inputs.items() if not name.startswith(OTHER)}
         with self.accelerator.autocast():
@@ -149,10 +143,8 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         return batch
 
     def _of_reference(self, batch: Batch, column: str, rows: Batch) -> Tensor:
-        """``[rows]`` log-probabilities by the reference: the column, or those of ``rows``.
-
-        The policy reads the same rows at once, so that both are rounded alike.
-        """
+        """``[rows]`` log-probabilities by the reference: the column, or those of ``rows``. The policy reads the same
+        rows at once, so that both are rounded alike."""
         known: Tensor | None = batch.get(column)
         return answer_logprobs(self.ref_model, rows) if known is None else known
 

@@ -19,11 +19,9 @@ Prompt = Sequence[int]
 
 
 class AnswerTrials:
-    """``Trials`` (training/size_search.py) of a trainer whose optimiser is ready and whose models may be spoiled.
-
-    A row is a prompt with an answer of ``max_new_tokens`` random tokens. The longest prompt comes first and then the
-    shortest ones, each with all answers of its group: then as many tokens as possible are those of answers.
-    """
+    """``Trials`` (training/size_search.py) of a trainer whose optimiser is ready and whose models may be spoiled. A row
+    is a prompt with an answer of ``max_new_tokens`` random tokens. The longest prompt comes first and then the shortest
+    ones, each with all answers of its group: then as many tokens as possible are those of answers."""
 
     def __init__(self, trainer: PpoTrainer) -> None:
         self._trainer = trainer

@@ -56,10 +56,8 @@ def group_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
 
 
 def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
-    """Why the stage at ``where`` cannot sample and learn on this number of processes.
-
-    All answers to a prompt stay on one process, for sampling and for learning.
-    """
+    """Why the stage at ``where`` cannot sample and learn on this number of processes. All answers to a prompt stay on
+    one process, for sampling and for learning."""
     episodes, group = config.optim.batch_size, config.completions_per_prompt
     yield from group_faults(config, where)
     if config.guard.every and config.guard.prompts < processes:

@@ -38,10 +38,8 @@ class Collector:
     def collect(
         self, update: int, metrics: UpdateMetrics, partition_of: Callable[[Answers, Tensor], Partition]
     ) -> tuple[ScoredBatch, Partition]:
-        """Samples and scores; updates the running normalisation of scores.
-
-        ``partition_of`` gets the answers and their ``[rows]`` scores.
-        """
+        """Samples and scores; updates the running normalisation of scores. ``partition_of`` gets the answers and their
+        ``[rows]`` scores."""
 
         def partition(answers: Answers) -> Partition:
             self.rewards.observe(answers.scores)
@@ -85,11 +83,8 @@ class Collector:
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:
-    """Policy and reference are the same before the first step, so ``kl [rows, tokens]`` must be zero.
-
-    Raises:
-        StageError: its mean per row exceeds ``START_KL_TOLERANCE``.
-    """
+    """Policy and reference are the same before the first step, so ``kl [rows, tokens]`` must be zero. Raises
+    StageError: its mean per row exceeds ``START_KL_TOLERANCE``."""
     worst = float(kl.sum(-1).abs().mean())
     if worst > START_KL_TOLERANCE:
         raise StageError(

@@ -1,8 +1,6 @@
-"""The second phase of an update: the gradients of its minibatches.
-
-The minibatches of an update are the same in every epoch, where Huang et al. 2024 draw new ones: then old
-log-probabilities can be computed in the micro-batches that are learned from (docs/design/0059).
-"""
+"""The second phase of an update: the gradients of its minibatches. The minibatches of an update are the same in every
+epoch, where Huang et al. 2024 draw new ones: then old log-probabilities can be computed in the micro-batches that are
+learned from (docs/design/0059)."""
 
 from __future__ import annotations
 
@@ -139,10 +137,8 @@ class Learner:
         *,
         policy_learns: bool,
     ) -> Tensor:
-        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``).
-
-        ``tokens`` is the minibatch's number of answer tokens, and ``divisor`` that of its policy loss.
-        """
+        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``). ``tokens`` is the
+        minibatch's number of answer tokens, and ``divisor`` that of its policy loss."""
         prompts, answers = [experience.prompts[row] for row in indices], [experience.answers[row] for row in indices]
         rows, width = self._at(indices), max(map(len, answers))
         mask = experience.response_mask[rows, :width]

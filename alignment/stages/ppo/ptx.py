@@ -31,12 +31,9 @@ class Ptx:
     batch_size: int
 
     def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator, *, tokens: int) -> Tensor:
-        """Returns this process's share of the loss of the step's conversations, without the coefficient.
-
-        A micro-batch has at most so many ``tokens``.
-
-        Gradients stay local in the parameters; the caller must synchronise them in a later backward pass.
-        """
+        """Returns this process's share of the loss of the step's conversations, without the coefficient. A micro-batch
+        has at most so many ``tokens``. Gradients stay local in the parameters; the caller must synchronise them in a
+        later backward pass."""
         size = self.batch_size
         batch = prompt_order(len(self.rows), step * size, size, lambda round_: self.context.generator("ptx", round_))
         rows = [self.rows[index] for index in batch]

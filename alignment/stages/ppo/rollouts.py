@@ -39,13 +39,10 @@ Cut = Callable[[Answers], Partition]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episodes:
-    """How episodes are made; ``per_update`` is their number in an update, over all processes.
-
-    An answer ends at one of ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled for each prompt;
-    they are in adjacent rows, so that their prompt is computed once. Log-probabilities are taken at ``temperature``.
-    ``micro_batch_tokens`` limits the tokens of a micro-batch, except in sampling: a process samples its whole share at
-    once.
-    """
+    """How episodes are made; ``per_update`` is their number in an update, over all processes. An answer ends at one of
+    ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled for each prompt; they are in adjacent rows,
+    so that their prompt is computed once. Log-probabilities are taken at ``temperature``. ``micro_batch_tokens`` limits
+    the tokens of a micro-batch, except in sampling: a process samples its whole share at once."""
 
     prompts: Prompts
     end_ids: frozenset[int]
@@ -73,9 +70,7 @@ class _Draw:
 @dataclass(eq=False)
 class Rollouts:
     """Each process makes its share of a batch and receives all other shares, so that it holds the whole batch.
-
-    ``gathered`` gathers sharded weights. The answers of an update can be sampled ahead, before it begins.
-    """
+    ``gathered`` gathers sharded weights. The answers of an update can be sampled ahead, before it begins."""
 
     roles: Roles
     context: StageContext

@@ -157,11 +157,8 @@ def tokenized_prompts(
 
 
 def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Prompts, rows: Sequence[Prompt]) -> None:
-    """Checks that the policy can read each prompt with the longest answer.
-
-    Raises:
-        ModelError: it cannot; the error names the longest prompt.
-    """
+    """Checks that the policy can read each prompt with the longest answer. Raises ModelError: it cannot; the error
+    names the longest prompt."""
     longest = max(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
     tokens = len(prompts.ids[longest]) + config.max_new_tokens
     refuse_too_long(unwrapped(policy).base_model, tokens, where=rows[prompts.rows[longest]].where)
@@ -196,12 +193,8 @@ def _selected(prompts: Prompts, indices: list[int]) -> Prompts:
 
 
 def refuse_base(config: PpoConfig, context: StageContext) -> None:
-    """Checks the base model of the policy and, if it is separate, of the critic.
-
-    Raises:
-        ModelError: transformers has no scalar head for its architecture, it cannot be sampled from, or its head does
-            more than one matrix product.
-    """
+    """Checks the base model of the policy and, if it is separate, of the critic. Raises ModelError: transformers has no
+    scalar head for its architecture, it cannot be sampled from, or its head does more than one matrix product."""
     refuse_base_without_scores(config, context)
     if context.spec.inputs["init"].is_of_run:
         refuse_base_that_cannot_answer(context.spec, config.sampling, scored=True)

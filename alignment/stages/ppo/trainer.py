@@ -1,11 +1,9 @@
-"""PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself.
-
-One trainer step is one optimiser step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the
-first of them samples new answers. An update collects (collect.py), learns (learn.py) and reports (learn.py). A step
-loops over its micro-batches without ``accelerator.accumulate``, which would synchronise and step too often at the end
-of a dataloader. Checkpoints are made between updates. There, weights, optimiser, step number and a few numbers
-(``_save_state``) are all that a resumed run needs, because all randomness is derived from seed and step.
-"""
+"""PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself. One trainer step is one optimiser
+step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the first of them samples new answers.
+An update collects (collect.py), learns (learn.py) and reports (learn.py). A step loops over its micro-batches without
+``accelerator.accumulate``, which would synchronise and step too often at the end of a dataloader. Checkpoints are made
+between updates. There, weights, optimiser, step number and a few numbers (``_save_state``) are all that a resumed run
+needs, because all randomness is derived from seed and step."""
 
 from __future__ import annotations
 
@@ -123,11 +121,8 @@ class PpoTrainer(ShardedTrainer):
             shard_together(roles.actor_critic, roles.frozen_models(), self.accelerator.state.fsdp_plugin)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Does nothing, because all roles are already on their device.
-
-        With several processes on CPUs the device is named ``cpu:0`` here. Moving a role there would copy it, and roles
-        would no longer share memory.
-        """
+        """Does nothing, because all roles are already on their device. With several processes on CPUs the device is
+        named ``cpu:0`` here. Moving a role there would copy it, and roles would no longer share memory."""
 
     def _gathered_roles(self) -> AbstractContextManager[None]:
         """Gathers sharded weights for sampling and scoring."""
@@ -175,10 +170,8 @@ class PpoTrainer(ShardedTrainer):
     # ---- an update --------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Computes the gradients of one whole minibatch for the optimiser; the first step of an update samples first.
-
-        A skipped minibatch leaves no gradients, so the optimiser changes nothing.
-        """
+        """Computes the gradients of one whole minibatch for the optimiser; the first step of an update samples first. A
+        skipped minibatch leaves no gradients, so the optimiser changes nothing."""
         update, step_of_update = divmod(self.state.global_step, self.steps_per_update)
         model.eval()  # without dropout, which would make the ratio noisy
         recompute(model)
@@ -362,10 +355,8 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 @dataclass(eq=False)
 class KlBudget:
-    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
-
-    The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
-    """
+    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence). The KL of a
+    single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it."""
 
     limit: float | None
     was_above: bool = False

@@ -1,12 +1,9 @@
-"""A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
-
-With a ``margin``, its product with a pair's score difference is subtracted inside σ (Touvron et al. 2023, eq. 2).
-
-The score is read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs
-of some prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer
-answer wins". The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0
-on average (Huang et al. 2024). Training pairs would bias it, because a model scores what it learned from higher.
-"""
+"""A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1). With a
+``margin``, its product with a pair's score difference is subtracted inside σ (Touvron et al. 2023, eq. 2). The score is
+read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs of some
+prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer answer wins".
+The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0 on average
+(Huang et al. 2024). Training pairs would bias it, because a model scores what it learned from higher."""
 
 from __future__ import annotations
 

@@ -75,10 +75,8 @@ def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Faul
 
 
 def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
-    """The card with ``learned`` set to the pairs of the stage that made its model, unless the card sets it itself.
-
-    Rows that the stage mixes in are left out, because they are drawn with the stage's own random numbers.
-    """
+    """The card with ``learned`` set to the pairs of the stage that made its model, unless the card sets it itself. Rows
+    that the stage mixes in are left out, because they are drawn with the stage's own random numbers."""
     made_by = run.stages.get(config.reward.removeprefix("stage:"))
     pairs = getattr(made_by, "data", None)
     if config.learned != DataConfig() or not config.reward.startswith("stage:") or not isinstance(pairs, DataConfig):

@@ -151,10 +151,8 @@ def _without_learned(
 
 
 def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
-    """Whether the pairs drawn here are those that the model learned from.
-
-    A fraction is drawn with the run's seed among the rows that fit, so one row more or less changes the whole draw.
-    """
+    """Whether the pairs drawn here are those that the model learned from. A fraction is drawn with the run's seed among
+    the rows that fit, so one row more or less changes the whole draw."""
     if config.learned.fraction == 1.0:
         return True
     path = context.spec.inputs["reward"].path
@@ -169,10 +167,8 @@ def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reading:
-    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, …
-
-    ``too_long`` counts the pairs that are not.
-    """
+    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, … ``too_long``
+    counts the pairs that are not."""
 
     model: PreTrainedModel | PeftModel
     pairs: list[PreferencePair]
@@ -273,9 +269,7 @@ def _judged(
 
 def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> Invariances:
     """How far scores of the first pairs change where they should not, in the model's number format and in float32.
-
-    Afterwards the model is in float32.
-    """
+    Afterwards the model is in float32."""
     own = context.spec.model.dtype
     formats = {}
     for dtype in dict.fromkeys((own, Dtype.float32)):

@@ -46,10 +46,8 @@ def answer_scores(
     asked: AskedPrompts,
     answers: Sequence[Sequence[Sequence[int]]],
 ) -> tuple[Scores, list[float]]:
-    """The score of each answer by each scorer, and in total, prompt by prompt.
-
-    ``records`` are all rows of the stage's data, ``tokenizer`` is the policy's.
-    """
+    """The score of each answer by each scorer, and in total, prompt by prompt. ``records`` are all rows of the stage's
+    data, ``tokenizer`` is the policy's."""
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
     rewards = build_rewards(in_list(config.scorers), context.spec, tokenizer, records, None, run, asking_of(context))
@@ -71,13 +69,9 @@ SAMPLES = "samples.jsonl"
 
 
 def run(config: SampleConfig, context: StageContext) -> StageResult:
-    """A policy, prompts and scorers in; ``rows.jsonl``, ``samples.jsonl`` and ``sampling.json`` out.
-
-    Raises:
-        DataError: no prompt is left to ask, or as ``answer_scores``.
-        ModelError: a model cannot be loaded, or does not fit.
-        StageError: the answers give no row.
-    """
+    """A policy, prompts and scorers in; ``rows.jsonl``, ``samples.jsonl`` and ``sampling.json`` out. Raises DataError:
+    no prompt is left to ask, or as ``answer_scores``. Raises ModelError: a model cannot be loaded, or does not fit.
+    Raises StageError: the answers give no row."""
     context.progress("loading")
     tokenizer = asked_tokenizer(context, field="policy")
     reward = context.spec.inputs.get("reward")  # checked before anything is sampled
@@ -181,10 +175,6 @@ def _mean_best(candidates: Sequence[Sequence[Candidate]], size: int) -> float:
 
 
 def refuse_base(config: SampleConfig, context: StageContext) -> None:
-    """Checks the base model of the policy.
-
-    Raises:
-        ModelError: it cannot be sampled from.
-    """
+    """Checks the base model of the policy. Raises ModelError: it cannot be sampled from."""
     if context.spec.inputs["policy"].is_of_run:
         refuse_base_that_cannot_answer(context.spec, config.sampling, scored=False)

@@ -57,10 +57,8 @@ def best(scores: Mapping[int, float], threshold: float | None) -> int | None:
 
 
 def pairs(scores: Mapping[int, float], *, every: bool, min_margin: float) -> list[tuple[int, int]]:
-    """Indices of a better and a worse answer: of ``every`` two answers, or of the best and the worst.
-
-    Their scores differ, by at least ``min_margin``. Pairs with better answers come first.
-    """
+    """Indices of a better and a worse answer: of ``every`` two answers, or of the best and the worst. Their scores
+    differ, by at least ``min_margin``. Pairs with better answers come first."""
     order = sorted(scores, key=lambda index: (-scores[index], index))
     possible = combinations(order, 2) if every else [(order[0], order[-1])] if len(order) > 1 else []
     return [
@@ -72,9 +70,7 @@ def pairs(scores: Mapping[int, float], *, every: bool, min_margin: float) -> lis
 
 def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bool]:
     """Whether each answer is good: its score is at least ``threshold``, or without one above the mean of the scores.
-
-    Without a threshold, a score equal to the mean has no label, and so none if all are the same.
-    """
+    Without a threshold, a score equal to the mean has no label, and so none if all are the same."""
     if threshold is not None:
         return {index: _reaches(score, threshold) for index, score in scores.items()}
     if not scores or is_tied(scores):  # a mean of equal numbers may be rounded to another one
@@ -104,10 +100,8 @@ class OfPrompt:
 
 
 def rows_of_prompt(config: SampleConfig, prompt: Prompt, candidates: Sequence[Candidate]) -> OfPrompt:
-    """Rows of the answers to a prompt, as ``config.select`` has it.
-
-    An answer that is chosen in a row and rejected in another one counts as chosen.
-    """
+    """Rows of the answers to a prompt, as ``config.select`` has it. An answer that is chosen in a row and rejected in
+    another one counts as chosen."""
     reasons = left_out(candidates, ended_only=config.ended_only)
     scores = {index: answer.score for index, answer in enumerate(candidates) if index not in reasons}
     used: dict[int, str] = {}

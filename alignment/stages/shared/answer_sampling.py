@@ -109,14 +109,11 @@ def made_in_parts(
     progress: Callable[[int], None],
     prepare: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """The value of every part, in order, on every process.
-
-    ``keys`` has an entry of plain values for each part: what its content depends on beside the stage's fingerprint.
-    ``make`` computes a part by its number; its value must be plain JSON. The processes share the missing parts, and
-    the main process stores them under ``name``. A part is always computed as a whole, so that the number of processes
-    does not change it. ``progress`` receives how many parts are done. ``prepare`` is called on every process if a part
-    is missing.
-    """
+    """The value of every part, in order, on every process. ``keys`` has an entry of plain values for each part: what
+    its content depends on beside the stage's fingerprint. ``make`` computes a part by its number; its value must be
+    plain JSON. The processes share the missing parts, and the main process stores them under ``name``. A part is always
+    computed as a whole, so that the number of processes does not change it. ``progress`` receives how many parts are
+    done. ``prepare`` is called on every process if a part is missing."""
     files = [_file(context, name, number, key) for number, key in enumerate(keys)]
     parts: list[Any] = everyones([_read(file) for file in files] if context.is_main else [])[0]
     missing = [number for number, value in enumerate(parts) if value is None]
@@ -179,9 +176,7 @@ def sampled_answers(
     config: SampledConfig, context: StageContext, policy: Lineage, tokenizer: Any, asked: AskedPrompts
 ) -> list[list[list[int]]]:
     """Token ids of ``completions_per_prompt`` answers to each prompt, with the end of the turn if it was generated.
-
-    Each prompt has random numbers of its own, so that its answers do not depend on the other prompts.
-    """
+    Each prompt has random numbers of its own, so that its answers do not depend on the other prompts."""
     generation = Generation(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids(tokenizer))
     )
@@ -270,10 +265,8 @@ def in_parts(
     make: Callable[[int], Any],
     prepare: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """What ``make`` makes of each span of prompts; progress is reported under ``name``, in prompts.
-
-    ``prepare`` is called before the first that is not stored yet.
-    """
+    """What ``make`` makes of each span of prompts; progress is reported under ``name``, in prompts. ``prepare`` is
+    called before the first that is not stored yet."""
     keys = [[asked.rows[index] for index in span] for span in spans]
     ends = [0, *(span.stop for span in spans)]
     return made_in_parts(

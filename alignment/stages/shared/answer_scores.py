@@ -58,10 +58,8 @@ REPLIES = "scorer_replies"
 
 
 def asking_of(context: StageContext) -> Asking:
-    """Saves replies in the work folder of the stage, and reports each as progress.
-
-    Each process writes a file of its own and has read those of all, since their number may have changed.
-    """
+    """Saves replies in the work folder of the stage, and reports each as progress. Each process writes a file of its
+    own and has read those of all, since their number may have changed."""
     folder = context.spec.work / REPLIES
 
     def progress() -> None:

@@ -1,9 +1,6 @@
-"""Replaces ``optim.micro_batch_tokens=auto`` by a number before a stage runs (docs/design/0044).
-
-The number is the one that this stage began with, or that a stage like it chose on this machine. Otherwise the stage
-runs up to its first step to try sizes, and is thrown away. What runs afterwards is the stage with that number, as if it
-were set by hand.
-"""
+"""Replaces ``optim.micro_batch_tokens=auto`` by a number before a stage runs (docs/design/0044). The number is the one
+that this stage began with, or that a stage like it chose on this machine. Otherwise the stage runs up to its first step
+to try sizes, and is thrown away. What runs afterwards is the stage with that number, as if it were set by hand."""
 
 from __future__ import annotations
 
@@ -34,10 +31,8 @@ Run = Callable[[StageConfig, StageContext], object]
 
 
 def with_chosen_size(context: StageContext, run: Run) -> StageContext:
-    """The context of a stage that has a number; ``run`` runs the stage. Every process must call this.
-
-    Random numbers are as before.
-    """
+    """The context of a stage that has a number; ``run`` runs the stage. Every process must call this. Random numbers
+    are as before."""
     if not is_automatic(context.spec.config):
         return context
     key = memory_key(context.spec.config, context.spec.identity, context.spec.inputs)

@@ -170,11 +170,7 @@ def sampling_refusals(sampling: SamplingConfig, launch: LaunchConfig) -> Iterato
 
 
 def check_engine(sampling: SamplingConfig, where: str) -> None:
-    """Checks that this machine has the engine.
-
-    Raises:
-        ConfigError: there is no environment with vLLM.
-    """
+    """Checks that this machine has the engine. Raises ConfigError: there is no environment with vLLM."""
     if sampling.engine is Engine.vllm and sampling.url is None:
         interpreter(sampling.python, package="vllm", where=f"{where}.sampling.python")
 

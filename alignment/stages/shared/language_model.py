@@ -63,10 +63,8 @@ def next_token_trainer(
     rows: Dataset,
     **arguments: Any,
 ) -> Trainer:
-    """A ``trainer`` of the policy on rows of ``input_ids`` and ``labels``, with its optimiser.
-
-    ``arguments`` are further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``.
-    """
+    """A ``trainer`` of the policy on rows of ``input_ids`` and ``labels``, with its optimiser. ``arguments`` are
+    further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``."""
     with own_coefficient(policy):
         made = trainer(
             model=policy,
@@ -101,10 +99,7 @@ def learn(
     held_out: Dataset | None = None,
 ) -> StageResult:
     """Trains on rows of ``input_ids``, ``labels`` and ``where`` and saves the model; ``metrics`` are added to the last
-    loss.
-
-    With ``held_out`` rows the model is validated while it trains.
-    """
+    loss. With ``held_out`` rows the model is validated while it trains."""
     if config.packing:  # TRL packs with a map, which would cache its result next to the token rows
         disable_caching()
     rows, origin_of = split_origins(rows)

@@ -36,10 +36,8 @@ def from_start(circumstances: Circumstances, usual: str) -> dict[str, Any]:
 
 
 def maximises_scores(circumstances: Circumstances) -> bool:
-    """Whether something asks for a stage that maximises scores: prompts without answers, or a reward model.
-
-    A scorer that the user names does not: it may be only the metric of the evaluation.
-    """
+    """Whether something asks for a stage that maximises scores: prompts without answers, or a reward model. A scorer
+    that the user names does not: it may be only the metric of the evaluation."""
     return Prompt in circumstances.rows or bool(circumstances.made.get(REWARD_MODEL))
 
 

@@ -32,10 +32,8 @@ class PairsConfig(LimitedConfig, Protocol):
 
 
 def read_pairs(config: PairsConfig, context: StageContext, tokenizer: Any) -> tuple[Dataset, dict[str, float]]:
-    """The pairs within the limits, with the column ``where``, and how many there are, were too long or were cut.
-
-    With a ``margin``, they have that column too.
-    """
+    """The pairs within the limits, with the column ``where``, and how many there are, were too long or were cut. With a
+    ``margin``, they have that column too."""
     kind, limits = pair_rows(config.margin), limits_of_parts(config)
     return token_rows(context, kind, config.data, limits, tokenizer)
 
@@ -55,11 +53,9 @@ def pair_tokens(pairs: Dataset) -> list[int]:
 
 
 def prompts_of(rows: Dataset) -> list[bytes]:
-    """The prompt of each row, as bytes that sort like the lists of its tokens.
-
-    In a row of ``input_ids`` and ``labels`` it is everything before the first learned token. A row that is learned from
-    its first token on has no prompt, and is taken as a whole.
-    """
+    """The prompt of each row, as bytes that sort like the lists of its tokens. In a row of ``input_ids`` and ``labels``
+    it is everything before the first learned token. A row that is learned from its first token on has no prompt, and is
+    taken as a whole."""
     if PROMPT in rows.column_names:
         return [_in_order(prompt) for (prompt,) in rows_of(rows, PROMPT)]
     return [_in_order(prompt) for prompt in _unlearned_starts(rows)]
@@ -74,10 +70,8 @@ def _unlearned_starts(rows: Dataset) -> Iterator[list[int]]:
 def split_by_prompt(
     rows: Dataset, share: float, rng: torch.Generator, *, where: str, setting: str
 ) -> tuple[list[int], list[int]]:
-    """The indices of rows to learn from, and of the rows of a share of the prompts.
-
-    Rows of one conversation stay together, by the first one's prompt: a later one contains what an earlier one learns.
-    """
+    """The indices of rows to learn from, and of the rows of a share of the prompts. Rows of one conversation stay
+    together, by the first one's prompt: a later one contains what an earlier one learns."""
     prompt_of = _by_record(rows, prompts_of(rows))
     prompts = sorted(set(prompt_of))
     count = round(share * len(prompts))
@@ -95,9 +89,7 @@ def split_by_prompt(
 
 def distinguishing_prompts(rows: Dataset) -> list[bytes]:
     """What tells rows apart: the prompt of each, or for a row without one that of the first row from the same record.
-
-    The end of a long text has no prompt, and may be a single token that ends other texts too.
-    """
+    The end of a long text has no prompt, and may be a single token that ends other texts too."""
     prompts = prompts_of(rows)
     if PROMPT in rows.column_names:
         return prompts
@@ -140,12 +132,10 @@ def hold_out(
     *,
     reported: Dataset | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """The rows to learn from, and the held-out rows, which are None without validation.
-
-    No prompt is on both sides, and none of a held-out row is in ``reported``, the rows on which the stage reports its
-    result. ``rows`` have the column ``where``, and so have those to learn from. Held-out ones have the kind's columns
-    alone; those of a ``share`` are listed in ``HELD_OUT``.
-    """
+    """The rows to learn from, and the held-out rows, which are None without validation. No prompt is on both sides, and
+    none of a held-out row is in ``reported``, the rows on which the stage reports its result. ``rows`` have the column
+    ``where``, and so have those to learn from. Held-out ones have the kind's columns alone; those of a ``share`` are
+    listed in ``HELD_OUT``."""
     validation, where = config.validation, f"stages.{context.spec.stage}.validation"
     if not validation.on:
         return rows, None

@@ -69,13 +69,9 @@ class StartRow:
 
 
 def refuse_other_reference(own: Iterable[StartRow], *, is_rounded: bool = False) -> None:
-    """Compares the answers of this process and of all others; every process must call this.
-
-    ``is_rounded``: the reference was computed in bfloat16 in other micro-batches.
-
-    Raises:
-        StageError: policy and reference differ on an answer, so the stage does not start from the reference.
-    """
+    """Compares the answers of this process and of all others; every process must call this. ``is_rounded``: the
+    reference was computed in bfloat16 in other micro-batches. Raises StageError: policy and reference differ on an
+    answer, so the stage does not start from the reference."""
     rows = sorted((row for rows in everyones(list(own)) for row in rows), key=lambda row: row.excess)
     worst = rows[len(rows) // 2] if is_rounded else rows[-1]
     if worst.excess > (ROUNDED_TOLERANCE if is_rounded else START_TOLERANCE) and not on_shadows():
@@ -96,9 +92,7 @@ VERSION = 7
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
     """Log-probabilities of answers, ``[rows]`` in nats, by the column of the answers; and the file that caches them.
-
-    The file may not exist yet. ``is_final``: it may be written. ``own`` computes this process's share of the rows.
-    """
+    The file may not exist yet. ``is_final``: it may be written. ``own`` computes this process's share of the rows."""
 
     logprobs: Mapping[str, Tensor]
     file: Path
@@ -106,10 +100,8 @@ class Reference:
     is_final: bool = True
 
     def start_rows(self) -> list[StartRow]:
-        """Answers of this process beside their reference, computed with the policy as it is now.
-
-        They are those of the first micro-batch of each column, as in bfloat16 other micro-batches give other values.
-        """
+        """Answers of this process beside their reference, computed with the policy as it is now. They are those of the
+        first micro-batch of each column, as in bfloat16 other micro-batches give other values."""
         return [
             StartRow(now, before, len(ids))
             for answer, every in self.logprobs.items()
@@ -122,10 +114,8 @@ class Reference:
         ]
 
     def keep(self) -> None:
-        """Writes the file if it may be written, unless it has these numbers.
-
-        One process calls this, after the sums were checked.
-        """
+        """Writes the file if it may be written, unless it has these numbers. One process calls this, after the sums
+        were checked."""
         rows = {len(column) for column in self.logprobs.values()}
         known = _read(self.file, tuple(self.logprobs), rows=rows.pop()) if self.is_final else self.logprobs
         if known is None or any(not torch.equal(known[name], own) for name, own in self.logprobs.items()):
@@ -173,12 +163,10 @@ def precomputed_reference(
     answers: Sequence[str],
     tokens: int,
 ) -> Reference:
-    """The reference of all rows, from the cache, or computed, with each process computing its share.
-
-    ``answers`` are the columns of the answers to the column ``prompt``. ``tokens`` limits the tokens of a micro-batch.
-    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its
-    weights are whole from then on until the trainer cuts them.
-    """
+    """The reference of all rows, from the cache, or computed, with each process computing its share. ``answers`` are
+    the columns of the answers to the column ``prompt``. ``tokens`` limits the tokens of a micro-batch. Switches the
+    policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its weights are whole
+    from then on until the trainer cuts them."""
     model = unwrapped(policy)
     copy_weights(model.parameters())
     model.to(context.device).eval()
@@ -260,10 +248,8 @@ _HASH = "hash_module"
 
 class AgainstStart(MicroBatches):
     """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
-
     ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand. A loss that
-    compares nothing does not need a reference; set ``needs_reference`` before ``make_ready``.
-    """
+    compares nothing does not need a reference; set ``needs_reference`` before ``make_ready``."""
 
     needs_reference: bool = True
     precomputed: Reference | None = None
@@ -295,10 +281,8 @@ class AgainstStart(MicroBatches):
 
 @contextmanager
 def _without_hash(trainer: type) -> Iterator[None]:
-    """TRL's trainers without the hash of all weights, which names a cache of TRL that is not used here.
-
-    For eight billion weights it takes a minute, also where no loss needs a reference.
-    """
+    """TRL's trainers without the hash of all weights, which names a cache of TRL that is not used here. For eight
+    billion weights it takes a minute, also where no loss needs a reference."""
     modules = {sys.modules[base.__module__] for base in trainer.__mro__}
     functions = {module: getattr(module, _HASH) for module in modules if hasattr(module, _HASH)}
     for module in functions:

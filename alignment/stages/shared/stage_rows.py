@@ -49,10 +49,8 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 def token_rows(
     context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
 ) -> tuple[Dataset, dict[str, float]]:
-    """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
-
-    The column ``where`` names the file and row that a row is from (``split_origins``).
-    """
+    """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut. The
+    column ``where`` names the file and row that a row is from (``split_origins``)."""
     _remove_old_list(context, field)
     tables = [
         token_table(
@@ -136,10 +134,8 @@ def _remove_old_list(context: StageContext, field: str) -> None:
 
 
 def selected(rows: Dataset, indices: Indices) -> Dataset:
-    """``rows.select``, which would make a Python integer of each index and hash them all twice.
-
-    ``rows`` are not themselves selected from other rows.
-    """
+    """``rows.select``, which would make a Python integer of each index and hash them all twice. ``rows`` are not
+    themselves selected from other rows."""
     content = hashlib.sha256(rows._fingerprint.encode())
     content.update(indices.data)
     return Dataset(
@@ -152,10 +148,8 @@ def selected(rows: Dataset, indices: Indices) -> Dataset:
 
 
 def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> range | Indices:
-    """Indices of the rows that the stage takes, in order; they count through the sources one after another.
-
-    A range stands for all rows of the only source.
-    """
+    """Indices of the rows that the stage takes, in order; they count through the sources one after another. A range
+    stands for all rows of the only source."""
     own: range | Indices = range(counts[0])
     if data.fraction < 1.0:
         own = subset(counts[0], data.fraction, context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction"))
