@@ -15,7 +15,7 @@ from alignment.config.typed import field_types, to_plain
 from alignment.core.artifacts import ROWS
 from alignment.core.errors import AlignmentError
 from alignment.data.records import Record
-from alignment.stages.base import Cell, Curve, MadeRows, Reported, ResultTable, RunsOn, StageKind
+from alignment.stages.base import Cell, Curve, MadeRows, Reported, ResultTable, StageKind
 
 _INSTEAD: dict[Any, str] = {
     Literal: "an Enum",
@@ -123,7 +123,7 @@ def of_kind(kind: StageKind) -> str:
 
 
 def _launch_problem(kind: StageKind) -> str:
-    if kind.launch.runs_on is RunsOn.driver:
+    if kind.in_driver:
         return f"runs inside the driver, which only built-in kinds can; {_IN_ONE_PROCESS}"
     has = {field.name for field in dataclasses.fields(kind.config)}
     lacking = [name for name in _TRAINED if name not in has]
@@ -150,18 +150,16 @@ def _exists(module: str) -> bool:
 
 def _call_problem(kind: StageKind, config: Any) -> str:
     """Calls what a plan and the live view call, where an error would end the run."""
-    settings, name = to_plain(config), kind.config.__name__
+    name = kind.config.__name__
     called = f"data({name}())"
     try:
         slots = [(slot.field, slot.record, slot.rows) for slot in kind.data(config)]
         called = f"rows({name}())"
         made = kind.rows(config)
-        called = f"Outcome.metrics({name}())"
-        reported: Any = kind.outcome.metrics(config)
-        called = f"curves(settings of {name}())"
-        charts = list(kind.curves(settings))
-        called = "tokens(settings, {'step': 1})"
-        tokens = kind.tokens(settings, {"step": 1})
+        called = f"metrics({name}())"
+        reported: Any = kind.metrics(config)
+        called = f"Display.curves(settings of {name}())"
+        charts = list(kind.display.curves(to_plain(config)))
     except Exception as error:  # noqa: BLE001
         return f"has a function that fails: {called} raises {_raised(error)}; correct it"
     if others := [(field, record) for field, record, _ in slots if record not in _RECORDS]:
@@ -173,11 +171,9 @@ def _call_problem(kind: StageKind, config: Any) -> str:
     if kind.produces == ROWS and not isinstance(made, MadeRows):
         return "makes rows, but shows none; add rows=lambda config: MadeRows(example='{…}', others={})"
     if not isinstance(reported, Reported):
-        return f"returns no Reported from Outcome.metrics({name}()); return Reported(…)"
-    if not all(isinstance(chart, Curve) for chart in charts):
-        return f"returns {charts!r:.60} from curves(settings); return a list of Curve(…)"
-    is_number = tokens is None or isinstance(tokens, int | float)
-    return "" if is_number else f"returns {tokens!r:.60} from tokens(settings, line); return a number, or None"
+        return f"returns no Reported from metrics({name}()); return Reported(…)"
+    is_charts = all(isinstance(chart, Curve) for chart in charts)
+    return "" if is_charts else f"returns {charts!r:.60} from Display.curves(settings); return a list of Curve(…)"
 
 
 def _raised(error: Exception) -> str:
@@ -192,7 +188,7 @@ def returned(
     where: str,
     passes: tuple[type[Exception], ...] = (AlignmentError,),
 ) -> list[Any]:
-    """The list that the function ``Outcome.NAME`` of a kind returns: tables, or else texts. Raises KindError: the
+    """The list that the function ``Display.NAME`` of a kind returns: tables, or else texts. Raises KindError: the
     function raised, or returned something else. ``where`` names the kind and its package. Raises Exception: those in
     ``passes``, as the function raised them."""
     expected = "ResultTable with a Cell for each column" if name.endswith("tables") else "texts"

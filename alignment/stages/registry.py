@@ -5,7 +5,7 @@ by ``problems()``; it stops only a run that uses it."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import yaml
 
+from alignment.config.evaluating import GateConfig
 from alignment.config.faults import suggestion
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
@@ -30,6 +31,8 @@ from alignment.stages import kind_problems
 from alignment.stages.base import LOSS, Curve, LearnsFrom, ResultTable, StageKind
 
 GROUP = "alignment.stages"
+LEAVE_OUT = "leave_out"
+"""The setting that lists data whose prompts are left out, in every kind that has it."""
 OURS = "alignment"
 _BUILT_IN = (
     "cpt",
@@ -152,23 +155,34 @@ def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
     return slot.rows, kind.learning.limits(config)
 
 
+def rows_are_counted(config: StageConfig) -> bool:
+    """Whether each record of a stage that trains becomes one row of its batches (``DataSlot.counted``)."""
+    return all(slot.counted for slot in kind_of(config).data(config) if slot.field == "data")
+
+
 def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
     """The charts of a stage of this kind with these plain settings; only the loss for an unknown kind."""
-    return list(kinds()[kind_name].curves(settings)) if kind_name in kinds() else [LOSS]
+    return list(kinds()[kind_name].display.curves(settings)) if kind_name in kinds() else [LOSS]
 
 
 def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
     """The chart that is shown while a stage of this kind runs, with its metric as the only one; None without charts."""
-    metric = kinds()[kind_name].headline if kind_name in kinds() else ""
-    for chart in curves(kind_name, settings):
-        if metric in ("", *chart.keys):
-            return replace(chart, keys=(metric or chart.keys[0],), labels=("",))
-    return None
+    charts = curves(kind_name, settings)
+    chart = next((chart for chart in charts if chart.live), charts[0] if charts else None)
+    return None if chart is None else replace(chart, keys=chart.keys[:1], labels=("",))
 
 
-def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """The tokens of a line of metrics.jsonl that does not count them itself; None if that cannot be told."""
-    return kinds()[kind_name].tokens(settings, line) if kind_name in kinds() else None
+def tokens_of(settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
+    """The tokens of a line of metrics.jsonl that does not count them itself: those of the answers of an update, which
+    has one line; None if the line does not tell."""
+    length, optim = line.get("response_length"), settings.get("optim")
+    episodes = optim.get("batch_size") if isinstance(optim, Mapping) else None
+    return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
+
+
+def gates_of(config: StageConfig) -> Sequence[GateConfig]:
+    """What a run requires of an evaluation with these settings."""
+    return getattr(config, "gate", ())
 
 
 def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | None:
@@ -207,17 +221,17 @@ def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
 
 
 def _shown(kind_name: str, name: str, given: Any) -> list[Any]:
-    """What ``Outcome.NAME`` of the kind returns; faults in another package's function name its line."""
+    """What ``Display.NAME`` of the kind returns; faults in another package's function name its line."""
     row = registered().get(kind_name)
     if row is None or row.kind is None:
         return []
-    function = getattr(row.kind.outcome, name)
+    function = getattr(row.kind.display, name)
     if row.origin == OURS:
         return list(function(given))
     may_lack_files = name == "tables" and read_manifest(given) is None
     passes = (AlignmentError, FileNotFoundError) if may_lack_files else (AlignmentError,)
     where = f"kind of stage {kind_name!r} ({row.origin})"
-    return kind_problems.returned(function, given, name=f"Outcome.{name}", where=where, passes=passes)
+    return kind_problems.returned(function, given, name=f"Display.{name}", where=where, passes=passes)
 
 
 def read_spec(path: Path) -> StageSpec:

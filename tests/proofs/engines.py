@@ -122,4 +122,4 @@ def _off(folder: Path, bandit: Bandit, seed: int, *, cap: float | None) -> tuple
 def _warnings(line: Mapping[str, float]) -> float:
     """How many of the stage's doubts are about the engine."""
     metrics = {name: value for name, value in line.items() if name.startswith("engine/")}
-    return float(sum("engine" in doubt for doubt in KIND.outcome.doubts(metrics)))
+    return float(sum("engine" in doubt for doubt in KIND.display.doubts(metrics)))

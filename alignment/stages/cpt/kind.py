@@ -19,14 +19,13 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
-from alignment.stages.base import DataSlot, Learning, Outcome, Proposals, Reported, StageKind
+from alignment.stages.base import DataSlot, Display, Learning, Proposals, Reported, StageKind
 from alignment.stages.shared.kind_answers import (
     and_held_out,
     handed_on,
     held_out_slot,
     next_token_curves,
     replay_advice,
-    why_not_validated,
 )
 from alignment.stages.shared.new_settings import adapter_rate, batch_size, data_of
 
@@ -73,7 +72,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 
 
 def _data(config: CptConfig) -> list[DataSlot]:
-    own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)
+    own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS, counted=False)
     return [own, held_out_slot(config.validation, own)]
 
 
@@ -97,15 +96,8 @@ KIND = StageKind(
     run="alignment.stages.cpt.run:run",
     data=_data,
     faults=_faults,
-    curves=next_token_curves,
-    learning=Learning(
-        one_row_a_record=lambda _: False,  # a text becomes as many rows as its tokens fill
-        batches_of_rows=False,
-        rehearsed=False,
-        may_drop=True,
-    ),
-    outcome=Outcome(
-        metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
-    ),
+    metrics=_reported,
+    learning=Learning(may_drop=True),
+    display=Display(curves=next_token_curves, lines=handed_on, against_forgetting=replay_advice),
     proposals=Proposals(stage=_stage),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from alignment.config.data import DataConfig, TooLongConfig
-from alignment.config.faults import Fault, unread_faults, unread_notes
+from alignment.config.faults import Fault, refuse, unread_faults, unread_notes
 from alignment.config.launch import SamplingConfig
 from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind
 from alignment.config.optim import OptimConfig
@@ -197,7 +197,7 @@ def _data(config: DistilConfig) -> list[base.DataSlot]:
         base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
         for number, data in enumerate(config.leave_out)
     ]
-    return [base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS), *left_out]
+    return [base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS, counted=False), *left_out]
 
 
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -222,27 +222,23 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.timed_prompts", message=message)
 
 
-def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[Fault]:
-    """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
+def layers_left(config: DistilConfig, layers: int, where: str) -> int:
+    """The layers of the student. Raises ConfigError: a draft would have all ``layers`` of its ``init``."""
     if config.layers is not None and config.layers >= layers:
         message = (
             f"{config.layers}, but {config.init} has {layers} layers; choose at most {layers - 1} for a faster draft"
         )
-        yield Fault(where=f"{where}.layers", message=message)
+        refuse([Fault(where=f"{where}.layers", message=message)])
+    return layers if config.layers is None else config.layers
 
 
 def _reported(config: DistilConfig) -> base.Reported:
-    held_out = HELD_OUT if config.eval_fraction else ()
-    counts = (*COUNTS, "eval_prompts", "eval_tokens") if config.eval_fraction else COUNTS
-    return base.Reported(
-        held_out=held_out, training=("loss",), counts=counts, less_is_better=("loss", "eval_divergence")
-    )
-
-
-def _why_missing(config: DistilConfig, metric: str, stage: str) -> str:
-    if config.eval_fraction or not metric.startswith("eval_"):
-        return ""
-    return f"stage {stage!r} reports no {metric!r} without held-out prompts; set stages.{stage}.eval_fraction above 0"
+    less = ("loss", "eval_divergence")
+    if not config.eval_fraction:
+        absent = {"eval_": ("held-out prompts", "eval_fraction above 0")}
+        return base.Reported(training=("loss",), counts=COUNTS, less_is_better=less, absent=absent)
+    counts = (*COUNTS, "eval_prompts", "eval_tokens")
+    return base.Reported(held_out=HELD_OUT, training=("loss",), counts=counts, less_is_better=less)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -273,27 +269,16 @@ KIND = base.StageKind(
     produces=POLICY,
     run="alignment.stages.distil.run:run",
     data=_data,
-    leaves_out="leave_out",
     faults=_faults,
-    curves=_curves,
+    metrics=_reported,
     launch=base.LaunchShape(
         refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),
     learning=base.Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
-        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
-        one_row_a_record=lambda _: False,
-        batches_of_rows=False,
-        layer_faults=too_many_layers,
-        layers_left=lambda config, layers: layers if config.layers is None else config.layers,
+        faults=lambda config, prompts, _, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
+        layers=layers_left,
     ),
-    outcome=base.Outcome(
-        metrics=_reported,
-        why_missing=_why_missing,
-        doubts=_doubts,
-        lines=lines,
-        tables=tables,
-        against_forgetting=replay_advice,
-    ),
+    display=base.Display(curves=_curves, doubts=_doubts, lines=lines, tables=tables, against_forgetting=replay_advice),
 )

@@ -14,7 +14,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from alignment.config.faults import refuse
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import tokenizer_hashes
@@ -22,7 +21,7 @@ from alignment.models.assembly.load import Lineage, load_policy, saved_adapters,
 from alignment.models.assembly.modules import keep_first_layers
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.divergence import learned_positions, teaching_at
-from alignment.stages.distil.kind import DistilConfig, too_many_layers
+from alignment.stages.distil.kind import DistilConfig, layers_left
 from alignment.stages.shared.answer_sampling import AskedPrompts
 from alignment.stages.shared.language_model import MicroBatchedSftTrainer
 from alignment.stages.shared.preference_pairs import split_by_prompt
@@ -45,7 +44,7 @@ def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> L
     if config.layers is None:
         return start
     available = AutoConfig.from_pretrained(str(start.base)).get_text_config().num_hidden_layers
-    refuse(list(too_many_layers(config, available, where)))
+    layers_left(config, available, where)
     shared(lambda: _make(config.layers, context, start, tokenizer) if context.is_main else None)
     return Lineage(source="self", base=_folder(context), adapters=())
 

@@ -19,7 +19,7 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PreferencePair
 from alignment.records.training import ACCURACY
-from alignment.stages.base import LOSS, Curve, DataSlot, Learning, LearnsFrom, Outcome, Proposals, Reported, StageKind
+from alignment.stages.base import LOSS, Curve, DataSlot, Display, Learning, LearnsFrom, Proposals, Reported, StageKind
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     and_held_out,
@@ -30,7 +30,6 @@ from alignment.stages.shared.kind_answers import (
     hold_nearer_to_the_start,
     limits_of_parts,
     pair_slot,
-    why_not_validated,
 )
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit, validation
 
@@ -206,7 +205,7 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     unit = "log odds" if settings.get("loss") == DpoLoss.orpo.value else "implicit reward"
     charts = [
         curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
-        curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
+        curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5, live=True),
         curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
         curve(
             "Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=("chosen", "rejected")
@@ -225,16 +224,9 @@ KIND = StageKind(
     produces=POLICY,
     run="alignment.stages.dpo.run:run",
     data=_data,
-    curves=_curves,
-    headline="rewards/accuracies",
     faults=lambda config, _, where: loss_faults(config, where),
     learning=Learning(limits=limits_of_parts, learns_from=LearnsFrom.preferences),
-    outcome=Outcome(
-        metrics=_reported,
-        why_missing=why_not_validated,
-        doubts=_doubts,
-        lines=handed_on,
-        against_forgetting=hold_nearer_to_the_start,
-    ),
+    metrics=_reported,
+    display=Display(curves=_curves, doubts=_doubts, lines=handed_on, against_forgetting=hold_nearer_to_the_start),
     proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -10,7 +10,7 @@ from alignment.config.model import AdapterKind, Critic
 from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.engines.server_process import RANKS
 from alignment.rewards.scorer_sources import in_list, with_members
-from alignment.stages.base import Curve
+from alignment.stages.base import Curve, Planned
 from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
 from alignment.stages.shared.kind_answers import curve, sampling_faults
 
@@ -131,11 +131,11 @@ def reported_of_engine(sampling: RolloutSamplingConfig) -> tuple[str, ...]:
     return tuple(name for name in OF_ENGINE if name not in OF_CAP or sampling.importance_cap is not None)
 
 
-def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:
+def engine_notes(config: PpoConfig, planned: Planned) -> Iterator[str]:
     """What an engine costs, and what it changes."""
-    if config.sampling.engine is Engine.own:
+    if config.sampling.engine is Engine.own or not planned.has_to_run:
         return
-    size = "" if weights is None else f", {weights / 1e9:.2g} GB"
+    size = "" if planned.weights is None else f", {planned.weights / 1e9:.2g} GB"
     if config.adapter.kind is AdapterKind.full:
         yield (
             f"vLLM has its own copy of the weights, and after each of {config.updates} updates all of them{size} "

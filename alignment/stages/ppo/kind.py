@@ -51,7 +51,7 @@ TIED_SHARE = "objective/tied_share"
 
 def _data(config: PpoConfig) -> list[base.DataSlot]:
     return [
-        base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS),
+        base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS, counted=False),
         base.DataSlot(
             field="ptx.data",
             data=config.ptx.data,
@@ -151,7 +151,7 @@ def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]
         yield base.Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
 
 
-def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterator[Fault]:
+def _too_few_prompts(config: PpoConfig, num_prompts: int, _: Mapping[str, int], where: str) -> Iterator[Fault]:
     if config.guard.every and config.guard.prompts >= num_prompts:
         message = f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or guard.every=0"
         yield Fault(where=f"{where}.guard.prompts", message=message)
@@ -162,15 +162,9 @@ def _reported(config: PpoConfig) -> base.Reported:
     of_several = (SCORE_STD,) if config.optim.batch_size > 1 else ()
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
     counts = (*ROW_COUNTS, "updates", "memory/base_copies")
-    families = ("guard/",) if config.guard.every else ()
-    of_engine = checks.reported_of_engine(config.sampling)
-    return base.Reported(training=(*training, *of_several, *of_groups, *of_engine), counts=counts, families=families)
-
-
-def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
-    if config.guard.every or not metric.startswith("guard/"):
-        return ""
-    return f"stage {stage!r} reports no {metric!r} without a guard; set stages.{stage}.guard.every above 0"
+    families, absent = (("guard/",), {}) if config.guard.every else ((), {"guard/": ("a guard", "guard.every above 0")})
+    names = (*training, *of_several, *of_groups, *checks.reported_of_engine(config.sampling))
+    return base.Reported(training=names, counts=counts, families=families, absent=absent)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -199,13 +193,6 @@ def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     without_critic = settings.get("critic") == Critic.none.value
     absent = ("loss/value", "val/explained_variance") if without_critic else ("objective/tied_prompts",)
     return [chart for chart in _all_curves() if chart.keys[0] not in absent]
-
-
-def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """Tokens of the answers of an update, which has one line."""
-    length, optim = line.get("response_length"), settings.get("optim")
-    episodes = optim.get("batch_size") if isinstance(optim, Mapping) else None
-    return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
 
 
 def _all_curves() -> list[base.Curve]:
@@ -322,24 +309,19 @@ KIND = base.StageKind(
     scorers=checks.in_use,
     faults=_faults,
     as_read=_as_read,
-    curves=_curves,
-    headline="objective/score",
-    tokens=_sampled_tokens,
-    references=base.References(more=lambda config: reward_model_slots(checks.in_use(config))),
+    metrics=_reported,
+    notes=checks.engine_notes,
+    slots=lambda config: reward_model_slots(checks.in_use(config)),
     launch=base.LaunchShape(
         refusals=_refusals,
         size_faults=checks.size_faults,
         check_machine=lambda config, where: check_engine(config.sampling, where),
-        notes=checks.engine_notes,
     ),
     learning=base.Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
         faults=_too_few_prompts,
-        batches_of_rows=False,
         learns_from=base.LearnsFrom.scores,
     ),
-    outcome=base.Outcome(
-        metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
-    ),
+    display=base.Display(curves=_curves, doubts=_doubts, against_forgetting=_against_forgetting),
     proposals=base.Proposals(questions=_questions, stage=_stage),
 )

@@ -18,7 +18,7 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS
 from alignment.rewards.rules.all_rules import RULES
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
-from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind
+from alignment.stages.base import DataSlot, LaunchShape, Learning, Reported, RunsOn, StageKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,5 +102,5 @@ KIND = StageKind(
     completed=with_learned,
     launch=LaunchShape(runs_on=RunsOn.replicas),
     learning=Learning(limits=lambda config: Limits(row=config.max_length, too_long=config.too_long)),
-    outcome=Outcome(metrics=_reported),
+    metrics=_reported,
 )

@@ -172,10 +172,6 @@ def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
 
 
-def _reported(_: SampleConfig) -> base.Reported:
-    return base.Reported(training=("score", "best_score"), counts=COUNTS)
-
-
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
     doubts = []
     if metrics.get("answers") and metrics.get("answers_repeated", 0.0) > metrics["answers"] / 2:
@@ -202,14 +198,14 @@ KIND = base.StageKind(
     rehearse="alignment.stages.sample.run:refuse_base",
     data=_data,
     rows=_rows,
-    leaves_out="leave_out",
     scorers=_scorers,
     faults=_faults,
-    references=base.References(more=lambda config: reward_model_slots(_scorers(config))),
+    slots=lambda config: reward_model_slots(_scorers(config)),
+    metrics=lambda _: base.Reported(training=("score", "best_score"), counts=COUNTS),
     launch=base.LaunchShape(
         runs_on=base.RunsOn.replicas,
         refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),
-    outcome=base.Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
+    display=base.Display(doubts=_doubts, lines=lines, tables=tables),
 )

@@ -16,7 +16,7 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
-from alignment.stages.base import DataSlot, Learning, LearnsFrom, Outcome, Proposals, StageKind
+from alignment.stages.base import DataSlot, Display, Learning, LearnsFrom, Proposals, StageKind
 from alignment.stages.shared.kind_answers import (
     handed_on,
     held_out_slot,
@@ -24,7 +24,6 @@ from alignment.stages.shared.kind_answers import (
     next_token_curves,
     next_token_metrics,
     replay_advice,
-    why_not_validated,
 )
 from alignment.stages.shared.new_settings import (
     adapter_rate,
@@ -104,15 +103,8 @@ KIND = StageKind(
     produces=POLICY,
     run="alignment.stages.sft.run:run",
     data=_data,
-    curves=next_token_curves,
-    learning=Learning(
-        limits=limits_of_parts,
-        one_row_a_record=lambda config: not config.packing,
-        may_drop=True,
-        learns_from=LearnsFrom.demonstrations,
-    ),
-    outcome=Outcome(
-        metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
-    ),
+    metrics=next_token_metrics,
+    learning=Learning(limits=limits_of_parts, may_drop=True, learns_from=LearnsFrom.demonstrations),
+    display=Display(curves=next_token_curves, lines=handed_on, against_forgetting=replay_advice),
     proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -26,10 +26,17 @@ ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
 
 def curve(
-    title: str, unit: str, keys: str | tuple[str, ...], guide: float | None = None, labels: tuple[str, ...] = ("",)
+    title: str,
+    unit: str,
+    keys: str | tuple[str, ...],
+    guide: float | None = None,
+    labels: tuple[str, ...] = ("",),
+    *,
+    live: bool = False,
 ) -> Curve:
     """A chart of one metric, or of several with their labels."""
-    return Curve(title=title, unit=unit, keys=(keys,) if isinstance(keys, str) else keys, labels=labels, guide=guide)
+    keys = (keys,) if isinstance(keys, str) else keys
+    return Curve(title=title, unit=unit, keys=keys, labels=labels, guide=guide, live=live)
 
 
 def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
@@ -78,18 +85,9 @@ def held_out_fault(fraction: float, num_prompts: int, rows: str, where: str) -> 
 def and_held_out(reported: Reported, validation: ValidationConfig) -> Reported:
     """The metrics of a stage, and those of its validation if it has one."""
     if not validation.on:
-        return reported
+        absent = {names.PREFIX: ("validation", "validation.every above 0, and validation.share or validation.data")}
+        return replace(reported, absent={**reported.absent, **absent})
     return replace(reported, held_out=(*reported.held_out, *names.HELD_OUT), counts=(*reported.counts, *names.COUNTS))
-
-
-def why_not_validated(config: Any, metric: str, stage: str) -> str:
-    """Why a stage does not report a metric of validation; empty if it does, and for other metrics."""
-    if config.validation.on or not metric.startswith(names.PREFIX):
-        return ""
-    return (
-        f"stage {stage!r} reports no {metric!r} without validation; set stages.{stage}.validation.every above 0, and "
-        "validation.share or validation.data"
-    )
 
 
 def beside_held_out(charts: list[Curve], settings: Mapping[str, Any], *, loss: str, accuracy: str) -> list[Curve]:

@@ -211,7 +211,7 @@ def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, k
     chained.run(kind, LORA)
     manifest = read_manifest(chained.inputs[kind].path)
     config = config_of(kind, LORA)
-    assert set(kind_of(config).outcome.metrics(config).names) <= manifest.metrics.keys()
+    assert set(kind_of(config).metrics(config).names) <= manifest.metrics.keys()
 
 
 @pytest.fixture(scope="module")

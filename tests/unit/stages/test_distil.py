@@ -153,7 +153,7 @@ def test_what_is_learned_brings_the_student_nearer_to_its_teacher(tmp_path: Path
     assert last["loss"] < 0.4 * first["loss"]
     assert last["acceptance"] > first["acceptance"] + 0.1
     assert not (artifact / "distillation.json").exists()
-    assert kind_named("distil").outcome.lines(artifact) == []
+    assert kind_named("distil").display.lines(artifact) == []
 
 
 Taught = tuple[list[tuple[list[int], list[int]]], HeldOutAnswers]
@@ -266,8 +266,8 @@ def test_the_record_is_of_the_student_before_and_as_it_was_saved(tmp_path: Path,
     assert (metrics["eval_prompts"], metrics["eval_tokens"]) == (3, len(pairs))
     assert record.after.divergence.mean != record.before.divergence.mean
     kind = kind_named("distil")
-    assert set(kind.outcome.metrics(distil_spec(tmp_path / "same").config).names) == metrics.keys()
-    drawn = {key for chart in kind.curves({"method": "tokens"}) for key in chart.keys}
+    assert set(kind.metrics(distil_spec(tmp_path / "same").config).names) == metrics.keys()
+    drawn = {key for chart in kind.display.curves({"method": "tokens"}) for key in chart.keys}
     assert all(drawn <= line.keys() for line in lines(artifact))
     manifest = replace(manifest, identity={"kind": "distil"})
     card = model_card(manifest, provenance(artifact, manifest), form="model", turn_end=None, notes=[])

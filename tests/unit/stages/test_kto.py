@@ -243,8 +243,8 @@ def test_a_pair_is_a_desirable_and_an_undesirable_answer(tmp_path: Path) -> None
     assert [metrics[name] for name in ("rows", "desirable_rows", "undesirable_rows")] == [8, 4, 4]
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     kind, config = kind_named("kto"), chained.spec("kto", LORA).config
-    assert set(kind.outcome.metrics(config).names) <= metrics.keys()
-    drawn = {key for chart in kind.curves({}) for key in chart.keys}
+    assert set(kind.metrics(config).names) <= metrics.keys()
+    drawn = {key for chart in kind.display.curves({}) for key in chart.keys}
     assert all(drawn <= line.keys() for line in lines)
 
 

@@ -317,7 +317,7 @@ def test_one_score_alone_says_nothing_about_differences(caplog: pytest.LogCaptur
         warn_of_equal_scores(torch.tensor([0.5]))
     assert caplog.text == ""
     assert "objective/score_std" not in _score_metrics(torch.tensor([0.5]))
-    declared = [KIND.outcome.metrics(PpoConfig(optim=optim(batch_size=size))).training for size in (1, 2)]
+    declared = [KIND.metrics(PpoConfig(optim=optim(batch_size=size))).training for size in (1, 2)]
     assert ["objective/score_std" in names for names in declared] == [False, True]
 
 
