@@ -20,11 +20,10 @@ from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import Checkpoints, NothingLeft, StepLog, StopOnSignal, WeightsAreSharded, WellBegun
 from alignment.training.context import Search, StageContext
-from alignment.training.cutting import cut_by_module
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch, RowTrials, refuse_long_rows, row_tokens
 from alignment.training.micro_batches import MicroBatches, Unit
-from alignment.training.sharding import everyones, layout
+from alignment.training.sharding import cut_by_module, everyones, layout
 from alignment.training.size_search import PHASE, Trials
 from alignment.training.validation import Validation
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
-from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
+from alignment.algos.sampling import GREATEST_RATIO, LEAST_RATIO, label_weights
 from alignment.config.data import DataConfig, TooLongConfig
 from alignment.config.faults import Fault
 from alignment.config.model import AdapterConfig

@@ -24,17 +24,16 @@ from alignment.models.assembly.weight_file import write_weights
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
-from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.checks import GUARD, OF_ENGINE, maximised
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine import served_engine
 from alignment.stages.ppo.experience import Prompts, Samples
 from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import SCORE_STD, TIED_SHARE
-from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.learn import Ptx
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
-from alignment.stages.shared.answer_scores import asking_of
+from alignment.stages.ppo.trainer_setup import AnswerTrials, build_trainer, roles_of
+from alignment.stages.shared.answer_sampling import asking_of
 from alignment.stages.shared.base_check import refuse_base_that_cannot_answer, refuse_base_without_scores
 from alignment.stages.shared.result import StageResult, initial_policy, save_model
 from alignment.stages.shared.stage_rows import fitting, rows_of, split_origins, token_rows

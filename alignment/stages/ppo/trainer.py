@@ -1,6 +1,6 @@
 """PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself. One trainer step is one optimiser
 step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the first of them samples new answers.
-An update collects (collect.py), learns (learn.py) and reports (learn.py). A step loops over its micro-batches without
+An update collects (rollouts.py), learns (learn.py) and reports (learn.py). A step loops over its micro-batches without
 ``accelerator.accumulate``, which would synchronise and step too often at the end of a dataloader. Checkpoints are made
 between updates. There, weights, optimiser, step number and a few numbers (``_save_state``) are all that a resumed run
 needs, because all randomness is derived from seed and step."""
@@ -29,16 +29,14 @@ from alignment.models.assembly.modules import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.scores import Rewards
 from alignment.stages.ppo import learn
-from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
 from alignment.stages.ppo.engine import EngineGap, RolloutEngine
 from alignment.stages.ppo.experience import Answers, Experience, Partition, Samples
 from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import TIED_SHARE
-from alignment.stages.ppo.learn import Learner
+from alignment.stages.ppo.learn import Learner, Ptx
 from alignment.stages.ppo.objective import PolicyObjective, advantages_of
-from alignment.stages.ppo.ptx import Ptx
-from alignment.stages.ppo.rollouts import Episodes, Rollouts
+from alignment.stages.ppo.rollouts import Collector, Episodes, Rollouts, warn_of_equal_scores
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.training.context import StageContext
 from alignment.training.optimizer import adamw

@@ -34,7 +34,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE, RewardCardConfig
-from alignment.stages.shared.answer_scores import asking_of, counted_progress, scores_of
+from alignment.stages.shared.answer_sampling import asking_of, counted_progress, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of

@@ -38,10 +38,9 @@ from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import on_device, on_host
 from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
-from alignment.training.cutting import cut_frozen
 from alignment.training.micro_batches import Batch, MicroBatches
 from alignment.training.optimizer import optimizer_arguments
-from alignment.training.sharding import everyones, prepare, read_in_calls
+from alignment.training.sharding import cut_frozen, everyones, prepare, read_in_calls
 
 START_TOLERANCE = 1e-3
 """How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of

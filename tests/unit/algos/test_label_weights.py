@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.algos.label_weights import label_weights
+from alignment.algos.sampling import label_weights
 
 
 @pytest.mark.parametrize(

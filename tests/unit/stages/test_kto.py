@@ -22,7 +22,7 @@ from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.kto import run as kto
 from alignment.stages.kto.kind import KtoLoss
-from alignment.stages.kto.trainer import TokenizedKtoTrainer, mismatched
+from alignment.stages.kto.run import TokenizedKtoTrainer, mismatched
 from alignment.stages.registry import kind_named
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.result import initial_policy

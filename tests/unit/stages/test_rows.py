@@ -23,7 +23,7 @@ from alignment.data.turns import Message
 from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sample.kind import SampleConfig, Select
-from alignment.stages.sample.selected_rows import (
+from alignment.stages.sample.run import (
     EMPTY,
     NO_END,
     REPEATED,

@@ -229,7 +229,7 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
 ) -> None:
     """A host that waits for a GPU spins, inside one call."""
     looks = itertools.count(1)
-    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("run.py", 7, "step")])
     monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime(own=0.2 * next(looks)))
 
     def compute(writer: HeartbeatWriter, over: threading.Event) -> None:
@@ -267,7 +267,7 @@ def test_processor_seconds_are_those_of_the_process() -> None:
     assert heartbeat.processor_seconds(process).since(before).own > 0.1
 
 
-SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
+SOMEWHERE, COLLECTIVE = [("run.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ from alignment.models.forward.attention import ATTENTION
 from alignment.records.training import METRICS
 from alignment.records.worker import Status
 from alignment.stages.ppo import learn
-from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
+from alignment.stages.ppo.trainer_setup import AnswerTrials
 from alignment.stages.sft.kind import SftConfig
 from alignment.training import longest_batch, session, size_search
 from alignment.training.callbacks import WeightsAreSharded

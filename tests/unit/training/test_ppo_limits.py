@@ -20,13 +20,12 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
-from alignment.stages.ppo.collect import warn_of_equal_scores
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.experience import Prompts, Samples
 from alignment.stages.ppo.guard import Guard, better_beyond_noise
 from alignment.stages.ppo.kind import KIND
-from alignment.stages.ppo.learn import add_scores
-from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.learn import Ptx, add_scores
+from alignment.stages.ppo.rollouts import warn_of_equal_scores
 from alignment.stages.ppo.run import hold_out
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.stages.ppo.trainer import PpoTrainer
