@@ -29,7 +29,7 @@ from tests.proofs.common import Claim, Skipped
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
 PROOFS = (
     *("bandit", "critic_free", "count", "dpo", "kto", "orpo", "story", "overoptimisation", "kills", "interruptions"),
-    *("plain_script", "forgetting", "rounds", "served", "engines"),
+    *("forgetting", "rounds", "engines"),
 )
 """Modules of this package, each with ``run(folder)``."""
 

@@ -179,9 +179,6 @@ def test_a_size_is_chosen_once_for_all_stages_that_need_as_much_memory(tmp_path:
     "change",
     [
         {"config": replace(SftConfig(), max_length=77)},
-        {"config": replace(SftConfig(), adapter=AdapterConfig(rank=3))},
-        {"config": replace(SftConfig(), optim=replace(SftConfig().optim, activation_checkpointing=True))},
-        {"identity": {"data": "other rows"}},
         {"identity": {"base": "another model"}},
         {"inputs": {"init": "a model of another shape"}},
     ],

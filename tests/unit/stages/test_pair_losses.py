@@ -247,35 +247,6 @@ def ranked_by(name: str, pair: oracle.Pair) -> tuple[float, float]:
     return tuple(math.log(math.exp(m) / (1.0 - math.exp(m))) for m in means)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", ["margin+nll", "conservative", "orpo"])
-def test_micro_batches_change_no_loss_of_ours(tmp_path: Path, name: str) -> None:
-    gradients = []
-    for tokens in (100_000, 1):
-        trainer, _ = about_to_learn(tmp_path / str(tokens), CASES[name].settings, rows=(0, 1, 2, 3))
-        moved(trainer.model)
-        trainer.micro_batch_tokens = tokens
-        trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
-        loss = trainer.training_step(trainer.model, batch_of(trainer))
-        own = [weight.grad.flatten() for weight in trainer.model.parameters() if weight.grad is not None]
-        gradients.append(torch.cat([loss.detach().reshape(1), *own]))
-    assert len(trainer._micro_batches(batch_of(trainer))) == 4
-    close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["conservative", "margin+nll", "orpo"])
-def test_the_loss_of_held_out_pairs_is_that_of_training(tmp_path: Path, name: str) -> None:
-    trainer, rows = about_to_learn(tmp_path, CASES[name].settings, rows=(0, 2))
-    moved(trainer.model)
-    batch = batch_of(trainer)
-    trainer.model.eval()
-    with torch.no_grad():
-        loss, accuracy, number = trainer.held_out_loss(trainer.model, batch)
-    pairs = [in_numbers(trainer, row) for row in rows]
-    close(loss, mean(CASES[name].paper(pair).value for pair in pairs), rtol=1e-4)
-    assert accuracy == trainer._metrics["eval"]["rewards/accuracies"][-1]
-    assert number == 2.0
-
-
 @pytest.mark.parametrize(("name", "adapter"), [("margin+nll", LORA), ("orpo", FULL)])
 def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
     tmp_path: Path, name: str, adapter: AdapterConfig, monkeypatch: pytest.MonkeyPatch
