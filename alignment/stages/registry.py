@@ -64,7 +64,8 @@ class Registered:
 @cache
 def registered() -> Mapping[str, Registered]:
     """All kinds by name, the built-in ones first; unusable ones have a ``problem``."""
-    rows = {name: _built_in(name) for name in _BUILT_IN}
+    modules = {name: importlib.import_module(f"alignment.stages.{name}.kind") for name in _BUILT_IN}
+    rows = {name: Registered(name=name, origin=OURS, kind=module.KIND) for name, module in modules.items()}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         row = _from_entry_point(point)
         if row.name in rows:
@@ -73,11 +74,6 @@ def registered() -> Mapping[str, Registered]:
             row = Registered(name=row.name, origin=both, problem=message)
         rows[row.name] = row
     return rows
-
-
-def _built_in(name: str) -> Registered:
-    kind: StageKind = importlib.import_module(f"alignment.stages.{name}.kind").KIND
-    return Registered(name=name, origin=OURS, kind=kind)
 
 
 def _from_entry_point(point: metadata.EntryPoint) -> Registered:

@@ -21,7 +21,12 @@ import psutil
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Read when torch is imported, which the server does for all."""
-PRELOADED = ("tests.proofs.driven", "alignment.worker", "alignment.stages.sft.run", "alignment.pipeline.execute.run")
+PRELOADED = (
+    "tests.proofs.driven",
+    "alignment.worker",
+    "alignment.stages.shared.language_model",
+    "alignment.pipeline.execute.run",
+)
 _OFTEN = 0.02
 """Seconds between two looks at a stage, where the clock is set in between."""
 _STANDARD = 3

@@ -17,19 +17,18 @@ from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
 from alignment.config.run import RunConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
-from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.records.interval import Interval
 from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.stages import base
 from alignment.stages.shared.kind_answers import (
-    check_engine,
+    asked_slots,
     curve,
     held_out_fault,
+    prompt_limits,
     replay_advice,
+    sampled_launch,
     sampling_faults,
-    sampling_refusals,
 )
 
 
@@ -192,14 +191,6 @@ FIGURES = ("eval_acceptance", "eval_same_top", "eval_divergence")
 HELD_OUT = (*FIGURES, *(f"{name}{BEFORE}" for name in FIGURES), "eval_tokens_per_step")
 
 
-def _data(config: DistilConfig) -> list[base.DataSlot]:
-    left_out = [
-        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
-        for number, data in enumerate(config.leave_out)
-    ]
-    return [base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS, counted=False), *left_out]
-
-
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     usual = DistilConfig()
     yield from sampling_faults(config.sampling, f"{where}.sampling")
@@ -268,15 +259,12 @@ KIND = base.StageKind(
     revision=10,
     produces=POLICY,
     run="alignment.stages.distil.run:run",
-    data=_data,
+    data=lambda config: asked_slots(config, PROMPTS, counted=False),
     faults=_faults,
     metrics=_reported,
-    launch=base.LaunchShape(
-        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
-        check_machine=lambda config, where: check_engine(config.sampling, where),
-    ),
+    launch=sampled_launch(base.RunsOn.processes),
     learning=base.Learning(
-        limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
+        limits=prompt_limits,
         faults=lambda config, prompts, _, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
         layers=layers_left,
     ),

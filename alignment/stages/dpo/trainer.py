@@ -12,10 +12,9 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from alignment.algos import preferences
-from alignment.config.model import Dtype
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.stages.dpo.kind import DpoConfig, DpoLoss
-from alignment.stages.shared.reference import AgainstStart, Reference, StartRow, answer_logprobs, refuse_other_reference
+from alignment.stages.shared.reference import AgainstStart, Reference, StartRow, answer_logprobs, refuse_other_start
 from alignment.training.micro_batches import Batch, Unit
 from alignment.training.sharding import everyones
 
@@ -210,17 +209,12 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Raises StageError unless policy and reference agree on every answer. A precomputed reference must have the
-        policy's numbers in its own micro-batches, and the rows of this batch."""
-        precomputed = self._trainer.precomputed
-        if precomputed is not None:
-            refuse_other_reference(precomputed.start_rows())
+        """Raises StageError unless policy and reference agree on every answer."""
         reference = torch.cat(self._of_all(self._trainer.reference_logprobs))
         policy = torch.cat([self.start.chosen, self.start.rejected])
         tokens = torch.cat([self.start.chosen_tokens, self.start.rejected_tokens]).int()
         rows = zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)
-        is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
-        refuse_other_reference((StartRow(*row) for row in rows), is_rounded=is_rounded)
+        refuse_other_start(self._trainer, (StartRow(*row) for row in rows))
 
     def _of_all(self, values: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``[pairs]`` values of chosen and of rejected answers, of all processes, on the CPU."""

@@ -20,7 +20,6 @@ from trl import KTOConfig as TrlKtoConfig
 from trl import KTOTrainer
 
 from alignment.algos.sampling import LabelWeights, label_weights
-from alignment.config.model import Dtype
 from alignment.config.optim import tokens_of
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, PROMPT, UNDESIRABLE
@@ -40,7 +39,7 @@ from alignment.stages.shared.reference import (
     copy_of_start,
     make_ready,
     precomputed_reference,
-    refuse_other_reference,
+    refuse_other_start,
     with_reference,
 )
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
@@ -285,14 +284,8 @@ def _trainer(
 
 
 def check_start(trainer: TokenizedKtoTrainer) -> None:
-    """Policy and reference must agree on every answer of the first batch before the first step. A precomputed reference
-    must also have the policy's numbers in its own micro-batches. Raises StageError: they differ, so the reference is
-    not the policy that the stage starts from."""
+    """Policy and reference must agree on every answer of the first batch. Raises StageError: they do not."""
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
-        precomputed = trainer.precomputed
-        if precomputed is not None:
-            refuse_other_reference(precomputed.start_rows())
-        is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
-        refuse_other_reference(trainer.start_rows(batch), is_rounded=is_rounded)
+        refuse_other_start(trainer, trainer.start_rows(batch))

@@ -17,7 +17,6 @@ from alignment.config.run import RunConfig
 from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages import base
@@ -28,6 +27,7 @@ from alignment.stages.shared.kind_answers import (
     check_engine,
     curve,
     missing_reward_faults,
+    prompt_limits,
     reward_model_slots,
     sampling_refusals,
 )
@@ -318,7 +318,7 @@ KIND = base.StageKind(
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),
     learning=base.Learning(
-        limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
+        limits=prompt_limits,
         faults=_too_few_prompts,
         learns_from=base.LearnsFrom.scores,
     ),

@@ -35,6 +35,7 @@ from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import AnswerTrials, build_trainer, roles_of
 from alignment.stages.shared.answer_sampling import asking_of
 from alignment.stages.shared.base_check import refuse_base_that_cannot_answer, refuse_base_without_scores
+from alignment.stages.shared.kind_answers import prompt_limits
 from alignment.stages.shared.result import StageResult, initial_policy, save_model
 from alignment.stages.shared.stage_rows import fitting, rows_of, split_origins, token_rows
 from alignment.training.context import StageContext
@@ -149,8 +150,7 @@ def tokenized_prompts(
     config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
 ) -> tuple[Prompts, dict[str, float]]:
     """The prompts within the length limit, and how many rows there were, were too long or were cut."""
-    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
-    by_row, counts = fitting(context, PROMPTS, rows, config.data, limits, tokenizer)
+    by_row, counts = fitting(context, PROMPTS, rows, config.data, prompt_limits(config), tokenizer)
     ids = [tokenized.rows[0]["prompt"] for tokenized in by_row.values()]
     return Prompts(ids=ids, rows=list(by_row)), counts
 

@@ -18,16 +18,15 @@ from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import ROWS
 from alignment.core.fingerprint import IF_SET
-from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.records.stages import COUNTS, SAMPLING_FILE, Sampling
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages import base
 from alignment.stages.shared.kind_answers import (
-    check_engine,
+    asked_slots,
     missing_reward_faults,
     reward_model_slots,
+    sampled_launch,
     sampling_faults,
-    sampling_refusals,
 )
 
 
@@ -137,14 +136,6 @@ _EXAMPLES: Mapping[Select, str] = {
 """A row that each selection makes."""
 
 
-def _data(config: SampleConfig) -> list[base.DataSlot]:
-    left_out = [
-        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
-        for number, data in enumerate(config.leave_out)
-    ]
-    return [base.DataSlot(field="data", data=config.data, record=Prompt), *left_out]
-
-
 def _rows(config: SampleConfig) -> base.MadeRows:
     others = {f"select={select.value}": row for select, row in _EXAMPLES.items() if select is not config.select}
     return base.MadeRows(example=_EXAMPLES[config.select], others=others)
@@ -196,16 +187,12 @@ KIND = base.StageKind(
     produces=ROWS,
     run="alignment.stages.sample.run:run",
     rehearse="alignment.stages.sample.run:refuse_base",
-    data=_data,
+    data=asked_slots,
     rows=_rows,
     scorers=_scorers,
     faults=_faults,
     slots=lambda config: reward_model_slots(_scorers(config)),
     metrics=lambda _: base.Reported(training=("score", "best_score"), counts=COUNTS),
-    launch=base.LaunchShape(
-        runs_on=base.RunsOn.replicas,
-        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
-        check_machine=lambda config, where: check_engine(config.sampling, where),
-    ),
+    launch=sampled_launch(base.RunsOn.replicas),
     display=base.Display(doubts=_doubts, lines=lines, tables=tables),
 )

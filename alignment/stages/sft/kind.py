@@ -101,7 +101,7 @@ KIND = StageKind(
     config=SftConfig,
     revision=11,
     produces=POLICY,
-    run="alignment.stages.sft.run:run",
+    run="alignment.stages.shared.language_model:learn_conversations",
     data=_data,
     metrics=next_token_metrics,
     learning=Learning(limits=limits_of_parts, may_drop=True, learns_from=LearnsFrom.demonstrations),

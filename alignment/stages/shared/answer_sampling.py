@@ -20,7 +20,6 @@ from alignment.core.files import parse_json, write_text
 from alignment.core.fingerprint import digest
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.data.tokens.tokenize import end_ids
 from alignment.engines.completions import SEEDS, Asked, Generation
@@ -33,6 +32,7 @@ from alignment.rewards.functions import FunctionScorer
 from alignment.rewards.scorer_sources import function_of
 from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
 from alignment.rewards.served import Asking
+from alignment.stages.shared.kind_answers import prompt_limits
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_policies
 from alignment.stages.shared.stage_rows import fitting, list_left_out, rows_of
 from alignment.training.context import StageContext
@@ -63,8 +63,7 @@ def asked_prompts(
     config: AskingConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
 ) -> AskedPrompts:
     """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others."""
-    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
-    by_row, counts = fitting(context, PROMPTS, records, config.data, limits, tokenizer)
+    by_row, counts = fitting(context, PROMPTS, records, config.data, prompt_limits(config), tokenizer)
     ids = {row: tokenized.rows[0]["prompt"] for row, tokenized in by_row.items()}
     evaluated = _evaluated(config, context, {row: records[row] for row in ids})
     first: dict[tuple[int, ...], int] = {}

@@ -12,7 +12,7 @@ from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import Engine, LaunchConfig, SamplingConfig
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import REWARD_MODEL, read_manifest
-from alignment.data.records import PreferencePair
+from alignment.data.records import HeldOutPrompt, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
 from alignment.data.tokens.row_kinds import Kind as RowKind
@@ -20,7 +20,7 @@ from alignment.engines.engine_environment import interpreter
 from alignment.evaluation.paired_scores import labels
 from alignment.records import training as names
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
-from alignment.stages.base import Curve, DataSlot, Refusal, Reported, Slot
+from alignment.stages.base import Curve, DataSlot, LaunchShape, Refusal, Reported, RunsOn, Slot
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
@@ -171,6 +171,27 @@ def check_engine(sampling: SamplingConfig, where: str) -> None:
     """Checks that this machine has the engine. Raises ConfigError: there is no environment with vLLM."""
     if sampling.engine is Engine.vllm and sampling.url is None:
         interpreter(sampling.python, package="vllm", where=f"{where}.sampling.python")
+
+
+def sampled_launch(runs_on: RunsOn) -> LaunchShape:
+    """The launch of a stage whose answers ``sampling`` says how to sample."""
+    return LaunchShape(
+        runs_on=runs_on,
+        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
+        check_machine=lambda config, where: check_engine(config.sampling, where),
+    )
+
+
+def prompt_limits(config: Any) -> Limits:
+    """Limits of a stage that bounds its prompts alone."""
+    return Limits(row=config.max_prompt_length, too_long=config.too_long)
+
+
+def asked_slots(config: Any, rows: RowKind | None = None, *, counted: bool = True) -> list[DataSlot]:
+    """The prompts that a stage asks, which may be learned from as ``rows``, and those whose overlaps it leaves out."""
+    own = DataSlot(field="data", data=config.data, record=Prompt, rows=rows, counted=counted)
+    left_out = enumerate(config.leave_out)
+    return [own, *(DataSlot(field=f"leave_out[{n}]", data=data, record=HeldOutPrompt) for n, data in left_out)]
 
 
 def reward_model_slots(scorers: Mapping[str, ScoreSourceConfig]) -> Iterator[Slot]:

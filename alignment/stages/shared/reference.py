@@ -293,6 +293,17 @@ def _without_hash(trainer: type) -> Iterator[None]:
             setattr(module, _HASH, function)
 
 
+def refuse_other_start(trainer: AgainstStart, rows: Iterable[StartRow]) -> None:
+    """Checks that policy and reference agree on every answer of the first batch (``rows``) before the first step. A
+    precomputed reference must also have the policy's numbers in its own micro-batches. Raises StageError: they differ,
+    so the reference is not the policy that the stage starts from."""
+    precomputed = trainer.precomputed
+    if precomputed is not None:
+        refuse_other_reference(precomputed.start_rows())
+    is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
+    refuse_other_reference(rows, is_rounded=is_rounded)
+
+
 def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:
     """A frozen copy in full training; None with an adapter, whose base serves both. Pass it to the trainer."""
     if context.adapter.kind is not AdapterKind.full:
