@@ -272,14 +272,14 @@ def test_a_row_beyond_the_positions_stops_a_stage_before_it_learns(
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "file", "place"),
+    ("kind", "field", "file", "named"),
     [
         ("ppo", "ptx", "preferences", "{}:3"),
         ("sft", "validation", "conversations", "row 3 of the held-out rows"),
     ],
 )
 def test_other_rows_of_a_stage_are_checked_before_its_first_step_too(
-    tmp_path: Path, kind: str, field: str, file: str, place: str
+    tmp_path: Path, kind: str, field: str, file: str, named: str
 ) -> None:
     (tmp_path / "other").mkdir()
     rows = with_a_long_row(tmp_path / "other", "sft")
@@ -288,7 +288,7 @@ def test_other_rows_of_a_stage_are_checked_before_its_first_step_too(
     config = config_of(kind, LORA, **{field: settings[field]})
     data_path, extra = DATA / f"{file}.jsonl", {f"{field}.data": rows}
     message = refusal(tmp_path, kind, config=config, data_path=data_path, extra_data=extra)
-    assert message.startswith(f"{place.format(rows)}: a row of ")
+    assert message.startswith(f"{named.format(rows)}: a row of ")
 
 
 def test_mismatched_answers_are_cut_to_the_positions_where_these_are_fewer(tmp_path: Path) -> None:
