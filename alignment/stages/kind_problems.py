@@ -43,7 +43,6 @@ def of_settings(settings: type, *, where: str = "", inside: tuple[type, ...] = (
 
 
 def _options(hint: Any) -> list[Any]:
-    """The types of a union, or the only type, without None."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return [option for option in options if option is not NoneType]
 
@@ -53,13 +52,11 @@ def _is_group(hint: Any) -> bool:
 
 
 def _groups(hint: Any) -> list[type]:
-    """The dataclasses of a setting that is a group, one of several groups, or a list of groups."""
     items = get_args(hint) if get_origin(hint) is list else _options(hint)
     return [item for item in items if _is_group(item)]
 
 
 def _not_for_recipes(hint: Any) -> list[Any]:
-    """The parts of a setting's type that no value can have."""
     groups = _groups(hint)
     if not groups:
         return _not_plain(hint)
@@ -70,7 +67,6 @@ def _not_for_recipes(hint: Any) -> list[Any]:
 
 
 def _not_plain(hint: Any) -> list[Any]:
-    """The parts of a type without dataclasses that no value can have."""
     options, base, arguments = _options(hint), get_origin(hint), get_args(hint)
     if options != [hint]:
         return [part for option in options for part in _not_plain(option)]

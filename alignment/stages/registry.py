@@ -190,7 +190,6 @@ def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | Non
 
 
 def _sources(scorers: Any) -> Iterator[str]:
-    """The sources in plain settings of scorers, those of an ensemble's members too."""
     if isinstance(scorers, str):
         yield scorers
     elif isinstance(scorers, list):

@@ -191,7 +191,6 @@ class LongestBatch(TrainerCallback):
         )
 
     def _smaller(self, tokens: NDArray[np.int64], number: int, most: int, where: str) -> str:
-        """The largest of the halved limits that fits. Several processes might wait for one that has no memory."""
         if self._context.world_size > 1:
             return f"set {where}.micro_batch_tokens to less than {number}"
         limit = number // 2

@@ -158,7 +158,6 @@ def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: 
 
 
 def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> MetricsLog:
-    """The log of the steps before a checkpoint, from which the clock and the trackers go on."""
     log = MetricsLog(context.content / METRICS)
     if context.is_main:
         log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint) // period)
@@ -168,7 +167,6 @@ def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> M
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:
-    """The newest checkpoint; the main process verifies, renames damaged ones, and broadcasts the result."""
     newest = [
         checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None
     ]

@@ -69,7 +69,6 @@ def run(config: DistilConfig, context: StageContext) -> StageResult:
 
 
 def _teacher(config: DistilConfig, context: StageContext, start: Lineage, taught_by: Lineage) -> PreTrainedModel:
-    """The teacher, after it was checked against the student."""
     where = f"stages.{context.spec.stage}"
     teacher = frozen_model(context, taught_by)
     refuse_other_heads(frozen_model(context, start), teacher, where=f"{where}.init")
@@ -98,7 +97,6 @@ def _figures(
 def _learned(
     config: DistilConfig, context: StageContext, start: Lineage, teacher: PreTrainedModel, tokenizer: Any, rows: Dataset
 ) -> tuple[float, StageResult]:
-    """The last loss, and the student as it was saved."""
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     if config.method.needs_teacher:
         trainer: MicroBatchedSftTrainer = distil_trainer(config, context, policy, teacher, tokenizer, rows)
@@ -158,7 +156,6 @@ def _timing(
     held_out: HeldOutAnswers,
     students: Any,
 ) -> Timing | None:
-    """Measured by the main process, while the others wait."""
     if not config.timed_prompts:
         return None
     context.progress("timing assisted generation")

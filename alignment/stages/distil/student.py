@@ -54,7 +54,6 @@ def _folder(context: StageContext) -> Path:
 
 
 def _make(layers: int | None, context: StageContext, start: Lineage, tokenizer: Any) -> None:
-    """Writes a model folder of the first layers, unless an earlier attempt has."""
     assert layers is not None
     folder = _folder(context)
     if folder.is_dir():

@@ -123,7 +123,6 @@ class PairTrainer(AgainstStart, DPOTrainer):
         return chosen, rejected
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
-        """The mean loss of the pairs, and TRL's metrics of them."""
         margins, _ = _margins(inputs)
         inputs = {name: value for name, value in inputs.items() if name != MARGIN}
         # Before the policy's activations are in memory.
@@ -154,7 +153,6 @@ class PairTrainer(AgainstStart, DPOTrainer):
         return zeros, zeros
 
     def _report(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Replaces the rewards among the metrics that TRL has just added."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         chosen, rejected = (self.accelerator.gather(rewards.detach()) for rewards in (chosen, rejected))
         is_right = (chosen > rejected).float()

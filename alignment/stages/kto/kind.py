@@ -133,7 +133,6 @@ def _label_faults(_: KtoConfig, __: int, labels: Mapping[str, int], where: str) 
 
 
 def _notes(config: KtoConfig, planned: base.Planned) -> Iterator[str]:
-    """The weights that follow from the labels, or a warning about those that were set."""
     labels = planned.labels
     if one_label(labels):
         return

@@ -189,7 +189,6 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         return {"chosen": list(filter(None, chosen)), "rejected": list(filter(None, rejected))}
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
-        """A mean over the rows of a label is weighted by their number."""
         return self._label_counts.get(name.rpartition("/")[2], shares)
 
     def start_rows(self, batch: Batch) -> Iterator[StartRow]:

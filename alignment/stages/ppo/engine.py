@@ -100,7 +100,6 @@ class ServedEngine:
             shutil.rmtree(before.folder)
 
     def _loaded(self, version: int, state: dict[str, Tensor] | None) -> Weights:
-        """The weights as they are now; the main process names and writes them, and has the engine load them."""
         if not self.context.is_main:
             return Weights()
         folder, is_adapter = self.session.folder / f"policy-{version}", isinstance(self.policy, PeftModel)

@@ -128,7 +128,6 @@ def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
 
 
 def _is_external(ref: str) -> bool:
-    """Whether a reference names a reward model that no stage made."""
     if ref.startswith("path:"):
         folder = Path(ref.removeprefix("path:")).expanduser().absolute()
         return folder.is_dir() and read_manifest(folder) is None
@@ -270,7 +269,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 
 
 def _scores(scorer: str, model: str) -> dict[str, Any]:
-    """What scores answers: the run's reward model, what the user named, or both."""
     reward = f"stage:{model}" if model else None
     why = "trained on the pairs above" if model else "none; the scorers below are used instead"
     settings: dict[str, Any] = {"reward": Reasoned(value=reward, why=why)}
@@ -282,7 +280,6 @@ def _scores(scorer: str, model: str) -> dict[str, Any]:
 
 
 def _size(rows: Rows) -> dict[str, Any]:
-    """Updates, and how many answers each samples."""
     asked = max(1, min(rows.prompts, _EPISODES // _COMPLETIONS))
     passes = math.ceil(rows.prompts / asked)
     updates = min(_MOST_UPDATES, max(_LEAST_UPDATES, passes))

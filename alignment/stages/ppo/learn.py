@@ -68,7 +68,6 @@ class Ptx:
 
 
 def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], device: torch.device) -> Tensor:
-    """Sum of −log p over the learned tokens of the rows."""
     flat = stream([row.input_ids for row in rows], device)
     learned = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
     labels = [label for tokens in rows for _, label in _learned(tokens)]
@@ -224,7 +223,6 @@ class Learner:
 
     @torch.no_grad()
     def _record(self, loss: PolicyLoss, entropy: Tensor, response_mask: Tensor, tokens: Tensor) -> None:
-        """Adds a micro-batch's share of its minibatch's metrics; ``entropy`` is ``[answer tokens]``."""
         over = loss.ratio - 1.0
         clipped = ((over > self.objective.clip_high) | (-over > self.objective.clip)).float()
         kl = {} if loss.kl is None else {"loss/kl": loss.kl}
@@ -245,8 +243,6 @@ class Learner:
         return on_device(torch.tensor(rows), self.context.device)
 
     def _value_loss(self, experience: Experience, rows: Tensor, mask: Tensor, tokens: Tensor) -> ValueLoss:
-        """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
-
         def value_loss(flat: Tensor) -> Tensor:
             assert experience.values is not None, "a critic has values"
             assert experience.returns is not None, "a critic has targets"

@@ -184,7 +184,6 @@ class Rollouts:
         )
 
     def _read(self, answers: Answers, micro_batches: Sequence[Sequence[int]]) -> Readings:
-        """The answers of these micro-batches, in their order."""
         lengths = [len(answers.answers[row]) for rows in micro_batches for row in rows]
         if not lengths:  # all of the prompts may be those of other processes
             has_critic = self.roles.actor_critic.value is not None
@@ -277,7 +276,6 @@ class Collector:
         return scores
 
     def _ended(self, answers: Answers) -> Tensor:
-        """``[rows]`` bool: whether each answer has an end."""
         return torch.tensor([answer[-1] in self.end_ids for answer in answers.answers])
 
 

@@ -100,7 +100,6 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
 
 
 def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
-    """Trains; the metrics of the last update, and of the guard."""
     last = train(
         trainer, context, headline="objective/score", period=trainer.steps_per_update, trials=AnswerTrials(trainer)
     )
@@ -122,7 +121,6 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 
 
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any, policy: PreTrainedModel) -> Ptx | None:
-    """The loss of conversations beside PPO's, if it is wanted."""
     if not config.ptx.coefficient:
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)

@@ -123,7 +123,6 @@ class PpoTrainer(ShardedTrainer):
         named ``cpu:0`` here. Moving a role there would copy it, and roles would no longer share memory."""
 
     def _gathered_roles(self) -> AbstractContextManager[None]:
-        """Gathers sharded weights for sampling and scoring."""
         return gathered(self, self.roles.actor_critic)
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -302,7 +301,6 @@ class PpoTrainer(ShardedTrainer):
             self._save_state(Path(output_dir or self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Writes the trained weights and our state."""
         folder = Path(output_dir or self.args.output_dir)
         self._save_state(folder)
         trained = {n: p.detach().contiguous() for n, p in self.roles.actor_critic.named_parameters() if p.requires_grad}

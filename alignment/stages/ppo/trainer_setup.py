@@ -161,7 +161,6 @@ class AnswerTrials:
         return self._step(rows[: max(1, number)], limit=limit)
 
     def _rows(self) -> list[Prompt]:
-        """The prompt of each row of the largest share."""
         episodes = self._trainer.episodes
         minibatch = math.ceil(episodes.prompts_per_update / self._trainer.config.num_minibatches)
         share = math.ceil(minibatch / self._world_size)

@@ -134,7 +134,6 @@ def _dataset(pairs: Dataset, margin: float) -> Dataset:
 
 
 def _joined(rows: dict[str, list[Any]], margin: float) -> dict[str, list[Any]]:
-    """Each answer appended to its prompt, and the weighted margins if the rows have them."""
     columns: dict[str, list[Any]] = {
         f"{answer}_ids": [prompt + ids for prompt, ids in zip(rows["prompt"], rows[answer], strict=True)]
         for answer in ("chosen", "rejected")

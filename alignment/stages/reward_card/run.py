@@ -177,7 +177,6 @@ class _Reading:
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """Loads the model and tokenises its rows."""
     reward = context.spec.inputs["reward"]
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if read_manifest(reward.path) is None:
@@ -230,7 +229,6 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """One score per row, on every process."""
     parts = grouped(reading.rows, AT_ONCE)
 
     def scores_of(share: Sequence[Sequence[list[int]]]) -> list[float]:
@@ -299,7 +297,6 @@ def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, d
 
 
 def _headlines(card: RewardCard) -> dict[str, float]:
-    """The metrics of the manifest."""
     metrics = {"pairs": float(card.num_pairs), "accuracy": card.accuracy.mean}
     metrics |= {f"accuracy/{judge.name.replace(' ', '_')}": judge.accuracy.mean for judge in card.baselines}
     scales = {"ece": card.calibration.ece, "brier": card.calibration.brier, "log_loss": card.calibration.log_loss}

@@ -187,7 +187,6 @@ def no_rows(
 
 
 def _no_difference(config: SampleConfig, several: Sequence[Sequence[float]]) -> tuple[str, str]:
-    """Message and remedy, given the scores of the prompts that have several answers left."""
     more = "raise temperature or completions_per_prompt"
     if not several:
         return "no prompt has two different answers, so there is nothing to compare", more
@@ -284,7 +283,6 @@ def _samples(
     candidates: Sequence[Sequence[Candidate]],
     made: Sequence[OfPrompt],
 ) -> list[dict[str, Any]]:
-    """A line for each answer, used or not."""
     policy = context.spec.input_fingerprints.get("policy", "")
     lines: list[dict[str, Any]] = []
     for row, prompt, ids, of_prompt, outcome in zip(asked.rows, prompts, answers, candidates, made, strict=True):
@@ -332,7 +330,6 @@ def _summary(
 
 
 def _mean_best(candidates: Sequence[Sequence[Candidate]], size: int) -> float:
-    """The mean over prompts of the expected best score of ``size`` answers."""
     of_prompts = [expected_best([answer.score for answer in of_prompt], size) for of_prompt in candidates]
     return sum(of_prompts) / len(of_prompts)
 

@@ -88,7 +88,6 @@ def asked_prompts(
 
 
 def _evaluated(config: AskingConfig, context: StageContext, records: Mapping[int, Prompt]) -> dict[int, str]:
-    """The rows that ask what an evaluation asks, with the reason."""
     held_out = HeldOut(
         asked(prompt)
         for number, data in enumerate(config.leave_out)
@@ -141,7 +140,6 @@ def _file(context: StageContext, name: str, number: int, key: Any) -> Path:
 
 
 def _read(file: Path) -> Any:
-    """The stored value, or None if it is missing or damaged; the log names a damaged one."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         value = content["value"]
@@ -284,7 +282,6 @@ def in_parts(
 
 
 def _uniforms(config: SampledConfig, context: StageContext, row: int) -> torch.Tensor:
-    """``[answers, steps]`` random numbers of a prompt."""
     shape = (config.completions_per_prompt, config.max_new_tokens)
     return torch.rand(*shape, generator=context.generator(SEED, row), dtype=torch.float64)
 

@@ -66,7 +66,6 @@ def launch_of(context: StageContext) -> str:
 
 
 def _remembered(context: StageContext, key: str) -> ChosenSize | None:
-    """What this stage began with, wherever that was, or else what was chosen on this machine."""
     if begun := training.remembered(context.spec.work / OWN_FILE, key):
         return begun[0]
     here = (machine_of(context.device), launch_of(context))
@@ -75,7 +74,6 @@ def _remembered(context: StageContext, key: str) -> ChosenSize | None:
 
 
 def _search(context: StageContext, run: Run) -> Choice:
-    """Runs the stage up to its first step, with the default size where it computes before that."""
     spec, where = _numbered(context.spec, DEFAULT_TOKENS), f"stages.{context.spec.stage}.optim"
     search = SizeSearch(device=context.device, memory=attainable, where=where)
     try:
@@ -100,7 +98,6 @@ def _numbered(spec: StageSpec, tokens: int) -> StageSpec:
 
 @contextmanager
 def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Restores the states of all generators behind the block."""
     before: tuple[Any, Any] = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

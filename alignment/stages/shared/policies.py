@@ -102,7 +102,6 @@ class ServedPolicies:
             )
 
     def _used(self, adapter: Path | None) -> Weights:
-        """On the main process, has the engine answer with an adapter, or without one."""
         name = None if adapter is None else self._session.named(f"{adapter.parent.parent.name}/{adapter.name}")
         weights = Weights() if name is None else Weights(name=name, folder=adapter)
         if self._context.is_main:

@@ -107,7 +107,6 @@ def _by_record(rows: Dataset, prompts: list[bytes]) -> list[bytes]:
 
 
 def _in_order(ids: list[int]) -> bytes:
-    """Token ids as compact bytes that sort like the lists."""
     return np.asarray(ids, dtype=">u4").tobytes()
 
 

@@ -222,7 +222,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor] | None:
-    """The columns of a cached file; None if it is missing or damaged, so that it is computed again."""
     try:
         columns = load_file(file)
     except FileNotFoundError:

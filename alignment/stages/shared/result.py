@@ -109,12 +109,10 @@ def save_model(
 
 
 def _all_but_adapter(_: str, names: list[str]) -> list[str]:
-    """What lies beside an adapter from outside, such as a tokenizer or the state of its training."""
     return [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
 
 def _state(model: PreTrainedModel | PeftModel, *, trained_only: bool) -> dict[str, Tensor] | None:
-    """The weights to save; None if the model itself holds them."""
     if on_shadows() and trained_only:
         return zeros({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     return whole_state(model, trained_only=trained_only) if is_sharded(model) else None

@@ -80,7 +80,6 @@ def token_rows(
 
 
 def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[str, SourceConfig, Path]]:
-    """The stage's own source and those that are mixed in, each with the name of its setting."""
     own = f"stages.{context.spec.stage}.{field}"
     sources = context.spec.sources(data, field)
     names = [own, *(f"{own}.mix[{number}]" for number in range(len(sources) - 1))]
@@ -88,7 +87,6 @@ def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[
 
 
 def _tokenising(context: StageContext, path: Path, data: SourceConfig) -> Callable[[int], None]:
-    """Reports how many rows have been read, of how many; they are only counted if a table is missing."""
     total = functools.cache(lambda: count_rows(path, data))
     return lambda rows: context.progress("tokenising", rows, total())
 
@@ -184,7 +182,6 @@ def _copy_ledger(context: StageContext, table: TokenTable) -> None:
 
 
 def _note_losses(context: StageContext, where: str, losses: Mapping[str, int], records: int) -> None:
-    """Notes once for a source what the chat template leaves out, and of how many records."""
     context.notes.extend(f"{where}: {lost_words(loss, count, records)}" for loss, count in losses.items())
 
 
@@ -194,7 +191,6 @@ def list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -
 
 
 def _append(context: StageContext, lines: Iterable[str]) -> None:
-    """Appends to ``LEFT_OUT``, which is not created if there are no lines."""
     lines = iter(lines)
     first = next(lines, None)
     if context.is_main and first is not None:
@@ -203,7 +199,6 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
 
 
 def _announce(context: StageContext, rows: str, count: int, entries: Sequence[Mapping[str, str]]) -> None:
-    """A note for the user on how many of ``rows`` were left out or cut, with the first of them as an example."""
     if not entries or not context.is_main:
         return
     example = f"{entries[0]['where']}: {entries[0]['reason']}"

@@ -151,7 +151,6 @@ class TrackioTracker(Tracker):
             self._run.log(fresh, step=self._step)
 
     def _stored(self) -> list[dict[str, Any]]:
-        """What the project's file has of this run, a dict for each call of ``log``."""
         rows: list[dict[str, Any]] = self._trackio.SQLiteStorage.get_logs(self._project, run=self._name)
         return rows
 
