@@ -20,13 +20,7 @@ from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.base import DataSlot, Display, Learning, Proposals, Reported, StageKind
-from alignment.stages.shared.kind_answers import (
-    and_held_out,
-    handed_on,
-    held_out_slot,
-    next_token_curves,
-    replay_advice,
-)
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import adapter_rate, batch_size, data_of
 
 
@@ -73,7 +67,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 
 def _data(config: CptConfig) -> list[DataSlot]:
     own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS, counted=False)
-    return [own, held_out_slot(config.validation, own)]
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -84,7 +78,7 @@ def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 
 def _reported(config: CptConfig) -> Reported:
     """No text is too long or cut short, because it becomes several rows."""
-    return and_held_out(Reported(training=("loss",), counts=("rows",)), config.validation)
+    return parts.and_held_out(Reported(training=("loss",), counts=("rows",)), config.validation)
 
 
 KIND = StageKind(
@@ -98,6 +92,6 @@ KIND = StageKind(
     faults=_faults,
     metrics=_reported,
     learning=Learning(may_drop=True),
-    display=Display(curves=next_token_curves, lines=handed_on, against_forgetting=replay_advice),
+    display=Display(curves=parts.next_token_curves, lines=parts.handed_on, against_forgetting=parts.replay_advice),
     proposals=Proposals(stage=_stage),
 )

@@ -21,15 +21,7 @@ from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.records.interval import Interval
 from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.stages import base
-from alignment.stages.shared.kind_answers import (
-    asked_slots,
-    curve,
-    held_out_fault,
-    prompt_limits,
-    replay_advice,
-    sampled_launch,
-    sampling_faults,
-)
+from alignment.stages.shared import kind_answers as parts
 
 
 class Method(str, Enum):
@@ -193,7 +185,7 @@ HELD_OUT = (*FIGURES, *(f"{name}{BEFORE}" for name in FIGURES), "eval_tokens_per
 
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     usual = DistilConfig()
-    yield from sampling_faults(config.sampling, f"{where}.sampling")
+    yield from parts.sampling_faults(config.sampling, f"{where}.sampling")
     if config.layers is None and config.init == config.teacher:
         message = (
             f"{config.init!r} is the teacher itself, so there is nothing to learn; set layers to use its first "
@@ -244,11 +236,14 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     if settings.get("method") == Method.sequence.value:
-        return [curve("Loss", "nats per token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
+        return [
+            parts.curve("Loss", "nats per token", "loss"),
+            parts.curve("Next-token accuracy", "share", "mean_token_accuracy"),
+        ]
     return [
-        curve("Divergence from the teacher", "nats per token", "loss"),
-        curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
-        curve("Same most likely token", "share", "same_top"),
+        parts.curve("Divergence from the teacher", "nats per token", "loss"),
+        parts.curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
+        parts.curve("Same most likely token", "share", "same_top"),
     ]
 
 
@@ -259,14 +254,16 @@ KIND = base.StageKind(
     revision=10,
     produces=POLICY,
     run="alignment.stages.distil.run:run",
-    data=lambda config: asked_slots(config, PROMPTS, counted=False),
+    data=lambda config: parts.asked_slots(config, PROMPTS, counted=False),
     faults=_faults,
     metrics=_reported,
-    launch=sampled_launch(base.RunsOn.processes),
+    launch=parts.sampled_launch(base.RunsOn.processes),
     learning=base.Learning(
-        limits=prompt_limits,
-        faults=lambda config, prompts, _, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
+        limits=parts.prompt_limits,
+        faults=lambda config, prompts, _, where: parts.held_out_fault(config.eval_fraction, prompts, "prompts", where),
         layers=layers_left,
     ),
-    display=base.Display(curves=_curves, doubts=_doubts, lines=lines, tables=tables, against_forgetting=replay_advice),
+    display=base.Display(
+        curves=_curves, doubts=_doubts, lines=lines, tables=tables, against_forgetting=parts.replay_advice
+    ),
 )

@@ -30,18 +30,9 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.rows import on_host
 from alignment.records.training import METRICS, MetricsLog
 from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, KtoConfig, one_label
+from alignment.stages.shared import reference as references
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.preference_pairs import prompts_of
-from alignment.stages.shared.reference import (
-    AgainstStart,
-    StartRow,
-    answer_logprobs,
-    copy_of_start,
-    make_ready,
-    precomputed_reference,
-    refuse_other_start,
-    with_reference,
-)
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import WHERE, split_origins, token_rows
 from alignment.training.context import StageContext
@@ -135,7 +126,7 @@ REFERENCE, OTHER_REFERENCE = "ref_logps", "ref_KL_logps"
 CHOSEN, REJECTED, MARGINS = "rewards/chosen", "rewards/rejected", "rewards/margins"
 
 
-class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
+class TokenizedKtoTrainer(references.AgainstStart, KTOTrainer):
     """TRL's trainer on tokenised rows, with each optimiser batch split into micro-batches."""
 
     unit = Unit.rows
@@ -164,7 +155,8 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
             batch[REFERENCE] = torch.cat([self._of_reference(part, REFERENCE, part) for part in parts])
             if self.calculate_KL:
                 log_ratios = [
-                    answer_logprobs(model, _others(part)) - self._of_reference(part, OTHER_REFERENCE, _others(part))
+                    references.answer_logprobs(model, _others(part))
+                    - self._of_reference(part, OTHER_REFERENCE, _others(part))
                     for part in parts
                 ]
                 self._divergence = self.accelerator.gather(torch.cat(log_ratios).mean()).mean()
@@ -175,7 +167,7 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         """``[rows]`` log-probabilities by the reference: the column, or those of ``rows``. The policy reads the same
         rows at once, so that both are rounded alike."""
         known: Tensor | None = batch.get(column)
-        return answer_logprobs(self.ref_model, rows) if known is None else known
+        return references.answer_logprobs(self.ref_model, rows) if known is None else known
 
     def _compute_kl_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """TRL takes the mean of these, less ``ref_KL_logps``, over the micro-batch and all processes."""
@@ -191,15 +183,15 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
         return self._label_counts.get(name.rpartition("/")[2], shares)
 
-    def start_rows(self, batch: Batch) -> Iterator[StartRow]:
+    def start_rows(self, batch: Batch) -> Iterator[references.StartRow]:
         """One row for each answer of a batch, before anything is learned."""
         for part, _ in self._micro_batches(batch):
             with torch.no_grad(), self.accelerator.autocast():
-                policy = answer_logprobs(self.model, part)
+                policy = references.answer_logprobs(self.model, part)
                 reference = self._of_reference(part, REFERENCE, part)
             tokens = part["completion_mask"].sum(-1)
             for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
-                yield StartRow(*row)
+                yield references.StartRow(*row)
 
 
 def _others(batch: Batch) -> Batch:
@@ -256,9 +248,11 @@ def _trainer(
     reference = precomputed = None
     if config.precompute_reference:
         tokens = tokens_of(config.optim.micro_batch_tokens)
-        precomputed = precomputed_reference(policy, start, rows, context, answers=tuple(names), tokens=tokens)
+        precomputed = references.precomputed_reference(
+            policy, start, rows, context, answers=tuple(names), tokens=tokens
+        )
     else:
-        reference = copy_of_start(policy, context)
+        reference = references.copy_of_start(policy, context)
     with_ids = rows.rename_columns({name: f"{name}_ids" for name in rows.column_names if name != LABEL})
     trainer = TokenizedKtoTrainer(
         model=policy,
@@ -273,12 +267,12 @@ def _trainer(
             max_length=None,
             precompute_ref_log_probs=config.precompute_reference,
         ),
-        train_dataset=with_reference(with_ids, precomputed, names),
+        train_dataset=references.with_reference(with_ids, precomputed, names),
         processing_class=tokenizer,
     )
     trainer.precompute_ref_logps = True  # each batch gets them before it is learned from (with_estimates)
     trainer.row_origin = origin_of
-    make_ready(trainer, policy, reference, precomputed, config.optim, context)
+    references.make_ready(trainer, policy, reference, precomputed, config.optim, context)
     return trainer
 
 
@@ -287,4 +281,4 @@ def check_start(trainer: TokenizedKtoTrainer) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
-        refuse_other_start(trainer, trainer.start_rows(batch))
+        references.refuse_other_start(trainer, trainer.start_rows(batch))

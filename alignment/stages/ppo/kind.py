@@ -22,24 +22,8 @@ from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages import base
 from alignment.stages.ppo import checks
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    check_engine,
-    curve,
-    missing_reward_faults,
-    prompt_limits,
-    reward_model_slots,
-    sampling_refusals,
-)
-from alignment.stages.shared.new_settings import (
-    adapter_rate,
-    data_of,
-    from_start,
-    maximises_scores,
-    new_tokens,
-    row_limit,
-    rows_with_answers,
-)
+from alignment.stages.shared import kind_answers as parts
+from alignment.stages.shared import new_settings as new
 
 LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
 """What penalties took from the scores; each is reported if it is in use."""
@@ -102,7 +86,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if checks.GUARD in checks.in_use(config):
         yield from _guard_faults(config, f"{where}.{checks.GUARD}")
-    yield from missing_reward_faults(checks.in_use(config), config.reward, where)
+    yield from parts.missing_reward_faults(checks.in_use(config), config.reward, where)
     sources = [scorer.source for scorer in checks.in_use(config).values()]
     if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
         return  # a misspelt source may have been meant to use it
@@ -135,7 +119,7 @@ def _is_external(ref: str) -> bool:
 
 
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]:
-    yield from sampling_refusals(config.sampling, launch)
+    yield from parts.sampling_refusals(config.sampling, launch)
     if launch.sharding.by_deepspeed and config.critic_warmup:
         why = "DeepSpeed updates all weights, including the policy's"
         yield base.Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
@@ -160,7 +144,7 @@ def _reported(config: PpoConfig) -> base.Reported:
     training = ("objective/score", "objective/kl", "response_length", "eos_rate")
     of_several = (SCORE_STD,) if config.optim.batch_size > 1 else ()
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
-    counts = (*ROW_COUNTS, "updates", "memory/base_copies")
+    counts = (*parts.ROW_COUNTS, "updates", "memory/base_copies")
     families, absent = (("guard/",), {}) if config.guard.every else ((), {"guard/": ("a guard", "guard.every above 0")})
     names = (*training, *of_several, *of_groups, *checks.reported_of_engine(config.sampling))
     return base.Reported(training=names, counts=counts, families=families, absent=absent)
@@ -196,8 +180,8 @@ def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
 
 def _all_curves() -> list[base.Curve]:
     return [
-        curve("Score", "what PPO maximises, mean over an update", "objective/score"),
-        curve("KL to the reference", "nats per sequence", "objective/kl"),
+        parts.curve("Score", "what PPO maximises, mean over an update", "objective/score"),
+        parts.curve("KL to the reference", "nats per sequence", "objective/kl"),
         base.Curve(
             title="Held-out answers, over √KL",
             unit="mean score: what PPO maximises, and the guard's held-out scorer",
@@ -206,23 +190,23 @@ def _all_curves() -> list[base.Curve]:
             over="guard/kl",
         ),
         base.Curve(title="KL coefficient", unit="", keys=("objective/kl_coef",), only_if_it_moves=True),
-        curve("Policy loss", "", "loss/policy"),
-        curve("Value loss", "", "loss/value"),
-        curve("Clipped", "share of tokens", "policy/clipfrac"),
-        curve(
+        parts.curve("Policy loss", "", "loss/policy"),
+        parts.curve("Value loss", "", "loss/value"),
+        parts.curve("Clipped", "share of tokens", "policy/clipfrac"),
+        parts.curve(
             "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
         ),
-        curve(
+        parts.curve(
             "Prompts without score differences", "whose answers all score alike, in an update", "objective/tied_prompts"
         ),
-        curve(
+        parts.curve(
             "Penalties",
             "subtracted from the score, mean over an update",
             (LENGTH, OVERLONG),
             labels=("length", "overlong"),
         ),
-        curve("Answer length", "tokens", "response_length"),
-        curve("Answers that ended", "share", "eos_rate"),
+        parts.curve("Answer length", "tokens", "response_length"),
+        parts.curve("Answers that ended", "share", "eos_rate"),
         *checks.engine_curves(),
     ]
 
@@ -242,13 +226,13 @@ def _questions(circumstances: Circumstances) -> Iterator[Question]:
 def _stage(circumstances: Circumstances) -> NewStage | None:
     scorer, models = circumstances.answer(SCORER), circumstances.made.get(REWARD_MODEL, ())
     rows = next((circumstances.rows[record] for record in _WITH_PROMPTS if record in circumstances.rows), None)
-    if rows is None or not (scorer or models) or not maximises_scores(circumstances):
+    if rows is None or not (scorer or models) or not new.maximises_scores(circumstances):
         return None
-    answers = new_tokens(rows_with_answers(circumstances), circumstances)
+    answers = new.new_tokens(new.rows_with_answers(circumstances), circumstances)
     left = replace(circumstances, positions=circumstances.positions - answers.value)
     settings = {
-        **from_start(circumstances, "stage:sft"),
-        **data_of(rows),
+        **new.from_start(circumstances, "stage:sft"),
+        **new.data_of(rows),
         **_scores(scorer, models[0] if models else ""),
         **_size(rows),
         "critic": Reasoned(
@@ -257,7 +241,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         "prompt_baseline": Reasoned(value=True, why=f"scores of different prompts are not comparable; {_QUICKSTART}"),
         "gae_lambda": Reasoned(value=1.0, why=f"a shared critic starts at 0; {_QUICKSTART}"),
         "value_clip": Reasoned(value=10.0, why=_QUICKSTART),
-        **row_limit(rows, left, "max_prompt_length", part="prompts"),
+        **new.row_limit(rows, left, "max_prompt_length", part="prompts"),
         "max_new_tokens": answers,
         "kl": {
             "coefficient": Reasoned(
@@ -285,7 +269,7 @@ def _size(rows: Rows) -> dict[str, Any]:
     updates = min(_MOST_UPDATES, max(_LEAST_UPDATES, passes))
     bounds = f"chosen, not tuned: from {_LEAST_UPDATES} to {_MOST_UPDATES}"
     why = f"{passes:,} ask all {rows.prompts:,} prompts once ({bounds})"
-    rate = adapter_rate(1e-4, "chosen, not tuned: 3e-5 in qwen_0_5b_rlhf_lora, 1e-3 in quickstart")
+    rate = new.adapter_rate(1e-4, "chosen, not tuned: 3e-5 in qwen_0_5b_rlhf_lora, 1e-3 in quickstart")
     size = Reasoned(value=asked * _COMPLETIONS, why=f"answers to {asked} prompts in an update (chosen, not tuned)")
     return {
         "updates": Reasoned(value=updates, why=why),
@@ -308,14 +292,14 @@ KIND = base.StageKind(
     as_read=_as_read,
     metrics=_reported,
     notes=checks.engine_notes,
-    slots=lambda config: reward_model_slots(checks.in_use(config)),
+    slots=lambda config: parts.reward_model_slots(checks.in_use(config)),
     launch=base.LaunchShape(
         refusals=_refusals,
         size_faults=checks.size_faults,
-        check_machine=lambda config, where: check_engine(config.sampling, where),
+        check_machine=lambda config, where: parts.check_engine(config.sampling, where),
     ),
     learning=base.Learning(
-        limits=prompt_limits,
+        limits=parts.prompt_limits,
         faults=_too_few_prompts,
         learns_from=base.LearnsFrom.scores,
     ),

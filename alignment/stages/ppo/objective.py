@@ -9,25 +9,13 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from alignment.algos.ppo import (
-    advantages_and_returns,
-    answer_log_ratio,
-    center_and_scale,
-    clipped_policy_loss,
-    group_centered,
-    group_standardized,
-    k3,
-    leave_one_out,
-    log_ratio,
-    scale_only,
-    token_rewards,
-)
+from alignment.algos import ppo
 from alignment.stages.ppo.config import Advantage, PpoConfig
 
 COMPARISONS: dict[Advantage, Callable[[Tensor, int], Tensor]] = {
-    Advantage.rloo: leave_one_out,
-    Advantage.grpo: group_standardized,
-    Advantage.dr_grpo: group_centered,
+    Advantage.rloo: ppo.leave_one_out,
+    Advantage.grpo: ppo.group_standardized,
+    Advantage.dr_grpo: ppo.group_centered,
 }
 """How the answers to a prompt are compared, without a critic."""
 
@@ -65,14 +53,14 @@ def advantages_of(
         return Advantages(raw=advantages, learned=advantages, returns=None)
     assert values is not None, "a plan refuses this advantage without a critic"
     if config.prompt_baseline:
-        scores = leave_one_out(scores, group)
-    rewards = token_rewards(scores, kl, response_mask, kl_coefficient=kl_coefficient)
+        scores = ppo.leave_one_out(scores, group)
+    rewards = ppo.token_rewards(scores, kl, response_mask, kl_coefficient=kl_coefficient)
     if config.whiten_rewards:
-        rewards = scale_only(rewards, response_mask)
-    raw, returns = advantages_and_returns(
+        rewards = ppo.scale_only(rewards, response_mask)
+    raw, returns = ppo.advantages_and_returns(
         rewards, values, response_mask, gamma=config.gamma, gae_lambda=config.gae_lambda
     )
-    return Advantages(raw=raw, learned=center_and_scale(raw, response_mask), returns=returns)
+    return Advantages(raw=raw, learned=ppo.center_and_scale(raw, response_mask), returns=returns)
 
 
 class Average(str, Enum):
@@ -148,20 +136,20 @@ class PolicyObjective:
         ``divisor`` is the minibatch's, and ``tokens`` the number of its answer tokens; both are infinite for rows that
         must not count."""
         mask, advantages, importance = sampled.response_mask, sampled.advantages, sampled.importance
-        change = log_ratio(logprobs, sampled.logprobs)
+        change = ppo.log_ratio(logprobs, sampled.logprobs)
         if self.whole_answers:
-            ratio = answer_log_ratio(logprobs, sampled.logprobs, mask).exp()
+            ratio = ppo.answer_log_ratio(logprobs, sampled.logprobs, mask).exp()
             weights, advantages = torch.ones_like(ratio), advantages[:, :1]  # an answer has one advantage
             importance = None if importance is None else importance[:, :1]
         else:
             ratio, weights = change.exp(), self._weights(mask)
         if importance is not None:
             weights = weights * importance
-        clipped = clipped_policy_loss(ratio, advantages, weights, clip=self.clip, clip_high=self.clip_high)
+        clipped = ppo.clipped_policy_loss(ratio, advantages, weights, clip=self.clip, clip_high=self.clip_high)
         policy = total = clipped / divisor
         kl = None
         if self.kl_in_loss:
-            kl = (k3(logprobs, sampled.reference_logprobs) * self._weights(mask)).sum() / divisor
+            kl = (ppo.k3(logprobs, sampled.reference_logprobs) * self._weights(mask)).sum() / divisor
             total = total + kl_coefficient * kl
         if self.entropy_coefficient:
             total = total - self.entropy_coefficient * (entropy * mask).sum() / tokens

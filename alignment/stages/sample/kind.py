@@ -21,13 +21,7 @@ from alignment.core.fingerprint import IF_SET
 from alignment.records.stages import COUNTS, SAMPLING_FILE, Sampling
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages import base
-from alignment.stages.shared.kind_answers import (
-    asked_slots,
-    missing_reward_faults,
-    reward_model_slots,
-    sampled_launch,
-    sampling_faults,
-)
+from alignment.stages.shared import kind_answers as parts
 
 
 class Select(str, Enum):
@@ -146,8 +140,8 @@ def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
 
 
 def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
-    yield from sampling_faults(config.sampling, f"{where}.sampling")
-    yield from missing_reward_faults(_scorers(config), config.reward, where)
+    yield from parts.sampling_faults(config.sampling, f"{where}.sampling")
+    yield from parts.missing_reward_faults(_scorers(config), config.reward, where)
     sources = [scorer.source for scorer in _scorers(config).values()]
     if config.reward is not None and REWARD not in sources and all(map(is_known, sources)):
         message = f"{config.reward!r} is unused: no scorer is '{REWARD}'; write null, or add the scorer"
@@ -187,12 +181,12 @@ KIND = base.StageKind(
     produces=ROWS,
     run="alignment.stages.sample.run:run",
     rehearse="alignment.stages.sample.run:refuse_base",
-    data=asked_slots,
+    data=parts.asked_slots,
     rows=_rows,
     scorers=_scorers,
     faults=_faults,
-    slots=lambda config: reward_model_slots(_scorers(config)),
+    slots=lambda config: parts.reward_model_slots(_scorers(config)),
     metrics=lambda _: base.Reported(training=("score", "best_score"), counts=COUNTS),
-    launch=sampled_launch(base.RunsOn.replicas),
+    launch=parts.sampled_launch(base.RunsOn.replicas),
     display=base.Display(doubts=_doubts, lines=lines, tables=tables),
 )

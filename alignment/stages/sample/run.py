@@ -24,15 +24,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import in_list
 from alignment.rewards.scores import Scores
 from alignment.stages.sample.kind import SampleConfig, Select
-from alignment.stages.shared.answer_sampling import (
-    SEED,
-    AskedPrompts,
-    asked_prompts,
-    asking_of,
-    in_parts,
-    sampled_answers,
-    spans_of,
-)
+from alignment.stages.shared import answer_sampling
 from alignment.stages.shared.base_check import refuse_base_that_cannot_answer
 from alignment.stages.shared.policies import asked_tokenizer
 from alignment.stages.shared.result import StageResult
@@ -205,15 +197,17 @@ def answer_scores(
     context: StageContext,
     tokenizer: Any,
     records: Sequence[Prompt],
-    asked: AskedPrompts,
+    asked: answer_sampling.AskedPrompts,
     answers: Sequence[Sequence[Sequence[int]]],
 ) -> tuple[Scores, list[float]]:
     """The score of each answer by each scorer, and in total, prompt by prompt. ``records`` are all rows of the stage's
     data, ``tokenizer`` is the policy's."""
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    rewards = build_rewards(in_list(config.scorers), context.spec, tokenizer, records, None, run, asking_of(context))
-    spans = spans_of(config, asked)
+    rewards = build_rewards(
+        in_list(config.scorers), context.spec, tokenizer, records, None, run, answer_sampling.asking_of(context)
+    )
+    spans = answer_sampling.spans_of(config, asked)
 
     def score(number: int) -> list[list[float]]:
         of_part = [(asked.rows[i], asked.ids[i], answer) for i in spans[number] for answer in answers[i]]
@@ -221,7 +215,7 @@ def answer_scores(
         values: list[list[float]] = rewards.scores(prompts, sampled, rows).values.tolist()
         return values
 
-    parts = in_parts(context, "scoring", spans, asked, score)
+    parts = answer_sampling.in_parts(context, "scoring", spans, asked, score)
     scores = Scores(names=tuple(rewards.names), values=torch.cat([torch.tensor(part) for part in parts], dim=1))
     rewards.observe(scores)  # a normalised scorer is normalised over all answers
     return scores, rewards.total(scores).tolist()
@@ -240,9 +234,9 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
     if reward is not None and reward.path is not None and read_manifest(reward.path) is not None:
         refuse_other_tokenizer(context.spec, reward, tokenizer)
     records = rows_of(context, Prompt, config.data)
-    asked = asked_prompts(config, context, tokenizer, records)
+    asked = answer_sampling.asked_prompts(config, context, tokenizer, records)
     policy = lineage(context.spec, context.spec.inputs["policy"])
-    answers = sampled_answers(config, context, policy, tokenizer, asked)
+    answers = answer_sampling.sampled_answers(config, context, policy, tokenizer, asked)
     by_scorer, totals = answer_scores(config, context, tokenizer, records, asked, answers)
     candidates = _candidates(tokenizer, answers, totals)
     prompts = [records[row] for row in asked.rows]
@@ -277,7 +271,7 @@ def _candidates(
 def _samples(
     context: StageContext,
     prompts: Sequence[Prompt],
-    asked: AskedPrompts,
+    asked: answer_sampling.AskedPrompts,
     answers: Sequence[Sequence[Sequence[int]]],
     by_scorer: Scores,
     candidates: Sequence[Sequence[Candidate]],
@@ -299,7 +293,7 @@ def _samples(
                 "ended": answer.ended,
                 "used_as": outcome.used.get(number, ""),
                 "left_out": outcome.left_out.get(number, ""),
-                "seed": context.seed(SEED, row),
+                "seed": context.seed(answer_sampling.SEED, row),
                 "policy": policy,
             }
             lines.append(line)
@@ -307,7 +301,10 @@ def _samples(
 
 
 def _summary(
-    config: SampleConfig, asked: AskedPrompts, candidates: Sequence[Sequence[Candidate]], made: Sequence[OfPrompt]
+    config: SampleConfig,
+    asked: answer_sampling.AskedPrompts,
+    candidates: Sequence[Sequence[Candidate]],
+    made: Sequence[OfPrompt],
 ) -> Sampling:
     reasons = Counter(reason for of_prompt in made for reason in of_prompt.left_out.values())
     count = config.completions_per_prompt

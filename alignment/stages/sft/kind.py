@@ -17,14 +17,7 @@ from alignment.core.fingerprint import IF_SET
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.stages.base import DataSlot, Display, Learning, LearnsFrom, Proposals, StageKind
-from alignment.stages.shared.kind_answers import (
-    handed_on,
-    held_out_slot,
-    limits_of_parts,
-    next_token_curves,
-    next_token_metrics,
-    replay_advice,
-)
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import (
     adapter_rate,
     data_of,
@@ -92,7 +85,7 @@ def _labelled(circumstances: Circumstances) -> Rows | None:
 
 def _data(config: SftConfig) -> list[DataSlot]:
     own = DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)
-    return [own, held_out_slot(config.validation, own)]
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 KIND = StageKind(
@@ -103,8 +96,8 @@ KIND = StageKind(
     produces=POLICY,
     run="alignment.stages.shared.language_model:learn_conversations",
     data=_data,
-    metrics=next_token_metrics,
-    learning=Learning(limits=limits_of_parts, may_drop=True, learns_from=LearnsFrom.demonstrations),
-    display=Display(curves=next_token_curves, lines=handed_on, against_forgetting=replay_advice),
+    metrics=parts.next_token_metrics,
+    learning=Learning(limits=parts.limits_of_parts, may_drop=True, learns_from=LearnsFrom.demonstrations),
+    display=Display(curves=parts.next_token_curves, lines=parts.handed_on, against_forgetting=parts.replay_advice),
     proposals=Proposals(questions=_questions, stage=_stage),
 )
