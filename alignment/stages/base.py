@@ -1,8 +1,6 @@
 """The interface of a stage kind. Each kind defines a ``StageKind`` in its ``kind.py``; no other module names a kind.
-
 Optional fields have defaults that fit most kinds. Unless stated otherwise, callables take the settings of a stage of
-the kind, an instance of its ``config`` class. Nothing here imports torch, because the driver uses it too.
-"""
+the kind, an instance of its ``config`` class. Nothing here imports torch, because the driver uses it too."""
 
 from __future__ import annotations
 
@@ -32,11 +30,9 @@ class LearnsFrom(str, Enum):
 
 
 class RunsOn(str, Enum):
-    """Where a stage runs.
-
-    ``processes``: on all processes of the launch, which train one model. ``replicas``: on all of them, each of which
-    holds whole models, so the launch's sharding does not apply. ``one_process``; ``driver``: inside the driver.
-    """
+    """Where a stage runs. ``processes``: on all processes of the launch, which train one model. ``replicas``: on all of
+    them, each of which holds whole models, so the launch's sharding does not apply. ``one_process``; ``driver``: inside
+    the driver."""
 
     processes = "processes"
     replicas = "replicas"
@@ -51,15 +47,12 @@ class RunsOn(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSlot:
-    """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``.
-
-    ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else.
-    ``skippable_checks`` do so too, but the stage leaves such rows out if ``on_error`` is ``skip``. For data that a
-    stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
-    checked but not read. ``label`` names the label of a record; a plan counts the records of each. ``counted``: each
-    record becomes one row of ``optim.batch_size``, so that the number of rows is known before tokenising; rows of a
-    stage with ``packing`` are fewer.
-    """
+    """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``. ``record`` is the type of its
+    rows, and ``checks`` raise DataError for a row that lacks something else. ``skippable_checks`` do so too, but the
+    stage leaves such rows out if ``on_error`` is ``skip``. For data that a stage learns from, ``rows`` defines how a
+    record becomes rows of tokens. A slot that is not ``in_use`` is checked but not read. ``label`` names the label of a
+    record; a plan counts the records of each. ``counted``: each record becomes one row of ``optim.batch_size``, so that
+    the number of rows is known before tokenising; rows of a stage with ``packing`` are fewer."""
 
     field: str
     data: DataConfig | MixedConfig
@@ -74,11 +67,9 @@ class DataSlot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeRows:
-    """The form of the rows that a stage makes for other stages, known before there are any.
-
-    ``example`` is such a row as JSON. ``others`` are the rows that it would make with other settings, by the setting:
-    ``{"select=best": '{"messages": …}'}``.
-    """
+    """The form of the rows that a stage makes for other stages, known before there are any. ``example`` is such a row
+    as JSON. ``others`` are the rows that it would make with other settings, by the setting: ``{"select=best":
+    '{"messages": …}'}``."""
 
     example: str
     others: Mapping[str, str]
@@ -86,11 +77,9 @@ class MadeRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """A field of a stage's configuration that holds a reference.
-
-    Example: ``Slot(field="reward", takes=("reward",), ref="stage:reward")``; inside a list, ``field`` is ``arms[2]``.
-    ``external``: a reward model from a folder or a hub is allowed too. ``optional``: the reference may be null.
-    """
+    """A field of a stage's configuration that holds a reference. Example: ``Slot(field="reward", takes=("reward",),
+    ref="stage:reward")``; inside a list, ``field`` is ``arms[2]``. ``external``: a reward model from a folder or a hub
+    is allowed too. ``optional``: the reference may be null."""
 
     field: str
     takes: tuple[str, ...]
@@ -110,12 +99,10 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """A chart of metrics.jsonl: ``Curve(title="Margin", unit="", keys=("rewards/margins",), guide=0.0)``.
-
-    ``keys`` are drawn with their ``labels`` over the steps, or over the square root of the metric ``over``. ``guide``
-    is a dotted line. With ``only_if_it_moves`` a metric that never changes is left out. While a stage runs, the first
-    metric of its ``live`` chart is shown; without such a chart, that of the first one.
-    """
+    """A chart of metrics.jsonl: ``Curve(title="Margin", unit="", keys=("rewards/margins",), guide=0.0)``. ``keys`` are
+    drawn with their ``labels`` over the steps, or over the square root of the metric ``over``. ``guide`` is a dotted
+    line. With ``only_if_it_moves`` a metric that never changes is left out. While a stage runs, the first metric of its
+    ``live`` chart is shown; without such a chart, that of the first one."""
 
     title: str
     unit: str
@@ -142,12 +129,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultTable:
-    """A table of a result, for the run's page, the page that compares runs, and model cards.
-
-    ``columns`` are headings by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a
-    model card can pick the columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each
-    column. ``lead`` is the result in a sentence or two, with which the page of a run without an evaluation begins.
-    """
+    """A table of a result, for the run's page, the page that compares runs, and model cards. ``columns`` are headings
+    by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a model card can pick the
+    columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each column. ``lead`` is the
+    result in a sentence or two, with which the page of a run without an evaluation begins."""
 
     title: str
     note: str
@@ -159,13 +144,11 @@ class ResultTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reported:
-    """Names of the metrics in a stage's manifest.
-
-    ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names. Of
-    metrics whose names begin with one of ``less_is_better``, less is better; those whose names begin with one of
-    ``half_by_chance`` are 0.5 by chance, because they are shares of pairs. ``absent``: by the beginning of its name,
-    what a metric needs that the settings turn off, and the remedy: ``{"guard/": ("a guard", "guard.every above 0")}``.
-    """
+    """Names of the metrics in a stage's manifest. ``training`` metrics are measured on the rows that the stage learns
+    from; ``families`` are prefixes of names. Of metrics whose names begin with one of ``less_is_better``, less is
+    better; those whose names begin with one of ``half_by_chance`` are 0.5 by chance, because they are shares of pairs.
+    ``absent``: by the beginning of its name, what a metric needs that the settings turn off, and the remedy:
+    ``{"guard/": ("a guard", "guard.every above 0")}``."""
 
     held_out: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
@@ -199,16 +182,14 @@ def whole_rows(config: Any) -> Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OtherFiles:
-    """Files that a stage reads besides its data and models, such as votes, or descriptions of tasks.
-
-    ``paths(config, folder)``: files for the worker (``StageSpec.extra_data``), by field, which exist and are valid,
-    else DataError; ``folder`` is the run's folder of the stage. A fingerprint covers their content.
-    ``located(config)``: the settings with absolute paths, because a worker may run in another folder.
-    ``content(config, where)``: what a fingerprint covers of the files, such as the SHA-256 of each, by a name that does
-    not depend on where they are; raises DataError if a file is missing. ``code(config)``: the user's code in them that
-    the stage runs, for announcements. ``hub_data(config)``: the data sets of a hub that they name,
-    ``hub:ORG/NAME@REVISION``; the worker finds each under its name in ``StageSpec.extra_data``.
-    """
+    """Files that a stage reads besides its data and models, such as votes, or descriptions of tasks. ``paths(config,
+    folder)``: files for the worker (``StageSpec.extra_data``), by field, which exist and are valid, else DataError;
+    ``folder`` is the run's folder of the stage. A fingerprint covers their content. ``located(config)``: the settings
+    with absolute paths, because a worker may run in another folder. ``content(config, where)``: what a fingerprint
+    covers of the files, such as the SHA-256 of each, by a name that does not depend on where they are; raises DataError
+    if a file is missing. ``code(config)``: the user's code in them that the stage runs, for announcements.
+    ``hub_data(config)``: the data sets of a hub that they name, ``hub:ORG/NAME@REVISION``; the worker finds each under
+    its name in ``StageSpec.extra_data``."""
 
     paths: Callable[[Any, Path], Mapping[str, Path]] = lambda *_: {}
     located: Callable[[Any], Any] = _unchanged
@@ -219,12 +200,9 @@ class OtherFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchShape:
-    """How a stage runs, and which launches it refuses.
-
-    ``refusals(config, launch)``: why it does not work under the launch. ``size_faults(config, processes, where)``:
-    sizes that do not divide by the number of processes. ``check_machine(config, where)`` raises ConfigError if this
-    machine lacks something that the stage needs.
-    """
+    """How a stage runs, and which launches it refuses. ``refusals(config, launch)``: why it does not work under the
+    launch. ``size_faults(config, processes, where)``: sizes that do not divide by the number of processes.
+    ``check_machine(config, where)`` raises ConfigError if this machine lacks something that the stage needs."""
 
     runs_on: RunsOn = RunsOn.processes
     refusals: Callable[[Any, LaunchConfig], Iterable[Refusal]] = _nothing
@@ -234,14 +212,12 @@ class LaunchShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learning:
-    """How a stage that trains uses its data.
-
-    ``limits(config)``: how long rows may be. ``faults(config, prompts, labels, where)``: settings that need more than
-    ``prompts`` different prompts, or other numbers of records of each label. ``layers(config, layers, where)``: of the
-    ``layers`` of its ``init``, how many are in its result; raises ConfigError if the settings do not fit them.
-    ``may_drop``: whether dropout in an adapter is allowed. ``learns_from``: what teaches its policy; the verdict
-    compares a policy that learned from preferences or scores with the one from demonstrations that it started from.
-    """
+    """How a stage that trains uses its data. ``limits(config)``: how long rows may be. ``faults(config, prompts,
+    labels, where)``: settings that need more than ``prompts`` different prompts, or other numbers of records of each
+    label. ``layers(config, layers, where)``: of the ``layers`` of its ``init``, how many are in its result; raises
+    ConfigError if the settings do not fit them. ``may_drop``: whether dropout in an adapter is allowed.
+    ``learns_from``: what teaches its policy; the verdict compares a policy that learned from preferences or scores with
+    the one from demonstrations that it started from."""
 
     limits: Callable[[Any], Limits] = whole_rows
     faults: Callable[[Any, int, Mapping[str, int], str], Iterable[Fault]] = _nothing
@@ -252,15 +228,12 @@ class Learning:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Display:
-    """What only pages and lines about a result need.
-
-    ``curves(settings)``: the charts, given the stage's settings as plain values. ``doubts(metrics)``: warnings against
-    using the result. ``lines(artifact)``: what is printed of the result after a run and by ``align status``.
-    ``tables(artifact)``: the tables that pages and model cards show of it; raises ArtifactError or FileNotFoundError if
-    there is nothing to read. If ``doubts``, ``lines`` or ``tables`` of another package fails, the error and its line
-    are shown in its place. ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much.
-    ``primary(config)``: the metric by which it compares arms, if it does.
-    """
+    """What only pages and lines about a result need. ``curves(settings)``: the charts, given the stage's settings as
+    plain values. ``doubts(metrics)``: warnings against using the result. ``lines(artifact)``: what is printed of the
+    result after a run and by ``align status``. ``tables(artifact)``: the tables that pages and model cards show of it;
+    raises ArtifactError or FileNotFoundError if there is nothing to read. If ``doubts``, ``lines`` or ``tables`` of
+    another package fails, the error and its line are shown in its place. ``against_forgetting(name)``: advice for stage
+    ``name`` if its policy forgot too much. ``primary(config)``: the metric by which it compares arms, if it does."""
 
     curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
     doubts: Callable[[Mapping[str, float]], Sequence[str]] = _nothing
@@ -272,12 +245,9 @@ class Display:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposals:
-    """What the kind contributes to a recipe that `align new` writes.
-
-    ``questions(circumstances)``: what only the user can decide. ``stage(circumstances)``: the stage with its settings,
-    or None if it does not fit the data and the answers. Kinds are asked in the order of the registry, and each is told
-    of the stages before it.
-    """
+    """What the kind contributes to a recipe that `align new` writes. ``questions(circumstances)``: what only the user
+    can decide. ``stage(circumstances)``: the stage with its settings, or None if it does not fit the data and the
+    answers. Kinds are asked in the order of the registry, and each is told of the stages before it."""
 
     questions: Callable[[Circumstances], Iterable[Question]] = _nothing
     stage: Callable[[Circumstances], NewStage | None] = lambda _: None

@@ -19,12 +19,12 @@ from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder, on_shadow
 from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import Checkpoints, NothingLeft, StepLog, StopOnSignal, WeightsAreSharded, WellBegun
-from alignment.training.context import Search, StageContext
+from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch, RowTrials, refuse_long_rows, row_tokens
 from alignment.training.micro_batches import MicroBatches, Unit
 from alignment.training.sharding import cut_by_module, everyones, layout
-from alignment.training.size_search import PHASE, Trials
+from alignment.training.size_search import PHASE, SizeSearch, Trials
 from alignment.training.validation import Validation
 
 
@@ -145,7 +145,7 @@ def _metrics_of(
     return last | outcome
 
 
-def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
+def _seek_size(search: SizeSearch, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
     """Takes trials of sizes on the weights as the training would have them. Raises SizeChosen: the outcome. Raises
     StageError: no size fits, or the weights are not sharded as the launch says."""
     if trials is None:

@@ -29,7 +29,7 @@ from alignment.training.longest_batch import refuse_long_rows
 from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS
 from alignment.training.optimizer import common_arguments
 from alignment.training.session import train
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss at the start cannot be noise."""
@@ -51,8 +51,8 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
             reference.keep()
     ceiling, validation = DIVERGED * start_loss(config, first.start), None
     if held_out is not None:
-        rows = HeldOutRows(rows=_dataset(held_out, trainer.precomputed_held_out), tokens=pair_tokens(held_out))
-        validation = Validation(config.validation, context, trainer, rows)
+        rows = _dataset(held_out, trainer.precomputed_held_out)
+        validation = Validation(config.validation, context, trainer, rows, pair_tokens(held_out))
     last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     metrics = {
         "loss": last["loss"],

@@ -35,7 +35,7 @@ from alignment.training.micro_batches import MicroBatches, Unit
 from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss of a random guess cannot be noise."""
@@ -55,8 +55,8 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     trainer = _trainer(config, context, start, tokenizer, learned)
     validation = None
     if validated is not None:
-        rows = HeldOutRows(rows=_dataset(validated, config.margin), tokens=pair_tokens(validated))
-        validation = Validation(config.validation, context, trainer, rows)
+        rows = _dataset(validated, config.margin)
+        validation = Validation(config.validation, context, trainer, rows, pair_tokens(validated))
     last = train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2), validation=validation)
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))

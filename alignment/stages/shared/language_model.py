@@ -29,7 +29,7 @@ from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS, MicroBatches, 
 from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import prepare
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 
 class TrainerConfig(Protocol):
@@ -144,7 +144,7 @@ def learn(
     ceiling = uniform_loss(policy)
     validation = None
     if held_out is not None:
-        rows = HeldOutRows(rows=held_out, tokens=[len(ids) for (ids,) in rows_of(held_out, "input_ids")])
-        validation = Validation(config.validation, context, trainer, rows)
+        tokens = [len(ids) for (ids,) in rows_of(held_out, "input_ids")]
+        validation = Validation(config.validation, context, trainer, held_out, tokens)
     last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     return save_model(trainer.model, tokenizer, context, start, {"loss": last["loss"], **metrics, **of_handed_on(last)})

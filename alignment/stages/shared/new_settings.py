@@ -116,11 +116,7 @@ def adapter_rate(value: float, source: str) -> Reasoned:
 
 
 def _limit(tokens: int, positions: int) -> int:
-    return min(max(_STEP, _rounded(tokens)), positions)
-
-
-def _rounded(tokens: int) -> int:
-    return math.ceil(tokens / _STEP) * _STEP
+    return min(max(_STEP, math.ceil(tokens / _STEP) * _STEP), positions)
 
 
 def _why_limit(rows: Rows, lengths: Sequence[int], limit: int, dropped: float) -> str:
