@@ -28,7 +28,7 @@ from tests.proofs.common import Claim, Skipped
 
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
 PROOFS = (
-    *("bandit", "critic_free", "count", "dpo", "kto", "story", "overoptimisation", "interruptions"),
+    *("bandit", "critic_free", "count", "dpo", "kto", "overoptimisation", "interruptions"),
     *("forgetting", "rounds", "engines"),
 )
 """Modules of this package, each with ``run(folder)``."""
