@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -167,26 +166,18 @@ def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> M
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:
-    newest = [
-        checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None
-    ]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(newest, src=0)
-    if newest[0] is not None:
-        _refuse_other_layout(newest[0], context)
-    return newest[0]
-
-
-def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
-    """Checks the layout: shards written by one number of processes are useless to another. Raises ConfigError: the
-    checkpoint has another layout."""
-    stored, expected = checkpoints.layout_of(checkpoint), layout(context)
-    if stored != expected:
+    fingerprint = context.spec.fingerprint
+    newest = everyones(checkpoints.newest(context.checkpoints, fingerprint=fingerprint) if context.is_main else None)
+    checkpoint, expected = newest[0], layout(context)
+    if checkpoint is None:
+        return None
+    if (stored := checkpoints.layout_of(checkpoint)) != expected:  # useless to another number of processes
         raise ConfigError(
             f"{checkpoint.name} contains {stored}, but this launch can only continue from {expected}",
             where="launch",
             remedy=f"use the same launch as before, or delete {checkpoint.parent} to train the stage again",
         )
+    return checkpoint
 
 
 def usage(context: StageContext) -> dict[str, float]:

@@ -28,7 +28,6 @@ STEPS = 120
 
 
 def pairs_of(bandit: Bandit) -> list[TokenizedPair]:
-    """Token a before token b w_a times, for every two tokens of every prompt."""
     return [
         TokenizedPair(prompt=list(prompt), chosen=[a], rejected=[b])
         for prompt, strengths in zip(PROMPTS, bandit.strengths.tolist(), strict=True)

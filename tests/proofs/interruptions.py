@@ -50,8 +50,6 @@ Driver = subprocess.Popen[bytes]
 
 @dataclass(kw_only=True)
 class Stage:
-    """One output folder with one stage in it, run again and again."""
-
     output: Path
     model: Path
     data: Path
@@ -69,28 +67,23 @@ class Stage:
             return subprocess.Popen(argv, stdout=sink, stderr=sink, env=environment())
 
     def finish(self) -> None:
-        """Runs it to its end."""
         code = self.start().wait(PATIENCE)
         if code != 0:
             raise RuntimeError(f"exit code {code} at the end\n{self.printed()[-3000:]}")
 
     @property
     def work(self) -> Path | None:
-        """The work folder, where there is one."""
         return next(iter(self.output.glob("artifacts/sft-*.work")), None)
 
     @property
     def artifact(self) -> Path:
-        """The result."""
         (folder,) = self.output.glob("artifacts/sft-????????")
         return folder
 
     def printed(self) -> str:
-        """All that the calls printed."""
         return (self.output / "printed.txt").read_text(encoding="utf-8")
 
     def steps(self) -> list[dict[str, Any]]:
-        """What was logged so far in whole lines, without what measures time."""
         folder = self.work / "content" if self.work else self.artifact if self._is_done() else None
         if folder is None or not (folder / "metrics.jsonl").exists():
             return []
@@ -102,14 +95,12 @@ class Stage:
         return any(self.output.glob("artifacts/sft-????????/manifest.json"))
 
     def worker(self) -> psutil.Process | None:
-        """The process that is at the stage, by its sign of life."""
         with suppress(OSError, ValueError, TypeError, psutil.Error):
             process = psutil.Process(json.loads((self.work / "heartbeats/0.json").read_text())["pid"])  # type: ignore[operator]
             return process if is_living(process) else None
         return None
 
     def files(self) -> dict[str, str]:
-        """SHA-256 of every file of the result that must be the same; none without a result."""
         if not self._is_done():
             return {}
         return {
@@ -119,7 +110,6 @@ class Stage:
         }
 
     def litter(self) -> list[str]:
-        """Files and locks that no finished run leaves."""
         left = [path.name for pattern in LEFT for path in self.output.rglob(pattern)]
         return left + [path.name for path in self.output.rglob("lock") if is_held(path)]
 
@@ -136,13 +126,11 @@ def _after(steps: int) -> Callable[[Stage], bool]:
 
 
 def _saves(stage: Stage) -> bool:
-    """Inside a checkpoint: its folder is there and not sealed yet."""
     folders = stage.work.glob("checkpoints/checkpoint-*") if stage.work else ()
     return any(not (folder / SEAL).exists() for folder in folders)
 
 
 def _ends(stage: Stage) -> bool:
-    """While the result is written, hashed and renamed."""
     with suppress(OSError, ValueError, TypeError):
         progress = json.loads((stage.work / "progress.json").read_text())  # type: ignore[operator]
         return bool(progress["phase"] == "saving")
@@ -150,14 +138,12 @@ def _ends(stage: Stage) -> bool:
 
 
 def _moments(rng: random.Random) -> list[tuple[Callable[[Stage], bool], float]]:
-    """When to interrupt, in the order in which a stage comes there, and how many seconds later."""
     steps = sorted(rng.sample(range(8, STEPS - 12), MOMENTS - 3))
     trained = [(_after(step), rng.uniform(0.0, 0.15)) for step in steps]
     return [(_begins, rng.uniform(0.0, 1.0)), *trained, (_saves, 0.0), (_ends, 0.0)]
 
 
 def _wait_for(stage: Stage, driver: Driver, moment: Callable[[Stage], bool]) -> bool:
-    """False where the run ended before."""
     begun = time.monotonic()
     while driver.poll() is None:
         if _begins(stage) and moment(stage):
@@ -181,7 +167,6 @@ def _kill_worker(_: Stage, __: Driver, worker: psutil.Process) -> None:
 
 
 def _kill_driver(stage: Stage, driver: Driver, worker: psutil.Process) -> None:
-    """The stage goes on by itself; a second call is refused and names it, as long as it is there."""
     driver.kill()
     driver.wait(PATIENCE)
     code = stage.start().wait(PATIENCE)
@@ -201,15 +186,12 @@ def _to_worker(_: Stage, __: Driver, worker: psutil.Process) -> None:
 
 
 def _no_room(_: Stage, __: Driver, worker: psutil.Process) -> None:
-    """The kernel refuses the worker's next write beyond a few bytes, as a full disk would."""
     _, hard = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A way to interrupt, and the exit codes that the command may then have; 0 where the stage was done already."""
-
     strike: Callable[[Stage, Driver, psutil.Process], None]
     codes: frozenset[int]
 
@@ -227,7 +209,6 @@ KINDS = {
 
 
 def _interrupted(stage: Stage, kind: Kind) -> None:
-    """Interrupts six attempts, then lets one come to its end."""
     for moment, later in _moments(stage.rng):
         for _ in range(TRIES):
             if _hit(stage, kind, moment, later):
@@ -238,7 +219,6 @@ def _interrupted(stage: Stage, kind: Kind) -> None:
 
 
 def _hit(stage: Stage, kind: Kind, moment: Callable[[Stage], bool], later: float) -> bool:
-    """Whether the stage was at work when an attempt was interrupted."""
     driver = stage.start()
     hit = False
     if _wait_for(stage, driver, moment):
@@ -268,7 +248,6 @@ def run(folder: Path) -> list[Claim]:
 
 
 def _data(file: Path) -> Path:
-    """Twelve short conversations."""
     rows = [
         [{"role": "user", "content": f"How much is {n}?"}, {"role": "assistant", "content": f"It is {n}, no more."}]
         for n in range(12)

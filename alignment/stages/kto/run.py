@@ -209,8 +209,10 @@ def run(config: KtoConfig, context: StageContext) -> StageResult:
     if trainer.precomputed is not None and context.is_main:
         trainer.precomputed.keep()
     train(trainer, context, headline="loss")
+    # The last value of each: a batch without answers of one label has no reward of that label.
+    logged = MetricsLog(context.content / METRICS).rows() if context.is_main else []
     metrics = {
-        **_newest_figures(context),
+        **{name: float(row[name]) for row in logged for name in FIGURES if name in row},
         **counts,
         "desirable_rows": float(labels[DESIRABLE]),
         "undesirable_rows": float(labels[UNDESIRABLE]),
@@ -218,12 +220,6 @@ def run(config: KtoConfig, context: StageContext) -> StageResult:
         "undesirable_weight": weights.undesirable,
     }
     return save_model(trainer.model, tokenizer, context, start, metrics)
-
-
-def _newest_figures(context: StageContext) -> dict[str, float]:
-    """The last value of each figure; a batch without answers of one label has no reward of that label."""
-    rows = MetricsLog(context.content / METRICS).rows() if context.is_main else []
-    return {name: float(row[name]) for row in rows for name in FIGURES if name in row}
 
 
 def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> LabelWeights:

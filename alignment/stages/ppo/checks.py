@@ -43,23 +43,16 @@ def critic_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     yield from unread_notes(config.optim, PpoOptimConfig(), ("critic_lr",), f"{where}.optim", reader)
 
 
-def group_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    """A group of one answer, with which nothing can be compared."""
-    if config.completions_per_prompt > 1:
-        return
-    if config.advantage is not Advantage.gae:
-        message = f"1, but advantage {config.advantage.value!r} compares the answers to a prompt; choose 2 or more"
-        yield Fault(where=f"{where}.completions_per_prompt", message=message)
-    elif config.prompt_baseline:
-        message = "the baseline is the mean over other completions; set completions_per_prompt to 2 or more"
-        yield Fault(where=f"{where}.prompt_baseline", message=message)
-
-
 def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
     """Why the stage at ``where`` cannot sample and learn on this number of processes. All answers to a prompt stay on
     one process, for sampling and for learning."""
     episodes, group = config.optim.batch_size, config.completions_per_prompt
-    yield from group_faults(config, where)
+    if group == 1 and config.advantage is not Advantage.gae:  # nothing can be compared
+        message = f"1, but advantage {config.advantage.value!r} compares the answers to a prompt; choose 2 or more"
+        yield Fault(where=f"{where}.completions_per_prompt", message=message)
+    elif group == 1 and config.prompt_baseline:
+        message = "the baseline is the mean over other completions; set completions_per_prompt to 2 or more"
+        yield Fault(where=f"{where}.prompt_baseline", message=message)
     if config.guard.every and config.guard.prompts < processes:
         message = f"{config.guard.prompts} prompts are too few for {processes} processes; choose {processes} or more"
         yield Fault(where=f"{where}.guard.prompts", message=message)

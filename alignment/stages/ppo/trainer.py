@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,9 @@ class PpoTrainer(ShardedTrainer):
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
         )
         self.accelerator.device_placement = False
+        whole = functools.partial(gathered, self, roles.actor_critic)  # for sampling and scoring
         self.collector = Collector(
-            Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=self._gathered_roles),
+            Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=whole),
             rewards,
             config,
             end_ids=episodes.end_ids,
@@ -121,9 +121,6 @@ class PpoTrainer(ShardedTrainer):
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Does nothing, because all roles are already on their device. With several processes on CPUs the device is
         named ``cpu:0`` here. Moving a role there would copy it, and roles would no longer share memory."""
-
-    def _gathered_roles(self) -> AbstractContextManager[None]:
-        return gathered(self, self.roles.actor_critic)
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[processes, values]``; with one process they stay where they are."""

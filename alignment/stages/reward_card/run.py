@@ -79,18 +79,16 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
 
     def conclude() -> StageResult:
         context.progress("fitting the bag of words")
-        bag = _bag_of_words(context, learned)
+        seen = learned[:MAX_LEARNED]
+        texts, prompts = [(pair.chosen, pair.rejected) for pair in seen], [repr(pair.messages) for pair in seen]
+        bag = fit(texts, prompts, seed=context.seed("folds")) if seen else None
         judged = _judged(config, context, reading, scores, bag)
         if overlap is None or bag is None:  # a bag of words, just where the learned pairs are known
             return _written(config, context, reading, judged, None)
         speaks_for, against = bag.heaviest(NUM_WORDS)
-        words: dict[str, Any] = {
-            "words": len(bag.words),
-            "penalty": bag.penalty,
-            "for_answer": speaks_for,
-            "against": against,
-        }
-        return _written(config, context, reading, judged, replace(overlap, **words))
+        words: dict[str, Any] = {"for_answer": speaks_for, "against": against}
+        known = replace(overlap, words=len(bag.words), penalty=bag.penalty, **words)
+        return _written(config, context, reading, judged, known)
 
     return on_main(context, conclude) or StageResult(metrics={})
 
@@ -113,12 +111,6 @@ def _written(
 
 
 # ---- the pairs that the model was trained on -------------------------------------------------------------------------
-
-
-def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
-    seen = learned[:MAX_LEARNED]
-    texts = [(pair.chosen, pair.rejected) for pair in seen]
-    return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
 
 
 def _without_learned(

@@ -309,6 +309,11 @@ def _summary(
     reasons = Counter(reason for of_prompt in made for reason in of_prompt.left_out.values())
     count = config.completions_per_prompt
     sizes = sorted({*(2**power for power in range(count.bit_length())), count})
+    scores = [[answer.score for answer in of_prompt] for of_prompt in candidates]
+
+    def best_of(size: int) -> float:
+        return sum(expected_best(of_prompt, size) for of_prompt in scores) / len(scores)
+
     return Sampling(
         select=config.select.value,
         prompts=len(asked.rows),
@@ -322,13 +327,8 @@ def _summary(
         answers_repeated=reasons[REPEATED],
         answers_empty=reasons[EMPTY],
         answers_without_end=reasons[NO_END],
-        best_of=[BestOf(answers=size, score=_mean_best(candidates, size), kl_bound=kl_bound(size)) for size in sizes],
+        best_of=[BestOf(answers=size, score=best_of(size), kl_bound=kl_bound(size)) for size in sizes],
     )
-
-
-def _mean_best(candidates: Sequence[Sequence[Candidate]], size: int) -> float:
-    of_prompts = [expected_best([answer.score for answer in of_prompt], size) for of_prompt in candidates]
-    return sum(of_prompts) / len(of_prompts)
 
 
 def refuse_base(config: SampleConfig, context: StageContext) -> None:

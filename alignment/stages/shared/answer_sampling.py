@@ -218,6 +218,11 @@ def _own_answers(
     generation: Generation,
 ) -> list[list[int]]:
     count = config.completions_per_prompt
+
+    def uniforms(row: int) -> torch.Tensor:  # [answers, steps]
+        generator = context.generator(SEED, row)
+        return torch.rand(count, config.max_new_tokens, generator=generator, dtype=torch.float64)
+
     return generate(
         model,
         [asked.ids[index] for index in indices for _ in range(count)],
@@ -226,7 +231,7 @@ def _own_answers(
         batch_size=config.batch_size,
         sampling=Sampling(
             temperature=generation.temperature,
-            uniforms=torch.cat([_uniforms(config, context, asked.rows[index]) for index in indices]),
+            uniforms=torch.cat([uniforms(asked.rows[index]) for index in indices]),
         ),
     )
 
@@ -279,11 +284,6 @@ def in_parts(
         progress=lambda done: context.progress(name, ends[done], len(asked.rows)),
         prepare=prepare,
     )
-
-
-def _uniforms(config: SampledConfig, context: StageContext, row: int) -> torch.Tensor:
-    shape = (config.completions_per_prompt, config.max_new_tokens)
-    return torch.rand(*shape, generator=context.generator(SEED, row), dtype=torch.float64)
 
 
 AT_ONCE = 128

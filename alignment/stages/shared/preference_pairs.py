@@ -161,7 +161,9 @@ def hold_out(
             remedy="choose a smaller share or smaller batches, or add rows",
         )
     held_out = rows.select(chosen, keep_in_memory=True)
-    _list(context, held_out[WHERE])
+    if context.is_main:
+        lines = (json.dumps({WHERE: name}, ensure_ascii=False) + "\n" for name in held_out[WHERE])
+        (context.content / HELD_OUT).write_text("".join(lines), encoding="utf-8")
     return rows.select(learned, keep_in_memory=True), held_out.select_columns(list(kind.all_columns))
 
 
@@ -174,9 +176,3 @@ def _refuse_shared_prompts(rows: Dataset, held_out: Dataset, why: str, *, where:
             where=where,
             remedy="remove these rows from one of the two sources, or use validation.share",
         )
-
-
-def _list(context: StageContext, located: list[str]) -> None:
-    if context.is_main:
-        lines = (json.dumps({WHERE: name}, ensure_ascii=False) + "\n" for name in located)
-        (context.content / HELD_OUT).write_text("".join(lines), encoding="utf-8")

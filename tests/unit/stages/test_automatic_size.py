@@ -44,7 +44,6 @@ def context_of(spec: StageSpec) -> StageContext:
 
 
 def outcome(artifact: Path) -> dict[str, Any]:
-    """All of a result that does not measure time or memory."""
     manifest = read_manifest(artifact)
     lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "time/")
@@ -72,7 +71,6 @@ STAGES = {
 
 
 def run(spec: StageSpec) -> dict[str, Any]:
-    """The stage as the worker runs it, and what it used."""
     worker._run(spec, context_of(spec))
     manifest = read_manifest(spec.artifact)
     return outcome(spec.artifact) | {"usage": manifest.usage}

@@ -136,7 +136,6 @@ def test_ratios_start_at_one(chained: Chained, adapter: AdapterConfig, method: A
 
 
 def rl_config(adapter: AdapterConfig, method: Advantage) -> StageConfig:
-    """One update."""
     return config_of(
         "ppo",
         adapter,

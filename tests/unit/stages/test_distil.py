@@ -158,7 +158,6 @@ Taught = tuple[list[tuple[list[int], list[int]]], HeldOutAnswers]
 
 @pytest.fixture
 def taught(monkeypatch: pytest.MonkeyPatch) -> list[Taught]:
-    """Prompts with the answers that a stage learns, which alone are learned, and its held-out ones, from now on."""
     made: list[Taught] = []
     right = distil.taught_rows
 
@@ -290,7 +289,6 @@ class Killed(BaseException):
 
 
 def killed_after(function: Callable[..., Any], number: int, *, before_it_ends: bool = True) -> Callable[..., Any]:
-    """The function; the process ends in its call of this number, or right after it."""
     calls: list[int] = []
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -306,7 +304,6 @@ def killed_after(function: Callable[..., Any], number: int, *, before_it_ends: b
 
 
 def results(artifact: Path) -> list[Any]:
-    """All that a stage leaves, without the times."""
     metrics = [{**line, "seconds": 0.0} for line in lines(artifact)]
     weights = {file.relative_to(artifact): file.read_bytes() for file in sorted(artifact.rglob("*.safetensors"))}
     return [metrics, weights, (artifact / "distillation.json").read_bytes(), verify(artifact, content=True).metrics]
@@ -387,7 +384,6 @@ def test_greedy_answers_with_a_draft_are_those_without_it_and_their_differences_
 
 
 def timed(spec: StageSpec) -> Timing:
-    """Of the base as its own teacher and draft, with acceptances that are known."""
     config: Any = spec.config
     base = Lineage(source=BASE_SOURCE, base=spec.base_path, adapters=())
     students = [(base, figures_with(0.5, 0.25)), (base, figures_with(0.75, 0.5))]

@@ -34,7 +34,6 @@ ROW_ANSWERS = [[11, 12], [13], [14, 15, 16], [17], [18, 19]]
 
 
 def slow(model: Any, prompt: list[int], answer: list[int]) -> float:
-    """Sum of log p(token | all before it), one forward a token."""
     total, ids = 0.0, list(prompt)
     for token in answer:
         total += oracle.log_softmax(model(torch.tensor([ids])).logits[0, -1].tolist())[token]
@@ -87,7 +86,6 @@ PROMPTS = [[5, 9, 40], [7, 120]]
 
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Chained:
-    """A run with an adapter on its base, and one on the merged weights of both."""
     chained = Chained(tmp_path_factory.mktemp("served"))
     chained.run("sft", LORA)
     chained.run("dpo", LORA, init="sft")

@@ -202,7 +202,6 @@ def test_curves_are_those_of_the_critic_or_of_groups_and_of_an_engine(settings: 
 
 
 def guarded(folder: Path) -> Path:
-    """The artifact of a stage that wants few words and whose guard wants many; both are rules."""
     config = config_of(
         "ppo",
         LORA,

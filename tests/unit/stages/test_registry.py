@@ -19,8 +19,6 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs a package with an entry point, and a module of that package."""
-
     def install_one(name: str, entry_point: str, code: str = "") -> None:
         folder = tmp_path / name
         info = folder / f"{name}-1.0.dist-info"
@@ -197,7 +195,6 @@ SHOWS = COUNT.replace(ALONE, f"{ALONE}, display=Display(lines=show, tables=show,
 
 
 def shows(body: str) -> str:
-    """A package whose kind shows its results by a function in line 10, with this body."""
     head, kind = SHOWS.split("KIND = ")
     text = f"{head}def show(given):\n    {body}\nKIND = {kind}"
     assert text.splitlines()[9] == "def show(given):"

@@ -46,7 +46,6 @@ WIDE = Limits(row=200)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Byte-level BPE with ChatML turns."""
     return tiny_tokenizer()
 
 
@@ -256,7 +255,6 @@ def test_equal_scores_are_no_pair_have_no_label_and_may_be_rounded() -> None:
 
 
 def float32(value: float) -> float:
-    """As scores come from tensors."""
     return torch.tensor(value, dtype=torch.float32).item()
 
 
