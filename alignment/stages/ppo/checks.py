@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import Engine, RolloutSamplingConfig
 from alignment.config.model import AdapterKind, Critic
-from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.engines.server_process import RANKS
 from alignment.rewards.scorer_sources import in_list, with_members
 from alignment.stages.base import Curve, Planned
@@ -170,12 +170,7 @@ GUARD = "guard.scorer"
 """The field of the guard's held-out scorer."""
 
 
-def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """The scorers whose weighted sum PPO maximises."""
-    return in_list(config.scorers)
-
-
 def in_use(config: PpoConfig) -> dict[str, ScoreSourceConfig]:
     """Every scorer that a stage calls, members of ensembles too; the held-out scorer only if the guard is on."""
     held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
-    return with_members(maximised(config) | held_out)
+    return with_members(in_list(config.scorers) | held_out)

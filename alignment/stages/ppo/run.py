@@ -24,7 +24,8 @@ from alignment.models.assembly.weight_file import write_weights
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
-from alignment.stages.ppo.checks import GUARD, OF_ENGINE, maximised
+from alignment.rewards.scorer_sources import in_list
+from alignment.stages.ppo.checks import GUARD, OF_ENGINE
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine import served_engine
 from alignment.stages.ppo.experience import Prompts, Samples
@@ -76,7 +77,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             roles,
             learned,
             ends,
-            build_rewards(maximised(config), *from_stage),
+            build_rewards(in_list(config.scorers), *from_stage),
             engine=engine,
             ptx=ptx,
             samples=Samples(context, tokenizer, group=config.completions_per_prompt),

@@ -118,7 +118,10 @@ class Reference:
         rows = {len(column) for column in self.logprobs.values()}
         known = _read(self.file, tuple(self.logprobs), rows=rows.pop()) if self.is_final else self.logprobs
         if known is None or any(not torch.equal(known[name], own) for name, own in self.logprobs.items()):
-            _write(self.file, dict(self.logprobs))
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.file.parent, shared=True)
+            with replacing(self.file) as temporary:  # no machine that shares the folder sees an incomplete file
+                write_weights(dict(self.logprobs), temporary)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,14 +234,6 @@ def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor]
         return None
     whole = columns.keys() == set(answers) and all(column.shape == (rows,) for column in columns.values())
     return columns if whole else None
-
-
-def _write(file: Path, columns: dict[str, Tensor]) -> None:
-    """Writes with one rename, so that no machine that shares the folder ever sees an incomplete file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(file.parent, shared=True)
-    with replacing(file) as temporary:
-        write_weights(columns, temporary)
 
 
 _HASH = "hash_module"

@@ -356,24 +356,24 @@ def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, a
 def test_greedy_answers_with_a_draft_are_those_without_it_and_their_differences_are_measured() -> None:
     model, draft = tiny_model(), keep_first_layers(tiny_model(), 1)
     greedy, prompts = Greedy(max_new_tokens=12, end_ids=[2], pad_id=2), [[5, 6, 7], [8, 9], [10] * 20, [3]]
-    alone = greedy.answered(model, prompts)
-    helped = greedy.answered(model, prompts, draft=student_comparison._drafting(draft, 3))
-    assert alone.answers == helped.answers
-    assert all(1 <= len(answer) <= 12 for answer in alone.answers)
-    assert alone.seconds > 0
-    assert gaps_at_differences(model, prompts, alone.answers, helped.answers) == []
+    alone, seconds = greedy.answered(model, prompts)
+    helped, _ = greedy.answered(model, prompts, draft=student_comparison._drafting(draft, 3))
+    assert alone == helped
+    assert all(1 <= len(answer) <= 12 for answer in alone)
+    assert seconds > 0
+    assert gaps_at_differences(model, prompts, alone, helped) == []
     model, draft = tiny_model(), tiny_model()
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     endless = Greedy(max_new_tokens=12, end_ids=[127], pad_id=2)
-    (answer,) = endless.answered(model, [[5, 6, 7]], draft=student_comparison._drafting(draft, 3)).answers
+    ((answer,), _) = endless.answered(model, [[5, 6, 7]], draft=student_comparison._drafting(draft, 3))
     assert len(answer) == 12
     assert len(passes) == 2 * 3, "of the answer that warms up, and of the one that is timed"
     model = tiny_model()
-    (first,) = Greedy(max_new_tokens=1, end_ids=[2], pad_id=2).answered(model, [[5, 6, 7]]).answers
+    ((first,), _) = Greedy(max_new_tokens=1, end_ids=[2], pad_id=2).answered(model, [[5, 6, 7]])
     ends_at_once = Greedy(max_new_tokens=9, end_ids=first, pad_id=2)
-    assert ends_at_once.answered(model, [[5, 6, 7]]).answers == [first]
-    assert [len(answer) for answer in ends_at_once.answered(model, [[5, 6, 7]], lengths=[4]).answers] == [4]
+    assert ends_at_once.answered(model, [[5, 6, 7]])[0] == [first]
+    assert [len(answer) for answer in ends_at_once.answered(model, [[5, 6, 7]], lengths=[4])[0]] == [4]
     model = tiny_model()
     prompts, alone = [[5, 6], [7]], [[8, 9, 10], [11, 2]]
     with torch.no_grad():
