@@ -222,11 +222,10 @@ def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
     is no error, because the result is complete, and may have taken hours."""
     if origin_of(config.kind) == OURS:
         return
-    missing = [name for name in kind_of(config).outcome.metrics(config).names if name not in result.metrics]
+    missing = [name for name in kind_of(config).metrics(config).names if name not in result.metrics]
     if missing:
         yield (
-            f"it did not report {', '.join(missing)}, which Outcome.metrics of its kind declares, "
-            "so a sweep cannot use them"
+            f"it did not report {', '.join(missing)}, which metrics of its kind declares, so a sweep cannot use them"
         )
 
 

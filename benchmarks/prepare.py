@@ -27,7 +27,7 @@ from alignment.data.turns import Message
 from alignment.job import StageInput
 from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import lineage, load_scalar
-from alignment.stages.kto.trainer import in_order
+from alignment.stages.kto.run import in_order
 from alignment.stages.ppo.experience import prompt_order
 from alignment.stages.registry import read_spec
 from alignment.training.context import StageContext

@@ -62,8 +62,8 @@ def _looked_at(kind: StageKind) -> Any:
 def _kind(kind: StageKind) -> str:
     """The figures of a kind of stage; empty if it reports none."""
     config = _looked_at(kind)
-    reported: Reported = kind.outcome.metrics(config)
-    curves = kind.curves(to_plain(config))
+    reported: Reported = kind.metrics(config)
+    curves = kind.display.curves(to_plain(config))
     manifest = [
         ("measured on held-out rows", reported.held_out),
         ("measured on the training rows", reported.training),

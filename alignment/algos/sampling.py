@@ -1,9 +1,10 @@
-"""The best of n answers, and the gain of speculative decoding."""
+"""Numbers without tensors: the best of n answers, the gain of speculative decoding, and weights of KTO's labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def expected_best(scores: Sequence[float], size: int) -> float:
@@ -35,3 +36,35 @@ def expected_speed_up(acceptance: float, gamma: int, cost_ratio: float) -> float
     c, the time of a pass of the draft divided by that of the target. Verifying γ + 1 tokens is assumed to take as long
     as one pass of the target."""
     return tokens_per_step(acceptance, gamma) / (gamma * cost_ratio + 1.0)
+
+
+LEAST_RATIO, GREATEST_RATIO = 1.0, 4 / 3
+"""Bounds on λ_D n_D / (λ_U n_U), which the paper recommends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelWeights:
+    """λ_D and λ_U."""
+
+    desirable: float
+    undesirable: float
+
+    def ratio(self, num_desirable: int, num_undesirable: int) -> float:
+        """λ_D n_D / (λ_U n_U)."""
+        return self.desirable * num_desirable / (self.undesirable * num_undesirable)
+
+
+def label_weights(
+    num_desirable: int, num_undesirable: int, *, desirable: float | None, undesirable: float | None
+) -> LabelWeights:
+    """The weights, where one that is None is the nearest to 1 that brings the ratio within its bounds. If both are
+    None, only one of them is changed, and raised. Example: 10 desirable and 30 undesirable answers give λ_D = 3 and λ_U
+    = 1, and 40 and 10 give λ_D = 1 and λ_U = 3. Both numbers must be positive."""
+    at_one = LabelWeights(desirable=desirable or 1.0, undesirable=undesirable or 1.0)
+    ratio = at_one.ratio(num_desirable, num_undesirable)
+    excess = ratio / min(max(ratio, LEAST_RATIO), GREATEST_RATIO)
+    if desirable is None and (undesirable is not None or excess < 1.0):
+        return LabelWeights(desirable=at_one.desirable / excess, undesirable=at_one.undesirable)
+    if undesirable is None:
+        return LabelWeights(desirable=at_one.desirable, undesirable=at_one.undesirable * excess)
+    return at_one

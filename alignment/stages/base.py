@@ -1,8 +1,6 @@
 """The interface of a stage kind. Each kind defines a ``StageKind`` in its ``kind.py``; no other module names a kind.
-
 Optional fields have defaults that fit most kinds. Unless stated otherwise, callables take the settings of a stage of
-the kind, an instance of its ``config`` class. Nothing here imports torch, because the driver uses it too.
-"""
+the kind, an instance of its ``config`` class. Nothing here imports torch, because the driver uses it too."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.new_recipe import Circumstances, NewStage, Question
@@ -33,11 +30,9 @@ class LearnsFrom(str, Enum):
 
 
 class RunsOn(str, Enum):
-    """Where a stage runs.
-
-    ``processes``: on all processes of the launch, which train one model. ``replicas``: on all of them, each of which
-    holds whole models, so the launch's sharding does not apply. ``one_process``; ``driver``: inside the driver.
-    """
+    """Where a stage runs. ``processes``: on all processes of the launch, which train one model. ``replicas``: on all of
+    them, each of which holds whole models, so the launch's sharding does not apply. ``one_process``; ``driver``: inside
+    the driver."""
 
     processes = "processes"
     replicas = "replicas"
@@ -52,13 +47,12 @@ class RunsOn(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSlot:
-    """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``.
-
-    ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else.
-    ``skippable_checks`` do so too, but the stage leaves such rows out if ``on_error`` is ``skip``. For data that a
-    stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
-    checked but not read. ``label`` names the label of a record; a plan counts the records of each.
-    """
+    """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``. ``record`` is the type of its
+    rows, and ``checks`` raise DataError for a row that lacks something else. ``skippable_checks`` do so too, but the
+    stage leaves such rows out if ``on_error`` is ``skip``. For data that a stage learns from, ``rows`` defines how a
+    record becomes rows of tokens. A slot that is not ``in_use`` is checked but not read. ``label`` names the label of a
+    record; a plan counts the records of each. ``counted``: each record becomes one row of ``optim.batch_size``, so that
+    the number of rows is known before tokenising; rows of a stage with ``packing`` are fewer."""
 
     field: str
     data: DataConfig | MixedConfig
@@ -68,15 +62,14 @@ class DataSlot:
     checks: tuple[Callable[[Any], object], ...] = ()
     skippable_checks: tuple[Callable[[Any], object], ...] = ()
     label: Callable[[Any], str] | None = None
+    counted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeRows:
-    """The form of the rows that a stage makes for other stages, known before there are any.
-
-    ``example`` is such a row as JSON. ``others`` are the rows that it would make with other settings, by the setting:
-    ``{"select=best": '{"messages": …}'}``.
-    """
+    """The form of the rows that a stage makes for other stages, known before there are any. ``example`` is such a row
+    as JSON. ``others`` are the rows that it would make with other settings, by the setting: ``{"select=best":
+    '{"messages": …}'}``."""
 
     example: str
     others: Mapping[str, str]
@@ -84,11 +77,9 @@ class MadeRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """A field of a stage's configuration that holds a reference.
-
-    Example: ``Slot(field="reward", takes=("reward",), ref="stage:reward")``; inside a list, ``field`` is ``arms[2]``.
-    ``external``: a reward model from a folder or a hub is allowed too. ``optional``: the reference may be null.
-    """
+    """A field of a stage's configuration that holds a reference. Example: ``Slot(field="reward", takes=("reward",),
+    ref="stage:reward")``; inside a list, ``field`` is ``arms[2]``. ``external``: a reward model from a folder or a hub
+    is allowed too. ``optional``: the reference may be null."""
 
     field: str
     takes: tuple[str, ...]
@@ -108,11 +99,10 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """A chart of metrics.jsonl: ``Curve(title="Margin", unit="", keys=("rewards/margins",), guide=0.0)``.
-
-    ``keys`` are drawn with their ``labels`` over the steps, or over the square root of the metric ``over``. ``guide``
-    is a dotted line. With ``only_if_it_moves`` a metric that never changes is left out.
-    """
+    """A chart of metrics.jsonl: ``Curve(title="Margin", unit="", keys=("rewards/margins",), guide=0.0)``. ``keys`` are
+    drawn with their ``labels`` over the steps, or over the square root of the metric ``over``. ``guide`` is a dotted
+    line. With ``only_if_it_moves`` a metric that never changes is left out. While a stage runs, the first metric of its
+    ``live`` chart is shown; without such a chart, that of the first one."""
 
     title: str
     unit: str
@@ -121,6 +111,7 @@ class Curve:
     guide: float | None = None
     over: str = ""
     only_if_it_moves: bool = False
+    live: bool = False
 
 
 LOSS = Curve(title="Loss", unit="", keys=("loss",))
@@ -138,12 +129,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultTable:
-    """A table of a result, for the run's page, the page that compares runs, and model cards.
-
-    ``columns`` are headings by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a
-    model card can pick the columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each
-    column. ``lead`` is the result in a sentence or two, with which the page of a run without an evaluation begins.
-    """
+    """A table of a result, for the run's page, the page that compares runs, and model cards. ``columns`` are headings
+    by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a model card can pick the
+    columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each column. ``lead`` is the
+    result in a sentence or two, with which the page of a run without an evaluation begins."""
 
     title: str
     note: str
@@ -155,12 +144,11 @@ class ResultTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reported:
-    """Names of the metrics in a stage's manifest.
-
-    ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names. Of
-    metrics whose names begin with one of ``less_is_better``, less is better; those whose names begin with one of
-    ``half_by_chance`` are 0.5 by chance, because they are shares of pairs.
-    """
+    """Names of the metrics in a stage's manifest. ``training`` metrics are measured on the rows that the stage learns
+    from; ``families`` are prefixes of names. Of metrics whose names begin with one of ``less_is_better``, less is
+    better; those whose names begin with one of ``half_by_chance`` are 0.5 by chance, because they are shares of pairs.
+    ``absent``: by the beginning of its name, what a metric needs that the settings turn off, and the remedy:
+    ``{"guard/": ("a guard", "guard.every above 0")}``."""
 
     held_out: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
@@ -168,6 +156,7 @@ class Reported:
     families: tuple[str, ...] = ()
     less_is_better: tuple[str, ...] = ()
     half_by_chance: tuple[str, ...] = ()
+    absent: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -192,119 +181,87 @@ def whole_rows(config: Any) -> Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class References:
-    """What the plan needs to know of a stage's references, in addition to the fields that are declared as references.
-
-    ``more(config)``: slots elsewhere in the settings. ``faults(config, where)``: faults in references. ``whole_run``:
-    the stage waits for all others, and its identity covers theirs.
-    """
-
-    more: Callable[[Any], Iterable[Slot]] = _nothing
-    faults: Callable[[Any, str], Iterable[Fault]] = _nothing
-    whole_run: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OtherFiles:
-    """Files that a stage reads besides its data and models, such as votes, or descriptions of tasks.
-
-    ``paths(config, folder)``: files for the worker (``StageSpec.extra_data``), by field, which exist and are valid,
-    else DataError; ``folder`` is the run's folder of the stage. A fingerprint covers their content.
-    ``located(config)``: the settings with absolute paths, because a worker may run in another folder.
-    ``content(config, where)``: what a fingerprint covers of the files, such as the SHA-256 of each, by a name that does
-    not depend on where they are; raises DataError if a file is missing. ``code(config)``: the user's code in them that
-    the stage runs, for announcements. ``hub_data(config)``: the data sets of a hub that they name,
-    ``hub:ORG/NAME@REVISION``; the worker finds each under its name in ``StageSpec.extra_data``. ``notes(config,
-    folder)``: what the result will lack because files are not there yet, as sentences.
-    """
+    """Files that a stage reads besides its data and models, such as votes, or descriptions of tasks. ``paths(config,
+    folder)``: files for the worker (``StageSpec.extra_data``), by field, which exist and are valid, else DataError;
+    ``folder`` is the run's folder of the stage. A fingerprint covers their content. ``located(config)``: the settings
+    with absolute paths, because a worker may run in another folder. ``content(config, where)``: what a fingerprint
+    covers of the files, such as the SHA-256 of each, by a name that does not depend on where they are; raises DataError
+    if a file is missing. ``code(config)``: the user's code in them that the stage runs, for announcements.
+    ``hub_data(config)``: the data sets of a hub that they name, ``hub:ORG/NAME@REVISION``; the worker finds each under
+    its name in ``StageSpec.extra_data``."""
 
     paths: Callable[[Any, Path], Mapping[str, Path]] = lambda *_: {}
     located: Callable[[Any], Any] = _unchanged
     content: Callable[[Any, str], Mapping[str, str]] = lambda *_: {}
     code: Callable[[Any], Sequence[str]] = _nothing
     hub_data: Callable[[Any], Sequence[str]] = _nothing
-    notes: Callable[[Any, Path], Iterable[str]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchShape:
-    """How a stage runs, and which launches it refuses.
-
-    ``refusals(config, launch)``: why it does not work under the launch. ``size_faults(config, processes, where)``:
-    sizes that do not divide by the number of processes. ``check_machine(config, where)`` raises ConfigError if this
-    machine lacks something that the stage needs. ``notes(config, weights)``: what running it costs, as sentences;
-    ``weights`` is the size of the base model's files in bytes, None if they are not here.
-    """
+    """How a stage runs, and which launches it refuses. ``refusals(config, launch)``: why it does not work under the
+    launch. ``size_faults(config, processes, where)``: sizes that do not divide by the number of processes.
+    ``check_machine(config, where)`` raises ConfigError if this machine lacks something that the stage needs."""
 
     runs_on: RunsOn = RunsOn.processes
     refusals: Callable[[Any, LaunchConfig], Iterable[Refusal]] = _nothing
     size_faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
     check_machine: Callable[[Any, str], object] = _nothing
-    notes: Callable[[Any, int | None], Iterable[str]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learning:
-    """How a stage that trains uses its data.
-
-    ``limits(config)``: how long rows may be. ``faults(config, num_prompts, where)``: settings that need more than
-    ``num_prompts`` different prompts. ``one_row_a_record(config)``: whether each record becomes one row, so that the
-    number of rows is known before tokenising. ``batches_of_rows``: whether ``optim.batch_size`` counts rows.
-    ``rehearsed``: whether the first rows are tokenised before any training. ``may_drop``: whether dropout in an adapter
-    is allowed. ``label_faults(config, counts, where)``: settings that do not fit the number of records of each label;
-    ``label_notes(config, counts)``: what the stage makes of it, as sentences. ``layer_faults(config, layers, where)``:
-    settings that do not fit the number of layers of its ``init``, of which ``layers_left(config, layers)`` are in its
-    result. ``learns_from``: what teaches its policy; the verdict compares a policy that learned from preferences or
-    scores with the one from demonstrations that it started from.
-    """
+    """How a stage that trains uses its data. ``limits(config)``: how long rows may be. ``faults(config, prompts,
+    labels, where)``: settings that need more than ``prompts`` different prompts, or other numbers of records of each
+    label. ``layers(config, layers, where)``: of the ``layers`` of its ``init``, how many are in its result; raises
+    ConfigError if the settings do not fit them. ``may_drop``: whether dropout in an adapter is allowed.
+    ``learns_from``: what teaches its policy; the verdict compares a policy that learned from preferences or scores with
+    the one from demonstrations that it started from."""
 
     limits: Callable[[Any], Limits] = whole_rows
-    faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
-    one_row_a_record: Callable[[Any], bool] = lambda _: True
-    batches_of_rows: bool = True
-    rehearsed: bool = True
+    faults: Callable[[Any, int, Mapping[str, int], str], Iterable[Fault]] = _nothing
+    layers: Callable[[Any, int, str], int] = lambda _, layers, __: layers
     may_drop: bool = False
-    label_faults: Callable[[Any, Mapping[str, int], str], Iterable[Fault]] = _nothing
-    label_notes: Callable[[Any, Mapping[str, int]], Iterable[str]] = _nothing
-    layer_faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
-    layers_left: Callable[[Any, int], int] = lambda _, layers: layers
     learns_from: LearnsFrom | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a stage's result is reported.
+class Display:
+    """What only pages and lines about a result need. ``curves(settings)``: the charts, given the stage's settings as
+    plain values. ``doubts(metrics)``: warnings against using the result. ``lines(artifact)``: what is printed of the
+    result after a run and by ``align status``. ``tables(artifact)``: the tables that pages and model cards show of it;
+    raises ArtifactError or FileNotFoundError if there is nothing to read. If ``doubts``, ``lines`` or ``tables`` of
+    another package fails, the error and its line are shown in its place. ``against_forgetting(name)``: advice for stage
+    ``name`` if its policy forgot too much. ``primary(config)``: the metric by which it compares arms, if it does."""
 
-    ``metrics(config)``: the names in its manifest. ``why_missing(config, metric, stage)``: why it does not report a
-    metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
-    ``lines(artifact)``: what is printed of the result after a run and by ``align status``. ``tables(artifact)``: the
-    tables that pages and model cards show of it; raises ArtifactError or FileNotFoundError if there is nothing to read.
-    If ``lines`` or ``tables`` of another package fails, the error and its line are shown in its place.
-    ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much. ``gates(config)``: what a run
-    requires of an evaluation. ``primary(config)``: the metric by which it compares arms, if it does.
-    """
-
-    metrics: Callable[[Any], Reported] = lambda _: Reported()
-    why_missing: Callable[[Any, str, str], str] = lambda *_: ""
+    curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
     doubts: Callable[[Mapping[str, float]], Sequence[str]] = _nothing
     lines: Callable[[Path], Sequence[str]] = _nothing
     tables: Callable[[Path], Sequence[ResultTable]] = _nothing
     against_forgetting: Callable[[str], str] = lambda *_: ""
-    gates: Callable[[Any], Sequence[GateConfig]] = _nothing
     primary: Callable[[Any], MetricConfig | None] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposals:
-    """What the kind contributes to a recipe that `align new` writes.
-
-    ``questions(circumstances)``: what only the user can decide. ``stage(circumstances)``: the stage with its settings,
-    or None if it does not fit the data and the answers. Kinds are asked in the order of the registry, and each is told
-    of the stages before it.
-    """
+    """What the kind contributes to a recipe that `align new` writes. ``questions(circumstances)``: what only the user
+    can decide. ``stage(circumstances)``: the stage with its settings, or None if it does not fit the data and the
+    answers. Kinds are asked in the order of the registry, and each is told of the stages before it."""
 
     questions: Callable[[Circumstances], Iterable[Question]] = _nothing
     stage: Callable[[Circumstances], NewStage | None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """What a plan knows of a stage: its ``folder`` in the run, whether it has to run, the numbers of its records by
+    label (empty if unknown), and the size of the base model's files in bytes (None if they are not here)."""
+
+    folder: Path
+    has_to_run: bool = True
+    labels: Mapping[str, int] = field(default_factory=dict)
+    weights: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,21 +270,22 @@ class StageKind:
 
     ``config`` is the dataclass of its settings; ``revision`` is raised when the meaning of a result changes;
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
-    ``run(config, context)`` on every process; a stage inside the driver has none. ``rehearse`` names a function in the
-    same way: ``rehearse(config, context)`` raises an AlignmentError if the stage cannot work, for example because the
-    run's base model does not fit it. It is called before the first stage of a run, on one process, and must write
-    nothing. ``rehearse_reads_base``: whether that function reads the base model, so that it is not called where a
-    policy of the stage began as another one.
+    ``run(config, context)`` on every process; a stage inside the driver has none, waits for all others, and its
+    identity covers theirs. ``rehearse`` names a function in the same way: ``rehearse(config, context)`` raises an
+    AlignmentError if the stage cannot work, for example because the run's base model does not fit it. It is called
+    before the first stage of a run, on one process, and must write nothing. ``rehearse_reads_base``: whether that
+    function reads the base model, so that it is not called where a policy of the stage began as another one.
 
     ``data(config)``: the data that it reads. ``rows(config)``: the rows that it makes, if it produces ``ROWS``.
-    ``leaves_out`` names its field that lists data whose prompts it leaves out; the plan fills an empty list with the
-    data of the run's evaluations. ``scorers(config)``: its scorers, by field. ``faults(config, run,
-    where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
-    other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
-    its charts, given its settings as plain values. ``headline``: the metric of these charts that is shown while the
-    stage runs; without one, the first chart's. ``tokens(settings, line)``: the tokens of a line of metrics.jsonl that
-    has no ``num_tokens``, for the speed that is shown then; None if the line does not tell. ``smoke``: values that
-    ``profile=smoke`` sets, unless the profile's file sets others.
+    ``scorers(config)``: its scorers, by field. ``slots(config)``: references in its settings besides the fields that
+    are declared as references. ``faults(config, run, where)``: settings that cannot be right. ``completed(config,
+    run)``: the settings, with values that follow from other stages filled in. ``as_read(config)``: the settings, with
+    unused ones at their defaults. ``metrics(config)``: the names in its manifest. ``notes(config, planned)``: what a
+    plan says of it, such as what it costs, as sentences. ``smoke``: values that ``profile=smoke`` sets, unless the
+    profile's file sets others.
+
+    Some settings mean the same in every kind: ``gate`` lists what a run requires of an evaluation, and ``leave_out``
+    data whose prompts are left out; the plan fills an empty list with the data of the run's evaluations.
     """
 
     name: str
@@ -340,23 +298,26 @@ class StageKind:
     rehearse_reads_base: bool = True
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
     rows: Callable[[Any], MadeRows | None] = lambda _: None
-    leaves_out: str = ""
     scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = lambda _: {}
+    slots: Callable[[Any], Iterable[Slot]] = _nothing
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged
     as_read: Callable[[Any], Any] = _unchanged
-    curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
-    headline: str = ""
-    tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None] = lambda *_: None
-    references: References = References()
+    metrics: Callable[[Any], Reported] = lambda _: Reported()
+    notes: Callable[[Any, Planned], Iterable[str]] = _nothing
+    smoke: Mapping[str, Any] = field(default_factory=dict)
     files: OtherFiles = OtherFiles()
     launch: LaunchShape = LaunchShape()
     learning: Learning = Learning()
-    outcome: Outcome = Outcome()
+    display: Display = Display()
     proposals: Proposals = Proposals()
-    smoke: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
         """Whether it trains a model; then its settings have the fields of ``TrainedConfig``."""
         return self.launch.runs_on is RunsOn.processes
+
+    @property
+    def in_driver(self) -> bool:
+        """Whether it runs inside the driver, after all other stages."""
+        return self.launch.runs_on is RunsOn.driver

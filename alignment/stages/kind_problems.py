@@ -15,7 +15,7 @@ from alignment.config.typed import field_types, to_plain
 from alignment.core.artifacts import ROWS
 from alignment.core.errors import AlignmentError
 from alignment.data.records import Record
-from alignment.stages.base import Cell, Curve, MadeRows, Reported, ResultTable, RunsOn, StageKind
+from alignment.stages.base import Cell, Curve, MadeRows, Reported, ResultTable, StageKind
 
 _INSTEAD: dict[Any, str] = {
     Literal: "an Enum",
@@ -27,11 +27,8 @@ _ANY_OF_THEM = "bool, int, float, str or an Enum, list[TYPE] or dict[str, TYPE] 
 
 
 def of_settings(settings: type, *, where: str = "", inside: tuple[type, ...] = ()) -> Iterator[str]:
-    """What is wrong with the types in a dataclass, and in those ``inside`` it, each as the end of a sentence.
-
-    Raises:
-        Exception: whatever another package's annotations raise when they are read.
-    """
+    """What is wrong with the types in a dataclass, and in those ``inside`` it, each as the end of a sentence. Raises
+    Exception: whatever another package's annotations raise when they are read."""
     for name, hint in field_types(settings).items():
         for part in _not_for_recipes(hint):
             remedy = _INSTEAD.get(get_origin(part) or part, _ANY_OF_THEM)
@@ -46,7 +43,6 @@ def of_settings(settings: type, *, where: str = "", inside: tuple[type, ...] = (
 
 
 def _options(hint: Any) -> list[Any]:
-    """The types of a union, or the only type, without None."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return [option for option in options if option is not NoneType]
 
@@ -56,13 +52,11 @@ def _is_group(hint: Any) -> bool:
 
 
 def _groups(hint: Any) -> list[type]:
-    """The dataclasses of a setting that is a group, one of several groups, or a list of groups."""
     items = get_args(hint) if get_origin(hint) is list else _options(hint)
     return [item for item in items if _is_group(item)]
 
 
 def _not_for_recipes(hint: Any) -> list[Any]:
-    """The parts of a setting's type that no value can have."""
     groups = _groups(hint)
     if not groups:
         return _not_plain(hint)
@@ -73,7 +67,6 @@ def _not_for_recipes(hint: Any) -> list[Any]:
 
 
 def _not_plain(hint: Any) -> list[Any]:
-    """The parts of a type without dataclasses that no value can have."""
     options, base, arguments = _options(hint), get_origin(hint), get_args(hint)
     if options != [hint]:
         return [part for option in options for part in _not_plain(option)]
@@ -126,7 +119,7 @@ def of_kind(kind: StageKind) -> str:
 
 
 def _launch_problem(kind: StageKind) -> str:
-    if kind.launch.runs_on is RunsOn.driver:
+    if kind.in_driver:
         return f"runs inside the driver, which only built-in kinds can; {_IN_ONE_PROCESS}"
     has = {field.name for field in dataclasses.fields(kind.config)}
     lacking = [name for name in _TRAINED if name not in has]
@@ -153,18 +146,16 @@ def _exists(module: str) -> bool:
 
 def _call_problem(kind: StageKind, config: Any) -> str:
     """Calls what a plan and the live view call, where an error would end the run."""
-    settings, name = to_plain(config), kind.config.__name__
+    name = kind.config.__name__
     called = f"data({name}())"
     try:
         slots = [(slot.field, slot.record, slot.rows) for slot in kind.data(config)]
         called = f"rows({name}())"
         made = kind.rows(config)
-        called = f"Outcome.metrics({name}())"
-        reported: Any = kind.outcome.metrics(config)
-        called = f"curves(settings of {name}())"
-        charts = list(kind.curves(settings))
-        called = "tokens(settings, {'step': 1})"
-        tokens = kind.tokens(settings, {"step": 1})
+        called = f"metrics({name}())"
+        reported: Any = kind.metrics(config)
+        called = f"Display.curves(settings of {name}())"
+        charts = list(kind.display.curves(to_plain(config)))
     except Exception as error:  # noqa: BLE001
         return f"has a function that fails: {called} raises {_raised(error)}; correct it"
     if others := [(field, record) for field, record, _ in slots if record not in _RECORDS]:
@@ -176,11 +167,9 @@ def _call_problem(kind: StageKind, config: Any) -> str:
     if kind.produces == ROWS and not isinstance(made, MadeRows):
         return "makes rows, but shows none; add rows=lambda config: MadeRows(example='{…}', others={})"
     if not isinstance(reported, Reported):
-        return f"returns no Reported from Outcome.metrics({name}()); return Reported(…)"
-    if not all(isinstance(chart, Curve) for chart in charts):
-        return f"returns {charts!r:.60} from curves(settings); return a list of Curve(…)"
-    is_number = tokens is None or isinstance(tokens, int | float)
-    return "" if is_number else f"returns {tokens!r:.60} from tokens(settings, line); return a number, or None"
+        return f"returns no Reported from metrics({name}()); return Reported(…)"
+    is_charts = all(isinstance(chart, Curve) for chart in charts)
+    return "" if is_charts else f"returns {charts!r:.60} from Display.curves(settings); return a list of Curve(…)"
 
 
 def _raised(error: Exception) -> str:
@@ -195,12 +184,9 @@ def returned(
     where: str,
     passes: tuple[type[Exception], ...] = (AlignmentError,),
 ) -> list[Any]:
-    """The list that the function ``Outcome.NAME`` of a kind returns: tables, or else texts.
-
-    Raises:
-        KindError: the function raised, or returned something else. ``where`` names the kind and its package.
-        Exception: those in ``passes``, as the function raised them.
-    """
+    """The list that the function ``Display.NAME`` of a kind returns: tables, or else texts. Raises KindError: the
+    function raised, or returned something else. ``where`` names the kind and its package. Raises Exception: those in
+    ``passes``, as the function raised them."""
     expected = "ResultTable with a Cell for each column" if name.endswith("tables") else "texts"
     is_expected = _is_table if name.endswith("tables") else lambda value: isinstance(value, str)
     try:

@@ -1,13 +1,11 @@
-"""The table of all stage kinds: the built-in ones, and those that other packages add.
-
-A package adds a kind with an entry point in the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``.
-A kind that cannot be loaded is listed by ``problems()``; it stops only a run that uses it.
-"""
+"""The table of all stage kinds: the built-in ones, and those that other packages add. A package adds a kind with an
+entry point in the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``. A kind that cannot be loaded is listed
+by ``problems()``; it stops only a run that uses it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -16,6 +14,7 @@ from typing import Any, cast
 
 import yaml
 
+from alignment.config.evaluating import GateConfig
 from alignment.config.faults import suggestion
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
@@ -32,6 +31,8 @@ from alignment.stages import kind_problems
 from alignment.stages.base import LOSS, Curve, LearnsFrom, ResultTable, StageKind
 
 GROUP = "alignment.stages"
+LEAVE_OUT = "leave_out"
+"""The setting that lists data whose prompts are left out, in every kind that has it."""
 OURS = "alignment"
 _BUILT_IN = (
     "cpt",
@@ -63,7 +64,8 @@ class Registered:
 @cache
 def registered() -> Mapping[str, Registered]:
     """All kinds by name, the built-in ones first; unusable ones have a ``problem``."""
-    rows = {name: _built_in(name) for name in _BUILT_IN}
+    modules = {name: importlib.import_module(f"alignment.stages.{name}.kind") for name in _BUILT_IN}
+    rows = {name: Registered(name=name, origin=OURS, kind=module.KIND) for name, module in modules.items()}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         row = _from_entry_point(point)
         if row.name in rows:
@@ -72,11 +74,6 @@ def registered() -> Mapping[str, Registered]:
             row = Registered(name=row.name, origin=both, problem=message)
         rows[row.name] = row
     return rows
-
-
-def _built_in(name: str) -> Registered:
-    kind: StageKind = importlib.import_module(f"alignment.stages.{name}.kind").KIND
-    return Registered(name=name, origin=OURS, kind=kind)
 
 
 def _from_entry_point(point: metadata.EntryPoint) -> Registered:
@@ -111,11 +108,7 @@ def config_classes() -> StageClasses:
 
 
 def kind_named(name: str, *, where: str = "kind") -> StageKind:
-    """The kind of this name.
-
-    Raises:
-        ConfigError: there is no such kind, or it cannot be used.
-    """
+    """The kind of this name. Raises ConfigError: there is no such kind, or it cannot be used."""
     row = registered().get(name)
     if row is None:
         raise ConfigError(f"{name!r} is not a kind of stage; {suggestion(name, kinds())}", where=where)
@@ -158,37 +151,45 @@ def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
     return slot.rows, kind.learning.limits(config)
 
 
+def rows_are_counted(config: StageConfig) -> bool:
+    """Whether each record of a stage that trains becomes one row of its batches (``DataSlot.counted``)."""
+    return all(slot.counted for slot in kind_of(config).data(config) if slot.field == "data")
+
+
 def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
     """The charts of a stage of this kind with these plain settings; only the loss for an unknown kind."""
-    return list(kinds()[kind_name].curves(settings)) if kind_name in kinds() else [LOSS]
+    return list(kinds()[kind_name].display.curves(settings)) if kind_name in kinds() else [LOSS]
 
 
 def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
     """The chart that is shown while a stage of this kind runs, with its metric as the only one; None without charts."""
-    metric = kinds()[kind_name].headline if kind_name in kinds() else ""
-    for chart in curves(kind_name, settings):
-        if metric in ("", *chart.keys):
-            return replace(chart, keys=(metric or chart.keys[0],), labels=("",))
-    return None
+    charts = curves(kind_name, settings)
+    chart = next((chart for chart in charts if chart.live), charts[0] if charts else None)
+    return None if chart is None else replace(chart, keys=chart.keys[:1], labels=("",))
 
 
-def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """The tokens of a line of metrics.jsonl that does not count them itself; None if that cannot be told."""
-    return kinds()[kind_name].tokens(settings, line) if kind_name in kinds() else None
+def tokens_of(settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
+    """The tokens of a line of metrics.jsonl that does not count them itself: those of the answers of an update, which
+    has one line; None if the line does not tell."""
+    length, optim = line.get("response_length"), settings.get("optim")
+    episodes = optim.get("batch_size") if isinstance(optim, Mapping) else None
+    return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
+
+
+def gates_of(config: StageConfig) -> Sequence[GateConfig]:
+    """What a run requires of an evaluation with these settings."""
+    return getattr(config, "gate", ())
 
 
 def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | None:
-    """What teaches the policy of a stage of this kind with these plain settings; None for any other stage.
-
-    A reward model has learned from preferences, so its scores count as these.
-    """
+    """What teaches the policy of a stage of this kind with these plain settings; None for any other stage. A reward
+    model has learned from preferences, so its scores count as these."""
     teacher = kinds()[kind_name].learning.learns_from if kind_name in kinds() else None
     by_model = any(source == REWARD or is_reference(source) for source in _sources(settings.get("scorers", REWARD)))
     return LearnsFrom.preferences if teacher is LearnsFrom.scores and by_model else teacher
 
 
 def _sources(scorers: Any) -> Iterator[str]:
-    """The sources in plain settings of scorers, those of an ensemble's members too."""
     if isinstance(scorers, str):
         yield scorers
     elif isinstance(scorers, list):
@@ -204,37 +205,28 @@ def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
 
 
 def lines_of(kind_name: str, artifact: Path) -> list[str]:
-    """The lines printed about a result of this kind.
-
-    Raises:
-        KindError: a function of another package failed.
-    """
+    """The lines printed about a result of this kind. Raises KindError: a function of another package failed."""
     return _shown(kind_name, "lines", artifact)
 
 
 def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
-    """The tables of a result of this kind.
-
-    Raises:
-        FileNotFoundError: the artifact lacks the file.
-        ArtifactError: the file is damaged, or was written by a newer version.
-        KindError: a function of another package failed.
-    """
+    """The tables of a result of this kind. Raises FileNotFoundError: the artifact lacks the file. Raises ArtifactError:
+    the file is damaged, or was written by a newer version. Raises KindError: a function of another package failed."""
     return _shown(kind_name, "tables", artifact)
 
 
 def _shown(kind_name: str, name: str, given: Any) -> list[Any]:
-    """What ``Outcome.NAME`` of the kind returns; faults in another package's function name its line."""
+    """What ``Display.NAME`` of the kind returns; faults in another package's function name its line."""
     row = registered().get(kind_name)
     if row is None or row.kind is None:
         return []
-    function = getattr(row.kind.outcome, name)
+    function = getattr(row.kind.display, name)
     if row.origin == OURS:
         return list(function(given))
     may_lack_files = name == "tables" and read_manifest(given) is None
     passes = (AlignmentError, FileNotFoundError) if may_lack_files else (AlignmentError,)
     where = f"kind of stage {kind_name!r} ({row.origin})"
-    return kind_problems.returned(function, given, name=f"Outcome.{name}", where=where, passes=passes)
+    return kind_problems.returned(function, given, name=f"Display.{name}", where=where, passes=passes)
 
 
 def read_spec(path: Path) -> StageSpec:

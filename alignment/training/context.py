@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,9 @@ from alignment.job import StageSpec
 from alignment.records.worker import Progress
 from alignment.training.heartbeat import HeartbeatWriter
 from alignment.training.trackers.all_trackers import Trackers
+
+if TYPE_CHECKING:
+    from alignment.training.size_search import SizeSearch
 
 
 def own_device() -> torch.device:
@@ -109,13 +112,6 @@ class Clock:
         return self.earlier + time.monotonic() - self.started
 
 
-class Search(Protocol):
-    """A search for the size of micro-batches (size_search.py)."""
-
-    def run(self, trainer: Any, trials: Any) -> NoReturn:
-        """Takes the trials of a trainer in place of its training."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
     """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended. With a
@@ -130,7 +126,7 @@ class StageContext:
     trackers: Trackers = field(default_factory=Trackers)
     peaks: PhasePeaks = field(default_factory=PhasePeaks)
     notes: list[str] = field(default_factory=list)
-    search: Search | None = None
+    search: SizeSearch | None = None
     chosen_tokens: int | None = None
 
     @property

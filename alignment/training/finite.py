@@ -117,7 +117,6 @@ def refuse_weights(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of a tensor with NaN or infinity in this process's shard."""
     pairs = [(name, own) for name, held in named if (own := _own(held).detach()).numel()]
     # One number tells of all, because reading one of each would make the host wait for the device as often.
     if not pairs or math.isfinite(get_total_norm([own for _, own in pairs], math.inf)):
@@ -141,7 +140,6 @@ def _numbers(*values: Any) -> list[float | None]:
 
 
 def _own(held: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor, or the whole tensor."""
     if hasattr(held, "ds_tensor"):
         share, whole = held.ds_tensor.flatten(), getattr(held, "ds_numel")  # noqa: B009 - DeepSpeed adds both
         # On the last processes the shard ends with padding of undefined content.

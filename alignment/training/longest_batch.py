@@ -143,8 +143,8 @@ class LongestBatch(TrainerCallback):
         tokens = counted_tokens(self._trainer)
         most = args.per_device_train_batch_size
         coming = (state.max_steps - state.global_step) * most * float(tokens.mean())
-        limit = self._trainer.micro_batch_tokens
-        rows = self._largest(tokens, limit, most)
+        limit, padded = self._trainer.micro_batch_tokens, not is_flat(self._trainer)
+        rows = largest(tokens, limit=limit, most=most, padded=padded)
         estimate = recorder()
         if int(tokens[rows].sum()) > SHARE * coming and not (estimate and estimate.tries_longest):
             return
@@ -152,10 +152,7 @@ class LongestBatch(TrainerCallback):
         fits = self._fits(rows)
         self._context.progress("training", state.global_step, state.max_steps)
         if not fits:
-            raise self._error(tokens, rows, most)
-
-    def _largest(self, tokens: NDArray[np.int64], limit: int, most: int) -> list[int]:
-        return largest(tokens, limit=limit, most=most, padded=not is_flat(self._trainer))
+            raise self._error(tokens, rows)
 
     def _fits(self, rows: Sequence[int]) -> bool:
         moments = []
@@ -173,7 +170,7 @@ class LongestBatch(TrainerCallback):
                 torch.cuda.empty_cache()
         return True
 
-    def _error(self, tokens: NDArray[np.int64], rows: Sequence[int], most: int) -> StageError:
+    def _error(self, tokens: NDArray[np.int64], rows: Sequence[int]) -> StageError:
         where = f"stages.{self._context.spec.stage}.optim"
         number = int(tokens[list(rows)].sum())
         if len(rows) == 1:
@@ -181,7 +178,7 @@ class LongestBatch(TrainerCallback):
             remedy = "lower the stage's limit of tokens per row, or leave the row out"
         else:
             subject = f"the largest micro-batch that these rows can form, {len(rows)} rows with {number} tokens,"
-            remedy = self._smaller(tokens, number, most, where)
+            remedy = f"set {where}.micro_batch_tokens=auto, which chooses a size that fits, or to less than {number}"
         if not self._trainer.args.activation_checkpointing:
             remedy = f"set {where}.activation_checkpointing=true, or {remedy}"
         return StageError(
@@ -189,20 +186,6 @@ class LongestBatch(TrainerCallback):
             where=f"{where}.micro_batch_tokens",
             remedy=remedy,
         )
-
-    def _smaller(self, tokens: NDArray[np.int64], number: int, most: int, where: str) -> str:
-        """The largest of the halved limits that fits. Several processes might wait for one that has no memory."""
-        if self._context.world_size > 1:
-            return f"set {where}.micro_batch_tokens to less than {number}"
-        limit = number // 2
-        while True:
-            rows = self._largest(tokens, limit, most)
-            if self._fits(rows):
-                return f"set {where}.micro_batch_tokens={limit}, which fits"
-            if len(rows) == 1:
-                origin = self._trainer.row_origin(rows[0])
-                return f"leave out long rows: even the longest on its own ({origin}) does not fit"
-            limit = min(limit, int(tokens[rows].sum())) // 2
 
 
 def _memory_for_moments(optimizer: Any) -> list[torch.Tensor]:

@@ -190,14 +190,12 @@ class MicroBatches(ShardedTrainer):
         self.optimizer.zero_grad()
 
     def _batch_of(self, rows: Sequence[int]) -> tuple[Batch, Any]:
-        """The rows as the trainer's step takes them, and the number of their learned tokens on all processes."""
         self.current_gradient_accumulation_steps = 1  # as in a step, before which the trainer sets it
         batch = self.data_collator([self.train_dataset[row] for row in rows])
         _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
         return batch, num_tokens
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
-        """The weights, in the mean of a metric, of the micro-batches that report it."""
         return shares
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +251,6 @@ class MicroBatches(ShardedTrainer):
         return self.accelerator.reduce(counts.to(self.args.device), reduction="sum")
 
     def _micro_batches_of_pairs(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """As ``_divided``, with both rows of a pair in one micro-batch."""
         ids, mask = on_host(inputs["input_ids"], inputs["attention_mask"])
         number = len(ids) // 2
         tokens = mask.sum(-1).view(-1, number).sum(0)
@@ -293,7 +290,6 @@ def shared_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _cut(value: Any, span: range, number: int) -> Any:
-    """The rows in ``span`` of a column that has one entry per row; other values as they are."""
     return value[span.start : span.stop] if isinstance(value, Tensor) and value.shape[:1] == (number,) else value
 
 

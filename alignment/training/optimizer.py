@@ -33,7 +33,8 @@ def adamw(
     ``weights`` are those of the models that are trained, also the frozen ones. Raises ConfigError: moments in eight
     bits, for weights that are trained in bfloat16."""
     kwargs = {"lr": lr, "betas": BETAS, "eps": eps}
-    if context.spec.sharding is Sharding.none and _any_in_bfloat16(weights):
+    in_bfloat16 = any(weight.requires_grad and weight.dtype is torch.bfloat16 for weight in weights)
+    if context.spec.sharding is Sharding.none and in_bfloat16:
         if moments is not Moments.full:
             raise ConfigError(
                 f"{moments.value!r} needs float32 weights, but some are trained in bfloat16",
@@ -47,10 +48,6 @@ def adamw(
         kind = "AdamW8bit" if moments is Moments.eight_bit else "PagedAdamW8bit"
         return getattr(bitsandbytes.optim, kind), kwargs
     return torch.optim.AdamW, {**kwargs, "fused": True}
-
-
-def _any_in_bfloat16(weights: Iterable[Tensor]) -> bool:
-    return any(weight.requires_grad and weight.dtype is torch.bfloat16 for weight in weights)
 
 
 class RandomlyRoundedAdamW(torch.optim.Optimizer):

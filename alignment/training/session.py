@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,13 +18,12 @@ from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder, on_shadow
 from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import Checkpoints, NothingLeft, StepLog, StopOnSignal, WeightsAreSharded, WellBegun
-from alignment.training.context import Search, StageContext
-from alignment.training.cutting import cut_by_module
+from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch, RowTrials, refuse_long_rows, row_tokens
 from alignment.training.micro_batches import MicroBatches, Unit
-from alignment.training.sharding import everyones, layout
-from alignment.training.size_search import PHASE, Trials
+from alignment.training.sharding import cut_by_module, everyones, layout
+from alignment.training.size_search import PHASE, SizeSearch, Trials
 from alignment.training.validation import Validation
 
 
@@ -146,7 +144,7 @@ def _metrics_of(
     return last | outcome
 
 
-def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
+def _seek_size(search: SizeSearch, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
     """Takes trials of sizes on the weights as the training would have them. Raises SizeChosen: the outcome. Raises
     StageError: no size fits, or the weights are not sharded as the launch says."""
     if trials is None:
@@ -159,7 +157,6 @@ def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: 
 
 
 def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> MetricsLog:
-    """The log of the steps before a checkpoint, from which the clock and the trackers go on."""
     log = MetricsLog(context.content / METRICS)
     if context.is_main:
         log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint) // period)
@@ -169,27 +166,18 @@ def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> M
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:
-    """The newest checkpoint; the main process verifies, renames damaged ones, and broadcasts the result."""
-    newest = [
-        checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None
-    ]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(newest, src=0)
-    if newest[0] is not None:
-        _refuse_other_layout(newest[0], context)
-    return newest[0]
-
-
-def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
-    """Checks the layout: shards written by one number of processes are useless to another. Raises ConfigError: the
-    checkpoint has another layout."""
-    stored, expected = checkpoints.layout_of(checkpoint), layout(context)
-    if stored != expected:
+    fingerprint = context.spec.fingerprint
+    newest = everyones(checkpoints.newest(context.checkpoints, fingerprint=fingerprint) if context.is_main else None)
+    checkpoint, expected = newest[0], layout(context)
+    if checkpoint is None:
+        return None
+    if (stored := checkpoints.layout_of(checkpoint)) != expected:  # useless to another number of processes
         raise ConfigError(
             f"{checkpoint.name} contains {stored}, but this launch can only continue from {expected}",
             where="launch",
             remedy=f"use the same launch as before, or delete {checkpoint.parent} to train the stage again",
         )
+    return checkpoint
 
 
 def usage(context: StageContext) -> dict[str, float]:

@@ -60,52 +60,36 @@ class BestWeights:
         self._weights = load_file(folder / self._file) if main else {}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutRows:
-    """Rows as the trainer's collator takes them, and ``[rows]`` tokens of each, by which micro-batches are limited."""
-
-    rows: Dataset
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """The rows that a process computes in a micro-batch while each other process computes as many. ``by_all``: all
-    processes compute the same rows."""
-
-    rows: Sequence[int]
-    by_all: bool
-
-
-def rounds(tokens: Sequence[int], *, limit: int, rank: int, world_size: int) -> Iterator[Round]:
-    """Divides rows of so many tokens among processes, into micro-batches of at most ``limit`` tokens on each. All
+def rounds(tokens: Sequence[int], *, limit: int, rank: int, world_size: int) -> Iterator[tuple[list[int], bool]]:
+    """Divides rows of so many tokens among processes, into micro-batches of at most ``limit`` tokens on each. Gives
+    the rows that this process computes while each other one computes as many, and whether these are the same rows. All
     processes have as many micro-batches, with as many rows, because each is a collective call in TRL's trainers. Rows
     that cannot be divided evenly are computed by all processes. Example: of five rows, rank 0 of 2 computes rows 0 and
     2, rank 1 computes rows 1 and 3, then both compute row 4."""
     even = len(tokens) // world_size * world_size
     largest = [max(tokens[first : first + world_size]) for first in range(0, even, world_size)]
     for span in by_tokens(largest, limit):
-        yield Round(rows=[group * world_size + rank for group in span], by_all=False)
+        yield [group * world_size + rank for group in span], False
     for span in by_tokens(tokens[even:], limit):
-        yield Round(rows=[even + row for row in span], by_all=True)
+        yield [even + row for row in span], True
 
 
 @torch.no_grad()
-def held_out_metrics(trainer: MicroBatches, held_out: HeldOutRows) -> dict[str, float]:
+def held_out_metrics(trainer: MicroBatches, rows: Dataset, tokens: Sequence[int]) -> dict[str, float]:
     """The held-out loss and accuracy of the trainer's model, the same on every process, which must all call this. Both
     are means over all pairs, or over all learned tokens. There is no dropout, and no random number is drawn."""
     accelerator, model = trainer.accelerator, trainer.model_wrapped
     loss = accuracy = count = 0.0
     with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):
-        for part in rounds(
-            held_out.tokens,
+        for part, by_all in rounds(
+            tokens,
             limit=trainer.micro_batch_tokens,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         ):
-            batch = trainer.data_collator([held_out.rows[row] for row in part.rows])
+            batch = trainer.data_collator([rows[row] for row in part])
             loss_of_part, accuracy_of_part, items = trainer.held_out_loss(model, batch)
-            items /= accelerator.num_processes if part.by_all else 1
+            items /= accelerator.num_processes if by_all else 1
             loss += loss_of_part * items
             accuracy += accuracy_of_part * items
             count += items
@@ -154,16 +138,22 @@ class Looks:
 
 class Validation(TrainerCallback):
     """Judges the model after every ``every`` steps and after the last, on every process alike. Raises ModelError: a
-    held-out row is longer than the model's positions."""
+    held-out row is longer than the model's positions. ``rows`` are as the trainer's collator takes them, and have
+    ``[rows]`` ``tokens``, by which micro-batches are limited."""
 
     def __init__(
-        self, config: ValidationConfig, context: StageContext, trainer: MicroBatches, held_out: HeldOutRows
+        self,
+        config: ValidationConfig,
+        context: StageContext,
+        trainer: MicroBatches,
+        rows: Dataset,
+        tokens: Sequence[int],
     ) -> None:
         self._config = config
         self._context = context
         self._trainer = trainer
-        self._held_out = held_out
-        refuse_long_rows(trainer.model, held_out.rows, lambda row: f"row {row + 1} of the held-out rows")
+        self._rows, self._tokens = rows, tokens
+        refuse_long_rows(trainer.model, rows, lambda row: f"row {row + 1} of the held-out rows")
         self._best = BestWeights(trainer.model, file=BEST)
         self._metrics: dict[str, float] = {}
         self.looks = Looks()
@@ -187,7 +177,7 @@ class Validation(TrainerCallback):
         if not self._is_due(state, control):
             return
         self._context.progress("validating", state.global_step, state.max_steps)
-        self._metrics = held_out_metrics(self._trainer, self._held_out)
+        self._metrics = held_out_metrics(self._trainer, self._rows, self._tokens)
         self._context.progress("training", state.global_step, state.max_steps)
         improved = self.looks.add(state.global_step, self._metrics[names.LOSS], patience=self._config.patience)
         if improved and self._config.keep_best:
@@ -238,7 +228,7 @@ class Validation(TrainerCallback):
             names.LAST_STEP: float(self.looks.last_step),
             names.LAST_LOSS: self.looks.last_loss,
             names.PLANNED_STEPS: float(self._trainer.state.max_steps),
-            names.ROWS: float(len(self._held_out.tokens)),
+            names.ROWS: float(len(self._tokens)),
         }
 
 

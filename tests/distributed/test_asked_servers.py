@@ -19,7 +19,7 @@ from alignment.config.scoring import GuardConfig, ScorerConfig, ServerConfig
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat, Status
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.shared.answer_scores import REPLIES
+from alignment.stages.shared.answer_sampling import REPLIES
 from tests.chained import LORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs

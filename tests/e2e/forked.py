@@ -75,7 +75,6 @@ def _serve() -> None:
     import alignment.pipeline.execute.run
     import alignment.rehearse
     import alignment.report.kit.render
-    import alignment.stages.cpt.run
     import alignment.stages.distil.run
     import alignment.stages.dpo.run
     import alignment.stages.evaluate.run
@@ -85,7 +84,7 @@ def _serve() -> None:
     import alignment.stages.reward.run
     import alignment.stages.reward_card.run
     import alignment.stages.sample.run
-    import alignment.stages.sft.run
+    import alignment.stages.shared.language_model
     import alignment.worker  # noqa: F401  each command and each stage would import these anew
     from alignment.pipeline.backends import forking, processes
 

@@ -28,8 +28,8 @@ from tests.proofs.common import Claim, Skipped
 
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
 PROOFS = (
-    *("bandit", "critic_free", "count", "dpo", "kto", "orpo", "story", "overoptimisation", "kills", "interruptions"),
-    *("plain_script", "forgetting", "rounds", "served", "engines"),
+    *("bandit", "critic_free", "count", "dpo", "kto", "overoptimisation", "interruptions"),
+    *("forgetting", "rounds", "engines"),
 )
 """Modules of this package, each with ``run(folder)``."""
 
@@ -45,7 +45,6 @@ class Outcome:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in the file."""
         claims = [
             {
                 "figure": claim.figure,
@@ -61,7 +60,6 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what was asked for; see the module for the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.proofs", description=__doc__)
     parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}")
     only = parser.parse_args(argv).only
@@ -106,7 +104,6 @@ def _line(claim: Claim) -> str:
 
 
 def _quiet() -> None:
-    """The lines of the proofs alone, and one thread: these models gain nothing from more."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()

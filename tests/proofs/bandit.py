@@ -69,7 +69,6 @@ class Bandit:
         return float((policy.exp() * (self.rewards - BETA * (policy - self.reference))).sum(-1).mean())
 
     def best(self) -> float:
-        """J* by its closed form, the mean over prompts."""
         return float(BETA * (self.reference + self.rewards / BETA).logsumexp(-1).mean())
 
     def policy_of(self, model: object) -> Tensor:
@@ -77,7 +76,6 @@ class Bandit:
         return torch.stack([logprobs_after(model, [prompt])[0, -1] for prompt in PROMPTS])
 
     def error(self, policy: Tensor) -> float:
-        """Largest |π − π*|."""
         return float((policy.exp() - self.optimum.exp()).abs().max())
 
 
@@ -92,7 +90,6 @@ def make_bandit(folder: Path, seed: int, dtype: Dtype = Dtype.float32, **changes
 
 
 def make_bandits(folder: Path, dtype: Dtype = Dtype.float32, **changes: int) -> list[Bandit]:
-    """One for each seed."""
     return [make_bandit(folder / titled(f"base-{seed}", dtype), seed, dtype, **changes) for seed in SEEDS]
 
 
@@ -103,7 +100,6 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
 
 
 def ppo_config(mode: Mode, updates: int) -> PpoConfig:
-    """PPO as it learns a bandit."""
     return PpoConfig(
         reward=None,
         adapter=mode.adapter,
@@ -146,7 +142,6 @@ def run(folder: Path) -> list[Claim]:
 
 
 def task_claims(bandits: list[Bandit]) -> list[Claim]:
-    """That there is something to learn."""
     possible = tuple(bandit.best() - bandit.worth(bandit.reference) for bandit in bandits)
     apart = tuple(bandit.error(bandit.reference) for bandit in bandits)
     return [
@@ -168,7 +163,6 @@ def _mode_claims(folder: Path, bandits: list[Bandit], mode: Mode) -> list[Claim]
 
 
 def policy_claims(name: str, bandits: list[Bandit], policies: list[Tensor]) -> list[Claim]:
-    """How near each policy is to its bandit's optimum."""
     pairs, dtype = list(zip(bandits, policies, strict=True)), bandits[0].dtype
     name = titled(name, dtype)
     gains = tuple(gain(bandit, policy) for bandit, policy in pairs)
@@ -180,6 +174,5 @@ def policy_claims(name: str, bandits: list[Bandit], policies: list[Tensor]) -> l
 
 
 def gain(bandit: Bandit, policy: Tensor) -> float:
-    """The share of what could be gained on the reference."""
     start = bandit.worth(bandit.reference)
     return (bandit.worth(policy) - start) / (bandit.best() - start)

@@ -56,7 +56,6 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether there are values and every one keeps the bounds; NaN keeps none."""
         low = -math.inf if self.at_least is None else self.at_least
         high = math.inf if self.at_most is None else self.at_most
         return bool(self.values) and all(low <= value <= high for value in self.values)
@@ -64,8 +63,6 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mode:
-    """How policy and critic are trained."""
-
     name: str
     adapter: AdapterConfig
     critic: Critic
@@ -85,33 +82,26 @@ first run)."""
 
 
 def titled(name: str, dtype: Dtype) -> str:
-    """The name of a figure, of float32 if it says nothing else."""
     return name if dtype is Dtype.float32 else f"{name}, {dtype.value}"
 
 
 class TokenRewards:
-    """Functions of token ids as what PPO scores answers with; the first is maximised, the others are only logged."""
-
     def __init__(self, **functions: ScoreFunction) -> None:
         self._functions = functions
 
     def scores(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], rows: Sequence[int]) -> Scores:
-        """One score an answer and function."""
         return Scores.of({name: torch.tensor(score(prompts, answers)) for name, score in self._functions.items()})
 
     def observe(self, scores: Scores) -> None:
         """Nothing: a function learns nothing."""
 
     def total(self, scores: Scores) -> Tensor:
-        """The first function's scores as they are."""
         return scores.values[0]
 
     def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
-        """Nothing: no function is an ensemble."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Nothing: a function learns nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -120,15 +110,12 @@ class TokenRewards:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PpoStage:
-    """A PPO stage ready to be trained."""
-
     context: StageContext
     roles: Roles
     trainer: PpoTrainer
     resources: ExitStack
 
     def train(self) -> list[dict[str, Any]]:
-        """Runs it to its end; returns what was logged, one entry an update. The guard then has its last word."""
         with self.resources:
             train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
             if self.trainer.guard is not None:
@@ -183,5 +170,4 @@ def logprobs_after(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def each(score: Callable[[Tokens, Tokens], float]) -> ScoreFunction:
-    """A function of one prompt and answer as one of many."""
     return lambda prompts, answers: [score(*pair) for pair in zip(prompts, answers, strict=True)]

@@ -55,15 +55,12 @@ _CONSTANT, _FREE = 2.0, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What enumeration says of a policy."""
-
     worth: float
     error: float
     outside: float
 
     @property
     def gain(self) -> float:
-        """The share of what could be gained on the reference."""
         return (self.worth - REFERENCE) / (BEST - REFERENCE)
 
 

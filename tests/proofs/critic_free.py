@@ -23,7 +23,6 @@ NAMES = {Advantage.rloo: "RLOO", Advantage.grpo: "GRPO", Advantage.dr_grpo: "Dr.
 
 
 def config_of(advantage: Advantage, adapter: AdapterConfig) -> PpoConfig:
-    """As the bandit of PPO, with groups of answers in place of a critic."""
     return PpoConfig(
         reward=None,
         adapter=adapter,

@@ -8,10 +8,7 @@ the proportion does, so nothing else depends on their being enumerated rather th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +28,6 @@ STEPS = 120
 
 
 def pairs_of(bandit: Bandit) -> list[TokenizedPair]:
-    """Token a before token b w_a times, for every two tokens of every prompt."""
     return [
         TokenizedPair(prompt=list(prompt), chosen=[a], rejected=[b])
         for prompt, strengths in zip(PROMPTS, bandit.strengths.tolist(), strict=True)
@@ -42,19 +38,11 @@ def pairs_of(bandit: Bandit) -> list[TokenizedPair]:
     ]
 
 
-def learned(
-    folder: Path,
-    bandit: Bandit,
-    adapter: AdapterConfig,
-    pairs: list[TokenizedPair],
-    *,
-    seed: int,
-    loss: Mapping[str, Any] = MappingProxyType({"beta": BETA}),
-) -> Tensor:
-    """``[prompts, tokens]`` log-probabilities after DPO on all ``pairs`` at once, with these settings of its loss."""
+def learned(folder: Path, bandit: Bandit, adapter: AdapterConfig, pairs: list[TokenizedPair], *, seed: int) -> Tensor:
+    """``[prompts, tokens]`` log-probabilities after DPO on all ``pairs`` at once."""
     config = DpoConfig(
         adapter=adapter,
-        **loss,
+        beta=BETA,
         optim=OptimConfig(
             lr=1e-2, batch_size=len(pairs), micro_batch_tokens=100_000, epochs=STEPS, schedule=Schedule.cosine
         ),

@@ -61,7 +61,6 @@ def draw(file: Path, panels: dict[str, list[Line]], *, below: str) -> None:
 
 
 def stack(file: Path, panels: dict[str, Markup], *, below: str) -> None:
-    """One chart under another, each under its title."""
     height = _TITLE + HEIGHT
     parts = []
     for number, (title, chart) in enumerate(panels.items()):
@@ -72,7 +71,6 @@ def stack(file: Path, panels: dict[str, Markup], *, below: str) -> None:
 
 
 def draw_intervals(file: Path, panels: dict[str, tuple[list[Row], float]], *, below: str) -> None:
-    """Rows of intervals under each title, beside the limit that none ought to pass, dotted."""
     parts: list[Markup] = []
     top = 0
     for title, (rows, limit) in panels.items():
@@ -114,7 +112,6 @@ def _write(file: Path, parts: Sequence[Markup], *, width: int, height: int, belo
 
 
 def draw_card(card: Path, file: Path) -> None:
-    """How sure a reward model is and how right, and its margins."""
     titles = ("Share right, over how sure it is", "Pairs, over the margin of their scores")
     figures = plots(typed_json.read(card, RewardCard, remedy=""))
     stack(file, dict(zip(titles, (figure["svg"] for figure in figures), strict=True)), below="left of 0 it is wrong")

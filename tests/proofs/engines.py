@@ -77,7 +77,6 @@ def _vllm_claims(folder: Path, bandit: Bandit, name: str, config: PpoConfig, **s
 
 
 def off_claims(folder: Path, dtype: Dtype) -> list[Claim]:
-    """The same engine with and without the correction."""
     bandits = make_bandits(folder, dtype, head_dim=HEAD_DIM)
     capped = [_off(folder / "off-cap", bandit, seed, cap=CAP) for seed, bandit in zip(SEEDS, bandits, strict=True)]
     plain = [_off(folder / "off", bandit, seed, cap=None) for seed, bandit in zip(SEEDS, bandits, strict=True)]
@@ -120,6 +119,5 @@ def _off(folder: Path, bandit: Bandit, seed: int, *, cap: float | None) -> tuple
 
 
 def _warnings(line: Mapping[str, float]) -> float:
-    """How many of the stage's doubts are about the engine."""
     metrics = {name: value for name, value in line.items() if name.startswith("engine/")}
-    return float(sum("engine" in doubt for doubt in KIND.outcome.doubts(metrics)))
+    return float(sum("engine" in doubt for doubt in KIND.display.doubts(metrics)))

@@ -43,13 +43,11 @@ def run(folder: Path) -> list[Claim]:
 
 
 def outcome_of(folder: Path, way: str, seed: int) -> Forgetting:
-    """What the run measured."""
     stages = RunRecord.read(folder / f"runs/{way}-{seed}").stages
     return Forgetting.read(Path(stages["forgetting"].artifact))
 
 
 def figure(outcomes: Outcomes) -> None:
-    """Both figures of each run beside their limits."""
     limits = next(iter(outcomes.values())).limits
     draw_intervals(
         FIGURE,

@@ -58,11 +58,9 @@ class Labels:
 
     @property
     def margins(self) -> Tensor:
-        """c, in float64."""
         return (self.desirable - self.undesirable).double()
 
     def rows(self) -> Dataset:
-        """As the stage reads them."""
         rows = []
         for index, prompt in enumerate(PROMPTS):
             for token in range(VOCABULARY):
@@ -184,7 +182,6 @@ def run(folder: Path) -> list[Claim]:
 
 
 def _majority_claims(folder: Path, name: str, bandits: Sequence[Bandit], adapter: AdapterConfig) -> list[Claim]:
-    """Theorem 4.3."""
     every = torch.arange(len(PROMPTS))
     shares, of_dpo = [], []
     for seed, bandit in zip(SEEDS, bandits, strict=True):

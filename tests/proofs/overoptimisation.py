@@ -81,8 +81,6 @@ def grade_of(text: str) -> float:
 
 
 class _Curves:
-    """What a run did: means of a few updates each, by the square root of the KL in nats a sequence."""
-
     def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
         def smooth(name: str) -> list[float]:
             values = [float(line[name]) for line in lines]
@@ -92,7 +90,6 @@ class _Curves:
         self.distance = [math.sqrt(max(0.0, kl)) for kl in smooth("objective/kl")]
 
     def line(self, label: str, values: Sequence[float]) -> Line:
-        """Values by distance."""
         return Line(label=label, points=list(zip(self.distance, values, strict=True)))
 
 
@@ -210,19 +207,15 @@ def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
 
 
 class _OnTheWay(TrainerCallback):
-    """Measures the policy where a run begins, and after every so many steps."""
-
     def __init__(self, measure: Callable[[], float], *, every: int) -> None:
         self.gold: list[float] = []
         self.measure = measure
         self._every = every
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before anything was learned."""
         self.gold.append(self.measure())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """After the update that a guard then looks at."""
         if state.global_step % self._every == 0:
             self.gold.append(self.measure())
 
@@ -245,7 +238,6 @@ def _config(guard: GuardConfig) -> PpoConfig:
 
 
 def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, float]:
-    """What a reward model that has learned says, and its accuracy on fresh pairs that the gold rule labelled."""
     start = Lineage(source=BASE_SOURCE, base=stories.folder, adapters=())
     rng = torch.Generator().manual_seed(seed)
     pairs = _pairs(stories, load_policy(start, torch.float32), PAIRS + HELD_OUT)
@@ -274,7 +266,6 @@ def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, fl
 
 
 def _pairs(stories: Stories, policy: PreTrainedModel, number: int) -> list[TokenizedPair]:
-    """Two answers of the policy to a prompt each time, the better one first; where gold is equal, there is no pair."""
     prompts = stories.prompts()
     pairs: list[TokenizedPair] = []
     for turn in range(100):

@@ -128,12 +128,10 @@ def _evaluation(folder: Path, seed: int) -> Evaluation:
 
 
 def _rewards(folder: Path, seed: int) -> list[float]:
-    """The mean reward of each arm."""
     arms = {arm.name: arm for arm in _evaluation(folder, seed).arms}
     return [arms[name].metrics["sentiment"].mean for name in ARMS]
 
 
 def _sampling(folder: Path, seed: int) -> list[float]:
-    """The mean reward of the answers that each round sampled."""
     records = (Sampling.read(_artifact(folder, seed, stage)) for stage in ("sample_1", "sample_2"))
     return [record.best_of[0].score for record in records]

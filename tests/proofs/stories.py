@@ -55,6 +55,5 @@ class Stories:
         return [self.tokenizer(opening)["input_ids"] for opening in OPENINGS]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What token ids say."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text

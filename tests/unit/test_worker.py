@@ -27,7 +27,7 @@ from alignment.data.chat_template import template_text
 from alignment.job import StageInput
 from alignment.pipeline.sources.model_sources import identity_of_folder
 from alignment.records.run import Attempts
-from alignment.stages.base import Outcome, Reported
+from alignment.stages.base import Reported
 from alignment.stages.distil.kind import DistilConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.ppo.config import PpoConfig
@@ -339,7 +339,7 @@ def test_what_a_stage_returns_is_checked(
         (
             "their-stage",
             ("rows", "words", "letters"),
-            ["it did not report rows, letters, which Outcome.metrics of its kind declares, so a sweep cannot use them"],
+            ["it did not report rows, letters, which metrics of its kind declares, so a sweep cannot use them"],
         ),
     ],
 )
@@ -350,8 +350,9 @@ def test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted(
         (context.content / "words.json").touch()
         return RESULT
 
-    outcome = Outcome(metrics=lambda _: Reported(counts=declared))
-    monkeypatch.setattr(worker, "kind_of", lambda config: replace(kind_of(config), outcome=outcome))
+    monkeypatch.setattr(
+        worker, "kind_of", lambda config: replace(kind_of(config), metrics=lambda _: Reported(counts=declared))
+    )
     monkeypatch.setattr(worker, "origin_of", lambda _: origin)
     monkeypatch.setattr(worker, "function_of", lambda _: run)
     spec = tiny_spec(tmp_path, SampleConfig())

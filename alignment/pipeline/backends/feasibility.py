@@ -56,7 +56,7 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
     Raises ConfigError: some stage that has to run cannot be launched with these settings."""
     faults: list[Fault] = []
     for stage in stages:
-        if not stage.has_to_run or kind_of(stage.config).launch.runs_on is RunsOn.driver:
+        if not stage.has_to_run or kind_of(stage.config).in_driver:
             continue
         own = of_stage(launch, stage.config, num_devices=num_devices)
         _refuse_missing_package(own)

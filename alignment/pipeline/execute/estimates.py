@@ -33,7 +33,6 @@ from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import bundled_model
 from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
 from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
-from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
 WAYS = {
@@ -126,7 +125,7 @@ def estimate(
 
 def estimated_stages(plan: Plan) -> list[PlannedStage]:
     """The stages that have a cost: those that a worker makes."""
-    return [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
+    return [stage for stage in plan.stages if not kind_of(stage.config).in_driver]
 
 
 def _clear(folder: Path) -> None:

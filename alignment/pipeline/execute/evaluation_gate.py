@@ -8,7 +8,7 @@ from alignment.core.artifacts import read_manifest
 from alignment.evaluation.gate_outcomes import GateOutcome, outcomes
 from alignment.pipeline.plan.plan import PlannedStage
 from alignment.records.evaluation import Evaluation
-from alignment.stages.registry import kind_of
+from alignment.stages.registry import gates_of
 
 
 def sentences(stages: Sequence[PlannedStage]) -> Iterator[tuple[bool, str]]:
@@ -30,7 +30,7 @@ def remedies(stages: Sequence[PlannedStage]) -> Iterator[str]:
 
 
 def _outcomes(stage: PlannedStage) -> list[GateOutcome]:
-    gates = kind_of(stage.config).outcome.gates(stage.config)
+    gates = gates_of(stage.config)
     if not gates or read_manifest(stage.artifact) is None:
         return []
     return outcomes(gates, Evaluation.read(stage.artifact), stage.artifact)

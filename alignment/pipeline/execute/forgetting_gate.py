@@ -32,7 +32,7 @@ def remedies(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig])
         name = arm.removeprefix("stage:")
         general = f"{arm} was trained elsewhere; train it with general rows, a lower learning rate or fewer epochs"
         own = configs.get(name)
-        help_by_arm[arm] = general if own is None else kind_of(own).outcome.against_forgetting(name)
+        help_by_arm[arm] = general if own is None else kind_of(own).display.against_forgetting(name)
     limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
     return [*help_by_arm.values(), *limits]
 

@@ -30,7 +30,8 @@ from alignment.report import doubts
 from alignment.report.kit import text
 from alignment.rewards.scorer_sources import GRADE, REWARD, function_of
 from alignment.stages import registry
-from alignment.stages.registry import as_trained, kind_of
+from alignment.stages.base import Planned
+from alignment.stages.registry import as_trained, kind_of, rows_are_counted
 
 
 def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
@@ -59,11 +60,15 @@ def of_plan(plan: Plan) -> list[str]:
     notes += _slow_format(plan)
     weights = weights_size(plan.base.folder) if plan.base.folder and plan.base.ready else None
     for stage in plan.stages:
-        of_launch = kind_of(stage.config).launch.notes(stage.config, weights)
-        notes += [f"{stage.name}: {note}" for note in of_launch] if stage.has_to_run else []
-        of_files = kind_of(stage.config).files.notes(stage.config, plan.run_folder / stage.name)
-        notes += [f"{stage.name}: {note}" for note in of_files]
-        notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_near_held_out(stage)]
+        trained = as_trained(stage.config)
+        planned = Planned(
+            folder=plan.run_folder / stage.name,
+            has_to_run=stage.has_to_run,
+            labels={} if trained is None else labels_of(trained.data, stage.seen.get("data")),
+            weights=weights,
+        )
+        notes += [f"{stage.name}: {note}" for note in kind_of(stage.config).notes(stage.config, planned)]
+        notes += [*_high_rates(stage), *_small_data(stage), *_near_held_out(stage)]
     return [*notes, *_left_out(plan), *cautions(plan)]
 
 
@@ -136,7 +141,7 @@ def cautions(plan: Plan) -> list[str]:
 def _learned_metrics(plan: Plan) -> Iterator[str]:
     """Notes on primary metrics that stages learn from, or that choose their policy: those scores were optimised."""
     for evaluation in plan.stages:
-        metric = kind_of(evaluation.config).outcome.primary(evaluation.config)
+        metric = kind_of(evaluation.config).display.primary(evaluation.config)
         if metric is None:
             continue
         for stage in plan.stages:
@@ -189,7 +194,7 @@ def _high_rates(stage: PlannedStage) -> Iterator[str]:
 
 def _small_data(stage: PlannedStage) -> Iterator[str]:
     config = as_trained(stage.config)
-    if config is None or not kind_of(config).learning.batches_of_rows:
+    if config is None or not rows_are_counted(config):
         return
     rows = most_rows_of(config.data, stage.seen.get("data"))
     if rows is not None and rows < config.optim.batch_size:
@@ -197,12 +202,6 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
             f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, but there are only {rows} rows, so "
             "each step uses all of them"
         )
-
-
-def _labels(stage: PlannedStage) -> Iterator[str]:
-    config = as_trained(stage.config)
-    if config is not None and (labels := labels_of(config.data, stage.seen.get("data"))):
-        yield from (f"{stage.name}: {note}" for note in kind_of(config).learning.label_notes(config, labels))
 
 
 def _left_out(plan: Plan) -> Iterator[str]:

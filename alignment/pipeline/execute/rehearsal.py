@@ -27,6 +27,7 @@ from alignment.core.artifacts import POLICY
 from alignment.core.errors import StageError
 from alignment.core.files import write_text
 from alignment.core.fingerprint import digest
+from alignment.data.records import PlainText
 from alignment.pipeline.backends import command, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkServer
@@ -207,7 +208,9 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
 
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
     trained = as_trained(config)
-    return trained is not None and kind_of(config).learning.rehearsed and _is_of_base(trained.init, stages)
+    if trained is None or not _is_of_base(trained.init, stages):
+        return False
+    return all(slot.record is not PlainText for slot in kind_of(config).data(config) if slot.field == "data")
 
 
 def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> bool:

@@ -43,7 +43,6 @@ from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.records.run import RunRecord
 from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS
 from alignment.report import doubts
-from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
 
@@ -314,7 +313,7 @@ def _make(
             if is_missing:
                 with _bounded(plan, stage), run_state.counted(stage.work) as attempt:
                     recorder.attempt(stage.name, attempt)
-                    if kind_of(stage.config).launch.runs_on is RunsOn.driver:
+                    if kind_of(stage.config).in_driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))
                     else:
                         _launch(plan, stage, display, workers, lock, attempt=attempt.number)
@@ -419,6 +418,6 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> Non
 
 
 def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
-    if kind_of(stage.config).launch.runs_on is RunsOn.driver:
+    if kind_of(stage.config).in_driver:
         with replacing(plan.run_folder / REPORT) as temporary:
             shutil.copyfile(stage.artifact / REPORT, temporary)

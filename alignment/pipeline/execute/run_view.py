@@ -283,7 +283,7 @@ class _RunningStage:
         chart = headline_curve(entry.kind, settings)
         self._title = "" if chart is None else f"{chart.title[:1].lower()}{chart.title[1:].partition(',')[0]}"
         metric = "" if chart is None else chart.keys[0]
-        tokens_of_line = functools.partial(tokens_of, entry.kind, settings)
+        tokens_of_line = functools.partial(tokens_of, settings)
         self._file = CurveFile(self._work / "content" / METRICS, metric, tokens_of_line)
         self._figures: dict[str, float] = {}
         self._has_begun = False

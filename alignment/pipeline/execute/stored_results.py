@@ -25,7 +25,6 @@ from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.pipeline.sources.peft_adapters import read_adapter, refuse_other_base
 from alignment.records.run import FILE, RunRecord, StageEntry
 from alignment.report.run_page.run_records import artifact_folder
-from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
 _OF_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -195,7 +194,7 @@ def _command_of(plan: Plan, stage: str) -> str:
 def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:
     """The stages that have to run and need models or data."""
     waiting = [stage for stage in stages if stage.has_to_run]
-    return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
+    return [stage for stage in waiting if not kind_of(stage.config).in_driver]
 
 
 def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.faults import Fault, refuse
+from alignment.config.faults import Fault
 from alignment.config.model import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig, TrainedConfig
@@ -31,9 +31,7 @@ class Depths:
         layers = self._behind(ref, folder)
         if layers is None:
             return
-        learning = kind_of(config).learning
-        refuse(list(learning.layer_faults(config, layers, f"stages.{name}")))
-        self._layers[name] = learning.layers_left(config, layers)
+        self._layers[name] = kind_of(config).learning.layers(config, layers, f"stages.{name}")
 
     def _behind(self, ref: str, folder: Path | None) -> int | None:
         if ref.startswith(_STAGE):

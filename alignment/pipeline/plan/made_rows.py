@@ -23,7 +23,7 @@ from alignment.data.row_files import RawRow
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.stages.base import DataSlot, MadeRows, Slot
-from alignment.stages.registry import kind_of
+from alignment.stages.registry import LEAVE_OUT, kind_of
 
 DATA = "data"
 """The field of a stage's main data."""
@@ -127,7 +127,4 @@ def with_left_out(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
 
 
 def _leaving_out(stage: Any, sources: list[DataConfig]) -> Any:
-    field = kind_of(stage).leaves_out
-    if not field or getattr(stage, field):
-        return stage
-    return replace(stage, **{field: sources})
+    return stage if getattr(stage, LEAVE_OUT, True) else replace(stage, **{LEAVE_OUT: sources})

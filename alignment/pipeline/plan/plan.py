@@ -369,7 +369,7 @@ class _Builder:
         arms: dict[str, _Resolved],
         files: Mapping[str, Path],
     ) -> dict[str, Any]:
-        if kind_of(config).references.whole_run:
+        if kind_of(config).in_driver:
             others = references.inputs_of(name, self._config.stages)
             return references.of_report(
                 self._config, name, inputs={other: self._planned[other].fingerprint for other in others}

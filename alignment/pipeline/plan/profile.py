@@ -31,7 +31,9 @@ def _allowed() -> dict[str, tuple[str, ...]]:
         for name, kind in kinds.items()
         for slot in kind.data(kind.config())
     ]
-    sources += [f"{name}.{kind.leaves_out}" for name, kind in kinds.items() if kind.leaves_out]
+    sources += [
+        f"{name}.{registry.LEAVE_OUT}" for name, kind in kinds.items() if hasattr(kind.config(), registry.LEAVE_OUT)
+    ]
     return {
         "choices": tuple(GROUPS),
         "stages": tuple(kinds),

@@ -20,7 +20,7 @@ from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import made_rows, scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages.base import Slot
-from alignment.stages.registry import kind_of
+from alignment.stages.registry import gates_of, kind_of
 
 BASE = "base"
 _STAGE = "stage:"
@@ -75,15 +75,15 @@ def slots(stage: Any) -> Iterator[Slot]:
         else:
             for number, ref in enumerate(value):
                 yield Slot(field=f"{field.name}[{number}]", takes=takes, ref=ref)
-    yield from kind_of(stage).references.more(stage)
+    yield from kind_of(stage).slots(stage)
     yield from made_rows.slots(stage)
 
 
 def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
     """The stages that must be done before this one. A report shows the whole run, so it waits for all others."""
     stage = stages[name]
-    if kind_of(stage).references.whole_run:
-        return [other for other, config in stages.items() if not kind_of(config).references.whole_run]
+    if kind_of(stage).in_driver:
+        return [other for other, config in stages.items() if not kind_of(config).in_driver]
     named = (stage_of(slot) for slot in slots(stage))
     return list(dict.fromkeys(other for other in named if other is not None))
 
@@ -119,7 +119,6 @@ def _stage_faults(
     name: str, stage: StageConfig, stages: Mapping[str, StageConfig], unreadable: Container[str]
 ) -> Iterator[Fault]:
     seen = set()
-    yield from kind_of(stage).references.faults(stage, f"stages.{name}")
     for slot in (slot for slot in slots(stage) if stage_of(slot) not in unreadable):
         where = f"stages.{name}.{slot.field}"
         problem = _absent_default(slot, stage, stages, where) or _problem(slot, stages)
@@ -261,7 +260,7 @@ def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str,
     """A report shows the whole run, so ``inputs`` holds every other stage's fingerprint, which lacks its gates."""
     stage = run.stages[name]
     kind = kind_of(stage)
-    gates = {other: canonical(kind_of(config).outcome.gates(config)) for other, config in run.stages.items()}
+    gates = {other: canonical(gates_of(config)) for other, config in run.stages.items()}
     gated = {other: requirements for other, requirements in gates.items() if requirements}
     optional = {"gates": gated, "shown": _shown(run, stage)}  # left out if empty, as in reports of before these keys
     return {

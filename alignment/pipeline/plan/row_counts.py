@@ -22,7 +22,7 @@ from alignment.config.stage import StageConfig
 from alignment.data.overlap import LocatedText, asked
 from alignment.data.records import Conversation, Record
 from alignment.pipeline.plan import validation_checks
-from alignment.stages.registry import as_trained, kind_of
+from alignment.stages.registry import as_trained, kind_of, rows_are_counted
 
 COMPARED_ROWS = 2_000
 COMPARED_CHARACTERS = 1_000_000
@@ -121,14 +121,13 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
         return
     rows = rows_of(trained.data, seen_by_field.get("data"))
     if rows is not None:
-        yield from kind.learning.faults(config, min(rows, seen_by_field["data"].prompts), where)
-        if labels := dict(seen_by_field["data"].labels):  # a fraction of rows with one label has no other either
-            yield from kind.learning.label_faults(config, labels, where)
+        own = seen_by_field["data"]  # a fraction of rows with one label has no other either
+        yield from kind.learning.faults(config, min(rows, own.prompts), dict(own.labels), where)
     if not isinstance(trained.optim, OptimConfig):
         return
     looks = validation_checks.of_stage(config)
     most = most_rows_of(trained.data, seen_by_field.get("data"))
-    known = most if kind.learning.one_row_a_record(config) else None
+    known = most if rows_are_counted(config) and not getattr(config, "packing", False) else None
     if looks is not None and known is not None:
         prompts = min(known, len(seen_by_field["data"].openings))
         yield from validation_checks.row_faults(

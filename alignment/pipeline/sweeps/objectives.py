@@ -32,7 +32,7 @@ _LESS_IS_BETTER_OF = ("loss/", "perplexity/")
 
 def of_stage(config: StageConfig) -> Reported:
     """The metrics that a stage with these settings writes into its manifest."""
-    return kind_of(config).outcome.metrics(config)
+    return kind_of(config).metrics(config)
 
 
 def missing(config: StageConfig, metric: str, stage: str) -> str:
@@ -40,8 +40,9 @@ def missing(config: StageConfig, metric: str, stage: str) -> str:
     known = of_stage(config)
     if metric in known:
         return ""
-    if why := kind_of(config).outcome.why_missing(config, metric, stage):
-        return why
+    for beginning, (needed, remedy) in known.absent.items():
+        if metric.startswith(beginning):
+            return f"stage {stage!r} reports no {metric!r} without {needed}; set stages.{stage}.{remedy}"
     every = [*known.names, *(f"{family}…" for family in known.families)]
     if not every:
         return f"stage {stage!r} reports no metric; use the evaluation's, with arm: …"

@@ -253,6 +253,7 @@ def _known(config: BenchmarkConfig) -> Chosen:
 
 
 def _faults(config: BenchmarkConfig, run: RunConfig, where: str) -> Iterator[Fault]:
+    yield from _arm_faults(config, where)
     version = _installed()
     if version is None or f"{version}.".partition(f"{_RELEASE}.")[0]:
         reason = "is not installed" if version is None else f"has version {version}, and this stage needs {_RELEASE}"
@@ -307,7 +308,7 @@ def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> I
                 yield Fault(where=path, message=f"{task.name!r} ({task.file}) {problem}")
 
 
-def _reference_faults(config: BenchmarkConfig, where: str) -> Iterator[Fault]:
+def _arm_faults(config: BenchmarkConfig, where: str) -> Iterator[Fault]:
     for number, arm in enumerate(config.arms):
         if arm in (PROMPTED, FEW_SHOT):
             message = f"{arm!r} changes prompts, which here belong to tasks; use 'base', and num_fewshot for examples"
@@ -415,8 +416,8 @@ KIND = base.StageKind(
     rehearse="alignment.stages.benchmark.run:rehearse",
     rehearse_reads_base=False,
     faults=_faults,
-    references=base.References(faults=_reference_faults),
+    metrics=_reported,
     files=base.OtherFiles(located=_located, content=content, code=_code, hub_data=_hub_data),
     launch=base.LaunchShape(runs_on=base.RunsOn.one_process),
-    outcome=base.Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
+    display=base.Display(doubts=_doubts, lines=lines, tables=tables),
 )

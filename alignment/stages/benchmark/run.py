@@ -21,7 +21,7 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.records.benchmark import Benchmark, BenchmarkArm, BenchmarkRow, BenchmarkTask, TaskMetric, write_rows
 from alignment.stages.benchmark.kind import BASE, INSTALL, BenchmarkConfig, content, selected
 from alignment.stages.benchmark.tasks import HARNESS
-from alignment.stages.shared.answer_scores import counted_progress
+from alignment.stages.shared.answer_sampling import counted_progress
 from alignment.stages.shared.policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext

@@ -19,15 +19,8 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
-from alignment.stages.base import DataSlot, Learning, Outcome, Proposals, Reported, StageKind
-from alignment.stages.shared.kind_answers import (
-    and_held_out,
-    handed_on,
-    held_out_slot,
-    next_token_curves,
-    replay_advice,
-    why_not_validated,
-)
+from alignment.stages.base import DataSlot, Display, Learning, Proposals, Reported, StageKind
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import adapter_rate, batch_size, data_of
 
 
@@ -73,8 +66,8 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 
 
 def _data(config: CptConfig) -> list[DataSlot]:
-    own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)
-    return [own, held_out_slot(config.validation, own)]
+    own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS, counted=False)
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -85,7 +78,7 @@ def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 
 def _reported(config: CptConfig) -> Reported:
     """No text is too long or cut short, because it becomes several rows."""
-    return and_held_out(Reported(training=("loss",), counts=("rows",)), config.validation)
+    return parts.and_held_out(Reported(training=("loss",), counts=("rows",)), config.validation)
 
 
 KIND = StageKind(
@@ -94,18 +87,11 @@ KIND = StageKind(
     config=CptConfig,
     revision=10,
     produces=POLICY,
-    run="alignment.stages.cpt.run:run",
+    run="alignment.stages.shared.language_model:learn_texts",
     data=_data,
     faults=_faults,
-    curves=next_token_curves,
-    learning=Learning(
-        one_row_a_record=lambda _: False,  # a text becomes as many rows as its tokens fill
-        batches_of_rows=False,
-        rehearsed=False,
-        may_drop=True,
-    ),
-    outcome=Outcome(
-        metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
-    ),
+    metrics=_reported,
+    learning=Learning(may_drop=True),
+    display=Display(curves=parts.next_token_curves, lines=parts.handed_on, against_forgetting=parts.replay_advice),
     proposals=Proposals(stage=_stage),
 )

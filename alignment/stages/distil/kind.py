@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from alignment.config.data import DataConfig, TooLongConfig
-from alignment.config.faults import Fault, unread_faults, unread_notes
+from alignment.config.faults import Fault, refuse, unread_faults, unread_notes
 from alignment.config.launch import SamplingConfig
 from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind
 from alignment.config.optim import OptimConfig
@@ -17,19 +17,11 @@ from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
 from alignment.config.run import RunConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
-from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.row_kinds import PROMPTS, Limits
+from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.records.interval import Interval
 from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.stages import base
-from alignment.stages.shared.kind_answers import (
-    check_engine,
-    curve,
-    held_out_fault,
-    replay_advice,
-    sampling_faults,
-    sampling_refusals,
-)
+from alignment.stages.shared import kind_answers as parts
 
 
 class Method(str, Enum):
@@ -191,17 +183,9 @@ FIGURES = ("eval_acceptance", "eval_same_top", "eval_divergence")
 HELD_OUT = (*FIGURES, *(f"{name}{BEFORE}" for name in FIGURES), "eval_tokens_per_step")
 
 
-def _data(config: DistilConfig) -> list[base.DataSlot]:
-    left_out = [
-        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
-        for number, data in enumerate(config.leave_out)
-    ]
-    return [base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS), *left_out]
-
-
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     usual = DistilConfig()
-    yield from sampling_faults(config.sampling, f"{where}.sampling")
+    yield from parts.sampling_faults(config.sampling, f"{where}.sampling")
     if config.layers is None and config.init == config.teacher:
         message = (
             f"{config.init!r} is the teacher itself, so there is nothing to learn; set layers to use its first "
@@ -221,27 +205,23 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.timed_prompts", message=message)
 
 
-def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[Fault]:
-    """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
+def layers_left(config: DistilConfig, layers: int, where: str) -> int:
+    """The layers of the student. Raises ConfigError: a draft would have all ``layers`` of its ``init``."""
     if config.layers is not None and config.layers >= layers:
         message = (
             f"{config.layers}, but {config.init} has {layers} layers; choose at most {layers - 1} for a faster draft"
         )
-        yield Fault(where=f"{where}.layers", message=message)
+        refuse([Fault(where=f"{where}.layers", message=message)])
+    return layers if config.layers is None else config.layers
 
 
 def _reported(config: DistilConfig) -> base.Reported:
-    held_out = HELD_OUT if config.eval_fraction else ()
-    counts = (*COUNTS, "eval_prompts", "eval_tokens") if config.eval_fraction else COUNTS
-    return base.Reported(
-        held_out=held_out, training=("loss",), counts=counts, less_is_better=("loss", "eval_divergence")
-    )
-
-
-def _why_missing(config: DistilConfig, metric: str, stage: str) -> str:
-    if config.eval_fraction or not metric.startswith("eval_"):
-        return ""
-    return f"stage {stage!r} reports no {metric!r} without held-out prompts; set stages.{stage}.eval_fraction above 0"
+    less = ("loss", "eval_divergence")
+    if not config.eval_fraction:
+        absent = {"eval_": ("held-out prompts", "eval_fraction above 0")}
+        return base.Reported(training=("loss",), counts=COUNTS, less_is_better=less, absent=absent)
+    counts = (*COUNTS, "eval_prompts", "eval_tokens")
+    return base.Reported(held_out=HELD_OUT, training=("loss",), counts=counts, less_is_better=less)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -256,11 +236,14 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     if settings.get("method") == Method.sequence.value:
-        return [curve("Loss", "nats per token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
+        return [
+            parts.curve("Loss", "nats per token", "loss"),
+            parts.curve("Next-token accuracy", "share", "mean_token_accuracy"),
+        ]
     return [
-        curve("Divergence from the teacher", "nats per token", "loss"),
-        curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
-        curve("Same most likely token", "share", "same_top"),
+        parts.curve("Divergence from the teacher", "nats per token", "loss"),
+        parts.curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
+        parts.curve("Same most likely token", "share", "same_top"),
     ]
 
 
@@ -271,28 +254,16 @@ KIND = base.StageKind(
     revision=10,
     produces=POLICY,
     run="alignment.stages.distil.run:run",
-    data=_data,
-    leaves_out="leave_out",
+    data=lambda config: parts.asked_slots(config, PROMPTS, counted=False),
     faults=_faults,
-    curves=_curves,
-    launch=base.LaunchShape(
-        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
-        check_machine=lambda config, where: check_engine(config.sampling, where),
-    ),
+    metrics=_reported,
+    launch=parts.sampled_launch(base.RunsOn.processes),
     learning=base.Learning(
-        limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
-        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "prompts", where),
-        one_row_a_record=lambda _: False,
-        batches_of_rows=False,
-        layer_faults=too_many_layers,
-        layers_left=lambda config, layers: layers if config.layers is None else config.layers,
+        limits=parts.prompt_limits,
+        faults=lambda config, prompts, _, where: parts.held_out_fault(config.eval_fraction, prompts, "prompts", where),
+        layers=layers_left,
     ),
-    outcome=base.Outcome(
-        metrics=_reported,
-        why_missing=_why_missing,
-        doubts=_doubts,
-        lines=lines,
-        tables=tables,
-        against_forgetting=replay_advice,
+    display=base.Display(
+        curves=_curves, doubts=_doubts, lines=lines, tables=tables, against_forgetting=parts.replay_advice
     ),
 )

@@ -1,8 +1,6 @@
-"""A student learns from a teacher's answers, and is compared with it before and after (docs/design/0036).
-
-The teacher answers all prompts first. Then the student learns, by the forward divergence from the teacher at each token
-or from the answers alone. What is reported is measured on the student as it was saved.
-"""
+"""A student learns from a teacher's answers, and is compared with it before and after (docs/design/0036). The teacher
+answers all prompts first. Then the student learns, by the forward divergence from the teacher at each token or from the
+answers alone. What is reported is measured on the student as it was saved."""
 
 from __future__ import annotations
 
@@ -35,14 +33,10 @@ from alignment.training.sharding import load_whole_again, prepare, shared
 
 
 def run(config: DistilConfig, context: StageContext) -> StageResult:
-    """A teacher, a student and prompts in; a policy and ``distillation.json`` out.
-
-    Raises:
-        ConfigError: the student would have as many layers as its teacher.
-        DataError: no prompt is left to ask, or too few to hold any out.
-        ModelError: teacher and student do not fit each other.
-        StageError: the training diverged, or greedy answers with the draft are not the teacher's.
-    """
+    """A teacher, a student and prompts in; a policy and ``distillation.json`` out. Raises ConfigError: the student
+    would have as many layers as its teacher. Raises DataError: no prompt is left to ask, or too few to hold any out.
+    Raises ModelError: teacher and student do not fit each other. Raises StageError: the training diverged, or greedy
+    answers with the draft are not the teacher's."""
     context.progress("loading")
     tokenizer = asked_tokenizer(context, field="teacher")
     start = student_of(config, context, tokenizer)
@@ -75,7 +69,6 @@ def run(config: DistilConfig, context: StageContext) -> StageResult:
 
 
 def _teacher(config: DistilConfig, context: StageContext, start: Lineage, taught_by: Lineage) -> PreTrainedModel:
-    """The teacher, after it was checked against the student."""
     where = f"stages.{context.spec.stage}"
     teacher = frozen_model(context, taught_by)
     refuse_other_heads(frozen_model(context, start), teacher, where=f"{where}.init")
@@ -104,7 +97,6 @@ def _figures(
 def _learned(
     config: DistilConfig, context: StageContext, start: Lineage, teacher: PreTrainedModel, tokenizer: Any, rows: Dataset
 ) -> tuple[float, StageResult]:
-    """The last loss, and the student as it was saved."""
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     if config.method.needs_teacher:
         trainer: MicroBatchedSftTrainer = distil_trainer(config, context, policy, teacher, tokenizer, rows)
@@ -164,7 +156,6 @@ def _timing(
     held_out: HeldOutAnswers,
     students: Any,
 ) -> Timing | None:
-    """Measured by the main process, while the others wait."""
     if not config.timed_prompts:
         return None
     context.progress("timing assisted generation")

@@ -14,7 +14,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from alignment.config.faults import refuse
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import tokenizer_hashes
@@ -22,7 +21,7 @@ from alignment.models.assembly.load import Lineage, load_policy, saved_adapters,
 from alignment.models.assembly.modules import keep_first_layers
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.divergence import learned_positions, teaching_at
-from alignment.stages.distil.kind import DistilConfig, too_many_layers
+from alignment.stages.distil.kind import DistilConfig, layers_left
 from alignment.stages.shared.answer_sampling import AskedPrompts
 from alignment.stages.shared.language_model import MicroBatchedSftTrainer
 from alignment.stages.shared.preference_pairs import split_by_prompt
@@ -45,7 +44,7 @@ def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> L
     if config.layers is None:
         return start
     available = AutoConfig.from_pretrained(str(start.base)).get_text_config().num_hidden_layers
-    refuse(list(too_many_layers(config, available, where)))
+    layers_left(config, available, where)
     shared(lambda: _make(config.layers, context, start, tokenizer) if context.is_main else None)
     return Lineage(source="self", base=_folder(context), adapters=())
 
@@ -55,7 +54,6 @@ def _folder(context: StageContext) -> Path:
 
 
 def _make(layers: int | None, context: StageContext, start: Lineage, tokenizer: Any) -> None:
-    """Writes a model folder of the first layers, unless an earlier attempt has."""
     assert layers is not None
     folder = _folder(context)
     if folder.is_dir():
@@ -91,10 +89,8 @@ def saved_student(context: StageContext, start: Lineage, result: StageResult) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutAnswers:
-    """Token ids of the teacher's ``answers`` to held-out prompts; an answer's prompt is repeated beside it.
-
-    ``groups`` are the numbers of the prompts, from 0, one for each answer.
-    """
+    """Token ids of the teacher's ``answers`` to held-out prompts; an answer's prompt is repeated beside it. ``groups``
+    are the numbers of the prompts, from 0, one for each answer."""
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
@@ -139,10 +135,8 @@ ACCEPTANCE, SAME_TOP = "acceptance", "same_top"
 
 
 class DistilTrainer(MicroBatchedSftTrainer):
-    """Minimises the mean of Σ p (log p − log q) over all answer tokens of an optimiser batch.
-
-    The model must have ``install_divergence``. ``teacher`` is whole on every process, frozen and without wrappers.
-    """
+    """Minimises the mean of Σ p (log p − log q) over all answer tokens of an optimiser batch. The model must have
+    ``install_divergence``. ``teacher`` is whole on every process, frozen and without wrappers."""
 
     teacher: PreTrainedModel
     temperature: float
@@ -164,10 +158,8 @@ class DistilTrainer(MicroBatchedSftTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """This process's part of the loss of a micro-batch, scaled as the trainer's other losses are.
-
-        It is divided by the learned tokens of all processes, over which the gradient is then averaged.
-        """
+        """This process's part of the loss of a micro-batch, scaled as the trainer's other losses are. It is divided by
+        the learned tokens of all processes, over which the gradient is then averaged."""
         rows, indices = learned_positions(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         with torch.no_grad():
             teaching = teaching_at(self.teacher, rows, indices)

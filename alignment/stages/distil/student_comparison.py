@@ -79,10 +79,8 @@ def sums_of_answers(
     temperature: float,
     tokens: int,
 ) -> list[list[float]]:
-    """For each answer the sums over its tokens of acceptance, agreement and divergence, and their number.
-
-    ``tokens`` limits those of a micro-batch.
-    """
+    """For each answer the sums over its tokens of acceptance, agreement and divergence, and their number. ``tokens``
+    limits those of a micro-batch."""
     rows: list[list[float]] = []
     for batch in batches(prompts, answers, tokens=tokens, device=student.device):
         teaching = teaching_at(teacher, batch.rows, batch.indices)
@@ -125,14 +123,6 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """Answers as token ids, and the seconds that all of them took."""
-
-    answers: list[list[int]]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Greedy:
     """Greedy answers of at most ``max_new_tokens`` tokens, which end with one of ``end_ids``."""
 
@@ -147,8 +137,9 @@ class Greedy:
         *,
         draft: PreTrainedModel | None = None,
         lengths: Sequence[int] | None = None,
-    ) -> Answered:
-        """One prompt after another; ``lengths`` sets how many tokens each answer has, without regard to its end."""
+    ) -> tuple[list[list[int]], float]:
+        """Answers as token ids, one prompt after another, and the seconds that all of them took; ``lengths`` sets how
+        many tokens each answer has, without regard to its end."""
         answers, seconds = [], 0.0
         for number, prompt in enumerate([prompts[0], *prompts]):  # the first one again: it warms up
             exact = None if lengths is None else lengths[max(0, number - 1)]
@@ -157,7 +148,7 @@ class Greedy:
             if number:
                 seconds += time.perf_counter() - started
                 answers.append(answer)
-        return Answered(answers=answers, seconds=seconds)
+        return answers, seconds
 
     @torch.no_grad()
     def _answer(
@@ -191,16 +182,16 @@ def timing(
         max_new_tokens=config.max_new_tokens, end_ids=sorted(end_ids(tokenizer)), pad_id=tokenizer.pad_token_id
     )
     model = _as_loaded(context, teacher)
-    alone = greedy.answered(model, prompts)
-    lengths = [len(answer) for answer in alone.answers]
+    alone, seconds = greedy.answered(model, prompts)
+    lengths = [len(answer) for answer in alone]
     assisted: list[Assisted] = []
     cost_ratio = 0.0
     for student, figures in students:
         draft = _drafting(_as_loaded(context, student), config.gamma)
         if not assisted:
-            cost_ratio = greedy.answered(draft, prompts, lengths=lengths).seconds / alone.seconds
-        answered = greedy.answered(model, prompts, draft=draft)
-        gaps = gaps_at_differences(model, prompts, alone.answers, answered.answers)
+            cost_ratio = greedy.answered(draft, prompts, lengths=lengths)[1] / seconds
+        answers, assisted_seconds = greedy.answered(model, prompts, draft=draft)
+        gaps = gaps_at_differences(model, prompts, alone, answers)
         if context.spec.model.dtype is Dtype.float32 and max(gaps, default=0.0) > TIE:
             raise StageError(
                 f"{len(gaps)} of {len(prompts)} greedy answers with a draft differ from those without it, where the "
@@ -210,7 +201,7 @@ def timing(
             )
         assisted.append(
             Assisted(
-                seconds=answered.seconds,
+                seconds=assisted_seconds,
                 expected=_expected(figures.same_top, config.gamma, cost_ratio),
                 expected_sampling=_expected(figures.acceptance, config.gamma, cost_ratio),
                 differing=len(gaps),
@@ -222,7 +213,7 @@ def timing(
     return Timing(
         prompts=len(prompts),
         tokens=sum(lengths),
-        seconds=alone.seconds,
+        seconds=seconds,
         cost_ratio=cost_ratio,
         before=before,
         after=after,
@@ -236,10 +227,8 @@ def _expected(acceptance: Interval, gamma: int, cost_ratio: float) -> Interval:
 def gaps_at_differences(
     model: PreTrainedModel, prompts: Sequence[Tokens], alone: Sequence[Tokens], assisted: Sequence[Tokens]
 ) -> list[float]:
-    """How far apart the model's logits of the first two tokens are that differ, for each answer that differs.
-
-    An answer that only ends earlier than the other is infinitely far apart.
-    """
+    """How far apart the model's logits of the first two tokens are that differ, for each answer that differs. An answer
+    that only ends earlier than the other is infinitely far apart."""
     gaps = []
     for prompt, own, other in zip(prompts, alone, assisted, strict=True):
         if list(own) == list(other):

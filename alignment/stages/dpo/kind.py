@@ -19,19 +19,8 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PreferencePair
 from alignment.records.training import ACCURACY
-from alignment.stages.base import LOSS, Curve, DataSlot, Learning, LearnsFrom, Outcome, Proposals, Reported, StageKind
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    and_held_out,
-    beside_held_out,
-    curve,
-    handed_on,
-    held_out_slot,
-    hold_nearer_to_the_start,
-    limits_of_parts,
-    pair_slot,
-    why_not_validated,
-)
+from alignment.stages.base import LOSS, Curve, DataSlot, Display, Learning, LearnsFrom, Proposals, Reported, StageKind
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit, validation
 
 
@@ -174,17 +163,17 @@ HALVED = math.log(2)
 
 
 def _data(config: DpoConfig) -> list[DataSlot]:
-    own = pair_slot(config.data, config.margin)
-    return [own, held_out_slot(config.validation, own)]
+    own = parts.pair_slot(config.data, config.margin)
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 def _reported(config: DpoConfig) -> Reported:
     own = Reported(
         training=("loss", "rewards/accuracies", "rewards/margins", *CHANGES),
-        counts=ROW_COUNTS,
+        counts=parts.ROW_COUNTS,
         half_by_chance=("rewards/accuracies", ACCURACY),
     )
-    return and_held_out(own, config.validation)
+    return parts.and_held_out(own, config.validation)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -205,14 +194,14 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     from_ln2 = settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
     unit = "log odds" if settings.get("loss") == DpoLoss.orpo.value else "implicit reward"
     charts = [
-        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
-        curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
-        curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
-        curve(
+        parts.curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if from_ln2 else LOSS,
+        parts.curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5, live=True),
+        parts.curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
+        parts.curve(
             "Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=("chosen", "rejected")
         ),
     ]
-    return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
+    return parts.beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
 
 
 _FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.value)
@@ -225,16 +214,11 @@ KIND = StageKind(
     produces=POLICY,
     run="alignment.stages.dpo.run:run",
     data=_data,
-    curves=_curves,
-    headline="rewards/accuracies",
     faults=lambda config, _, where: loss_faults(config, where),
-    learning=Learning(limits=limits_of_parts, learns_from=LearnsFrom.preferences),
-    outcome=Outcome(
-        metrics=_reported,
-        why_missing=why_not_validated,
-        doubts=_doubts,
-        lines=handed_on,
-        against_forgetting=hold_nearer_to_the_start,
+    learning=Learning(limits=parts.limits_of_parts, learns_from=LearnsFrom.preferences),
+    metrics=_reported,
+    display=Display(
+        curves=_curves, doubts=_doubts, lines=parts.handed_on, against_forgetting=parts.hold_nearer_to_the_start
     ),
     proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -1,9 +1,7 @@
-"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7), and losses like it.
-
-The reference is the policy at the start of the stage: with an adapter, the same base with the adapters as they were
-then; in full training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the
-sigmoid loss starts at ln 2; otherwise the stage stops with an error. A loss without a reference has none of this.
-"""
+"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7), and losses like it. The reference is
+the policy at the start of the stage: with an adapter, the same base with the adapters as they were then; in full
+training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the sigmoid loss
+starts at ln 2; otherwise the stage stops with an error. A loss without a reference has none of this."""
 
 from __future__ import annotations
 
@@ -19,25 +17,11 @@ from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.weight_file import copied_in_calls
 from alignment.models.forward.answers import unwrapped
+from alignment.stages.dpo import trainer as trainers
 from alignment.stages.dpo.kind import DpoConfig, DpoLoss
-from alignment.stages.dpo.trainer import (
-    FirstBatch,
-    PairLogprobs,
-    PairTrainer,
-    WithMargins,
-    implicit_rewards,
-    nll_of_chosen,
-    own_loss,
-)
+from alignment.stages.shared import reference as references
 from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import hold_out, pair_tokens, read_pairs
-from alignment.stages.shared.reference import (
-    Reference,
-    copy_of_start,
-    make_ready,
-    precomputed_reference,
-    with_reference,
-)
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
@@ -45,7 +29,7 @@ from alignment.training.longest_batch import refuse_long_rows
 from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS
 from alignment.training.optimizer import common_arguments
 from alignment.training.session import train
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss at the start cannot be noise."""
@@ -67,8 +51,8 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
             reference.keep()
     ceiling, validation = DIVERGED * start_loss(config, first.start), None
     if held_out is not None:
-        rows = HeldOutRows(rows=_dataset(held_out, trainer.precomputed_held_out), tokens=pair_tokens(held_out))
-        validation = Validation(config.validation, context, trainer, rows)
+        rows = _dataset(held_out, trainer.precomputed_held_out)
+        validation = Validation(config.validation, context, trainer, rows, pair_tokens(held_out))
     last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     metrics = {
         "loss": last["loss"],
@@ -88,22 +72,22 @@ def _trainer(
     tokenizer: Any,
     pairs: Dataset,
     held_out: Dataset | None = None,
-) -> PairTrainer:
+) -> trainers.PairTrainer:
     pairs, origin_of = split_origins(pairs)
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     refuse_long_rows(policy, pairs, origin_of)  # before the reference reads them
     reference = precomputed = precomputed_held_out = None
 
-    def computed(rows: Dataset) -> Reference:
+    def computed(rows: Dataset) -> references.Reference:
         tokens = tokens_of(config.optim.micro_batch_tokens)
-        return precomputed_reference(policy, start, rows, context, answers=ANSWERS, tokens=tokens)
+        return references.precomputed_reference(policy, start, rows, context, answers=ANSWERS, tokens=tokens)
 
     if config.precompute_reference:
         precomputed = computed(pairs)
         precomputed_held_out = None if held_out is None else computed(held_out)
     elif config.loss.needs_reference:
-        reference = copy_of_start(policy, context)
-    trainer = PairTrainer(
+        reference = references.copy_of_start(policy, context)
+    trainer = trainers.PairTrainer(
         model=policy,
         ref_model=reference,
         args=TrlDpoConfig(
@@ -122,40 +106,37 @@ def _trainer(
     )
     trainer.precomputed_held_out, trainer.row_origin = precomputed_held_out, origin_of
     trainer.needs_reference = config.loss.needs_reference
-    trainer.own_loss, trainer.implicit_rewards = own_loss(config), implicit_rewards(config)
+    trainer.own_loss, trainer.implicit_rewards = trainers.own_loss(config), trainers.implicit_rewards(config)
     trainer.nll_weight = config.nll_weight
     trainer.precompute_ref_logps = True  # each micro-batch gets them before it is learned from (PairTrainer)
     if config.margin:
-        trainer.data_collator = WithMargins(trainer.data_collator)
-    make_ready(trainer, policy, reference, precomputed, config.optim, context)
+        trainer.data_collator = trainers.WithMargins(trainer.data_collator)
+    references.make_ready(trainer, policy, reference, precomputed, config.optim, context)
     return trainer
 
 
-def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
+def _dataset(pairs: Dataset, reference: references.Reference | None) -> Dataset:
     """The pairs and the reference's log-probabilities, with the column names that TRL's collator expects."""
     rows = pairs.rename_columns({column: f"{column}_ids" for column in pairs.column_names if column != MARGIN})
-    return with_reference(rows, reference, {answer: f"ref_{answer}_logps" for answer in ANSWERS})
+    return references.with_reference(rows, reference, {answer: f"ref_{answer}_logps" for answer in ANSWERS})
 
 
-def start_loss(config: DpoConfig, start: PairLogprobs) -> float:
+def start_loss(config: DpoConfig, start: trainers.PairLogprobs) -> float:
     """The loss of the first batch while the policy equals its reference."""
-    if (own := own_loss(config)) is not None:
+    if (own := trainers.own_loss(config)) is not None:
         loss = float(own(start).mean())
     elif config.loss in (DpoLoss.hinge, DpoLoss.apo_zero, DpoLoss.apo_down):
         loss = 1.0
     else:
         loss = 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
-    return loss + config.nll_weight * float(nll_of_chosen(start).mean())
+    return loss + config.nll_weight * float(trainers.nll_of_chosen(start).mean())
 
 
-def check_start(trainer: PairTrainer) -> FirstBatch:
-    """The first batch, before the first step.
-
-    Raises:
-        StageError: policy and reference differ on a row, so the reference is not the policy that the stage starts from.
-    """
+def check_start(trainer: trainers.PairTrainer) -> trainers.FirstBatch:
+    """The first batch, before the first step. Raises StageError: policy and reference differ on a row, so the reference
+    is not the policy that the stage starts from."""
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
-        first = FirstBatch(trainer)
+        first = trainers.FirstBatch(trainer)
         if trainer.needs_reference:
             first.refuse_other_start()
     return first

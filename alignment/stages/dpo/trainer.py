@@ -12,20 +12,17 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from alignment.algos import preferences
-from alignment.config.model import Dtype
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.stages.dpo.kind import DpoConfig, DpoLoss
-from alignment.stages.shared.reference import AgainstStart, Reference, StartRow, answer_logprobs, refuse_other_reference
+from alignment.stages.shared.reference import AgainstStart, Reference, StartRow, answer_logprobs, refuse_other_start
 from alignment.training.micro_batches import Batch, Unit
 from alignment.training.sharding import everyones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogprobs:
-    """``[pairs]`` log-probabilities of answers in nats, and the tokens of each answer.
-
-    The reference's are 0 for a loss without a reference. ``margins`` are score differences; 0 if rows have none.
-    """
+    """``[pairs]`` log-probabilities of answers in nats, and the tokens of each answer. The reference's are 0 for a loss
+    without a reference. ``margins`` are score differences; 0 if rows have none."""
 
     chosen: Tensor
     rejected: Tensor
@@ -104,10 +101,8 @@ class WithMargins:
 
 class PairTrainer(AgainstStart, DPOTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches. Set what is not TRL's after construction.
-
     ``own_loss`` replaces TRL's loss, ``nll_weight`` times the chosen answer's negative log-likelihood is added to the
-    loss, and ``implicit_rewards`` replace TRL's.
-    """
+    loss, and ``implicit_rewards`` replace TRL's."""
 
     unit = Unit.pairs
     accuracy_metric = "rewards/accuracies"
@@ -128,7 +123,6 @@ class PairTrainer(AgainstStart, DPOTrainer):
         return chosen, rejected
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
-        """The mean loss of the pairs, and TRL's metrics of them."""
         margins, _ = _margins(inputs)
         inputs = {name: value for name, value in inputs.items() if name != MARGIN}
         # Before the policy's activations are in memory.
@@ -159,7 +153,6 @@ class PairTrainer(AgainstStart, DPOTrainer):
         return zeros, zeros
 
     def _report(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Replaces the rewards among the metrics that TRL has just added."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         chosen, rejected = (self.accelerator.gather(rewards.detach()) for rewards in (chosen, rejected))
         is_right = (chosen > rejected).float()
@@ -205,10 +198,8 @@ class FirstBatch:
         )
 
     def changes(self) -> dict[str, float]:
-        """By how many nats the log-probability of an answer has changed since the start, on average.
-
-        Call it after training, on every process.
-        """
+        """By how many nats the log-probability of an answer has changed since the start, on average. Call it after
+        training, on every process."""
         chosen, rejected = self._of_all(lambda inputs: self._trainer.logprobs_of(self._trainer.model_wrapped, inputs))
         return {
             "logps/chosen_change": float((chosen - self.start.chosen).mean()),
@@ -216,19 +207,12 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Raises StageError unless policy and reference agree on every answer.
-
-        A precomputed reference must have the policy's numbers in its own micro-batches, and the rows of this batch.
-        """
-        precomputed = self._trainer.precomputed
-        if precomputed is not None:
-            refuse_other_reference(precomputed.start_rows())
+        """Raises StageError unless policy and reference agree on every answer."""
         reference = torch.cat(self._of_all(self._trainer.reference_logprobs))
         policy = torch.cat([self.start.chosen, self.start.rejected])
         tokens = torch.cat([self.start.chosen_tokens, self.start.rejected_tokens]).int()
         rows = zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)
-        is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
-        refuse_other_reference((StartRow(*row) for row in rows), is_rounded=is_rounded)
+        refuse_other_start(self._trainer, (StartRow(*row) for row in rows))
 
     def _of_all(self, values: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``[pairs]`` values of chosen and of rejected answers, of all processes, on the CPU."""

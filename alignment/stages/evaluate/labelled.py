@@ -26,7 +26,7 @@ from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.checks import DATA, labels_pairs, primary_metric
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import reply_line
-from alignment.stages.shared.answer_scores import asking_of, counted_progress, metric_scores_of
+from alignment.stages.shared.answer_sampling import asking_of, counted_progress, metric_scores_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 

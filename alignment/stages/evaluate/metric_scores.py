@@ -25,7 +25,7 @@ from alignment.rewards.scorers import Answers, Scorer
 from alignment.stages.evaluate.checks import is_graded
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.prompts import ArmPrompts
-from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
+from alignment.stages.shared.answer_sampling import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares
 from alignment.training.context import StageContext
 

@@ -10,9 +10,10 @@ from alignment.config.data import DataConfig
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.config.rules import FRACTION, NOT_NEGATIVE, POSITIVE
+from alignment.config.run import RunConfig
 from alignment.core.artifacts import FORGETTING
 from alignment.data.records import PlainText, Question
-from alignment.stages.base import DataSlot, LaunchShape, Outcome, References, Reported, RunsOn, StageKind
+from alignment.stages.base import DataSlot, LaunchShape, Reported, RunsOn, StageKind
 from alignment.stages.shared.kind_answers import of_arms
 
 
@@ -42,7 +43,7 @@ def _data(config: ForgettingConfig) -> list[DataSlot]:
     ]
 
 
-def _reference_faults(config: ForgettingConfig, where: str) -> Iterator[Fault]:
+def _faults(config: ForgettingConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if not config.arms:
         yield Fault(where=f"{where}.arms", message="is empty; list the policies to measure, for example [stage:sft]")
     for number, arm in enumerate(config.arms):
@@ -64,7 +65,7 @@ KIND = StageKind(
     run="alignment.stages.forgetting.run:run",
     rehearse="alignment.stages.shared.base_check:refuse_base_without_logprobs",
     data=_data,
-    references=References(faults=_reference_faults),
+    faults=_faults,
+    metrics=_reported,
     launch=LaunchShape(runs_on=RunsOn.replicas),
-    outcome=Outcome(metrics=_reported),
 )

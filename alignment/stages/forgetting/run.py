@@ -5,18 +5,7 @@ from __future__ import annotations
 from alignment.core.artifacts import write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.forgetting_measures import (
-    BASE,
-    Asked,
-    Material,
-    Measured,
-    headlines,
-    material,
-    measured,
-    question_rows,
-    table,
-    text_rows,
-)
+from alignment.evaluation import forgetting_measures as measures
 from alignment.evaluation.statistics import Intervals
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, refuse_other_tokenizer
@@ -32,11 +21,8 @@ TEXTS, QUESTIONS = "texts", "questions"
 
 
 def run(config: ForgettingConfig, context: StageContext) -> StageResult:
-    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out.
-
-    The processes share what the policies read. The stage does not fail if an arm exceeds a limit; the driver fails the
-    run at its end.
-    """
+    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out. The processes share what the
+    policies read. The stage does not fail if an arm exceeds a limit; the driver fails the run at its end."""
     spec = context.spec
     context.progress("loading")
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
@@ -44,27 +30,33 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
         refuse_other_tokenizer(spec, arm, tokenizer)
     texts = rows_of(context, PlainText, config.data)
     questions = rows_of(context, Question, config.questions, field=QUESTIONS)
-    tokens = material(tokenizer, texts, questions)
-    arms = {BASE: StageInput(ref=BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
+    tokens = measures.material(tokenizer, texts, questions)
+    arms = {measures.BASE: StageInput(ref=measures.BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
     by_arm = _measured(context, arms, tokens)
-    asked = Asked(texts=texts, tokens=tokens.tokens, questions=questions)
+    asked = measures.Asked(texts=texts, tokens=tokens.tokens, questions=questions)
     return on_main(context, lambda: _written(config, context, by_arm, asked)) or StageResult(metrics={})
 
 
-def _measured(context: StageContext, arms: dict[str, StageInput], tokens: Material) -> dict[str, Measured]:
+def _measured(
+    context: StageContext, arms: dict[str, StageInput], tokens: measures.Material
+) -> dict[str, measures.Measured]:
     asked = {}
     for name, arm in arms.items():
         for kind, (prompts, answers) in ((TEXTS, tokens.chunk_rows), (QUESTIONS, tokens.choice_rows)):
             asked[name, kind] = PolicyRows(policy=lineage(context.spec, arm), prompts=prompts, answers=answers)
     logprobs = policy_logprobs(context, "measuring", Policies(context), asked)
-    return {name: measured(tokens, logprobs[name, TEXTS], logprobs[name, QUESTIONS], name=name) for name in arms}
+    return {
+        name: measures.measured(tokens, logprobs[name, TEXTS], logprobs[name, QUESTIONS], name=name) for name in arms
+    }
 
 
-def _written(config: ForgettingConfig, context: StageContext, by_arm: dict[str, Measured], asked: Asked) -> StageResult:
+def _written(
+    config: ForgettingConfig, context: StageContext, by_arm: dict[str, measures.Measured], asked: measures.Asked
+) -> StageResult:
     limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    record = table(by_arm, asked, limits=limits, intervals=intervals)
+    record = measures.table(by_arm, asked, limits=limits, intervals=intervals)
     record.write(context.content)
-    write_lines(context.content / "texts.jsonl", text_rows(by_arm, asked))
-    write_lines(context.content / "questions.jsonl", question_rows(by_arm, asked))
-    return StageResult(metrics=headlines(record))
+    write_lines(context.content / "texts.jsonl", measures.text_rows(by_arm, asked))
+    write_lines(context.content / "questions.jsonl", measures.question_rows(by_arm, asked))
+    return StageResult(metrics=measures.headlines(record))

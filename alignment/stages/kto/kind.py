@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
-from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
+from alignment.algos.sampling import GREATEST_RATIO, LEAST_RATIO, label_weights
 from alignment.config.data import DataConfig, TooLongConfig
 from alignment.config.faults import Fault
 from alignment.config.model import AdapterConfig
@@ -127,13 +127,13 @@ def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Faul
         yield Fault(where=f"{where}.optim.batch_size", message=message)
 
 
-def _label_faults(_: KtoConfig, labels: Mapping[str, int], where: str) -> Iterator[Fault]:
-    if why := one_label(labels):
+def _label_faults(_: KtoConfig, __: int, labels: Mapping[str, int], where: str) -> Iterator[Fault]:
+    if labels and (why := one_label(labels)):
         yield Fault(where=f"{where}.data", message=f"{why}; {ONE_LABEL_REMEDY}")
 
 
-def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
-    """The weights that follow from the labels, or a warning about those that were set."""
+def _notes(config: KtoConfig, planned: base.Planned) -> Iterator[str]:
+    labels = planned.labels
     if one_label(labels):
         return
     counts = labels[DESIRABLE], labels[UNDESIRABLE]
@@ -153,7 +153,7 @@ def _curves(_: Mapping[str, Any]) -> list[base.Curve]:
     return [
         base.LOSS,
         curve("Implicit reward", "β log π/ref", ("rewards/chosen", "rewards/rejected"), 0.0, labels=_LABELS),
-        curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
+        curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0, live=True),
         curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
         curve("Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected"), labels=_LABELS),
     ]
@@ -168,18 +168,14 @@ KIND = base.StageKind(
     run="alignment.stages.kto.run:run",
     data=_data,
     faults=_faults,
-    curves=_curves,
-    headline="rewards/margins",
+    metrics=lambda _: base.Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
+    notes=_notes,
     launch=base.LaunchShape(size_faults=_size_faults),
     learning=base.Learning(
         limits=limits_of_parts,
-        label_faults=_label_faults,
-        label_notes=_label_notes,
+        faults=_label_faults,
         learns_from=base.LearnsFrom.preferences,
     ),
-    outcome=base.Outcome(
-        metrics=lambda _: base.Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS)),
-        against_forgetting=hold_nearer_to_the_start,
-    ),
+    display=base.Display(curves=_curves, against_forgetting=hold_nearer_to_the_start),
     proposals=base.Proposals(stage=_stage),
 )

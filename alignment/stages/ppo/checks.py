@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import Engine, RolloutSamplingConfig
 from alignment.config.model import AdapterKind, Critic
-from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.engines.server_process import RANKS
 from alignment.rewards.scorer_sources import in_list, with_members
-from alignment.stages.base import Curve
+from alignment.stages.base import Curve, Planned
 from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
 from alignment.stages.shared.kind_answers import curve, sampling_faults
 
@@ -43,25 +43,16 @@ def critic_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     yield from unread_notes(config.optim, PpoOptimConfig(), ("critic_lr",), f"{where}.optim", reader)
 
 
-def group_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    """A group of one answer, with which nothing can be compared."""
-    if config.completions_per_prompt > 1:
-        return
-    if config.advantage is not Advantage.gae:
+def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
+    """Why the stage at ``where`` cannot sample and learn on this number of processes. All answers to a prompt stay on
+    one process, for sampling and for learning."""
+    episodes, group = config.optim.batch_size, config.completions_per_prompt
+    if group == 1 and config.advantage is not Advantage.gae:  # nothing can be compared
         message = f"1, but advantage {config.advantage.value!r} compares the answers to a prompt; choose 2 or more"
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
-    elif config.prompt_baseline:
+    elif group == 1 and config.prompt_baseline:
         message = "the baseline is the mean over other completions; set completions_per_prompt to 2 or more"
         yield Fault(where=f"{where}.prompt_baseline", message=message)
-
-
-def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
-    """Why the stage at ``where`` cannot sample and learn on this number of processes.
-
-    All answers to a prompt stay on one process, for sampling and for learning.
-    """
-    episodes, group = config.optim.batch_size, config.completions_per_prompt
-    yield from group_faults(config, where)
     if config.guard.every and config.guard.prompts < processes:
         message = f"{config.guard.prompts} prompts are too few for {processes} processes; choose {processes} or more"
         yield Fault(where=f"{where}.guard.prompts", message=message)
@@ -133,11 +124,11 @@ def reported_of_engine(sampling: RolloutSamplingConfig) -> tuple[str, ...]:
     return tuple(name for name in OF_ENGINE if name not in OF_CAP or sampling.importance_cap is not None)
 
 
-def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:
+def engine_notes(config: PpoConfig, planned: Planned) -> Iterator[str]:
     """What an engine costs, and what it changes."""
-    if config.sampling.engine is Engine.own:
+    if config.sampling.engine is Engine.own or not planned.has_to_run:
         return
-    size = "" if weights is None else f", {weights / 1e9:.2g} GB"
+    size = "" if planned.weights is None else f", {planned.weights / 1e9:.2g} GB"
     if config.adapter.kind is AdapterKind.full:
         yield (
             f"vLLM has its own copy of the weights, and after each of {config.updates} updates all of them{size} "
@@ -179,12 +170,7 @@ GUARD = "guard.scorer"
 """The field of the guard's held-out scorer."""
 
 
-def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """The scorers whose weighted sum PPO maximises."""
-    return in_list(config.scorers)
-
-
 def in_use(config: PpoConfig) -> dict[str, ScoreSourceConfig]:
     """Every scorer that a stage calls, members of ensembles too; the held-out scorer only if the guard is on."""
     held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
-    return with_members(maximised(config) | held_out)
+    return with_members(in_list(config.scorers) | held_out)

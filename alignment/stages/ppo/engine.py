@@ -35,11 +35,9 @@ from alignment.training.sharding import is_sharded, shared, whole_state
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledAnswers:
-    """Token ids of one answer to each prompt, including its end token if it has one.
-
-    ``logprobs`` are those that the answers were sampled with, ``[tokens]`` float32 for each; None if the policy itself
-    sampled. ``version`` is that of the weights that sampled.
-    """
+    """Token ids of one answer to each prompt, including its end token if it has one. ``logprobs`` are those that the
+    answers were sampled with, ``[tokens]`` float32 for each; None if the policy itself sampled. ``version`` is that of
+    the weights that sampled."""
 
     ids: list[list[int]]
     logprobs: list[Tensor] | None
@@ -48,14 +46,11 @@ class SampledAnswers:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyEngine:
-    """Samples with the trained model itself, so that there is no second copy of the weights to keep in sync.
-
-    An answer ends at one of ``end_ids``. Answers do not depend on how many processes share a batch.
-
-    An engine samples from the policy as it was when every process last called ``follow``. It gives one answer to each
-    prompt; several to one prompt are in adjacent rows. ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in
-    [0, 1): the randomness of every token, which depends only on the seed, the update and the row.
-    """
+    """Samples with the trained model itself, so that there is no second copy of the weights to keep in sync. An answer
+    ends at one of ``end_ids``. Answers do not depend on how many processes share a batch. An engine samples from the
+    policy as it was when every process last called ``follow``. It gives one answer to each prompt; several to one
+    prompt are in adjacent rows. ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in [0, 1): the randomness of
+    every token, which depends only on the seed, the update and the row."""
 
     policy: PreTrainedModel | PeftModel
     temperature: float
@@ -81,11 +76,9 @@ class PolicyEngine:
 
 @dataclass(kw_only=True, slots=True)
 class ServedEngine:
-    """Samples with the engine of ``session``, which is started on the main process and joined on the others.
-
-    After an update the policy's adapter, or all its weights, are written to a folder and loaded under the name of the
-    version. Answers are asked for by that name.
-    """
+    """Samples with the engine of ``session``, which is started on the main process and joined on the others. After an
+    update the policy's adapter, or all its weights, are written to a folder and loaded under the name of the version.
+    Answers are asked for by that name."""
 
     session: EngineSession
     policy: PreTrainedModel | PeftModel
@@ -107,7 +100,6 @@ class ServedEngine:
             shutil.rmtree(before.folder)
 
     def _loaded(self, version: int, state: dict[str, Tensor] | None) -> Weights:
-        """The weights as they are now; the main process names and writes them, and has the engine load them."""
         if not self.context.is_main:
             return Weights()
         folder, is_adapter = self.session.folder / f"policy-{version}", isinstance(self.policy, PeftModel)
@@ -184,10 +176,8 @@ class EngineGap:
 def served_engine(
     config: PpoConfig, context: StageContext, roles: Roles, start: Lineage, *prompts: Prompts, end_ids: frozenset[int]
 ) -> Iterator[ServedEngine | None]:
-    """The engine, until the block ends; None if the policy samples.
-
-    The main process starts it, and the others ask it. ``prompts`` are all that will be asked.
-    """
+    """The engine, until the block ends; None if the policy samples. The main process starts it, and the others ask it.
+    ``prompts`` are all that will be asked."""
     if config.sampling.engine is Engine.own:
         yield None
         return

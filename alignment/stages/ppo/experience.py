@@ -31,13 +31,10 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """Sampled answers to prompts, and their scores; one entry per row.
-
-    ``rows`` are the indices of the prompts in the stage's data, and ``versions`` those of the weights that sampled.
-    ``sampled_logprobs`` are an engine's, one float32 tensor ``[tokens of the answer]`` per row; None if the policy
-    itself sampled. ``scores`` is ``[scorers, rows]``. Tensors are on the CPU, so that they can be sent between
-    processes.
-    """
+    """Sampled answers to prompts, and their scores; one entry per row. ``rows`` are the indices of the prompts in the
+    stage's data, and ``versions`` those of the weights that sampled. ``sampled_logprobs`` are an engine's, one float32
+    tensor ``[tokens of the answer]`` per row; None if the policy itself sampled. ``scores`` is ``[scorers, rows]``.
+    Tensors are on the CPU, so that they can be sent between processes."""
 
     rows: list[int]
     prompts: list[list[int]]
@@ -49,10 +46,8 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Readings:
-    """What the models say of answers: one float32 tensor ``[tokens of the answer]`` per row, on the CPU.
-
-    Without a critic ``values`` is None.
-    """
+    """What the models say of answers: one float32 tensor ``[tokens of the answer]`` per row, on the CPU. Without a
+    critic ``values`` is None."""
 
     logprobs: list[Tensor]
     reference_logprobs: list[Tensor]
@@ -66,12 +61,10 @@ Rows = list[int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """The micro-batches of an update: ``minibatches[m][rank]`` are those of a process, the same in every epoch.
-
-    In bfloat16 a log-probability depends on the rows of its micro-batch. Old log-probabilities are therefore computed
-    in those of the partition, too. ``unlearned[rank]`` are rows that no minibatch learns from. A micro-batch without
-    rows fills up the minibatch of a process that has fewer than the others.
-    """
+    """The micro-batches of an update: ``minibatches[m][rank]`` are those of a process, the same in every epoch. In
+    bfloat16 a log-probability depends on the rows of its micro-batch. Old log-probabilities are therefore computed in
+    those of the partition, too. ``unlearned[rank]`` are rows that no minibatch learns from. A micro-batch without rows
+    fills up the minibatch of a process that has fewer than the others."""
 
     minibatches: list[list[list[Rows]]]
     unlearned: list[list[Rows]]
@@ -96,10 +89,8 @@ def partition_of(
     world_size: int,
     tokens: int,
 ) -> Partition:
-    """Cuts a batch of ``group`` answers to each prompt into micro-batches of at most ``tokens``.
-
-    The ``learned`` prompts are divided into minibatches in their order, and each minibatch over all processes.
-    """
+    """Cuts a batch of ``group`` answers to each prompt into micro-batches of at most ``tokens``. The ``learned``
+    prompts are divided into minibatches in their order, and each minibatch over all processes."""
 
     def shares(of_prompts: Sequence[int], *, evenly: bool) -> list[list[Rows]]:
         own = [rows_of(of_prompts[rank::world_size], group) for rank in range(world_size)]
@@ -124,13 +115,11 @@ class Rollout(Answers):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """The scored rollout batch of an update, of all processes; the same on each process, on the host.
-
-    Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
-    the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts``
-    are other ``[rows]`` that the scores are made of, by the metric that is their mean. ``kl`` holds the k1 estimates in
-    nats. ``values`` is None without a critic, and ``sampled_logprobs`` (those of an engine) without an engine.
-    """
+    """The scored rollout batch of an update, of all processes; the same on each process, on the host. Tensors are
+    ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are the scores of
+    each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts`` are other
+    ``[rows]`` that the scores are made of, by the metric that is their mean. ``kl`` holds the k1 estimates in nats.
+    ``values`` is None without a critic, and ``sampled_logprobs`` (those of an engine) without an engine."""
 
     rollout: Rollout
     by_scorer: Scores
@@ -148,14 +137,12 @@ class ScoredBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
-    """What an update learns from: its whole rollout batch, the same on every process.
-
-    Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, less all penalties. ``advantages`` are those that the policy learns from. ``values`` and ``returns`` are
-    None without a critic. ``importance`` are the weights of tokens in the policy's loss; None weighs all alike.
-    ``partition`` has the micro-batches in which ``logprobs`` and ``values`` were computed, and which are learned from.
-    ``kl_coefficient`` is that of the KL in the loss.
-    """
+    """What an update learns from: its whole rollout batch, the same on every process. Tensors are ``[rows, tokens]``
+    float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is ``[rows]``, less all penalties.
+    ``advantages`` are those that the policy learns from. ``values`` and ``returns`` are None without a critic.
+    ``importance`` are the weights of tokens in the policy's loss; None weighs all alike. ``partition`` has the
+    micro-batches in which ``logprobs`` and ``values`` were computed, and which are learned from. ``kl_coefficient`` is
+    that of the KL in the loss."""
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
@@ -233,10 +220,8 @@ def stack(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:
     """Indices of the prompts ``start … start + number − 1`` of a run; each pass over all is a new permutation.
-
     ``generator`` returns the generator of a pass by its number, so the order depends on the seed alone, and a resumed
-    run uses the same prompts.
-    """
+    run uses the same prompts."""
     passes = range(start // count, (start + number - 1) // count + 1)
     orders = {number_of_pass: torch.randperm(count, generator=generator(number_of_pass)) for number_of_pass in passes}
     return [int(orders[episode // count][episode % count]) for episode in range(start, start + number)]

@@ -1,14 +1,10 @@
-"""Detects over-optimisation: scores held-out answers with the training score and with a held-out scorer.
-
-As a policy moves away from its start, the score that it maximises keeps rising, while the quality that the score
-measures peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not use can
-show that.
-
+"""Detects over-optimisation: scores held-out answers with the training score and with a held-out scorer. As a policy
+moves away from its start, the score that it maximises keeps rising, while the quality that the score measures peaks and
+falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not use can show that.
 Evaluations are noisy, and the highest of many noisy means is partly luck. A later policy therefore replaces an earlier
 one only if it is better by more than a standard error of the difference, paired by prompt (the one-standard-error rule,
 Breiman et al. 1984, section 3.4.3): among policies that the prompts cannot distinguish, it keeps an earlier one, which
-is nearer to the reference. The best score is a mean over the prompts that selected it, so it is optimistic.
-"""
+is nearer to the reference. The best score is a mean over the prompts that selected it, so it is optimistic."""
 
 from __future__ import annotations
 
@@ -35,9 +31,7 @@ BEST = "guard_best.safetensors"
 
 def better_beyond_noise(later: Tensor, earlier: Tensor) -> bool:
     """Whether ``later [prompts]`` scores exceed ``earlier [prompts]`` by more than a standard error, paired by prompt.
-
-    Example: differences of .3, .1, .2 have mean .2 and standard error .058, so the later policy is better.
-    """
+    Example: differences of .3, .1, .2 have mean .2 and standard error .058, so the later policy is better."""
     differences = later.double() - earlier.double()
     mean = float(differences.mean())
     if len(differences) == 1:
@@ -46,10 +40,8 @@ def better_beyond_noise(later: Tensor, earlier: Tensor) -> bool:
 
 
 class Guard:
-    """Evaluates a policy at regular intervals, writes ``guard.jsonl``, and keeps the best weights.
-
-    ``scorer`` is the held-out scorer; ``proxy`` computes a rollout's training scores.
-    """
+    """Evaluates a policy at regular intervals, writes ``guard.jsonl``, and keeps the best weights. ``scorer`` is the
+    held-out scorer; ``proxy`` computes a rollout's training scores."""
 
     def __init__(
         self,
@@ -73,10 +65,8 @@ class Guard:
 
     def evaluate(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats per sequence).
-
         ``guard/best_update`` is the update of the best policy so far. Every process must call this. Evaluating the same
-        policy again gives the same ``guard/scorer`` and ``guard/kl``.
-        """
+        policy again gives the same ``guard/scorer`` and ``guard/kl``."""
         rollout = rollouts.of_prompts(self._prompts, updates, UpdateMetrics(lambda values: values[None]))
         own = (rollout.prompts, rollout.answers, rollout.rows) if self._context.is_main else ([], [], [])
         with rollouts.gathered():  # a reward model may share the policy's weights

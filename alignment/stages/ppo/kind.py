@@ -17,28 +17,13 @@ from alignment.config.run import RunConfig
 from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair, Prompt
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS, Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages import base
 from alignment.stages.ppo import checks
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    check_engine,
-    curve,
-    missing_reward_faults,
-    reward_model_slots,
-    sampling_refusals,
-)
-from alignment.stages.shared.new_settings import (
-    adapter_rate,
-    data_of,
-    from_start,
-    maximises_scores,
-    new_tokens,
-    row_limit,
-    rows_with_answers,
-)
+from alignment.stages.shared import kind_answers as parts
+from alignment.stages.shared import new_settings as new
 
 LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
 """What penalties took from the scores; each is reported if it is in use."""
@@ -50,7 +35,7 @@ TIED_SHARE = "objective/tied_share"
 
 def _data(config: PpoConfig) -> list[base.DataSlot]:
     return [
-        base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS),
+        base.DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS, counted=False),
         base.DataSlot(
             field="ptx.data",
             data=config.ptx.data,
@@ -101,7 +86,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if checks.GUARD in checks.in_use(config):
         yield from _guard_faults(config, f"{where}.{checks.GUARD}")
-    yield from missing_reward_faults(checks.in_use(config), config.reward, where)
+    yield from parts.missing_reward_faults(checks.in_use(config), config.reward, where)
     sources = [scorer.source for scorer in checks.in_use(config).values()]
     if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
         return  # a misspelt source may have been meant to use it
@@ -127,7 +112,6 @@ def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
 
 
 def _is_external(ref: str) -> bool:
-    """Whether a reference names a reward model that no stage made."""
     if ref.startswith("path:"):
         folder = Path(ref.removeprefix("path:")).expanduser().absolute()
         return folder.is_dir() and read_manifest(folder) is None
@@ -135,7 +119,7 @@ def _is_external(ref: str) -> bool:
 
 
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]:
-    yield from sampling_refusals(config.sampling, launch)
+    yield from parts.sampling_refusals(config.sampling, launch)
     if launch.sharding.by_deepspeed and config.critic_warmup:
         why = "DeepSpeed updates all weights, including the policy's"
         yield base.Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
@@ -150,7 +134,7 @@ def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[base.Refusal]
         yield base.Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
 
 
-def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterator[Fault]:
+def _too_few_prompts(config: PpoConfig, num_prompts: int, _: Mapping[str, int], where: str) -> Iterator[Fault]:
     if config.guard.every and config.guard.prompts >= num_prompts:
         message = f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or guard.every=0"
         yield Fault(where=f"{where}.guard.prompts", message=message)
@@ -160,16 +144,10 @@ def _reported(config: PpoConfig) -> base.Reported:
     training = ("objective/score", "objective/kl", "response_length", "eos_rate")
     of_several = (SCORE_STD,) if config.optim.batch_size > 1 else ()
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
-    counts = (*ROW_COUNTS, "updates", "memory/base_copies")
-    families = ("guard/",) if config.guard.every else ()
-    of_engine = checks.reported_of_engine(config.sampling)
-    return base.Reported(training=(*training, *of_several, *of_groups, *of_engine), counts=counts, families=families)
-
-
-def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
-    if config.guard.every or not metric.startswith("guard/"):
-        return ""
-    return f"stage {stage!r} reports no {metric!r} without a guard; set stages.{stage}.guard.every above 0"
+    counts = (*parts.ROW_COUNTS, "updates", "memory/base_copies")
+    families, absent = (("guard/",), {}) if config.guard.every else ((), {"guard/": ("a guard", "guard.every above 0")})
+    names = (*training, *of_several, *of_groups, *checks.reported_of_engine(config.sampling))
+    return base.Reported(training=names, counts=counts, families=families, absent=absent)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -200,17 +178,10 @@ def _curves(settings: Mapping[str, Any]) -> list[base.Curve]:
     return [chart for chart in _all_curves() if chart.keys[0] not in absent]
 
 
-def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """Tokens of the answers of an update, which has one line."""
-    length, optim = line.get("response_length"), settings.get("optim")
-    episodes = optim.get("batch_size") if isinstance(optim, Mapping) else None
-    return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
-
-
 def _all_curves() -> list[base.Curve]:
     return [
-        curve("Score", "what PPO maximises, mean over an update", "objective/score"),
-        curve("KL to the reference", "nats per sequence", "objective/kl"),
+        parts.curve("Score", "what PPO maximises, mean over an update", "objective/score"),
+        parts.curve("KL to the reference", "nats per sequence", "objective/kl"),
         base.Curve(
             title="Held-out answers, over √KL",
             unit="mean score: what PPO maximises, and the guard's held-out scorer",
@@ -219,23 +190,23 @@ def _all_curves() -> list[base.Curve]:
             over="guard/kl",
         ),
         base.Curve(title="KL coefficient", unit="", keys=("objective/kl_coef",), only_if_it_moves=True),
-        curve("Policy loss", "", "loss/policy"),
-        curve("Value loss", "", "loss/value"),
-        curve("Clipped", "share of tokens", "policy/clipfrac"),
-        curve(
+        parts.curve("Policy loss", "", "loss/policy"),
+        parts.curve("Value loss", "", "loss/value"),
+        parts.curve("Clipped", "share of tokens", "policy/clipfrac"),
+        parts.curve(
             "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
         ),
-        curve(
+        parts.curve(
             "Prompts without score differences", "whose answers all score alike, in an update", "objective/tied_prompts"
         ),
-        curve(
+        parts.curve(
             "Penalties",
             "subtracted from the score, mean over an update",
             (LENGTH, OVERLONG),
             labels=("length", "overlong"),
         ),
-        curve("Answer length", "tokens", "response_length"),
-        curve("Answers that ended", "share", "eos_rate"),
+        parts.curve("Answer length", "tokens", "response_length"),
+        parts.curve("Answers that ended", "share", "eos_rate"),
         *checks.engine_curves(),
     ]
 
@@ -255,13 +226,13 @@ def _questions(circumstances: Circumstances) -> Iterator[Question]:
 def _stage(circumstances: Circumstances) -> NewStage | None:
     scorer, models = circumstances.answer(SCORER), circumstances.made.get(REWARD_MODEL, ())
     rows = next((circumstances.rows[record] for record in _WITH_PROMPTS if record in circumstances.rows), None)
-    if rows is None or not (scorer or models) or not maximises_scores(circumstances):
+    if rows is None or not (scorer or models) or not new.maximises_scores(circumstances):
         return None
-    answers = new_tokens(rows_with_answers(circumstances), circumstances)
+    answers = new.new_tokens(new.rows_with_answers(circumstances), circumstances)
     left = replace(circumstances, positions=circumstances.positions - answers.value)
     settings = {
-        **from_start(circumstances, "stage:sft"),
-        **data_of(rows),
+        **new.from_start(circumstances, "stage:sft"),
+        **new.data_of(rows),
         **_scores(scorer, models[0] if models else ""),
         **_size(rows),
         "critic": Reasoned(
@@ -270,7 +241,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         "prompt_baseline": Reasoned(value=True, why=f"scores of different prompts are not comparable; {_QUICKSTART}"),
         "gae_lambda": Reasoned(value=1.0, why=f"a shared critic starts at 0; {_QUICKSTART}"),
         "value_clip": Reasoned(value=10.0, why=_QUICKSTART),
-        **row_limit(rows, left, "max_prompt_length", part="prompts"),
+        **new.row_limit(rows, left, "max_prompt_length", part="prompts"),
         "max_new_tokens": answers,
         "kl": {
             "coefficient": Reasoned(
@@ -282,7 +253,6 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 
 
 def _scores(scorer: str, model: str) -> dict[str, Any]:
-    """What scores answers: the run's reward model, what the user named, or both."""
     reward = f"stage:{model}" if model else None
     why = "trained on the pairs above" if model else "none; the scorers below are used instead"
     settings: dict[str, Any] = {"reward": Reasoned(value=reward, why=why)}
@@ -294,13 +264,12 @@ def _scores(scorer: str, model: str) -> dict[str, Any]:
 
 
 def _size(rows: Rows) -> dict[str, Any]:
-    """Updates, and how many answers each samples."""
     asked = max(1, min(rows.prompts, _EPISODES // _COMPLETIONS))
     passes = math.ceil(rows.prompts / asked)
     updates = min(_MOST_UPDATES, max(_LEAST_UPDATES, passes))
     bounds = f"chosen, not tuned: from {_LEAST_UPDATES} to {_MOST_UPDATES}"
     why = f"{passes:,} ask all {rows.prompts:,} prompts once ({bounds})"
-    rate = adapter_rate(1e-4, "chosen, not tuned: 3e-5 in qwen_0_5b_rlhf_lora, 1e-3 in quickstart")
+    rate = new.adapter_rate(1e-4, "chosen, not tuned: 3e-5 in qwen_0_5b_rlhf_lora, 1e-3 in quickstart")
     size = Reasoned(value=asked * _COMPLETIONS, why=f"answers to {asked} prompts in an update (chosen, not tuned)")
     return {
         "updates": Reasoned(value=updates, why=why),
@@ -321,24 +290,19 @@ KIND = base.StageKind(
     scorers=checks.in_use,
     faults=_faults,
     as_read=_as_read,
-    curves=_curves,
-    headline="objective/score",
-    tokens=_sampled_tokens,
-    references=base.References(more=lambda config: reward_model_slots(checks.in_use(config))),
+    metrics=_reported,
+    notes=checks.engine_notes,
+    slots=lambda config: parts.reward_model_slots(checks.in_use(config)),
     launch=base.LaunchShape(
         refusals=_refusals,
         size_faults=checks.size_faults,
-        check_machine=lambda config, where: check_engine(config.sampling, where),
-        notes=checks.engine_notes,
+        check_machine=lambda config, where: parts.check_engine(config.sampling, where),
     ),
     learning=base.Learning(
-        limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
+        limits=parts.prompt_limits,
         faults=_too_few_prompts,
-        batches_of_rows=False,
         learns_from=base.LearnsFrom.scores,
     ),
-    outcome=base.Outcome(
-        metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
-    ),
+    display=base.Display(curves=_curves, doubts=_doubts, against_forgetting=_against_forgetting),
     proposals=base.Proposals(questions=_questions, stage=_stage),
 )

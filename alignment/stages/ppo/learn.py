@@ -1,13 +1,11 @@
-"""The second phase of an update: the gradients of its minibatches.
-
-The minibatches of an update are the same in every epoch, where Huang et al. 2024 draw new ones: then old
-log-probabilities can be computed in the micro-batches that are learned from (docs/design/0059).
-"""
+"""The second phase of an update: the gradients of its minibatches. The minibatches of an update are the same in every
+epoch, where Huang et al. 2024 draw new ones: then old log-probabilities can be computed in the micro-batches that are
+learned from (docs/design/0059)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,22 +13,74 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alignment.algos.ppo import clipped_value_loss, explained_variance, k3, value_is_clipped
+from alignment.data.tokens.tokenize import IGNORED, TokenizedConversation
 from alignment.models.assembly.heads import ValueLoss
+from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, unwrapped
-from alignment.models.forward.rows import on_device
+from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.head import label_statistics
+from alignment.models.forward.rows import by_tokens, on_device, on_host, sent, stream
 from alignment.models.kernels.nf4 import reused_norms
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.ppo.experience import Experience, ScoredBatch, spread
+from alignment.stages.ppo.experience import Experience, ScoredBatch, prompt_order, spread
 from alignment.stages.ppo.kind import SCORE_STD
 from alignment.stages.ppo.objective import Advantages, PolicyLoss, PolicyObjective, Sampled
-from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.rollouts import Episodes
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.training.context import StageContext
-from alignment.training.micro_batches import accumulating
+from alignment.training.micro_batches import accumulating, as_many_as_most
+
+
+@dataclass(eq=False)
+class Ptx:
+    """Adds ``coefficient`` times the token-mean loss of a few conversations to the gradients of each optimiser step."""
+
+    rows: Sequence[TokenizedConversation]
+    context: StageContext
+    coefficient: float
+    batch_size: int
+
+    def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator, *, tokens: int) -> Tensor:
+        """Returns this process's share of the loss of the step's conversations, without the coefficient. A micro-batch
+        has at most so many ``tokens``. Gradients stay local in the parameters; the caller must synchronise them in a
+        later backward pass."""
+        size = self.batch_size
+        batch = prompt_order(len(self.rows), step * size, size, lambda round_: self.context.generator("ptx", round_))
+        rows = [self.rows[index] for index in batch]
+        learned = sum(label != IGNORED for row in rows for label in row.labels)
+        shares = [rows[rank :: self.context.world_size] for rank in range(self.context.world_size)]
+        lengths = [[len(row.input_ids) for row in share] for share in shares]
+        own = shares[self.context.rank]
+        total = torch.zeros((), device=self.context.device)
+        for indices in as_many_as_most([by_tokens(share, tokens) for share in lengths], self.context.rank):
+            # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
+            read, counted = ([own[index] for index in indices], learned) if indices else (rows[:1], math.inf)
+            with products_in(self.context.spec.model.dtype, self.context.device):
+                loss = _loss_sum(policy, read, self.context.device) / counted
+            # Gradients are averaged over processes, but this loss is a sum.
+            accelerator.backward(loss * self.coefficient * self.context.world_size)
+            total += loss.detach()
+        return total
+
+
+def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], device: torch.device) -> Tensor:
+    flat = stream([row.input_ids for row in rows], device)
+    learned = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
+    labels = [label for tokens in rows for _, label in _learned(tokens)]
+    (index,), at = on_host(flat.index), torch.tensor(learned)
+    before = index[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
+    tensors = sent({"before": before, "labels": torch.tensor(labels)}, device)
+    states = trunk_states(policy.base_model, flat)[tensors["before"]]
+    return -label_statistics(policy, states, tensors["labels"]).logprobs.sum()
+
+
+def _learned(row: TokenizedConversation) -> list[tuple[int, int]]:
+    """Column and id of every learned token; a row's first token is never predicted."""
+    return [(column, label) for column, label in enumerate(row.labels) if column and label != IGNORED]
 
 
 def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
@@ -139,10 +189,8 @@ class Learner:
         *,
         policy_learns: bool,
     ) -> Tensor:
-        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``).
-
-        ``tokens`` is the minibatch's number of answer tokens, and ``divisor`` that of its policy loss.
-        """
+        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``). ``tokens`` is the
+        minibatch's number of answer tokens, and ``divisor`` that of its policy loss."""
         prompts, answers = [experience.prompts[row] for row in indices], [experience.answers[row] for row in indices]
         rows, width = self._at(indices), max(map(len, answers))
         mask = experience.response_mask[rows, :width]
@@ -175,7 +223,6 @@ class Learner:
 
     @torch.no_grad()
     def _record(self, loss: PolicyLoss, entropy: Tensor, response_mask: Tensor, tokens: Tensor) -> None:
-        """Adds a micro-batch's share of its minibatch's metrics; ``entropy`` is ``[answer tokens]``."""
         over = loss.ratio - 1.0
         clipped = ((over > self.objective.clip_high) | (-over > self.objective.clip)).float()
         kl = {} if loss.kl is None else {"loss/kl": loss.kl}
@@ -196,8 +243,6 @@ class Learner:
         return on_device(torch.tensor(rows), self.context.device)
 
     def _value_loss(self, experience: Experience, rows: Tensor, mask: Tensor, tokens: Tensor) -> ValueLoss:
-        """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
-
         def value_loss(flat: Tensor) -> Tensor:
             assert experience.values is not None, "a critic has values"
             assert experience.returns is not None, "a critic has targets"

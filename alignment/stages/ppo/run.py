@@ -23,18 +23,19 @@ from alignment.models.assembly.weight_file import write_weights
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
-from alignment.stages.ppo.answer_trials import AnswerTrials
-from alignment.stages.ppo.checks import GUARD, OF_ENGINE, maximised
+from alignment.rewards.scorer_sources import in_list
+from alignment.stages.ppo.checks import GUARD, OF_ENGINE
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine import served_engine
 from alignment.stages.ppo.experience import Prompts, Samples
 from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import SCORE_STD, TIED_SHARE
-from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.learn import Ptx
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
-from alignment.stages.shared.answer_scores import asking_of
+from alignment.stages.ppo.trainer_setup import AnswerTrials, build_trainer, roles_of
+from alignment.stages.shared.answer_sampling import asking_of
 from alignment.stages.shared.base_check import refuse_base_that_cannot_answer, refuse_base_without_scores
+from alignment.stages.shared.kind_answers import prompt_limits
 from alignment.stages.shared.result import StageResult, initial_policy, save_model
 from alignment.stages.shared.stage_rows import fitting, rows_of, split_origins, token_rows
 from alignment.training.context import StageContext
@@ -75,7 +76,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             roles,
             learned,
             ends,
-            build_rewards(maximised(config), *from_stage),
+            build_rewards(in_list(config.scorers), *from_stage),
             engine=engine,
             ptx=ptx,
             samples=Samples(context, tokenizer, group=config.completions_per_prompt),
@@ -99,7 +100,6 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
 
 
 def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
-    """Trains; the metrics of the last update, and of the guard."""
     last = train(
         trainer, context, headline="objective/score", period=trainer.steps_per_update, trials=AnswerTrials(trainer)
     )
@@ -121,7 +121,6 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 
 
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any, policy: PreTrainedModel) -> Ptx | None:
-    """The loss of conversations beside PPO's, if it is wanted."""
     if not config.ptx.coefficient:
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
@@ -149,18 +148,14 @@ def tokenized_prompts(
     config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
 ) -> tuple[Prompts, dict[str, float]]:
     """The prompts within the length limit, and how many rows there were, were too long or were cut."""
-    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
-    by_row, counts = fitting(context, PROMPTS, rows, config.data, limits, tokenizer)
+    by_row, counts = fitting(context, PROMPTS, rows, config.data, prompt_limits(config), tokenizer)
     ids = [tokenized.rows[0]["prompt"] for tokenized in by_row.values()]
     return Prompts(ids=ids, rows=list(by_row)), counts
 
 
 def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Prompts, rows: Sequence[Prompt]) -> None:
-    """Checks that the policy can read each prompt with the longest answer.
-
-    Raises:
-        ModelError: it cannot; the error names the longest prompt.
-    """
+    """Checks that the policy can read each prompt with the longest answer. Raises ModelError: it cannot; the error
+    names the longest prompt."""
     longest = max(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
     tokens = len(prompts.ids[longest]) + config.max_new_tokens
     refuse_too_long(unwrapped(policy).base_model, tokens, where=rows[prompts.rows[longest]].where)
@@ -195,12 +190,8 @@ def _selected(prompts: Prompts, indices: list[int]) -> Prompts:
 
 
 def refuse_base(config: PpoConfig, context: StageContext) -> None:
-    """Checks the base model of the policy and, if it is separate, of the critic.
-
-    Raises:
-        ModelError: transformers has no scalar head for its architecture, it cannot be sampled from, or its head does
-            more than one matrix product.
-    """
+    """Checks the base model of the policy and, if it is separate, of the critic. Raises ModelError: transformers has no
+    scalar head for its architecture, it cannot be sampled from, or its head does more than one matrix product."""
     refuse_base_without_scores(config, context)
     if context.spec.inputs["init"].is_of_run:
         refuse_base_that_cannot_answer(context.spec, config.sampling, scored=True)

@@ -37,10 +37,8 @@ class UpdateMetrics:
             self.values[name] = total / count
 
     def add_share(self, named: dict[str, Tensor]) -> None:
-        """Adds a micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens.
-
-        The scalars must not carry gradients.
-        """
+        """Adds a micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens. The
+        scalars must not carry gradients."""
         self._unread[-1] += [(name, value, False) for name, value in named.items()]
 
     def add_maximum(self, name: str, value: Tensor) -> None:
@@ -78,10 +76,8 @@ class UpdateMetrics:
         self.values["policy/steps"] = float(self._steps)
 
     def approximate_kl(self) -> float:
-        """This process's share of that of the last minibatch that ended.
-
-        The first minibatch's must be zero, because nothing has been learned yet.
-        """
+        """This process's share of that of the last minibatch that ended. The first minibatch's must be zero, because
+        nothing has been learned yet."""
         self._read()
         return self._kl
 

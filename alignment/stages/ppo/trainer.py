@@ -1,11 +1,9 @@
-"""PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself.
-
-One trainer step is one optimiser step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the
-first of them samples new answers. An update collects (collect.py), learns (learn.py) and reports (learn.py). A step
-loops over its micro-batches without ``accelerator.accumulate``, which would synchronise and step too often at the end
-of a dataloader. Checkpoints are made between updates. There, weights, optimiser, step number and a few numbers
-(``_save_state``) are all that a resumed run needs, because all randomness is derived from seed and step.
-"""
+"""PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself. One trainer step is one optimiser
+step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the first of them samples new answers.
+An update collects (rollouts.py), learns (learn.py) and reports (learn.py). A step loops over its micro-batches without
+``accelerator.accumulate``, which would synchronise and step too often at the end of a dataloader. Checkpoints are made
+between updates. There, weights, optimiser, step number and a few numbers (``_save_state``) are all that a resumed run
+needs, because all randomness is derived from seed and step."""
 
 from __future__ import annotations
 
@@ -14,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +28,14 @@ from alignment.models.assembly.modules import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo import learn
-from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
 from alignment.stages.ppo.engine import EngineGap, RolloutEngine
 from alignment.stages.ppo.experience import Answers, Experience, Partition, Samples
 from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import TIED_SHARE
-from alignment.stages.ppo.learn import Learner
+from alignment.stages.ppo.learn import Learner, Ptx
 from alignment.stages.ppo.objective import PolicyObjective, advantages_of
-from alignment.stages.ppo.ptx import Ptx
-from alignment.stages.ppo.rollouts import Episodes, Rollouts
+from alignment.stages.ppo.rollouts import Collector, Episodes, Rollouts, warn_of_equal_scores
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.training.context import StageContext
 from alignment.training.optimizer import adamw
@@ -97,8 +92,9 @@ class PpoTrainer(ShardedTrainer):
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
         )
         self.accelerator.device_placement = False
+        whole = functools.partial(gathered, self, roles.actor_critic)  # for sampling and scoring
         self.collector = Collector(
-            Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=self._gathered_roles),
+            Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=whole),
             rewards,
             config,
             end_ids=episodes.end_ids,
@@ -123,15 +119,8 @@ class PpoTrainer(ShardedTrainer):
             shard_together(roles.actor_critic, roles.frozen_models(), self.accelerator.state.fsdp_plugin)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Does nothing, because all roles are already on their device.
-
-        With several processes on CPUs the device is named ``cpu:0`` here. Moving a role there would copy it, and roles
-        would no longer share memory.
-        """
-
-    def _gathered_roles(self) -> AbstractContextManager[None]:
-        """Gathers sharded weights for sampling and scoring."""
-        return gathered(self, self.roles.actor_critic)
+        """Does nothing, because all roles are already on their device. With several processes on CPUs the device is
+        named ``cpu:0`` here. Moving a role there would copy it, and roles would no longer share memory."""
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[processes, values]``; with one process they stay where they are."""
@@ -175,10 +164,8 @@ class PpoTrainer(ShardedTrainer):
     # ---- an update --------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Computes the gradients of one whole minibatch for the optimiser; the first step of an update samples first.
-
-        A skipped minibatch leaves no gradients, so the optimiser changes nothing.
-        """
+        """Computes the gradients of one whole minibatch for the optimiser; the first step of an update samples first. A
+        skipped minibatch leaves no gradients, so the optimiser changes nothing."""
         update, step_of_update = divmod(self.state.global_step, self.steps_per_update)
         model.eval()  # without dropout, which would make the ratio noisy
         recompute(model)
@@ -311,7 +298,6 @@ class PpoTrainer(ShardedTrainer):
             self._save_state(Path(output_dir or self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Writes the trained weights and our state."""
         folder = Path(output_dir or self.args.output_dir)
         self._save_state(folder)
         trained = {n: p.detach().contiguous() for n, p in self.roles.actor_critic.named_parameters() if p.requires_grad}
@@ -362,10 +348,8 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 @dataclass(eq=False)
 class KlBudget:
-    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
-
-    The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
-    """
+    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence). The KL of a
+    single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it."""
 
     limit: float | None
     was_above: bool = False

@@ -9,7 +9,7 @@ from alignment.config.new_recipe import Circumstances, NewStage, Reasoned
 from alignment.config.rules import POSITIVE
 from alignment.config.stage import reference_to
 from alignment.core.artifacts import EVALUATION, POLICY, REPORT
-from alignment.stages.base import LaunchShape, Proposals, References, RunsOn, StageKind
+from alignment.stages.base import LaunchShape, Proposals, RunsOn, StageKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +36,6 @@ KIND = StageKind(
     config=ReportConfig,
     revision=2,
     produces=REPORT,
-    references=References(whole_run=True),
     launch=LaunchShape(runs_on=RunsOn.driver),
     proposals=Proposals(stage=_stage),
 )

@@ -17,19 +17,8 @@ from alignment.core.artifacts import REWARD_MODEL
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import PreferencePair
 from alignment.records.training import ACCURACY
-from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Proposals, Reported, StageKind
-from alignment.stages.shared.kind_answers import (
-    ROW_COUNTS,
-    and_held_out,
-    beside_held_out,
-    curve,
-    handed_on,
-    held_out_fault,
-    held_out_slot,
-    limits_of_parts,
-    pair_slot,
-    why_not_validated,
-)
+from alignment.stages.base import LOSS, Curve, DataSlot, Display, Learning, Proposals, Reported, StageKind
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
 
 
@@ -91,23 +80,18 @@ _CHANCE = 0.5
 
 
 def _data(config: RewardConfig) -> list[DataSlot]:
-    own = pair_slot(config.data, config.margin)
-    return [own, held_out_slot(config.validation, own)]
+    own = parts.pair_slot(config.data, config.margin)
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 def _reported(config: RewardConfig) -> Reported:
     held_out = ("eval_accuracy", "eval_loss", "eval_margin", "eval_length_rule_accuracy")
-    counts = (*ROW_COUNTS, "score_offset")
+    counts = (*parts.ROW_COUNTS, "score_offset")
     if not config.eval_fraction:
-        return and_held_out(Reported(counts=counts, half_by_chance=(ACCURACY,)), config.validation)
+        absent = {"eval_": ("held-out pairs", "eval_fraction above 0")}
+        return parts.and_held_out(Reported(counts=counts, half_by_chance=(ACCURACY,), absent=absent), config.validation)
     own = Reported(held_out=held_out, counts=(*counts, "eval_rows"), half_by_chance=("eval_accuracy", ACCURACY))
-    return and_held_out(own, config.validation)
-
-
-def _why_missing(config: RewardConfig, metric: str, stage: str) -> str:
-    if config.eval_fraction or not metric.startswith("eval_"):
-        return why_not_validated(config, metric, stage)
-    return f"stage {stage!r} reports no {metric!r} without held-out pairs; set stages.{stage}.eval_fraction above 0"
+    return parts.and_held_out(own, config.validation)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -124,11 +108,11 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     plain = not any(settings.get(name) for name in ("margin", "center_coefficient"))
     charts = [
-        curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)) if plain else LOSS,
-        curve("Accuracy", "share of pairs; dotted: chance", "accuracy", _CHANCE),
-        curve("Margin", "score of chosen − rejected", "margin", 0.0),
+        parts.curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)) if plain else LOSS,
+        parts.curve("Accuracy", "share of pairs; dotted: chance", "accuracy", _CHANCE, live=True),
+        parts.curve("Margin", "score of chosen − rejected", "margin", 0.0),
     ]
-    return beside_held_out(charts, settings, loss="loss", accuracy="accuracy")
+    return parts.beside_held_out(charts, settings, loss="loss", accuracy="accuracy")
 
 
 KIND = StageKind(
@@ -140,12 +124,11 @@ KIND = StageKind(
     run="alignment.stages.reward.run:run",
     rehearse="alignment.stages.shared.base_check:refuse_base_without_scores",
     data=_data,
-    curves=_curves,
-    headline="accuracy",
+    metrics=_reported,
     learning=Learning(
-        limits=limits_of_parts,
-        faults=lambda config, prompts, where: held_out_fault(config.eval_fraction, prompts, "pairs", where),
+        limits=parts.limits_of_parts,
+        faults=lambda config, prompts, _, where: parts.held_out_fault(config.eval_fraction, prompts, "pairs", where),
     ),
-    outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts, lines=handed_on),
+    display=Display(curves=_curves, doubts=_doubts, lines=parts.handed_on),
     proposals=Proposals(questions=_questions, stage=_stage),
 )

@@ -1,12 +1,9 @@
-"""A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
-
-With a ``margin``, its product with a pair's score difference is subtracted inside σ (Touvron et al. 2023, eq. 2).
-
-The score is read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs
-of some prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer
-answer wins". The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0
-on average (Huang et al. 2024). Training pairs would bias it, because a model scores what it learned from higher.
-"""
+"""A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1). With a
+``margin``, its product with a pair's score difference is subtracted inside σ (Touvron et al. 2023, eq. 2). The score is
+read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs of some
+prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer answer wins".
+The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0 on average
+(Huang et al. 2024). Training pairs would bias it, because a model scores what it learned from higher."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ from alignment.training.micro_batches import MicroBatches, Unit
 from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss of a random guess cannot be noise."""
@@ -58,8 +55,8 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     trainer = _trainer(config, context, start, tokenizer, learned)
     validation = None
     if validated is not None:
-        rows = HeldOutRows(rows=_dataset(validated, config.margin), tokens=pair_tokens(validated))
-        validation = Validation(config.validation, context, trainer, rows)
+        rows = _dataset(validated, config.margin)
+        validation = Validation(config.validation, context, trainer, rows, pair_tokens(validated))
     last = train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2), validation=validation)
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
@@ -137,7 +134,6 @@ def _dataset(pairs: Dataset, margin: float) -> Dataset:
 
 
 def _joined(rows: dict[str, list[Any]], margin: float) -> dict[str, list[Any]]:
-    """Each answer appended to its prompt, and the weighted margins if the rows have them."""
     columns: dict[str, list[Any]] = {
         f"{answer}_ids": [prompt + ids for prompt, ids in zip(rows["prompt"], rows[answer], strict=True)]
         for answer in ("chosen", "rejected")

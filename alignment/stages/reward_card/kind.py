@@ -17,7 +17,7 @@ from alignment.data.records import PreferencePair
 from alignment.data.tokens.row_kinds import PAIRS, Limits
 from alignment.rewards.rules.all_rules import RULES
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
-from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind
+from alignment.stages.base import DataSlot, LaunchShape, Learning, Reported, RunsOn, StageKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,10 +74,8 @@ def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Faul
 
 
 def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
-    """The card with ``learned`` set to the pairs of the stage that made its model, unless the card sets it itself.
-
-    Rows that the stage mixes in are left out, because they are drawn with the stage's own random numbers.
-    """
+    """The card with ``learned`` set to the pairs of the stage that made its model, unless the card sets it itself. Rows
+    that the stage mixes in are left out, because they are drawn with the stage's own random numbers."""
     made_by = run.stages.get(config.reward.removeprefix("stage:"))
     pairs = getattr(made_by, "data", None)
     if config.learned != DataConfig() or not config.reward.startswith("stage:") or not isinstance(pairs, DataConfig):
@@ -103,5 +101,5 @@ KIND = StageKind(
     completed=with_learned,
     launch=LaunchShape(runs_on=RunsOn.replicas),
     learning=Learning(limits=lambda config: Limits(row=config.max_length, too_long=config.too_long)),
-    outcome=Outcome(metrics=_reported),
+    metrics=_reported,
 )

@@ -33,7 +33,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE, RewardCardConfig
-from alignment.stages.shared.answer_scores import asking_of, counted_progress, scores_of
+from alignment.stages.shared.answer_sampling import asking_of, counted_progress, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of
@@ -78,18 +78,16 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
 
     def conclude() -> StageResult:
         context.progress("fitting the bag of words")
-        bag = _bag_of_words(context, learned)
+        seen = learned[:MAX_LEARNED]
+        texts, prompts = [(pair.chosen, pair.rejected) for pair in seen], [repr(pair.messages) for pair in seen]
+        bag = fit(texts, prompts, seed=context.seed("folds")) if seen else None
         judged = _judged(config, context, reading, scores, bag)
         if overlap is None or bag is None:  # a bag of words, just where the learned pairs are known
             return _written(config, context, reading, judged, None)
         speaks_for, against = bag.heaviest(NUM_WORDS)
-        words: dict[str, Any] = {
-            "words": len(bag.words),
-            "penalty": bag.penalty,
-            "for_answer": speaks_for,
-            "against": against,
-        }
-        return _written(config, context, reading, judged, replace(overlap, **words))
+        words: dict[str, Any] = {"for_answer": speaks_for, "against": against}
+        known = replace(overlap, words=len(bag.words), penalty=bag.penalty, **words)
+        return _written(config, context, reading, judged, known)
 
     return on_main(context, conclude) or StageResult(metrics={})
 
@@ -112,12 +110,6 @@ def _written(
 
 
 # ---- the pairs that the model was trained on -------------------------------------------------------------------------
-
-
-def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
-    seen = learned[:MAX_LEARNED]
-    texts = [(pair.chosen, pair.rejected) for pair in seen]
-    return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
 
 
 def _without_learned(
@@ -150,10 +142,8 @@ def _without_learned(
 
 
 def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
-    """Whether the pairs drawn here are those that the model learned from.
-
-    A fraction is drawn with the run's seed among the rows that fit, so one row more or less changes the whole draw.
-    """
+    """Whether the pairs drawn here are those that the model learned from. A fraction is drawn with the run's seed among
+    the rows that fit, so one row more or less changes the whole draw."""
     if config.learned.fraction == 1.0:
         return True
     path = context.spec.inputs["reward"].path
@@ -168,10 +158,8 @@ def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reading:
-    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, …
-
-    ``too_long`` counts the pairs that are not.
-    """
+    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, … ``too_long``
+    counts the pairs that are not."""
 
     model: PreTrainedModel | PeftModel
     pairs: list[PreferencePair]
@@ -180,7 +168,6 @@ class _Reading:
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """Loads the model and tokenises its rows."""
     reward = context.spec.inputs["reward"]
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if read_manifest(reward.path) is None:
@@ -233,7 +220,6 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """One score per row, on every process."""
     parts = grouped(reading.rows, AT_ONCE)
 
     def scores_of(share: Sequence[Sequence[list[int]]]) -> list[float]:
@@ -272,9 +258,7 @@ def _judged(
 
 def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> Invariances:
     """How far scores of the first pairs change where they should not, in the model's number format and in float32.
-
-    Afterwards the model is in float32.
-    """
+    Afterwards the model is in float32."""
     own = context.spec.model.dtype
     formats = {}
     for dtype in dict.fromkeys((own, Dtype.float32)):
@@ -304,7 +288,6 @@ def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, d
 
 
 def _headlines(card: RewardCard) -> dict[str, float]:
-    """The metrics of the manifest."""
     metrics = {"pairs": float(card.num_pairs), "accuracy": card.accuracy.mean}
     metrics |= {f"accuracy/{judge.name.replace(' ', '_')}": judge.accuracy.mean for judge in card.baselines}
     scales = {"ece": card.calibration.ece, "brier": card.calibration.brier, "log_loss": card.calibration.log_loss}

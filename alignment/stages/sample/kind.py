@@ -18,17 +18,10 @@ from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import ROWS
 from alignment.core.fingerprint import IF_SET
-from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.records.stages import COUNTS, SAMPLING_FILE, Sampling
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages import base
-from alignment.stages.shared.kind_answers import (
-    check_engine,
-    missing_reward_faults,
-    reward_model_slots,
-    sampling_faults,
-    sampling_refusals,
-)
+from alignment.stages.shared import kind_answers as parts
 
 
 class Select(str, Enum):
@@ -137,14 +130,6 @@ _EXAMPLES: Mapping[Select, str] = {
 """A row that each selection makes."""
 
 
-def _data(config: SampleConfig) -> list[base.DataSlot]:
-    left_out = [
-        base.DataSlot(field=f"leave_out[{number}]", data=data, record=HeldOutPrompt)
-        for number, data in enumerate(config.leave_out)
-    ]
-    return [base.DataSlot(field="data", data=config.data, record=Prompt), *left_out]
-
-
 def _rows(config: SampleConfig) -> base.MadeRows:
     others = {f"select={select.value}": row for select, row in _EXAMPLES.items() if select is not config.select}
     return base.MadeRows(example=_EXAMPLES[config.select], others=others)
@@ -155,8 +140,8 @@ def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
 
 
 def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
-    yield from sampling_faults(config.sampling, f"{where}.sampling")
-    yield from missing_reward_faults(_scorers(config), config.reward, where)
+    yield from parts.sampling_faults(config.sampling, f"{where}.sampling")
+    yield from parts.missing_reward_faults(_scorers(config), config.reward, where)
     sources = [scorer.source for scorer in _scorers(config).values()]
     if config.reward is not None and REWARD not in sources and all(map(is_known, sources)):
         message = f"{config.reward!r} is unused: no scorer is '{REWARD}'; write null, or add the scorer"
@@ -170,10 +155,6 @@ def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if compares and config.completions_per_prompt < 2:
         message = f"1, but select '{config.select.value}' compares the answers to a prompt; use 2 or more"
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
-
-
-def _reported(_: SampleConfig) -> base.Reported:
-    return base.Reported(training=("score", "best_score"), counts=COUNTS)
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -200,16 +181,12 @@ KIND = base.StageKind(
     produces=ROWS,
     run="alignment.stages.sample.run:run",
     rehearse="alignment.stages.sample.run:refuse_base",
-    data=_data,
+    data=parts.asked_slots,
     rows=_rows,
-    leaves_out="leave_out",
     scorers=_scorers,
     faults=_faults,
-    references=base.References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=base.LaunchShape(
-        runs_on=base.RunsOn.replicas,
-        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
-        check_machine=lambda config, where: check_engine(config.sampling, where),
-    ),
-    outcome=base.Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
+    slots=lambda config: parts.reward_model_slots(_scorers(config)),
+    metrics=lambda _: base.Reported(training=("score", "best_score"), counts=COUNTS),
+    launch=parts.sampled_launch(base.RunsOn.replicas),
+    display=base.Display(doubts=_doubts, lines=lines, tables=tables),
 )

@@ -16,16 +16,8 @@ from alignment.core.artifacts import POLICY
 from alignment.core.fingerprint import IF_SET
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
-from alignment.stages.base import DataSlot, Learning, LearnsFrom, Outcome, Proposals, StageKind
-from alignment.stages.shared.kind_answers import (
-    handed_on,
-    held_out_slot,
-    limits_of_parts,
-    next_token_curves,
-    next_token_metrics,
-    replay_advice,
-    why_not_validated,
-)
+from alignment.stages.base import DataSlot, Display, Learning, LearnsFrom, Proposals, StageKind
+from alignment.stages.shared import kind_answers as parts
 from alignment.stages.shared.new_settings import (
     adapter_rate,
     data_of,
@@ -93,7 +85,7 @@ def _labelled(circumstances: Circumstances) -> Rows | None:
 
 def _data(config: SftConfig) -> list[DataSlot]:
     own = DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)
-    return [own, held_out_slot(config.validation, own)]
+    return [own, parts.held_out_slot(config.validation, own)]
 
 
 KIND = StageKind(
@@ -102,17 +94,10 @@ KIND = StageKind(
     config=SftConfig,
     revision=11,
     produces=POLICY,
-    run="alignment.stages.sft.run:run",
+    run="alignment.stages.shared.language_model:learn_conversations",
     data=_data,
-    curves=next_token_curves,
-    learning=Learning(
-        limits=limits_of_parts,
-        one_row_a_record=lambda config: not config.packing,
-        may_drop=True,
-        learns_from=LearnsFrom.demonstrations,
-    ),
-    outcome=Outcome(
-        metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
-    ),
+    metrics=parts.next_token_metrics,
+    learning=Learning(limits=parts.limits_of_parts, may_drop=True, learns_from=LearnsFrom.demonstrations),
+    display=Display(curves=parts.next_token_curves, lines=parts.handed_on, against_forgetting=parts.replay_advice),
     proposals=Proposals(questions=_questions, stage=_stage),
 )

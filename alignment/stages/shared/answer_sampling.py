@@ -1,4 +1,4 @@
-"""Samples answers to prompts, in parts that a resumed stage finds again."""
+"""Samples answers to prompts, in parts that a resumed stage finds again, and scores answers outside of training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ from alignment.core.files import parse_json, write_text
 from alignment.core.fingerprint import digest
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.row_kinds import PROMPTS, Limits
+from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.data.tokens.tokenize import end_ids
 from alignment.engines.completions import SEEDS, Asked, Generation
+from alignment.evaluation.endpoint import SavedReplies
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.generate import Sampling, generate
 from alignment.records.worker import PARTS
+from alignment.rewards.functions import FunctionScorer
+from alignment.rewards.scorer_sources import function_of
+from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
+from alignment.rewards.served import Asking
+from alignment.stages.shared.kind_answers import prompt_limits
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_policies
 from alignment.stages.shared.stage_rows import fitting, list_left_out, rows_of
 from alignment.training.context import StageContext
@@ -57,8 +63,7 @@ def asked_prompts(
     config: AskingConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
 ) -> AskedPrompts:
     """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others."""
-    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
-    by_row, counts = fitting(context, PROMPTS, records, config.data, limits, tokenizer)
+    by_row, counts = fitting(context, PROMPTS, records, config.data, prompt_limits(config), tokenizer)
     ids = {row: tokenized.rows[0]["prompt"] for row, tokenized in by_row.items()}
     evaluated = _evaluated(config, context, {row: records[row] for row in ids})
     first: dict[tuple[int, ...], int] = {}
@@ -83,7 +88,6 @@ def asked_prompts(
 
 
 def _evaluated(config: AskingConfig, context: StageContext, records: Mapping[int, Prompt]) -> dict[int, str]:
-    """The rows that ask what an evaluation asks, with the reason."""
     held_out = HeldOut(
         asked(prompt)
         for number, data in enumerate(config.leave_out)
@@ -108,14 +112,11 @@ def made_in_parts(
     progress: Callable[[int], None],
     prepare: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """The value of every part, in order, on every process.
-
-    ``keys`` has an entry of plain values for each part: what its content depends on beside the stage's fingerprint.
-    ``make`` computes a part by its number; its value must be plain JSON. The processes share the missing parts, and
-    the main process stores them under ``name``. A part is always computed as a whole, so that the number of processes
-    does not change it. ``progress`` receives how many parts are done. ``prepare`` is called on every process if a part
-    is missing.
-    """
+    """The value of every part, in order, on every process. ``keys`` has an entry of plain values for each part: what
+    its content depends on beside the stage's fingerprint. ``make`` computes a part by its number; its value must be
+    plain JSON. The processes share the missing parts, and the main process stores them under ``name``. A part is always
+    computed as a whole, so that the number of processes does not change it. ``progress`` receives how many parts are
+    done. ``prepare`` is called on every process if a part is missing."""
     files = [_file(context, name, number, key) for number, key in enumerate(keys)]
     parts: list[Any] = everyones([_read(file) for file in files] if context.is_main else [])[0]
     missing = [number for number, value in enumerate(parts) if value is None]
@@ -139,7 +140,6 @@ def _file(context: StageContext, name: str, number: int, key: Any) -> Path:
 
 
 def _read(file: Path) -> Any:
-    """The stored value, or None if it is missing or damaged; the log names a damaged one."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         value = content["value"]
@@ -178,9 +178,7 @@ def sampled_answers(
     config: SampledConfig, context: StageContext, policy: Lineage, tokenizer: Any, asked: AskedPrompts
 ) -> list[list[list[int]]]:
     """Token ids of ``completions_per_prompt`` answers to each prompt, with the end of the turn if it was generated.
-
-    Each prompt has random numbers of its own, so that its answers do not depend on the other prompts.
-    """
+    Each prompt has random numbers of its own, so that its answers do not depend on the other prompts."""
     generation = Generation(
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids(tokenizer))
     )
@@ -220,6 +218,11 @@ def _own_answers(
     generation: Generation,
 ) -> list[list[int]]:
     count = config.completions_per_prompt
+
+    def uniforms(row: int) -> torch.Tensor:  # [answers, steps]
+        generator = context.generator(SEED, row)
+        return torch.rand(count, config.max_new_tokens, generator=generator, dtype=torch.float64)
+
     return generate(
         model,
         [asked.ids[index] for index in indices for _ in range(count)],
@@ -228,7 +231,7 @@ def _own_answers(
         batch_size=config.batch_size,
         sampling=Sampling(
             temperature=generation.temperature,
-            uniforms=torch.cat([_uniforms(config, context, asked.rows[index]) for index in indices]),
+            uniforms=torch.cat([uniforms(asked.rows[index]) for index in indices]),
         ),
     )
 
@@ -269,10 +272,8 @@ def in_parts(
     make: Callable[[int], Any],
     prepare: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """What ``make`` makes of each span of prompts; progress is reported under ``name``, in prompts.
-
-    ``prepare`` is called before the first that is not stored yet.
-    """
+    """What ``make`` makes of each span of prompts; progress is reported under ``name``, in prompts. ``prepare`` is
+    called before the first that is not stored yet."""
     keys = [[asked.rows[index] for index in span] for span in spans]
     ends = [0, *(span.stop for span in spans)]
     return made_in_parts(
@@ -285,7 +286,62 @@ def in_parts(
     )
 
 
-def _uniforms(config: SampledConfig, context: StageContext, row: int) -> torch.Tensor:
-    """``[answers, steps]`` random numbers of a prompt."""
-    shape = (config.completions_per_prompt, config.max_new_tokens)
-    return torch.rand(*shape, generator=context.generator(SEED, row), dtype=torch.float64)
+AT_ONCE = 128
+"""How many answers a scorer gets in one call; a limit, so that a slow scorer still reports progress."""
+
+
+def counted_progress(context: StageContext, phase: str, total: int | None = None) -> Callable[[int], None]:
+    """Reports how much of ``total`` is done, given what was done since the last call."""
+    done = 0
+
+    def progress(number: int) -> None:
+        nonlocal done
+        done += number
+        context.progress(phase, done, total)
+
+    return progress
+
+
+def scores_of(
+    scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer."""
+    scores: list[float] = []
+    for part in answers.parts(AT_ONCE):
+        of_part = scorer.scores(part)
+        refuse_unusable(of_part, part, source=str(function_of(source) or source))
+        scores += of_part.tolist()
+        progress(len(part.texts))
+    return scores
+
+
+def metric_scores_of(
+    scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
+) -> list[float | None]:
+    """As ``scores_of``, but a function may give None for an answer, which then has no score."""
+    if not isinstance(scorer, FunctionScorer):
+        return [*scores_of(scorer, answers, source=source, progress=progress)]
+    scores: list[float | None] = []
+    for part in answers.parts(AT_ONCE):
+        scores += scorer.optional_scores(part)
+        progress(len(part.texts))
+    return scores
+
+
+REPLIES = "scorer_replies"
+"""A folder in the stage's work folder, which a stage that is started again finds."""
+
+
+def asking_of(context: StageContext) -> Asking:
+    """Saves replies in the work folder of the stage, and reports each as progress. Each process writes a file of its
+    own and has read those of all, since their number may have changed."""
+    folder = context.spec.work / REPLIES
+
+    def progress() -> None:
+        context.heartbeat.reports += 1
+
+    return Asking(
+        replies=SavedReplies(folder / f"{context.rank}.jsonl", sorted(folder.glob("*.jsonl"))),
+        where=f"stages.{context.spec.stage}",
+        progress=progress,
+    )

@@ -1,9 +1,6 @@
-"""Replaces ``optim.micro_batch_tokens=auto`` by a number before a stage runs (docs/design/0044).
-
-The number is the one that this stage began with, or that a stage like it chose on this machine. Otherwise the stage
-runs up to its first step to try sizes, and is thrown away. What runs afterwards is the stage with that number, as if it
-were set by hand.
-"""
+"""Replaces ``optim.micro_batch_tokens=auto`` by a number before a stage runs (docs/design/0044). The number is the one
+that this stage began with, or that a stage like it chose on this machine. Otherwise the stage runs up to its first step
+to try sizes, and is thrown away. What runs afterwards is the stage with that number, as if it were set by hand."""
 
 from __future__ import annotations
 
@@ -34,10 +31,8 @@ Run = Callable[[StageConfig, StageContext], object]
 
 
 def with_chosen_size(context: StageContext, run: Run) -> StageContext:
-    """The context of a stage that has a number; ``run`` runs the stage. Every process must call this.
-
-    Random numbers are as before.
-    """
+    """The context of a stage that has a number; ``run`` runs the stage. Every process must call this. Random numbers
+    are as before."""
     if not is_automatic(context.spec.config):
         return context
     key = memory_key(context.spec.config, context.spec.identity, context.spec.inputs)
@@ -71,7 +66,6 @@ def launch_of(context: StageContext) -> str:
 
 
 def _remembered(context: StageContext, key: str) -> ChosenSize | None:
-    """What this stage began with, wherever that was, or else what was chosen on this machine."""
     if begun := training.remembered(context.spec.work / OWN_FILE, key):
         return begun[0]
     here = (machine_of(context.device), launch_of(context))
@@ -80,7 +74,6 @@ def _remembered(context: StageContext, key: str) -> ChosenSize | None:
 
 
 def _search(context: StageContext, run: Run) -> Choice:
-    """Runs the stage up to its first step, with the default size where it computes before that."""
     spec, where = _numbered(context.spec, DEFAULT_TOKENS), f"stages.{context.spec.stage}.optim"
     search = SizeSearch(device=context.device, memory=attainable, where=where)
     try:
@@ -105,7 +98,6 @@ def _numbered(spec: StageSpec, tokens: int) -> StageSpec:
 
 @contextmanager
 def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Restores the states of all generators behind the block."""
     before: tuple[Any, Any] = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -23,12 +23,8 @@ from alignment.training.context import StageContext
 
 def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *, scored: bool) -> None:
     """Checks that the run's base model can be sampled from, unless an engine does that, and if answers are ``scored``,
-    that it can give their log-probabilities.
-
-    Raises:
-        ModelError: it has layers that cache something else than keys and values, or its head does more than one matrix
-            product.
-    """
+    that it can give their log-probabilities. Raises ModelError: it has layers that cache something else than keys and
+    values, or its head does more than one matrix product."""
     model = _without_weights(spec)
     if model is None:
         return
@@ -39,21 +35,15 @@ def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *,
 
 
 def refuse_base_without_logprobs(_: StageConfig, context: StageContext) -> None:
-    """Checks that the run's base model, which the stage measures, can give log-probabilities.
-
-    Raises:
-        ModelError: its head does more than one matrix product.
-    """
+    """Checks that the run's base model, which the stage measures, can give log-probabilities. Raises ModelError: its
+    head does more than one matrix product."""
     if (model := _without_weights(context.spec)) is not None:
         logit_factor(model)  # raises if they are changed otherwise
 
 
 def refuse_adapter_that_does_not_fit(spec: StageSpec, adapter: AdapterConfig) -> None:
-    """Puts the adapter on the run's base model without its weights, as a stage that trains it would.
-
-    Raises:
-        ModelError: the model lacks modules that the adapter names, or PEFT cannot adapt them, such as experts by DoRA.
-    """
+    """Puts the adapter on the run's base model without its weights, as a stage that trains it would. Raises ModelError:
+    the model lacks modules that the adapter names, or PEFT cannot adapt them, such as experts by DoRA."""
     if (model := _without_weights(spec)) is not None:
         add_adapter(name_trunk(model), adapter, TaskType.CAUSAL_LM)
 
@@ -72,10 +62,7 @@ def _without_weights(spec: StageSpec) -> PreTrainedModel | None:
 
 def refuse_base_without_scores(config: TrainedConfig, context: StageContext) -> None:
     """Checks the base model of a stage that trains a reward model or, if it has such a setting, a separate critic.
-
-    Raises:
-        ModelError: transformers has no scalar head for its architecture.
-    """
+    Raises ModelError: transformers has no scalar head for its architecture."""
     spec = context.spec
     has_scores = getattr(config, "critic", Critic.separate) is Critic.separate
     architecture = architecture_in(spec.base_path)

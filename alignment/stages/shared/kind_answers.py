@@ -12,23 +12,30 @@ from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import Engine, LaunchConfig, SamplingConfig
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import REWARD_MODEL, read_manifest
-from alignment.data.records import PreferencePair
+from alignment.data.records import HeldOutPrompt, PreferencePair, Prompt
 from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS, Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.engines.engine_environment import interpreter
 from alignment.evaluation.paired_scores import labels
 from alignment.records import training as names
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
-from alignment.stages.base import Curve, DataSlot, Refusal, Reported, Slot
+from alignment.stages.base import Curve, DataSlot, LaunchShape, Refusal, Reported, RunsOn, Slot
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
 
 def curve(
-    title: str, unit: str, keys: str | tuple[str, ...], guide: float | None = None, labels: tuple[str, ...] = ("",)
+    title: str,
+    unit: str,
+    keys: str | tuple[str, ...],
+    guide: float | None = None,
+    labels: tuple[str, ...] = ("",),
+    *,
+    live: bool = False,
 ) -> Curve:
     """A chart of one metric, or of several with their labels."""
-    return Curve(title=title, unit=unit, keys=(keys,) if isinstance(keys, str) else keys, labels=labels, guide=guide)
+    keys = (keys,) if isinstance(keys, str) else keys
+    return Curve(title=title, unit=unit, keys=keys, labels=labels, guide=guide, live=live)
 
 
 def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
@@ -77,18 +84,9 @@ def held_out_fault(fraction: float, num_prompts: int, rows: str, where: str) -> 
 def and_held_out(reported: Reported, validation: ValidationConfig) -> Reported:
     """The metrics of a stage, and those of its validation if it has one."""
     if not validation.on:
-        return reported
+        absent = {names.PREFIX: ("validation", "validation.every above 0, and validation.share or validation.data")}
+        return replace(reported, absent={**reported.absent, **absent})
     return replace(reported, held_out=(*reported.held_out, *names.HELD_OUT), counts=(*reported.counts, *names.COUNTS))
-
-
-def why_not_validated(config: Any, metric: str, stage: str) -> str:
-    """Why a stage does not report a metric of validation; empty if it does, and for other metrics."""
-    if config.validation.on or not metric.startswith(names.PREFIX):
-        return ""
-    return (
-        f"stage {stage!r} reports no {metric!r} without validation; set stages.{stage}.validation.every above 0, and "
-        "validation.share or validation.data"
-    )
 
 
 def beside_held_out(charts: list[Curve], settings: Mapping[str, Any], *, loss: str, accuracy: str) -> list[Curve]:
@@ -169,13 +167,30 @@ def sampling_refusals(sampling: SamplingConfig, launch: LaunchConfig) -> Iterato
 
 
 def check_engine(sampling: SamplingConfig, where: str) -> None:
-    """Checks that this machine has the engine.
-
-    Raises:
-        ConfigError: there is no environment with vLLM.
-    """
+    """Checks that this machine has the engine. Raises ConfigError: there is no environment with vLLM."""
     if sampling.engine is Engine.vllm and sampling.url is None:
         interpreter(sampling.python, package="vllm", where=f"{where}.sampling.python")
+
+
+def sampled_launch(runs_on: RunsOn) -> LaunchShape:
+    """The launch of a stage whose answers ``sampling`` says how to sample."""
+    return LaunchShape(
+        runs_on=runs_on,
+        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
+        check_machine=lambda config, where: check_engine(config.sampling, where),
+    )
+
+
+def prompt_limits(config: Any) -> Limits:
+    """Limits of a stage that bounds its prompts alone."""
+    return Limits(row=config.max_prompt_length, too_long=config.too_long)
+
+
+def asked_slots(config: Any, rows: RowKind | None = None, *, counted: bool = True) -> list[DataSlot]:
+    """The prompts that a stage asks, which may be learned from as ``rows``, and those whose overlaps it leaves out."""
+    own = DataSlot(field="data", data=config.data, record=Prompt, rows=rows, counted=counted)
+    left_out = enumerate(config.leave_out)
+    return [own, *(DataSlot(field=f"leave_out[{n}]", data=data, record=HeldOutPrompt) for n, data in left_out)]
 
 
 def reward_model_slots(scorers: Mapping[str, ScoreSourceConfig]) -> Iterator[Slot]:

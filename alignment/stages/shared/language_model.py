@@ -14,18 +14,21 @@ from trl import SFTTrainer
 from alignment.config.data import ValidationConfig
 from alignment.config.model import AdapterConfig
 from alignment.config.optim import OptimConfig, tokens_of
+from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, Kind, Limits
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
-from alignment.stages.shared.preference_pairs import rows_of
-from alignment.stages.shared.result import StageResult, initial_model, save_model
-from alignment.stages.shared.stage_rows import split_origins
+from alignment.stages.base import whole_rows
+from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.preference_pairs import hold_out, rows_of
+from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
+from alignment.stages.shared.stage_rows import split_origins, token_rows
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS, MicroBatches, own_coefficient
 from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import prepare
-from alignment.training.validation import HeldOutRows, Validation, of_handed_on
+from alignment.training.validation import Validation, of_handed_on
 
 
 class TrainerConfig(Protocol):
@@ -63,10 +66,8 @@ def next_token_trainer(
     rows: Dataset,
     **arguments: Any,
 ) -> Trainer:
-    """A ``trainer`` of the policy on rows of ``input_ids`` and ``labels``, with its optimiser.
-
-    ``arguments`` are further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``.
-    """
+    """A ``trainer`` of the policy on rows of ``input_ids`` and ``labels``, with its optimiser. ``arguments`` are
+    further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``."""
     with own_coefficient(policy):
         made = trainer(
             model=policy,
@@ -90,6 +91,25 @@ def uniform_loss(policy: PreTrainedModel | PeftModel) -> float:
     return math.log(unwrapped(policy).get_input_embeddings().num_embeddings)
 
 
+def learn_conversations(config: Any, context: StageContext) -> StageResult:
+    """The stage ``sft``: conversations in, policy out. alignment/data/tokens/rendering.py tokenises and masks them."""
+    return _stage(config, context, CONVERSATIONS, limits_of_parts(config))
+
+
+def learn_texts(config: Any, context: StageContext) -> StageResult:
+    """The stage ``cpt``: texts in, policy out. Every token is learned; a long text becomes several rows."""
+    return _stage(config, context, TEXTS, whole_rows(config))
+
+
+def _stage(config: Any, context: StageContext, kind: Kind, limits: Limits) -> StageResult:
+    start, tokenizer = initial_policy(context)
+    rows, counts = token_rows(context, kind, config.data, limits, tokenizer)
+    learned, held_out = hold_out(config, context, rows, kind, limits, tokenizer)
+    metrics = {} if kind is TEXTS else counts  # no text is too long or cut short
+    metrics["rows"] = float(len(learned))
+    return learn(config, context, start, tokenizer, learned, metrics, held_out=held_out)
+
+
 def learn(
     config: LanguageModelConfig,
     context: StageContext,
@@ -101,10 +121,7 @@ def learn(
     held_out: Dataset | None = None,
 ) -> StageResult:
     """Trains on rows of ``input_ids``, ``labels`` and ``where`` and saves the model; ``metrics`` are added to the last
-    loss.
-
-    With ``held_out`` rows the model is validated while it trains.
-    """
+    loss. With ``held_out`` rows the model is validated while it trains."""
     if config.packing:  # TRL packs with a map, which would cache its result next to the token rows
         disable_caching()
     rows, origin_of = split_origins(rows)
@@ -126,10 +143,7 @@ def learn(
     ceiling = uniform_loss(policy)
     validation = None
     if held_out is not None:
-        validation = Validation(config.validation, context, trainer, _with_lengths(held_out))
+        tokens = [len(ids) for (ids,) in rows_of(held_out, "input_ids")]
+        validation = Validation(config.validation, context, trainer, held_out, tokens)
     last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     return save_model(trainer.model, tokenizer, context, start, {"loss": last["loss"], **metrics, **of_handed_on(last)})
-
-
-def _with_lengths(rows: Dataset) -> HeldOutRows:
-    return HeldOutRows(rows=rows, tokens=[len(ids) for (ids,) in rows_of(rows, "input_ids")])

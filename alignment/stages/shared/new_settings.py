@@ -36,10 +36,8 @@ def from_start(circumstances: Circumstances, usual: str) -> dict[str, Any]:
 
 
 def maximises_scores(circumstances: Circumstances) -> bool:
-    """Whether something asks for a stage that maximises scores: prompts without answers, or a reward model.
-
-    A scorer that the user names does not: it may be only the metric of the evaluation.
-    """
+    """Whether something asks for a stage that maximises scores: prompts without answers, or a reward model. A scorer
+    that the user names does not: it may be only the metric of the evaluation."""
     return Prompt in circumstances.rows or bool(circumstances.made.get(REWARD_MODEL))
 
 
@@ -118,11 +116,7 @@ def adapter_rate(value: float, source: str) -> Reasoned:
 
 
 def _limit(tokens: int, positions: int) -> int:
-    return min(max(_STEP, _rounded(tokens)), positions)
-
-
-def _rounded(tokens: int) -> int:
-    return math.ceil(tokens / _STEP) * _STEP
+    return min(max(_STEP, math.ceil(tokens / _STEP) * _STEP), positions)
 
 
 def _why_limit(rows: Rows, lengths: Sequence[int], limit: int, dropped: float) -> str:

@@ -46,9 +46,7 @@ def session_of(config: SamplingConfig, context: StageContext) -> EngineSession:
 
 def start_engine(session: EngineSession, context: StageContext, options: Callable[[], VllmOptions]) -> None:
     """Starts the engine on the main process, and tells the others where it is; every process must call this.
-
-    ``options`` may write weights for it.
-    """
+    ``options`` may write weights for it."""
     context.progress("starting vLLM")
 
     def address() -> tuple[str, str]:
@@ -69,10 +67,8 @@ _LENGTHS = 1024
 
 
 class ServedPolicies:
-    """Answers of policies by the engine of ``config``, for all processes of a stage.
-
-    The main process starts the server. Policies that differ by one LoRA adapter share it.
-    """
+    """Answers of policies by the engine of ``config``, for all processes of a stage. The main process starts the
+    server. Policies that differ by one LoRA adapter share it."""
 
     def __init__(self, config: SamplingConfig, context: StageContext) -> None:
         self._config = config
@@ -83,10 +79,8 @@ class ServedPolicies:
         self._weights = Weights()
 
     def prepare(self, policy: Lineage, longest: int) -> None:
-        """Starts a server for the policy unless the running one fits; ``longest`` is a prompt with its answer.
-
-        Every process must call this.
-        """
+        """Starts a server for the policy unless the running one fits; ``longest`` is a prompt with its answer. Every
+        process must call this."""
         needed = served_weights(policy, highest_rank=RANKS[-1])
         if self._config.url is not None:
             self._refuse_other_weights(needed)
@@ -108,7 +102,6 @@ class ServedPolicies:
             )
 
     def _used(self, adapter: Path | None) -> Weights:
-        """On the main process, has the engine answer with an adapter, or without one."""
         name = None if adapter is None else self._session.named(f"{adapter.parent.parent.name}/{adapter.name}")
         weights = Weights() if name is None else Weights(name=name, folder=adapter)
         if self._context.is_main:
@@ -129,11 +122,8 @@ class ServedPolicies:
         return self._session.answers(self._weights, asked, generation, count)
 
     def refuse_other_weights(self, answers: Sequence[EngineAnswer], sums: Sequence[float]) -> None:
-        """``sums`` are the policy's own log-probabilities of the answers, in nats.
-
-        Raises:
-            StageError: they differ so much from the engine's that it has other weights.
-        """
+        """``sums`` are the policy's own log-probabilities of the answers, in nats. Raises StageError: they differ so
+        much from the engine's that it has other weights."""
         tokens = sum(len(answer.ids) for answer in answers)
         gap = sum(abs(sum(answer.logprobs) - own) for answer, own in zip(answers, sums, strict=True)) / tokens
         if gap > OTHER_WEIGHTS:
@@ -219,10 +209,8 @@ def served_answer_and_score(
 
 
 class Policies:
-    """Loads policies, and holds one at a time; loading the held policy again costs nothing.
-
-    ``served`` answers for them, if an engine does.
-    """
+    """Loads policies, and holds one at a time; loading the held policy again costs nothing. ``served`` answers for
+    them, if an engine does."""
 
     def __init__(self, context: StageContext, served: ServedPolicies | None = None) -> None:
         self.served = served
@@ -268,11 +256,8 @@ def asked_tokenizer(context: StageContext, *, field: str) -> Any:
 def refuse_without_template(
     context: StageContext, stage_input: StageInput, tokenizer: Any, *, field: str = "arms"
 ) -> None:
-    """Does nothing if conversations can be rendered for the policy that the stage's ``field`` names.
-
-    Raises:
-        ModelError: its tokenizer has no chat template.
-    """
+    """Does nothing if conversations can be rendered for the policy that the stage's ``field`` names. Raises ModelError:
+    its tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"{stage_input.ref} has a tokenizer without a chat template, so its prompts cannot be rendered",

@@ -20,23 +20,18 @@ V = TypeVar("V")
 
 
 def in_shares(context: StageContext, items: Sequence[T], values_of: Callable[[Sequence[T]], list[V]]) -> list[V]:
-    """The values of all items, in order, on every process; every process must call this.
-
-    ``values_of`` gives the values of some consecutive items, as many of each as there are. It is called once on each
-    process whose share has items.
-    The value of an item must not depend on the other items, so that it does not depend on the number of processes.
-    If it fails on one process, all raise its error.
-    """
+    """The values of all items, in order, on every process; every process must call this. ``values_of`` gives the values
+    of some consecutive items, as many of each as there are. It is called once on each process whose share has items.
+    The value of an item must not depend on the other items, so that it does not depend on the number of processes. If
+    it fails on one process, all raise its error."""
     first, end = (len(items) * number // context.world_size for number in (context.rank, context.rank + 1))
     share = items[first:end]
     return [value for values in shared(lambda: values_of(share) if share else []) for value in values]
 
 
 def on_main(context: StageContext, make: Callable[[], T]) -> T | None:
-    """What the main process makes; None on the others, which wait for it. Every process must call this.
-
-    If it fails, all raise its error.
-    """
+    """What the main process makes; None on the others, which wait for it. Every process must call this. If it fails,
+    all raise its error."""
     return own_of_all(lambda: make() if context.is_main else None)
 
 
@@ -64,11 +59,9 @@ class PolicyRows:
 def policy_logprobs(
     context: StageContext, phase: str, policies: Policies, asked: Mapping[K, PolicyRows]
 ) -> dict[K, list[float]]:
-    """Sum of log p(token | prefix) over each answer, in nats, on every process; every process must call this.
-
-    The processes divide the micro-batches. A process loads the policies of its own, one at a time. Progress is reported
-    as ``phase``.
-    """
+    """Sum of log p(token | prefix) over each answer, in nats, on every process; every process must call this. The
+    processes divide the micro-batches. A process loads the policies of its own, one at a time. Progress is reported as
+    ``phase``."""
     spans = [(key, span) for key, rows in asked.items() for span in rows.micro_batches()]
 
     def logprobs_of(share: Sequence[tuple[K, range]]) -> list[list[float]]:

@@ -31,10 +31,8 @@ class PairsConfig(LimitedConfig, Protocol):
 
 
 def read_pairs(config: PairsConfig, context: StageContext, tokenizer: Any) -> tuple[Dataset, dict[str, float]]:
-    """The pairs within the limits, with the column ``where``, and how many there are, were too long or were cut.
-
-    With a ``margin``, they have that column too.
-    """
+    """The pairs within the limits, with the column ``where``, and how many there are, were too long or were cut. With a
+    ``margin``, they have that column too."""
     kind, limits = pair_rows(config.margin), limits_of_parts(config)
     return token_rows(context, kind, config.data, limits, tokenizer)
 
@@ -54,11 +52,9 @@ def pair_tokens(pairs: Dataset) -> list[int]:
 
 
 def prompts_of(rows: Dataset) -> list[bytes]:
-    """The prompt of each row, as bytes that sort like the lists of its tokens.
-
-    In a row of ``input_ids`` and ``labels`` it is everything before the first learned token. A row that is learned from
-    its first token on has no prompt, and is taken as a whole.
-    """
+    """The prompt of each row, as bytes that sort like the lists of its tokens. In a row of ``input_ids`` and ``labels``
+    it is everything before the first learned token. A row that is learned from its first token on has no prompt, and is
+    taken as a whole."""
     if PROMPT in rows.column_names:
         return [_in_order(prompt) for (prompt,) in rows_of(rows, PROMPT)]
     return [_in_order(prompt) for prompt in _unlearned_starts(rows)]
@@ -73,10 +69,8 @@ def _unlearned_starts(rows: Dataset) -> Iterator[list[int]]:
 def split_by_prompt(
     rows: Dataset, share: float, rng: torch.Generator, *, where: str, setting: str
 ) -> tuple[list[int], list[int]]:
-    """The indices of rows to learn from, and of the rows of a share of the prompts.
-
-    Rows of one conversation stay together, by the first one's prompt: a later one contains what an earlier one learns.
-    """
+    """The indices of rows to learn from, and of the rows of a share of the prompts. Rows of one conversation stay
+    together, by the first one's prompt: a later one contains what an earlier one learns."""
     prompt_of = _by_record(rows, prompts_of(rows))
     prompts = sorted(set(prompt_of))
     count = round(share * len(prompts))
@@ -94,9 +88,7 @@ def split_by_prompt(
 
 def distinguishing_prompts(rows: Dataset) -> list[bytes]:
     """What tells rows apart: the prompt of each, or for a row without one that of the first row from the same record.
-
-    The end of a long text has no prompt, and may be a single token that ends other texts too.
-    """
+    The end of a long text has no prompt, and may be a single token that ends other texts too."""
     prompts = prompts_of(rows)
     if PROMPT in rows.column_names:
         return prompts
@@ -114,7 +106,6 @@ def _by_record(rows: Dataset, prompts: list[bytes]) -> list[bytes]:
 
 
 def _in_order(ids: list[int]) -> bytes:
-    """Token ids as compact bytes that sort like the lists."""
     return np.asarray(ids, dtype=">u4").tobytes()
 
 
@@ -139,12 +130,10 @@ def hold_out(
     *,
     reported: Dataset | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """The rows to learn from, and the held-out rows, which are None without validation.
-
-    No prompt is on both sides, and none of a held-out row is in ``reported``, the rows on which the stage reports its
-    result. ``rows`` have the column ``where``, and so have those to learn from. Held-out ones have the kind's columns
-    alone; those of a ``share`` are listed in ``HELD_OUT``.
-    """
+    """The rows to learn from, and the held-out rows, which are None without validation. No prompt is on both sides, and
+    none of a held-out row is in ``reported``, the rows on which the stage reports its result. ``rows`` have the column
+    ``where``, and so have those to learn from. Held-out ones have the kind's columns alone; those of a ``share`` are
+    listed in ``HELD_OUT``."""
     validation, where = config.validation, f"stages.{context.spec.stage}.validation"
     if not validation.on:
         return rows, None
@@ -171,7 +160,9 @@ def hold_out(
             remedy="choose a smaller share or smaller batches, or add rows",
         )
     held_out = rows.select(chosen, keep_in_memory=True)
-    _list(context, held_out[WHERE])
+    if context.is_main:
+        lines = (json.dumps({WHERE: name}, ensure_ascii=False) + "\n" for name in held_out[WHERE])
+        (context.content / HELD_OUT).write_text("".join(lines), encoding="utf-8")
     return rows.select(learned, keep_in_memory=True), held_out.select_columns(list(kind.all_columns))
 
 
@@ -184,9 +175,3 @@ def _refuse_shared_prompts(rows: Dataset, held_out: Dataset, why: str, *, where:
             where=where,
             remedy="remove these rows from one of the two sources, or use validation.share",
         )
-
-
-def _list(context: StageContext, located: list[str]) -> None:
-    if context.is_main:
-        lines = (json.dumps({WHERE: name}, ensure_ascii=False) + "\n" for name in located)
-        (context.content / HELD_OUT).write_text("".join(lines), encoding="utf-8")

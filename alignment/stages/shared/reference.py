@@ -38,10 +38,9 @@ from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import on_device, on_host
 from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
-from alignment.training.cutting import cut_frozen
 from alignment.training.micro_batches import Batch, MicroBatches
 from alignment.training.optimizer import optimizer_arguments
-from alignment.training.sharding import everyones, prepare, read_in_calls
+from alignment.training.sharding import cut_frozen, everyones, prepare, read_in_calls
 
 START_TOLERANCE = 1e-3
 """How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of
@@ -69,13 +68,9 @@ class StartRow:
 
 
 def refuse_other_reference(own: Iterable[StartRow], *, is_rounded: bool = False) -> None:
-    """Compares the answers of this process and of all others; every process must call this.
-
-    ``is_rounded``: the reference was computed in bfloat16 in other micro-batches.
-
-    Raises:
-        StageError: policy and reference differ on an answer, so the stage does not start from the reference.
-    """
+    """Compares the answers of this process and of all others; every process must call this. ``is_rounded``: the
+    reference was computed in bfloat16 in other micro-batches. Raises StageError: policy and reference differ on an
+    answer, so the stage does not start from the reference."""
     rows = sorted((row for rows in everyones(list(own)) for row in rows), key=lambda row: row.excess)
     worst = rows[len(rows) // 2] if is_rounded else rows[-1]
     if worst.excess > (ROUNDED_TOLERANCE if is_rounded else START_TOLERANCE) and not on_shadows():
@@ -96,9 +91,7 @@ VERSION = 7
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
     """Log-probabilities of answers, ``[rows]`` in nats, by the column of the answers; and the file that caches them.
-
-    The file may not exist yet. ``is_final``: it may be written. ``own`` computes this process's share of the rows.
-    """
+    The file may not exist yet. ``is_final``: it may be written. ``own`` computes this process's share of the rows."""
 
     logprobs: Mapping[str, Tensor]
     file: Path
@@ -106,10 +99,8 @@ class Reference:
     is_final: bool = True
 
     def start_rows(self) -> list[StartRow]:
-        """Answers of this process beside their reference, computed with the policy as it is now.
-
-        They are those of the first micro-batch of each column, as in bfloat16 other micro-batches give other values.
-        """
+        """Answers of this process beside their reference, computed with the policy as it is now. They are those of the
+        first micro-batch of each column, as in bfloat16 other micro-batches give other values."""
         return [
             StartRow(now, before, len(ids))
             for answer, every in self.logprobs.items()
@@ -122,14 +113,15 @@ class Reference:
         ]
 
     def keep(self) -> None:
-        """Writes the file if it may be written, unless it has these numbers.
-
-        One process calls this, after the sums were checked.
-        """
+        """Writes the file if it may be written, unless it has these numbers. One process calls this, after the sums
+        were checked."""
         rows = {len(column) for column in self.logprobs.values()}
         known = _read(self.file, tuple(self.logprobs), rows=rows.pop()) if self.is_final else self.logprobs
         if known is None or any(not torch.equal(known[name], own) for name, own in self.logprobs.items()):
-            _write(self.file, dict(self.logprobs))
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.file.parent, shared=True)
+            with replacing(self.file) as temporary:  # no machine that shares the folder sees an incomplete file
+                write_weights(dict(self.logprobs), temporary)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,12 +165,10 @@ def precomputed_reference(
     answers: Sequence[str],
     tokens: int,
 ) -> Reference:
-    """The reference of all rows, from the cache, or computed, with each process computing its share.
-
-    ``answers`` are the columns of the answers to the column ``prompt``. ``tokens`` limits the tokens of a micro-batch.
-    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its
-    weights are whole from then on until the trainer cuts them.
-    """
+    """The reference of all rows, from the cache, or computed, with each process computing its share. ``answers`` are
+    the columns of the answers to the column ``prompt``. ``tokens`` limits the tokens of a micro-batch. Switches the
+    policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its weights are whole
+    from then on until the trainer cuts them."""
     model = unwrapped(policy)
     copy_weights(model.parameters())
     model.to(context.device).eval()
@@ -235,7 +225,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor] | None:
-    """The columns of a cached file; None if it is missing or damaged, so that it is computed again."""
     try:
         columns = load_file(file)
     except FileNotFoundError:
@@ -247,23 +236,13 @@ def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor]
     return columns if whole else None
 
 
-def _write(file: Path, columns: dict[str, Tensor]) -> None:
-    """Writes with one rename, so that no machine that shares the folder ever sees an incomplete file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(file.parent, shared=True)
-    with replacing(file) as temporary:
-        write_weights(columns, temporary)
-
-
 _HASH = "hash_module"
 
 
 class AgainstStart(MicroBatches):
     """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
-
     ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand. A loss that
-    compares nothing does not need a reference; set ``needs_reference`` before ``make_ready``.
-    """
+    compares nothing does not need a reference; set ``needs_reference`` before ``make_ready``."""
 
     needs_reference: bool = True
     precomputed: Reference | None = None
@@ -295,10 +274,8 @@ class AgainstStart(MicroBatches):
 
 @contextmanager
 def _without_hash(trainer: type) -> Iterator[None]:
-    """TRL's trainers without the hash of all weights, which names a cache of TRL that is not used here.
-
-    For eight billion weights it takes a minute, also where no loss needs a reference.
-    """
+    """TRL's trainers without the hash of all weights, which names a cache of TRL that is not used here. For eight
+    billion weights it takes a minute, also where no loss needs a reference."""
     modules = {sys.modules[base.__module__] for base in trainer.__mro__}
     functions = {module: getattr(module, _HASH) for module in modules if hasattr(module, _HASH)}
     for module in functions:
@@ -308,6 +285,17 @@ def _without_hash(trainer: type) -> Iterator[None]:
     finally:
         for module, function in functions.items():
             setattr(module, _HASH, function)
+
+
+def refuse_other_start(trainer: AgainstStart, rows: Iterable[StartRow]) -> None:
+    """Checks that policy and reference agree on every answer of the first batch (``rows``) before the first step. A
+    precomputed reference must also have the policy's numbers in its own micro-batches. Raises StageError: they differ,
+    so the reference is not the policy that the stage starts from."""
+    precomputed = trainer.precomputed
+    if precomputed is not None:
+        refuse_other_reference(precomputed.start_rows())
+    is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
+    refuse_other_reference(rows, is_rounded=is_rounded)
 
 
 def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:

@@ -39,11 +39,9 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 def initial_model(
     context: StageContext, start: Lineage, task: TaskType, *, may_drop: bool
 ) -> PreTrainedModel | PeftModel:
-    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/roles.py).
-
-    ``may_drop`` allows dropout. A stage that compares two passes of one model must not allow it, because each pass
-    would drop different values.
-    """
+    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/roles.py). ``may_drop``
+    allows dropout. A stage that compares two passes of one model must not allow it, because each pass would drop
+    different values."""
     context.phase("loading")
     sharded = context.spec.sharding.of_weights
     model = load_start(
@@ -68,11 +66,9 @@ class StageResult:
 def save_model(
     model: PreTrainedModel | PeftModel, tokenizer: Any, context: StageContext, start: Lineage, metrics: dict[str, float]
 ) -> StageResult:
-    """Saves the tokenizer and a trained model: the whole model, or its adapter and the adapters below it.
-
-    If the base is another artifact's own model, it is copied too. The folders are plain transformers and PEFT folders.
-    Only the main process writes, but all processes must call this, because weights may be sharded.
-    """
+    """Saves the tokenizer and a trained model: the whole model, or its adapter and the adapters below it. If the base
+    is another artifact's own model, it is copied too. The folders are plain transformers and PEFT folders. Only the
+    main process writes, but all processes must call this, because weights may be sharded."""
     is_adapter = isinstance(model, PeftModel)
     refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     state = _state(model, trained_only=is_adapter)
@@ -113,12 +109,10 @@ def save_model(
 
 
 def _all_but_adapter(_: str, names: list[str]) -> list[str]:
-    """What lies beside an adapter from outside, such as a tokenizer or the state of its training."""
     return [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
 
 def _state(model: PreTrainedModel | PeftModel, *, trained_only: bool) -> dict[str, Tensor] | None:
-    """The weights to save; None if the model itself holds them."""
     if on_shadows() and trained_only:
         return zeros({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     return whole_state(model, trained_only=trained_only) if is_sharded(model) else None

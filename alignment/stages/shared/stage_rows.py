@@ -47,10 +47,8 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 def token_rows(
     context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
 ) -> tuple[Dataset, dict[str, float]]:
-    """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
-
-    The column ``where`` names the file and row that a row is from (``split_origins``).
-    """
+    """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut. The
+    column ``where`` names the file and row that a row is from (``split_origins``)."""
     _remove_old_list(context, field)
     tables = [
         token_table(
@@ -80,7 +78,6 @@ def token_rows(
 
 
 def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[str, SourceConfig, Path]]:
-    """The stage's own source and those that are mixed in, each with the name of its setting."""
     own = f"stages.{context.spec.stage}.{field}"
     sources = context.spec.sources(data, field)
     names = [own, *(f"{own}.mix[{number}]" for number in range(len(sources) - 1))]
@@ -88,7 +85,6 @@ def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[
 
 
 def _tokenising(context: StageContext, path: Path, data: SourceConfig) -> Callable[[int], None]:
-    """Reports how many rows have been read, of how many; they are only counted if a table is missing."""
     total = functools.cache(lambda: count_rows(path, data))
     return lambda rows: context.progress("tokenising", rows, total())
 
@@ -134,10 +130,8 @@ def _remove_old_list(context: StageContext, field: str) -> None:
 
 
 def selected(rows: Dataset, indices: Indices) -> Dataset:
-    """``rows.select``, which would make a Python integer of each index and hash them all twice.
-
-    ``rows`` are not themselves selected from other rows.
-    """
+    """``rows.select``, which would make a Python integer of each index and hash them all twice. ``rows`` are not
+    themselves selected from other rows."""
     content = hashlib.sha256(rows._fingerprint.encode())
     content.update(indices.data)
     return Dataset(
@@ -150,10 +144,8 @@ def selected(rows: Dataset, indices: Indices) -> Dataset:
 
 
 def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> range | Indices:
-    """Indices of the rows that the stage takes, in order; they count through the sources one after another.
-
-    A range stands for all rows of the only source.
-    """
+    """Indices of the rows that the stage takes, in order; they count through the sources one after another. A range
+    stands for all rows of the only source."""
     own: range | Indices = range(counts[0])
     if data.fraction < 1.0:
         own = subset(counts[0], data.fraction, context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction"))
@@ -188,7 +180,6 @@ def _copy_ledger(context: StageContext, table: TokenTable) -> None:
 
 
 def _note_losses(context: StageContext, where: str, losses: Mapping[str, int], records: int) -> None:
-    """Notes once for a source what the chat template leaves out, and of how many records."""
     context.notes.extend(f"{where}: {lost_words(loss, count, records)}" for loss, count in losses.items())
 
 
@@ -198,7 +189,6 @@ def list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -
 
 
 def _append(context: StageContext, lines: Iterable[str]) -> None:
-    """Appends to ``LEFT_OUT``, which is not created if there are no lines."""
     lines = iter(lines)
     first = next(lines, None)
     if context.is_main and first is not None:
@@ -207,7 +197,6 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
 
 
 def _announce(context: StageContext, rows: str, count: int, entries: Sequence[Mapping[str, str]]) -> None:
-    """A note for the user on how many of ``rows`` were left out or cut, with the first of them as an example."""
     if not entries or not context.is_main:
         return
     example = f"{entries[0]['where']}: {entries[0]['reason']}"

@@ -233,7 +233,6 @@ class MlflowTracker(Tracker):
         self._client.set_terminated(self._run_id, status="FINISHED" if done else "KILLED")
 
     def _run_of(self, spec: StageSpec) -> str:
-        """The id of the stage's run, which is made if the server does not have it."""
         experiment = self._experiment_of(spec.tracking.project)
         own = f"tags.`{_ID}` = '{stable_id(spec)}'"
         for run in self._client.search_runs([experiment], filter_string=own, max_results=1):
@@ -293,7 +292,6 @@ def may_pass(error: Exception) -> bool:
 
 
 def _within_limit(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in parts that one request can hold. A row is never divided."""
     part: list[Row] = []
     for row in rows:
         if part and sum(len(each.curves) for each in (*part, row)) > _METRICS_AT_ONCE:

@@ -95,16 +95,12 @@ def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     return columns, [[row.get(name) for name in columns] for row in flat]
 
 
-def flattened(values: Mapping[str, Any]) -> dict[str, Cell]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Cell]:
     """Nested values under joined names (``adapter/rank``), and lists as JSON."""
-    return _flat(values, "")
-
-
-def _flat(row: Mapping[str, Any], prefix: str) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
-    for name, value in row.items():
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            cells |= _flat(value, f"{prefix}{name}/")
+            cells |= flattened(value, f"{prefix}{name}/")
         else:
             cells[prefix + name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
     return cells

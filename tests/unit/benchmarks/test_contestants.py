@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from trl import DPOConfig, GRPOConfig
 
 from alignment.stages.registry import read_spec
-from alignment.stages.sft.run import run
+from alignment.stages.shared.language_model import learn_conversations
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from benchmarks.contestants import training, trl_grpo, trl_latest
@@ -48,7 +48,7 @@ def test_others_take_rows_in_the_order_of_our_trainer(tmp_path: Path, monkeypatc
         return step(self, model, inputs, *rest)
 
     monkeypatch.setattr(MicroBatches, "training_step", noted)
-    run(config, StageContext(spec=spec, rank=0, world_size=1))
+    learn_conversations(config, StageContext(spec=spec, rank=0, world_size=1))
     lengths = sorted(length for batch in batches for length in batch)
     assert len(set(lengths)) == 24, "a row's number is seen in the length of its answer"
     order = in_our_order("sft", "lora", tmp_path, list(range(24)))

@@ -104,7 +104,7 @@ def test_a_row_whose_scores_are_of_no_use_is_named(plan: MakePlan, tmp_path: Pat
     ],
 )
 def test_the_loss_has_a_guide_where_it_starts_at_a_constant(settings: dict[str, Any], guide: float | None) -> None:
-    loss, _, margin, logprobs = KIND.curves(settings)
+    loss, _, margin, logprobs = KIND.display.curves(settings)
     assert loss.guide == guide
     assert margin.unit == ("log odds" if settings.get("loss") == "orpo" else "implicit reward") + ", chosen − rejected"
     assert logprobs.keys == ("logps/chosen", "logps/rejected")
@@ -117,5 +117,5 @@ def test_a_fall_of_both_answers_is_doubted_once_they_are_half_as_likely(
     chosen: float, rejected: float, doubted: bool
 ) -> None:
     metrics = {"logps/chosen_change": chosen, "logps/rejected_change": rejected}
-    assert bool(KIND.outcome.doubts(metrics)) is doubted
-    assert not KIND.outcome.doubts({"loss": 1.0}), "a result of an earlier version"
+    assert bool(KIND.display.doubts(metrics)) is doubted
+    assert not KIND.display.doubts({"loss": 1.0}), "a result of an earlier version"

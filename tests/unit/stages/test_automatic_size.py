@@ -44,7 +44,6 @@ def context_of(spec: StageSpec) -> StageContext:
 
 
 def outcome(artifact: Path) -> dict[str, Any]:
-    """All of a result that does not measure time or memory."""
     manifest = read_manifest(artifact)
     lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "time/")
@@ -72,7 +71,6 @@ STAGES = {
 
 
 def run(spec: StageSpec) -> dict[str, Any]:
-    """The stage as the worker runs it, and what it used."""
     worker._run(spec, context_of(spec))
     manifest = read_manifest(spec.artifact)
     return outcome(spec.artifact) | {"usage": manifest.usage}
@@ -179,9 +177,6 @@ def test_a_size_is_chosen_once_for_all_stages_that_need_as_much_memory(tmp_path:
     "change",
     [
         {"config": replace(SftConfig(), max_length=77)},
-        {"config": replace(SftConfig(), adapter=AdapterConfig(rank=3))},
-        {"config": replace(SftConfig(), optim=replace(SftConfig().optim, activation_checkpointing=True))},
-        {"identity": {"data": "other rows"}},
         {"identity": {"base": "another model"}},
         {"inputs": {"init": "a model of another shape"}},
     ],

@@ -6,16 +6,12 @@ have to be computed in the same ones.
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from alignment.config.data import DataConfig
@@ -23,12 +19,10 @@ from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype
 from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
-from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.dpo import run as dpo
 from alignment.stages.kto import run as kto
-from alignment.stages.ppo import objective
 from alignment.stages.ppo.config import Advantage, PpoOptimConfig
 from tests.chained import DATA, FULL, LORA, QLORA, Chained, config_of
 from tests.tiny import tiny_model
@@ -124,15 +118,6 @@ def test_four_bits_on_a_base_with_biases_learn_the_same_in_any_micro_batches(cha
         assert first[0][name] == pytest.approx(first[1][name], rel=0.02)
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("dpo", 9), ("kto", 13)])
-def test_a_precomputed_reference_of_an_sft_policy_is_accepted(chained: Chained, kind: str, rows: int) -> None:
-    chained.run("sft", LORA)
-    config = config_of(kind, LORA, precompute_reference=True, **settings(rows))
-    lines = chained.run(kind, LORA, init="sft", config=config)
-    assert len(lines) == math.ceil(read_manifest(chained.inputs[kind].path).metrics["rows"] / 8)
-    assert all(math.isfinite(line["loss"]) for line in lines)
-
-
 @pytest.mark.parametrize(
     ("adapter", "method"),
     [
@@ -150,41 +135,7 @@ def test_ratios_start_at_one(chained: Chained, adapter: AdapterConfig, method: A
     assert figures["policy/clipfrac"] == 0.0
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
-def test_the_first_gradient_of_rloo_is_the_policy_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig
-) -> None:
-    """Ratios that are not 1 clip the gradients of answers, and weigh those of others."""
-    clipped = first_gradient(tmp_path / "clipped", adapter)
-    with monkeypatch.context() as patch:
-        patch.setattr(objective, "clipped_policy_loss", policy_gradient)
-        plain = first_gradient(tmp_path / "plain", adapter)
-    assert torch.cosine_similarity(clipped, plain, dim=0) >= 0.999
-
-
-def policy_gradient(ratio: Tensor, advantages: Tensor, weights: Tensor, **_: Any) -> Tensor:
-    """A sum whose gradient is that of −A·log π."""
-    return -(advantages * weights * ratio / ratio.detach()).sum()
-
-
-def first_gradient(folder: Path, adapter: AdapterConfig) -> Tensor:
-    """RLOO's at the first step, as one vector."""
-    chained, gradients = Chained(folder, dtype=Dtype.bfloat16, architecture="qwen2", **SIZES), []
-
-    def look(optimizer: Any, *_: Any) -> None:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        gradients.append(torch.cat([weight.grad.float().flatten() for weight in weights]))
-
-    hook = register_optimizer_step_pre_hook(look)
-    try:
-        chained.run("ppo", adapter, config=rl_config(adapter, Advantage.rloo))
-    finally:
-        hook.remove()
-    return gradients[0]
-
-
 def rl_config(adapter: AdapterConfig, method: Advantage) -> StageConfig:
-    """One update."""
     return config_of(
         "ppo",
         adapter,

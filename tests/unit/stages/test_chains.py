@@ -44,7 +44,6 @@ def chained(tmp_path: Path) -> Chained:
 
 
 def moved(chained: Chained, kind: str, since: str) -> float:
-    """The largest change of a hidden state."""
     states = []
     for name in (kind, since):
         model = chained.policy(name)
@@ -145,7 +144,6 @@ def test_a_stage_starts_from_an_adapter_that_peft_saved(
 
 
 def plain_policy(base: Path, beside: list[Path], merged: list[Path]) -> Any:
-    """By plain transformers and PEFT, with some adapters merged into the base and others together beside it."""
     model = AutoModelForCausalLM.from_pretrained(str(base))
     for folder in merged:
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
@@ -211,7 +209,7 @@ def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, k
     chained.run(kind, LORA)
     manifest = read_manifest(chained.inputs[kind].path)
     config = config_of(kind, LORA)
-    assert set(kind_of(config).outcome.metrics(config).names) <= manifest.metrics.keys()
+    assert set(kind_of(config).metrics(config).names) <= manifest.metrics.keys()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.kto import run as kto
 from alignment.stages.kto.kind import KtoLoss
-from alignment.stages.kto.trainer import TokenizedKtoTrainer, mismatched
+from alignment.stages.kto.run import TokenizedKtoTrainer, mismatched
 from alignment.stages.registry import kind_named
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.result import initial_policy
@@ -39,7 +39,6 @@ QUESTIONS = ("Shop?", "Keys, please?", "When is the hall open today?", "Why?", "
 
 
 def labelled(folder: Path, labels: Sequence[bool], questions: Sequence[str] = QUESTIONS) -> Path:
-    """Rows of different lengths, whose prompts all differ unless there are more rows than questions."""
     rows = [
         {
             "messages": [{"role": "user", "content": questions[number % len(questions)]}],
@@ -56,7 +55,6 @@ def labelled(folder: Path, labels: Sequence[bool], questions: Sequence[str] = QU
 def made(
     folder: Path, labels: Sequence[bool] = (True, False, True, True, False, True), **changes: Any
 ) -> TokenizedKtoTrainer:
-    """The trainer of a stage that is about to learn from these rows, all in one batch."""
     chained = Chained(folder)
     adapter: AdapterConfig = changes.pop("adapter", LORA)
     config: Any = config_of(
@@ -73,14 +71,12 @@ def made(
 
 
 def logprob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """log p(answer | prompt) in float64, from the logits of a plain pass over this row alone."""
     ids = torch.tensor([prompt + answer])
     logprobs = model(ids).logits[0].double().log_softmax(-1)
     return sum(logprobs[index - 1, ids[0, index]] for index in range(len(prompt), ids.shape[1]))  # type: ignore[return-value]
 
 
 def by_hand(trainer: TokenizedKtoTrainer, loss: KtoLoss) -> tuple[float, torch.Tensor, float, list[float]]:
-    """The batch's loss, its gradient in the trained weights, z0, and log π/π_ref of the rows, by the paper."""
     rows = list(trainer.train_dataset)
     prompts, answers = [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows]
     labels = [row["label"] for row in rows]
@@ -107,7 +103,6 @@ def gradients(model: PeftModel) -> torch.Tensor:
 
 
 def step(trainer: TokenizedKtoTrainer) -> tuple[float, torch.Tensor]:
-    """The loss of the first batch and its gradient, as a training step computes them, from several micro-batches."""
     trainer.model.zero_grad()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
@@ -146,12 +141,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper(
 
 
 def same_gradient(got: Tensor, expected: Tensor) -> None:
-    """Within .2 % of its length: in float32, .09 % were seen on an Intel CPU and less than .01 % on an AMD one."""
     assert float((got - expected).norm()) <= 2e-3 * float(expected.norm()) + 1e-6
 
 
 def move(trainer: TokenizedKtoTrainer, towards: float) -> None:
-    """Some steps by which all answers become likelier, or less likely."""
     liven(trainer.model)
     rows = list(trainer.train_dataset)
     optimizer = torch.optim.SGD([w for w in trainer.model.parameters() if w.requires_grad], lr=0.05)
@@ -230,7 +223,6 @@ def test_rows_of_one_prompt_meet_answers_to_another_which_are_cut(tmp_path: Path
 
 
 def metrics_of(chained: Chained) -> dict[str, float]:
-    """In the manifest."""
     artifact = chained.inputs["kto"].path
     assert artifact is not None
     return dict(verify(artifact, content=True).metrics)
@@ -243,8 +235,8 @@ def test_a_pair_is_a_desirable_and_an_undesirable_answer(tmp_path: Path) -> None
     assert [metrics[name] for name in ("rows", "desirable_rows", "undesirable_rows")] == [8, 4, 4]
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     kind, config = kind_named("kto"), chained.spec("kto", LORA).config
-    assert set(kind.outcome.metrics(config).names) <= metrics.keys()
-    drawn = {key for chart in kind.curves({}) for key in chart.keys}
+    assert set(kind.metrics(config).names) <= metrics.keys()
+    drawn = {key for chart in kind.display.curves({}) for key in chart.keys}
     assert all(drawn <= line.keys() for line in lines)
 
 

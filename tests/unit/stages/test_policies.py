@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignment.config.launch import Engine, SamplingConfig
-from alignment.core.artifacts import write_json
 from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.engines.completions import Asked, Generation
 from alignment.evaluation.arms import sequence_logprobs
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling
-from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import CachedAnswers
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared import policies, reference
+from alignment.stages.shared import policies
 from alignment.stages.shared import policy_logprobs as own_logprobs
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_answer_and_score
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
@@ -39,7 +34,6 @@ ROW_ANSWERS = [[11, 12], [13], [14, 15, 16], [17], [18, 19]]
 
 
 def slow(model: Any, prompt: list[int], answer: list[int]) -> float:
-    """Sum of log p(token | all before it), one forward a token."""
     total, ids = 0.0, list(prompt)
     for token in answer:
         total += oracle.log_softmax(model(torch.tensor([ids])).logits[0, -1].tolist())[token]
@@ -92,7 +86,6 @@ PROMPTS = [[5, 9, 40], [7, 120]]
 
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Chained:
-    """A run with an adapter on its base, and one on the merged weights of both."""
     chained = Chained(tmp_path_factory.mktemp("served"))
     chained.run("sft", LORA)
     chained.run("dpo", LORA, init="sft")
@@ -176,31 +169,3 @@ def test_other_weights_are_noticed_by_a_part_of_the_answers_at_their_temperature
     monkeypatch.setattr(policies, "_CHECKED", 1)
     with pytest.raises(StageError, match="so it has other weights"):
         sums_of_answers(chained, 0.3, scale=3.0)
-
-
-ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda file: write_json(file, {"a": 1}),
-        lambda file: answer_cache.write(file, ANSWERS),
-        lambda file: reference._write(file, {"chosen": torch.ones(2)}),
-    ],
-    ids=["json", "answers", "reference"],
-)
-def test_processes_of_the_same_number_on_two_machines_may_write_a_file_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
-) -> None:
-    """The other one writes all of it while this one is about to rename its own."""
-    file, rename = tmp_path / "kept.json", os.replace
-
-    def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(os, "replace", rename)
-        write(file)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", late)
-    write(file)
-    assert list(tmp_path.iterdir()) == [file]

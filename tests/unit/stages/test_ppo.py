@@ -164,7 +164,7 @@ def test_caps_and_engines_but_no_addresses_are_part_of_a_stage_and_of_its_metric
     gap = {"engine/gap", "engine/gap_max", "engine/beyond"}
     configs = (ppo_config(engine=Engine.own), ppo_config(), ppo_config(importance_cap=2.0))
     for config, expected in zip(configs, (set(), gap, {*gap, "engine/importance", "engine/capped"}), strict=True):
-        names = KIND.outcome.metrics(config).training
+        names = KIND.metrics(config).training
         assert {name for name in names if name.startswith("engine/")} == expected
 
 
@@ -181,7 +181,7 @@ def test_a_gap_that_nothing_corrects_is_doubted(metrics: dict[str, float], words
     doubts = engine_doubts(metrics)
     assert len(doubts) == len(words)
     assert all(text in doubt for text, doubt in zip(words, doubts, strict=True))
-    assert set(doubts) <= set(KIND.outcome.doubts({"eos_rate": 1.0, "objective/score_std": 1.0, **metrics}))
+    assert set(doubts) <= set(KIND.display.doubts({"eos_rate": 1.0, "objective/score_std": 1.0, **metrics}))
 
 
 @pytest.mark.parametrize("settings", [{}, *({"critic": critic.value} for critic in Critic)])
@@ -202,7 +202,6 @@ def test_curves_are_those_of_the_critic_or_of_groups_and_of_an_engine(settings: 
 
 
 def guarded(folder: Path) -> Path:
-    """The artifact of a stage that wants few words and whose guard wants many; both are rules."""
     config = config_of(
         "ppo",
         LORA,

@@ -19,8 +19,6 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs a package with an entry point, and a module of that package."""
-
     def install_one(name: str, entry_point: str, code: str = "") -> None:
         folder = tmp_path / name
         info = folder / f"{name}-1.0.dist-info"
@@ -50,7 +48,7 @@ COUNT = """\
 from dataclasses import dataclass, field
 from alignment.config.data import DataConfig
 from alignment.data.records import PlainText
-from alignment.stages.base import DataSlot, LaunchShape, Outcome, RunsOn, StageKind
+from alignment.stages.base import DataSlot, Display, LaunchShape, RunsOn, StageKind
 @dataclass(kw_only=True, slots=True)
 class CountConfig:
     kind: str = "count"
@@ -126,11 +124,12 @@ ALONE = "launch=LaunchShape(runs_on=RunsOn.one_process)"
         ("counting:run", "counting", "run='counting', but there is no function"),
         (ALONE, f"{ALONE}, rehearse='gone:check'", "rehearse='gone:check', but there is no module"),
         ("record=PlainText", "record=str", "reads 'data' as <class 'str'>, which is not a record"),
-        (ALONE, f"{ALONE}, outcome=Outcome(metrics=lambda _: ('words',))", "returns no Reported from"),
-        (ALONE, f"{ALONE}, curves=lambda s: s['x']", "curves(settings of CountConfig()) raises KeyErro"),
-        (ALONE, f"{ALONE}, tokens=lambda s, line: line['words']", "tokens(settings, {'step': 1}) raises"),
-        (ALONE, f"{ALONE}, tokens=lambda s, line: 'many'", "returns 'many' from tokens(settings, line)"),
-        (ALONE, f"{ALONE}, curves=lambda s: [], tokens=lambda s, line: int(s['shortest'] == 1)", ""),
+        (ALONE, f"{ALONE}, metrics=lambda _: ('words',)", "returns no Reported from"),
+        (
+            ALONE,
+            f"{ALONE}, display=Display(curves=lambda s: s['x'])",
+            "curves(settings of CountConfig()) raises KeyErro",
+        ),
     ],
 )
 def test_a_kind_that_would_fail_in_a_plan_or_a_worker_says_what_to_change(
@@ -192,11 +191,10 @@ def test_a_setting_that_no_recipe_can_hold_is_named(install: Install, declared: 
     assert all(word in problem for word in words)
 
 
-SHOWS = COUNT.replace(ALONE, f"{ALONE}, outcome=Outcome(lines=show, tables=show, doubts=show)")
+SHOWS = COUNT.replace(ALONE, f"{ALONE}, display=Display(lines=show, tables=show, doubts=show)")
 
 
 def shows(body: str) -> str:
-    """A package whose kind shows its results by a function in line 10, with this body."""
     head, kind = SHOWS.split("KIND = ")
     text = f"{head}def show(given):\n    {body}\nKIND = {kind}"
     assert text.splitlines()[9] == "def show(given):"
@@ -227,7 +225,7 @@ def test_a_function_that_fails_to_show_a_result_is_named_with_its_line(
             called("count", tmp_path)  # type: ignore[arg-type]
         assert caught.value.where == "kind of stage 'count' (counting)"
         first, second = caught.value.message.splitlines()
-        assert first.startswith(f"Outcome.{name} fails with {error}")
+        assert first.startswith(f"Display.{name} fails with {error}")
         assert second == f"  {tmp_path}/counting/counting.py, line {line}"
         assert "the results are complete" in caught.value.remedy
         assert caught.value.exit_code == 1
@@ -270,7 +268,7 @@ def test_an_error_or_a_missing_file_of_a_package_is_passed_on_unless_the_result_
     (tmp_path / "content").mkdir()
     (tmp_path / "content/words.json").touch()
     publish(tmp_path / "content", artifact, Manifest(stage="count", kind="count", fingerprint="01", identity={}))
-    with pytest.raises(KindError, match=r"Outcome\.tables fails with FileNotFoundError"):
+    with pytest.raises(KindError, match=r"Display\.tables fails with FileNotFoundError"):
         registry.tables_of("count", artifact)
 
 

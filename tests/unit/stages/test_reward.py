@@ -41,14 +41,12 @@ from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, t
 
 
 def settings_of(**changes: Any) -> RewardConfig:
-    """Half of eight pairs held out, and steps so small that scores stay nearly those of the fresh head."""
     made = config_of("reward", LORA, **{"eval_fraction": 0.5, **changes})
     assert isinstance(made, RewardConfig)
     return replace(made, optim=replace(made.optim, lr=1e-6))
 
 
 def raw_score(model: Any, prompt: list[int], answer: list[int]) -> float:
-    """head · state at the last token, by transformers' own forward pass of the trunk."""
     plain = unwrapped(model)
     head = plain.score.modules_to_save["default"] if hasattr(plain.score, "modules_to_save") else plain.score
     with torch.no_grad():
@@ -170,7 +168,6 @@ RULE = ScoreSourceConfig(source="bundled:quickstart/house_style.py:style")
 
 
 def rewardbench_row(number: int, **changes: Any) -> dict[str, Any]:
-    """As in allenai/reward-bench, by its columns."""
     row = {
         "prompt": f"What does note {number} say about the keys in hall {number}?",
         "chosen": f"The keys of hall {number} are with the caretaker.",
@@ -190,7 +187,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and a reward model on it."""
     folder = tmp_path_factory.mktemp("judged")
     start = Lineage(source=BASE_SOURCE, base=save_tiny_model(folder / "base"), adapters=())
     tiny_reward(folder / "made", LORA, start=start, base_path=folder / "base", identity={"seed": 0})
@@ -208,7 +204,6 @@ def spec_of(folder: Path, work: Path, config: RewardCardConfig, **changes: Any) 
 
 
 def card_of(spec: StageSpec) -> dict[str, Any]:
-    """The card that the worker publishes."""
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     card: dict[str, Any] = json.loads((spec.artifact / "card.json").read_text())
     return card
@@ -315,7 +310,6 @@ def test_no_pair_is_judged_that_the_reward_stage_took(folder: Path, tmp_path: Pa
 
 
 def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path]:
-    """The chosen answers that a reward stage learns from in half of the file's pairs, and its artifact."""
     config = RewardConfig(data=DataConfig(fraction=0.5), max_length=200)
     spec = tiny_spec(work / "reward", config, base_path=folder / "base", data_path=file)
     context = StageContext(spec=spec, rank=0, world_size=1)
@@ -328,7 +322,6 @@ def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path
 
 
 def external(folder: Path) -> StageInput:
-    """A model as a hub has them, with a tokenizer and a template of its own."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["caretaker"])
     tokenizer.chat_template = (

@@ -56,7 +56,6 @@ def same(prompts, completions, rows):
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of the best and the worst of four answers; what trackers got lies beside it."""
     folder, sent = tmp_path_factory.mktemp("sampled"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
@@ -261,7 +260,6 @@ def test_a_result_with_little_to_choose_from_is_doubted(metrics: dict[str, float
 
 
 def run_parts(spec: Any) -> dict[str, bytes]:
-    """The files that the stage makes."""
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return {name: (spec.artifact / name).read_bytes() for name in ("rows.jsonl", "samples.jsonl", "sampling.json")}
 

@@ -217,7 +217,6 @@ def test_texts_that_only_end_alike_are_different_ones(tmp_path: Path) -> None:
 
 
 def _of_length(tokenizer: Any, word: str, length: int) -> str:
-    """A text of exactly so many tokens."""
     text = word * length
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
     cut: str = tokenizer.decode(ids)

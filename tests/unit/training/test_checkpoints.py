@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from alignment.training.checkpoints import MANIFEST, newest, rotate, seal, step_
 from alignment.training.context import PhasePeaks, StageContext
 from alignment.training.session import Preempted, train, usage
 from tests.chained import FULL, config_of
-from tests.device import backend
 from tests.tiny import tiny_spec
 from tests.unit.training.conftest import at_step
 from tests.unit.training.tracked import Line, line_trainer
@@ -198,21 +197,6 @@ def test_a_checkpoint_that_was_never_finished_is_removed(tmp_path: Path) -> None
     assert _names(tmp_path) == ["checkpoint-4"]
 
 
-def test_all_may_be_damaged_and_a_step_be_set_aside_twice(tmp_path: Path) -> None:
-    for _ in range(2):
-        for step in (4, 8):
-            _flip_a_bit(_checkpoint(tmp_path, step))
-        assert newest(tmp_path, fingerprint=OWN) is None
-    assert _names(tmp_path) == ["quarantine-checkpoint-4", "quarantine-checkpoint-8"]
-
-
-def test_a_damaged_checkpoint_older_than_a_good_one_is_not_touched(tmp_path: Path) -> None:
-    _flip_a_bit(_checkpoint(tmp_path, 4))
-    _checkpoint(tmp_path, 8)
-    assert newest(tmp_path, fingerprint=OWN) == tmp_path / "checkpoint-8"
-    assert _names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
-
-
 def test_a_seal_lists_every_file_but_itself_and_may_be_renewed(tmp_path: Path) -> None:
     """The trainer may save the same step again: at a signal and at the end."""
     checkpoint = _checkpoint(tmp_path, 4)
@@ -379,27 +363,6 @@ def test_a_loss_that_rises_above_its_ceiling_is_no_result(context: StageContext)
         train(_trainer(context, model=rising()), context, headline="loss", ceiling=0.1)
     last = train(_trainer(context, model=rising()), context, headline="loss", ceiling=1e9)
     assert last["loss"] > 1e5, "all steps were done before, and the same losses are judged"
-
-
-@pytest.fixture
-def _one_process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(backend(), init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process_group")
-def test_the_choice_of_a_checkpoint_passes_through_the_process_group(context: StageContext) -> None:
-    _train_until(3, context)
-    train(_trainer(context), context, headline="loss")
-    assert _steps(context) == [1, 2, 3, 4, 5, 6]
-
-
-def test_only_the_main_process_sets_checkpoints_aside(context: StageContext) -> None:
-    (context.checkpoints / "checkpoint-4").mkdir()
-    other = replace(context, rank=1, world_size=2)
-    train(_trainer(other), other, headline="loss")
-    assert not list(context.checkpoints.glob("quarantine-*"))
 
 
 def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -> None:

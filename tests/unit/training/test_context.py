@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import threading
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -229,7 +227,7 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
 ) -> None:
     """A host that waits for a GPU spins, inside one call."""
     looks = itertools.count(1)
-    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("run.py", 7, "step")])
     monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime(own=0.2 * next(looks)))
 
     def compute(writer: HeartbeatWriter, over: threading.Event) -> None:
@@ -258,16 +256,7 @@ def test_what_a_function_held_is_free_when_it_returns(tmp_path: Path, monkeypatc
     assert held[0]() is None
 
 
-def test_processor_seconds_are_those_of_the_process() -> None:
-    """However long they take by the clock, beside other work."""
-    process = psutil.Process()
-    before, end = heartbeat.processor_seconds(process), time.process_time() + 0.2
-    while time.process_time() < end:
-        hashlib.sha256(bytes(1 << 20))
-    assert heartbeat.processor_seconds(process).since(before).own > 0.1
-
-
-SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
+SOMEWHERE, COLLECTIVE = [("run.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
 
 
 @pytest.mark.parametrize(
@@ -283,18 +272,3 @@ def test_the_processor_says_nothing_of_who_may_spin(
     stack: Any, used: ProcessorTime, on_gpu: bool, works: bool, waits: bool
 ) -> None:
     assert activity(stack, used, on_gpu=on_gpu) == (works, waits)
-
-
-def test_progress_that_is_reported_is_work(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime())
-
-    def report(writer: HeartbeatWriter, over: threading.Event) -> None:
-        def count() -> None:
-            while not over.wait(0.1):
-                writer.reports += 1
-
-        threading.Thread(target=count).start()
-        over.wait()
-
-    sign = watched(report)
-    assert sign.time - sign.since < 0.5

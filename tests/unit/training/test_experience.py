@@ -28,7 +28,7 @@ from alignment.stages.ppo.experience import (
     spread,
     stack,
 )
-from alignment.stages.ppo.objective import Average, PolicyLoss, PolicyObjective, Sampled
+from alignment.stages.ppo.objective import Average, PolicyObjective, Sampled
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from tests.launches import Waits
 from tests.oracles import importance as oracle
@@ -229,43 +229,6 @@ def objective(average: Average, **changes: object) -> PolicyObjective:
         "entropy_coefficient": 0.0,
     }
     return PolicyObjective(**(settings | changes))  # type: ignore[arg-type]
-
-
-def loss_of(
-    wanted: PolicyObjective, logprobs: Tensor, *, advantages: Tensor | None = None, kl: float = 0.0
-) -> PolicyLoss:
-    old = logprobs.detach()
-    sampled = Sampled(
-        logprobs=old,
-        reference_logprobs=old,
-        advantages=MASK.double() if advantages is None else advantages,
-        response_mask=MASK,
-    )
-    tokens = MASK.sum().double()
-    return wanted.loss(
-        logprobs, torch.zeros_like(old), sampled, kl_coefficient=kl, divisor=wanted.divisor(MASK), tokens=tokens
-    )
-
-
-@pytest.mark.parametrize(
-    ("average", "whole", "short", "long"),
-    [
-        (Average.tokens, False, 1 / 10, 1 / 10),
-        (Average.token_means, False, 1 / (2 * 2), 1 / (2 * 8)),
-        (Average.constant_length, False, 1 / (2 * LONGEST), 1 / (2 * LONGEST)),
-        (Average.token_sums, True, 1 / 2, 1 / 2),
-    ],
-    ids=["PPO", "GRPO", "Dr. GRPO", "RLOO"],
-)
-def test_a_token_of_a_long_answer_weighs_less_in_grpo_alone(
-    average: Average, whole: bool, short: float, long: float
-) -> None:
-    """Two answers of equal reward, of two and of eight tokens (Liu et al. 2025, section 3.1: a wrong answer is
-    punished less the longer it is)."""
-    logprobs = torch.full((2, 8), -1.0, dtype=torch.float64, requires_grad=True)
-    loss_of(objective(average, whole_answers=whole), logprobs).total.backward()
-    expected = -torch.tensor([[short], [long]]) * MASK
-    close(logprobs.grad, expected, rtol=1e-6)
 
 
 def test_an_endless_divisor_gives_zero_and_finite_gradients() -> None:

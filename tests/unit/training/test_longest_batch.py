@@ -8,13 +8,12 @@ import os
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,16 +32,15 @@ from alignment.models.forward.attention import ATTENTION
 from alignment.records.training import METRICS
 from alignment.records.worker import Status
 from alignment.stages.ppo import learn
-from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
+from alignment.stages.ppo.trainer_setup import AnswerTrials
 from alignment.stages.sft.kind import SftConfig
-from alignment.training import longest_batch, session, size_search
-from alignment.training.callbacks import WeightsAreSharded
+from alignment.training import longest_batch, size_search
 from alignment.training.context import PhasePeaks, StageContext
 from alignment.training.longest_batch import LongestBatch, RowTrials, largest, longest_sequences, row_tokens
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.optimizer import RandomlyRoundedAdamW, adamw
-from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, attainable, expected, sizes
+from alignment.training.size_search import Choice, Outcome, SizeSearch, attainable, expected
 from tests.chained import DATA, FILES, LORA, Chained, config_of
 from tests.living import in_child
 from tests.tiny import save_tiny_model
@@ -157,21 +155,12 @@ def failure(
     return raised.value
 
 
-def test_the_error_names_a_limit_that_was_seen_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first half of it does not fit, the second does."""
-    attempts: list[int] = []
-
-    def third(tokens: int) -> bool:
-        attempts.append(tokens)
-        return len(attempts) == 3
-
-    error = failure(tmp_path, monkeypatch, "sft", third)
-    assert f"4 rows with {attempts[0]} tokens, does not fit into memory (this was tried before" in str(error)
+def test_the_error_names_the_batch_and_settings_that_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = failure(tmp_path, monkeypatch, "sft", lambda tokens: False)
+    assert re.search(r"4 rows with \d+ tokens, does not fit into memory \(this was tried before", str(error))
     assert error.where == "stages.sft.optim.micro_batch_tokens"
-    assert "stages.sft.optim.activation_checkpointing=true" in error.remedy
-    named = re.search(r"set stages\.sft\.optim\.micro_batch_tokens=(\d+), which fits", error.remedy)
-    assert named is not None, error.remedy
-    assert attempts[0] // 8 < int(named[1]) <= attempts[1] // 2
+    for setting in ("activation_checkpointing=true", "micro_batch_tokens=auto"):
+        assert f"stages.sft.optim.{setting}" in error.remedy
 
 
 @pytest.mark.parametrize("kind", ["sft", "kto"])
@@ -236,36 +225,16 @@ POSITIONS = 1200
 
 
 def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence is a prompt with its longest answer."""
     monkeypatch.setattr(longest_batch, "BLOCK", 2)
-    pairs = Dataset.from_dict(
-        {
-            "prompt_ids": [[1], [1, 2], [3]],
-            "chosen_ids": [[1, 2, 3], [4], [5]],
-            "rejected_ids": [[9, 9], [9], []],
-            "KL_completion_ids": [[9, 9, 9]] * 3,
-            "margin": [0.5, 1.0, 2.0],
-        }
-    )
+    answers = {"prompt_ids": [[1], [1, 2], [3]], "chosen_ids": [[1, 2, 3], [4], [5]], "rejected_ids": [[9, 9], [9], []]}
+    pairs = Dataset.from_dict({**answers, "KL_completion_ids": [[9, 9, 9, 9]] * 3, "margin": [0.5, 1.0, 2.0]})
     assert row_tokens(pairs).tolist() == [6, 4, 2]
     assert row_tokens(pairs.select([2, 0])).tolist() == [2, 6]
     assert row_tokens(pairs, prompts_twice=True).tolist() == [7, 6, 3]
+    assert longest_sequences(pairs).tolist() == [5, 6, 5]
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
-    assert row_tokens(rows).tolist() == [3, 1]
-
-
-def test_a_sequence_is_a_prompt_with_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(longest_batch, "BLOCK", 2)
-    answers = Dataset.from_dict(
-        {
-            "prompt_ids": [[1], [1, 2], [3]],
-            "completion_ids": [[1, 2, 3], [4], []],
-            "KL_completion_ids": [[9], [9, 9], []],
-            "label": [True, False, True],
-        }
-    )
-    assert longest_sequences(answers).tolist() == [4, 4, 1]
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
-    assert longest_sequences(rows).tolist() == [3, 1]
+    assert row_tokens(rows).tolist() == longest_sequences(rows).tolist() == [3, 1]
     packed = Dataset.from_dict({"input_ids": [[1] * 7, [2] * 5, [3] * 2], "seq_lengths": [[3, 4], [5], [1, 1]]})
     assert longest_sequences(packed).tolist() == [4, 5, 1]
 
@@ -293,6 +262,26 @@ def test_a_row_beyond_the_positions_stops_a_stage_before_it_learns(
     assert re.search(rf"rows\.jsonl:3: a row of \d+ tokens .* {POSITIONS} positions", message)
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "file", "named"),
+    [
+        ("ppo", "ptx", "preferences", "{}:3"),
+        ("sft", "validation", "conversations", "row 3 of the held-out rows"),
+    ],
+)
+def test_other_rows_of_a_stage_are_checked_before_its_first_step_too(
+    tmp_path: Path, kind: str, field: str, file: str, named: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    rows = with_a_long_row(tmp_path / "other", "sft")
+    data = DataConfig(source=f"path:{rows}")
+    settings = {"ptx": PtxConfig(coefficient=1.0, data=data), "validation": ValidationConfig(every=2, data=data)}
+    config = config_of(kind, LORA, **{field: settings[field]})
+    data_path, extra = DATA / f"{file}.jsonl", {f"{field}.data": rows}
+    message = refusal(tmp_path, kind, config=config, data_path=data_path, extra_data=extra)
+    assert message.startswith(f"{named.format(rows)}: a row of ")
+
+
 def test_mismatched_answers_are_cut_to_the_positions_where_these_are_fewer(tmp_path: Path) -> None:
     """Each row fits, but a long prompt and the long answer of another row would not."""
     question, answer = [{"role": "user", "content": "Why?" + " the hall" * 300}], " the hall" * 300
@@ -306,33 +295,6 @@ def test_mismatched_answers_are_cut_to_the_positions_where_these_are_fewer(tmp_p
     save_tiny_model(chained.base, max_position_embeddings=POSITIONS)
     steps = chained.run("kto", LORA, data_path=data)
     assert all(math.isfinite(step["kl"]) for step in steps if "kl" in step)
-
-
-def test_conversations_beside_ppo_are_checked_before_its_first_update(tmp_path: Path) -> None:
-    (tmp_path / "ptx").mkdir()
-    conversations = with_a_long_row(tmp_path / "ptx", "sft")
-    ptx = PtxConfig(coefficient=1.0, data=DataConfig(source=f"path:{conversations}"))
-    message = refusal(
-        tmp_path,
-        "ppo",
-        config=config_of("ppo", LORA, ptx=ptx),
-        data_path=DATA / "preferences.jsonl",
-        extra_data={"ptx.data": conversations},
-    )
-    assert message.startswith(f"{conversations}:3: a row of ")
-
-
-def test_held_out_rows_are_checked_before_training_too(tmp_path: Path) -> None:
-    held_out = with_a_long_row(tmp_path, "sft")
-    validation = ValidationConfig(every=2, data=DataConfig(source=f"path:{held_out}"))
-    message = refusal(
-        tmp_path,
-        "sft",
-        config=config_of("sft", LORA, validation=validation),
-        data_path=DATA / "conversations.jsonl",
-        extra_data={"validation.data": held_out},
-    )
-    assert message.startswith("row 3 of the held-out rows: a row of ")
 
 
 CPU = torch.device("cpu")
@@ -371,13 +333,6 @@ def chosen(rows: Rows, monkeypatch: pytest.MonkeyPatch, *, memory: float = 1e15,
     return SizeSearch(device=CPU, memory=lambda _: memory, where="stages.sft.optim").choice(rows)
 
 
-def test_sizes_are_doubled_from_the_longest_row_up_to_the_largest_micro_batch() -> None:
-    assert list(sizes(3, 10)) == [3, 6, 10]
-    assert list(sizes(3, 12)) == [3, 6, 12]
-    assert list(sizes(7, 7)) == [7]
-    assert list(sizes(7, 5)) == [7]
-
-
 @pytest.mark.parametrize(("most", "expected"), [(10**9, 70), (50, 40)], ids=["all fit", "out of memory ends it"])
 def test_the_largest_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch, most: int, expected: int) -> None:
     rows = Rows(most=most)
@@ -407,31 +362,6 @@ def test_a_size_that_takes_more_than_its_share_is_not_tried(monkeypatch: pytest.
 def test_the_memory_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = chosen(Rows(mb=4.0), monkeypatch).tried
     assert tried[-1].bytes - tried[0].bytes > 160 * MB
-
-
-def test_trials_take_place_on_weights_that_are_cut_as_in_the_training(
-    context: StageContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise they would train whole weights, in the format of their file."""
-    cut: list[Any] = []
-
-    @contextmanager
-    def cut_by_module(model: Any, _: StageContext) -> Iterator[None]:
-        cut.append(model)
-        yield
-        cut.clear()
-
-    class Search:
-        def run(self, trainer: Any, trials: Any) -> NoReturn:
-            assert cut == [trainer.model]
-            raise SizeChosen(Choice(tokens=3, tried=()))
-
-    monkeypatch.setattr(session, "cut_by_module", cut_by_module)
-    trainer: Any = SimpleNamespace(model="model", add_callback=lambda callback: callbacks.append(callback))
-    callbacks: list[Any] = []
-    with pytest.raises(SizeChosen):
-        session._seek_size(Search(), trainer, context, Rows())
-    assert [type(callback) for callback in callbacks] == [WeightsAreSharded]
 
 
 def test_one_process_on_a_gpu_tries_what_it_does_not_expect_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,24 +485,3 @@ def test_answers_are_as_long_as_they_can_get(
     weights = [weight for weight in run.roles.actor_critic.parameters() if weight.requires_grad]
     assert set(run.trainer.optimizer.state) == set(weights), "the optimiser has its moments"
     assert all(weight.grad is None for weight in weights)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_largest_size_within_its_share_is_chosen(bench: Callable[..., Bench]) -> None:
-    """Not yet run on a GPU. A limited share of its memory makes a large size fail for real."""
-    run = bench(prompts=[[5] * 900] * 8, max_new_tokens=124)
-    device = run.context.device
-    before = torch.cuda.memory_allocated(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (before + (64 << 20)) / total), device)
-    try:
-        search = SizeSearch(device=device, memory=lambda _: before + float(64 << 20), where="stages.ppo.optim")
-        with pytest.raises(SizeChosen) as chosen_size:
-            search.run(run.trainer, AnswerTrials(run.trainer))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-    choice = chosen_size.value.choice
-    fitting = [size for size in choice.tried if size.fits]
-    assert choice.tokens == fitting[-1].limit
-    assert fitting[-1].bytes <= size_search.SAFE_SHARE * (before + (64 << 20))

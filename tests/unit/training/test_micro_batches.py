@@ -30,9 +30,9 @@ from alignment.stages.kto import run as kto
 from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.kind import RewardConfig
-from alignment.stages.sft import run as sft
 from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared import reference
+from alignment.stages.shared.language_model import learn_conversations
 from alignment.stages.shared.reference import OwnRows
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches, _weigh, as_many_as_most, cut_alike, divided, shared_tokens
@@ -46,8 +46,11 @@ ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
 BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
 HALF = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
 STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "sft": (SftConfig(optim=OPTIM, adapter=ADAPTER), sft.run),
-    "sft packed": (SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160), sft.run),
+    "sft": (SftConfig(optim=OPTIM, adapter=ADAPTER), learn_conversations),
+    "sft packed": (
+        SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160),
+        learn_conversations,
+    ),
     "reward": (RewardConfig(optim=OPTIM, adapter=ADAPTER, eval_fraction=0.0), reward.run),
     "dpo": (DpoConfig(optim=OPTIM, adapter=ADAPTER), dpo.run),
     "kto": (KtoConfig(optim=OPTIM, adapter=ADAPTER), kto.run),

@@ -20,13 +20,12 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scorers import Scores
-from alignment.stages.ppo.collect import warn_of_equal_scores
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.experience import Prompts, Samples
 from alignment.stages.ppo.guard import Guard, better_beyond_noise
 from alignment.stages.ppo.kind import KIND
-from alignment.stages.ppo.learn import add_scores
-from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.learn import Ptx, add_scores
+from alignment.stages.ppo.rollouts import warn_of_equal_scores
 from alignment.stages.ppo.run import hold_out
 from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.stages.ppo.trainer import PpoTrainer
@@ -317,7 +316,7 @@ def test_one_score_alone_says_nothing_about_differences(caplog: pytest.LogCaptur
         warn_of_equal_scores(torch.tensor([0.5]))
     assert caplog.text == ""
     assert "objective/score_std" not in _score_metrics(torch.tensor([0.5]))
-    declared = [KIND.outcome.metrics(PpoConfig(optim=optim(batch_size=size))).training for size in (1, 2)]
+    declared = [KIND.metrics(PpoConfig(optim=optim(batch_size=size))).training for size in (1, 2)]
     assert ["objective/score_std" in names for names in declared] == [False, True]
 
 

@@ -19,7 +19,7 @@ from alignment.config.model import AdapterConfig, Critic
 from alignment.config.scoring import GuardConfig
 from alignment.core.errors import StageError
 from alignment.models.assembly.engine_weights import write_base
-from alignment.models.assembly.load import Lineage, load_policy
+from alignment.models.assembly.load import Lineage
 from alignment.stages.ppo.config import Advantage, KlConfig, PpoConfig, PpoOptimConfig
 from alignment.stages.ppo.engine import EngineGap
 from alignment.stages.ppo.step_metrics import UpdateMetrics
@@ -251,14 +251,6 @@ def test_full_training_writes_the_head_apart(tmp_path: Path, base: Path, untied:
     assert len(heads) == 3
     assert not torch.equal(heads[0], heads[2])
     assert max(line["engine/gap"] for line in lines) < 1e-5
-
-
-def test_the_base_below_an_adapter_that_is_trained_on_has_the_ones_below_it(tmp_path: Path, base: Path) -> None:
-    """Without anything below, it is the base itself."""
-    start = Lineage(source=BASE_SOURCE, base=base, adapters=())
-    assert write_base(start, LORA, torch.float32, tmp_path / "none") == base
-    assert not (tmp_path / "none").exists()
-    assert load_policy(start, torch.float32).config.vocab_size == 24
 
 
 def test_answers_sampled_ahead_are_those_of_the_policy_before_and_are_corrected(tmp_path: Path, base: Path) -> None:

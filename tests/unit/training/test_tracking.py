@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import socket
 import threading
 import time
@@ -32,8 +31,8 @@ from alignment.training.trackers import mlflow
 from alignment.training.trackers import wandb as wandb_tracker
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.mlflow import NotSentError, Sender
-from alignment.training.trackers.tracker import TOKEN, Row, Tracker, columns_and_rows, curves, settings, stable_id, tags
-from alignment.training.trackers.wandb import _mode, records
+from alignment.training.trackers.tracker import TOKEN, Row, Tracker, columns_and_rows, curves, settings, stable_id
+from alignment.training.trackers.wandb import records
 from tests.living import wait_until
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import curves_of
@@ -116,14 +115,6 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(caplog: pytest.
     (fault,) = trackers.faults
     assert fault.startswith("Broken failed")
     assert "no route to host" in fault
-
-
-def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context: StageContext) -> None:
-    spec = tiny_spec(tmp_path, SftConfig(), tracking=TRACKING)
-    for quiet in (StageContext(spec=spec, rank=1, world_size=2), context):
-        with worker._tracked(quiet):
-            quiet.trackers.log(1, {"loss": 1.0})
-        assert list(quiet.spec.run_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("raised", [None, KeyboardInterrupt])
@@ -220,17 +211,6 @@ def test_the_id_is_the_same_for_a_stage_that_goes_on_in_its_folder_and_no_other(
     assert len(first) == 16
     assert len({first, stable_id(other), stable_id(replace(spec, fingerprint="b" * 64))}) == 3
     assert all(spec.work not in file.parents for file in tmp_path.rglob(TOKEN)), "no artifact takes it along"
-
-
-@pytest.mark.usefixtures("offline")
-def test_it_is_offline_without_a_login_and_whatever_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _mode() == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert _mode() == "disabled"
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("NETRC", os.devnull)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert _mode() == "offline"
 
 
 def _published(folder: Path, manifest: Manifest) -> StageInput:
@@ -336,12 +316,6 @@ def test_a_server_that_does_not_answer_makes_a_stage_offline_and_is_named(
     assert f"wandb sync {context.spec.run_folder}/wandb/offline-run-*" in warning
     assert "kkk" not in warning
     assert curves_of("wandb", context.spec) == {("loss", 1): [0.5]}
-
-
-def test_tags_say_recipe_adapter_and_the_user_s_own_once(tmp_path: Path) -> None:
-    tracking = TrackingConfig(tags=["tiny", "mine"])
-    assert tags(tiny_spec(tmp_path, SftConfig(), tracking=tracking)) == ["tiny", "lora", "mine"]
-    assert tags(tiny_spec(tmp_path, EvaluateConfig())) == ["tiny"]
 
 
 def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
-from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
+from alignment.stages.base import Curve, DataSlot, Display, Learning, Reported, StageKind
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,9 +42,12 @@ KIND = StageKind(
     revision=7,
     produces=POLICY,
     run="toy_stage.run:run",
-    data=lambda config: [DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)],
-    curves=lambda _: [Curve(title="Backward loss", unit="nats", keys=("loss",))],
-    learning=Learning(one_row_a_record=lambda _: False, batches_of_rows=False, may_drop=True),
-    outcome=Outcome(metrics=lambda _: Reported(training=("loss",)), lines=loss_line),
+    data=lambda config: [DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS, counted=False)],
+    metrics=lambda _: Reported(training=("loss",)),
+    learning=Learning(may_drop=True),
+    display=Display(
+        curves=lambda _: [Curve(title="Backward loss", unit="nats", keys=("loss",))],
+        lines=loss_line,
+    ),
     smoke={"optim": {"max_steps": 1, "warmup_ratio": 0.0}},
 )
