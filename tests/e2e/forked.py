@@ -74,7 +74,7 @@ def _serve() -> None:
     import alignment.commands.export.worker
     import alignment.pipeline.execute.run
     import alignment.rehearse
-    import alignment.report.kit.render
+    import alignment.report.run_page.render
     import alignment.stages.cpt.run
     import alignment.stages.distil.run
     import alignment.stages.dpo.run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -20,11 +20,11 @@ from alignment.records.evaluation import (
     JudgedPair,
 )
 from alignment.records.interval import Interval
+from alignment.records.reward_card import Learned, Length, RewardCard
 from alignment.records.training import USAGE
-from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
-from alignment.report.kit.plots import scale_axis, scale_of, whisker
-from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
+from alignment.report.run_page.run_records import Card, Run, Stage
 from alignment.stages.registry import trains
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def whisker_plot(means: Sequence[tuple[str, Interval, str]], *, rule: float | No
             "label": label,
             "svg": whisker(mean, scale, tone=tone, rule=rule),
             "value": text.number(mean.mean, digits),
-            "bounds": bounds(mean),
+            "bounds": text.bounds(mean),
         }
         for label, mean, tone in means
     ]
@@ -59,7 +59,7 @@ def whisker_plot(means: Sequence[tuple[str, Interval, str]], *, rule: float | No
 
 
 def _figure(item: Interval | None, digits: int = 2) -> tuple[str, str]:
-    return ("–", "") if item is None else (text.number(item.mean, digits), bounds(item, digits))
+    return ("–", "") if item is None else (text.number(item.mean, digits), text.bounds(item, digits))
 
 
 def _share(item: Interval | None) -> tuple[str, str]:
@@ -114,7 +114,7 @@ def _comparison(item: Comparison, evaluation: Evaluation) -> Row:
         "arm": evaluation.label(item.arm),
         "against": evaluation.label(item.against),
         "difference": text.signed(item.difference),
-        "bounds": f"{text.signed(item.low)} to {text.signed(item.high)}",
+        "bounds": text.bounds(item.interval, 3, text.signed),
         "p": "" if item.adjusted_p is None else text.probability(item.adjusted_p),
         "verdict": verdict,
         "tone": TONES[verdict],
@@ -157,13 +157,6 @@ def judged_row(pair: JudgedPair, evaluation: Evaluation) -> Row:
     }
 
 
-def bounds(item: Interval | None, digits: int = 2) -> str:
-    """``0.66 to 0.75``, or "" if no interval was recorded."""
-    if item is None or item.low is None or item.high is None:
-        return ""
-    return f"{text.number(item.low, digits)} to {text.number(item.high, digits)}"
-
-
 def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]:
     """Per task, each arm's mean of the primary metric with a shade from 0 to 5: the better, the stronger."""
     rows = []
@@ -197,7 +190,7 @@ _SIZE = "optim.micro_batch_tokens"
 
 def settings(stage: Stage) -> list[tuple[str, str]]:
     """The stage's resolved configuration as (dotted key, value); a size that the stage chose stands behind ``auto``."""
-    rows = {key: shown(value) for key, value in flat(stage.config).items()}
+    rows = {key: text.setting_text(value) for key, value in text.flat(stage.config).items()}
     usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
     if _SIZE in rows and (chosen := text.finite(usage.get(USAGE))) is not None:
         rows[_SIZE] = f"{rows[_SIZE]}: {chosen:.0f}"
@@ -210,7 +203,9 @@ def lineage(stage: Stage) -> list[tuple[str, str]]:
     if manifest is None:
         return []
     inputs = [f"{slot} {_short(value)}" for slot, value in _pairs(manifest.inputs)]
-    base = [f"{key}: {_short(value)}" for key, value in flat(manifest.base).items() if value not in (None, "", {}, [])]
+    base = [
+        f"{key}: {_short(value)}" for key, value in text.flat(manifest.base).items() if value not in (None, "", {}, [])
+    ]
     data = [f"{key}: {value}" for key, value in _hashes(manifest.identity, "") if "data" in key]
     adapters = manifest.adapters if isinstance(manifest.adapters, list) else []
     entries = [
@@ -234,7 +229,7 @@ def _pairs(value: Any) -> list[tuple[str, Any]]:
 
 def _short(value: Any) -> str:
     """A value as text; a long hash is cut to its first twelve digits."""
-    return value[:12] if _is_hash(value) else shown(value)
+    return value[:12] if _is_hash(value) else text.setting_text(value)
 
 
 def _is_hash(value: Any) -> bool:
@@ -313,3 +308,104 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def date(stamp: str) -> str:
     """An ISO time to the minute; any other text unchanged."""
     return f"{stamp[:10]} {stamp[11:16]}" if len(stamp) >= 16 and stamp[10] in "T " else stamp
+
+
+MODEL = "reward model"
+CHANCE = 0.5
+"""Accuracy of a judge that knows nothing."""
+FEW_WORDS = 8
+"""How many words for and against an answer the page names."""
+
+
+def card_view(card: Card) -> Row:
+    """The card with its plots and tables, for the template; ``spread`` is the scores' standard deviation."""
+    formats = {} if card.record.invariances is None else card.record.invariances.formats
+    names = dict.fromkeys(name for scores in formats.values() for name in scores.changes)
+    changes = [
+        {
+            "name": name,
+            "by_format": {form: scores.changes[name] for form, scores in formats.items() if name in scores.changes},
+        }
+        for name in names
+    ]
+    known = [(MODEL, card.record.accuracy), *((judge.name, judge.accuracy) for judge in card.record.baselines)]
+    accuracies = [(name, accuracy, "plain" if index else "trained") for index, (name, accuracy) in enumerate(known)]
+    return {
+        "stage": card.stage,
+        "card": card.record,
+        "judges": whisker_plot(accuracies, rule=CHANCE, digits=3),
+        "plots": list(plots(card.record)),
+        "figures": list(_card_figures(card.record)),
+        "changes": changes,
+        "formats": list(dict.fromkeys(form for form, scores in formats.items() if scores.changes)),
+        "spread": next((scores.spread for scores in formats.values()), None),
+    }
+
+
+def card_lead(card: Card) -> str:
+    """The card in a sentence or two."""
+    accuracy, within = card.record.accuracy, text.bounds(card.record.accuracy)
+    right = f"{card.stage}: the reward model is right on {text.number(accuracy.mean)} of {card.record.num_pairs} pairs"
+    others = [f"{judge.name} {text.number(judge.accuracy.mean)}" for judge in card.record.baselines]
+    return f"{right}{f' ({within})' if within else ''}{f'; {text.listing(others)}' if others else ''}."
+
+
+def plots(card: RewardCard) -> Iterator[Row]:
+    """The calibration curve and the histogram of margins, if the card has them."""
+    if bins := card.calibration.bins:
+        caption = "share of pairs that it gets right, by its confidence; dotted: perfect calibration"
+        points = [(part.confidence, Interval(mean=part.share, low=part.low, high=part.high)) for part in bins]
+        yield {"title": "Calibration", "caption": caption, "svg": calibration_curve(points, title="Calibration")}
+    edges, counts = card.margins.edges, card.margins.counts
+    if counts and len(edges) == len(counts) + 1:
+        caption = "pairs by margin: score of chosen − rejected; below 0 it is wrong"
+        yield {"title": "Margins", "caption": caption, "svg": histogram(edges, counts, title="Margins")}
+
+
+def _card_figures(card: RewardCard) -> Iterator[tuple[str, str]]:
+    for judge in card.baselines:
+        if judge.difference is not None:
+            yield f"accuracy minus the accuracy of: {judge.name}", _signed(judge.difference)
+    calibration = card.calibration
+    if calibration.ece is not None and calibration.brier is not None and calibration.log_loss is not None:
+        yield "expected calibration error", text.number(calibration.ece, 3)
+        yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
+        yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
+    yield from _of_length(card.length)
+    if card.rule and card.rule.agreement and card.rule.accuracy:
+        agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that the rule decides"
+        yield "agrees with the rule", f"{agreement}; the rule itself is right on {text.number(card.rule.accuracy.mean)}"
+    if means := [subset.accuracy.mean for subset in card.subsets if subset.accuracy]:
+        yield "mean over subsets", text.number(sum(means) / len(means), 3)
+    if card.learned:
+        yield "learned from", _learned(card.learned)
+        for words, heading in (
+            (card.learned.for_answer, "words that favour an answer (bag of words)"),
+            (card.learned.against, "words that count against an answer"),
+        ):
+            if words:
+                yield heading, ", ".join(words[:FEW_WORDS])
+
+
+def _of_length(length: Length) -> Iterator[tuple[str, str]]:
+    if length.prefers_longer is not None and length.longer_is_chosen is not None:
+        shares = text.share(length.prefers_longer), text.share(length.longer_is_chosen)
+        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is better in {shares[1]}"
+    if length.correlation is not None:
+        yield "correlation of margin and difference in length", text.number(length.correlation)
+    if length.accuracy_where_longer is not None and length.accuracy_where_shorter is not None:
+        sides = text.number(length.accuracy_where_longer), text.number(length.accuracy_where_shorter)
+        yield "right where the better answer is longer, shorter", f"{sides[0]}, {sides[1]}"
+
+
+def _signed(item: Interval) -> str:
+    bounds = text.bounds(item, 3, text.signed)
+    return text.signed(item.mean) + (f" ({bounds})" if bounds else "")
+
+
+def _learned(learned: Learned) -> str:
+    pairs = f"{learned.num_pairs} pairs"
+    if not learned.judged_too:
+        return f"{pairs}; no judged pair overlaps with them"
+    fate = "left out" if learned.left_out else "judged anyway"
+    return f"{pairs}; {learned.judged_too} judged pairs overlap with them and were {fate}"

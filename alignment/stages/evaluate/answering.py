@@ -21,9 +21,9 @@ from alignment.data.tokens.tokenize import end_ids
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, grouped, read_answers
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.generate import Sampling, reading_order
-from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import CachedAnswers
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate import caches
+from alignment.stages.evaluate.caches import CachedAnswers
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.evaluate.prompts import AnsweredTurn, ArmPrompts, TurnPrompts, conversations, later_turn, together
 from alignment.stages.shared.answer_sampling import made_in_parts
 from alignment.stages.shared.policies import Policies, served_answer_and_score
@@ -60,7 +60,7 @@ class _Request:
     def file(self, config: EvaluateConfig, context: StageContext) -> Path:
         """Where the answers are cached."""
         ends, scored = sorted(end_ids(self.arm.tokenizer)), self.with_logprobs
-        return answer_cache.file_of(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
+        return caches.answers_file(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
 
 
 def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
@@ -137,7 +137,7 @@ def _answered(
 
     def cached() -> list[tuple[Path, CachedAnswers | None]]:
         files = [request.file(config, context) for request in requests]
-        return [(file, answer_cache.read(file)) for file in files]
+        return [(file, caches.read_answers(file)) for file in files]
 
     stored = from_main(context, cached)
     missing = [(request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None]
@@ -145,7 +145,7 @@ def _answered(
     made = _made(missing, config, context, policies, progress=lambda done: progress(before + done))
     if context.is_main:
         for (_, file), answers in zip(missing, made, strict=True):
-            answer_cache.write(file, answers)
+            caches.write_answers(file, answers)
     of_missing = iter(made)
     return [next(of_missing) if answers is None else answers for _, answers in stored]
 
@@ -297,7 +297,7 @@ def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts)
     if config.answers.temperature == 0.0:
         return None
     per_prompt = config.answers.per_prompt
-    generator = context.generator(*answer_cache.seed_of(asked))
+    generator = context.generator(*caches.seed_of(asked))
     num_rows = max(asked.rows) + 1  # rows without this turn have numbers too, which keeps the others' the same
     uniforms = torch.rand(num_rows * per_prompt, config.max_new_tokens, generator=generator, dtype=torch.float64)
     of_rows = uniforms.view(num_rows, per_prompt, -1)[asked.rows].flatten(0, 1)

@@ -30,7 +30,7 @@ from alignment.evaluation.votes_on_pairs import VotesOnPair, row_of, votes_on
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.records.votes import Vote, read_votes
-from alignment.stages.evaluate.checks import FIELD
+from alignment.stages.evaluate.kind import VOTES
 from alignment.training.context import StageContext
 
 Points = Callable[[str, str], list[float | None]]
@@ -119,10 +119,10 @@ def by_people(
 
 
 def _votes(context: StageContext) -> list[Vote]:
-    path = context.spec.extra_data.get(FIELD)
+    path = context.spec.extra_data.get(VOTES)
     if path is None:
         return []
-    if not path.is_file() or file_sha256(path) != context.spec.identity["files"][FIELD]:
+    if not path.is_file() or file_sha256(path) != context.spec.identity["files"][VOTES]:
         raise StageError(
             "the votes have changed since the run was planned",
             where=str(path),

@@ -23,9 +23,8 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate.checks import DATA, labels_pairs, primary_metric
-from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import reply_line
+from alignment.stages.evaluate.kind import LABELLED, EvaluateConfig, labels_pairs, primary_metric
 from alignment.stages.shared.answer_scores import asking_of, counted_progress, metric_scores_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -54,7 +53,7 @@ def judge_labelled(
     if not labels_pairs(config.judge):
         return Labelled()
     settings = config.judge.labelled
-    every = one_of_each_prompt(rows_of(context, PreferencePair, settings.data, field=DATA))
+    every = one_of_each_prompt(rows_of(context, PreferencePair, settings.data, field=LABELLED))
     pairs = [every[index] for index in some(len(every), settings.max_prompts, context.generator("judge.labelled"))]
     both = None
     if endpoint is not None:

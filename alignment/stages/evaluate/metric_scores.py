@@ -22,8 +22,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.rules.similarity import final_number, first_reference
 from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD, is_reference
 from alignment.rewards.scorers import Answers, Scorer
-from alignment.stages.evaluate.checks import is_graded
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig, is_graded
 from alignment.stages.evaluate.prompts import ArmPrompts
 from alignment.stages.shared.answer_scores import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares

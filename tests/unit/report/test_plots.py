@@ -9,8 +9,17 @@ import pytest
 
 from alignment.records.interval import Interval
 from alignment.report.kit import text
-from alignment.report.kit.axes import nice_ticks, padded, smoothed, thinned, tick_labels
-from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, interval_curve
+from alignment.report.kit.plots import (
+    BOTTOM,
+    HEIGHT,
+    TOP,
+    interval_curve,
+    nice_ticks,
+    padded,
+    smoothed,
+    thinned,
+    tick_labels,
+)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Sample, read_samples
 from alignment.stages.evaluate import answering, prompts
 from alignment.stages.evaluate import run as stage
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.shared import policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

@@ -32,9 +32,8 @@ from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Evaluation, Metric, Sample, read_samples
 from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate import answering
-from alignment.stages.evaluate.checks import FIELD, votes_files
-from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredAnswers, _extra_words, _words, judge
+from alignment.stages.evaluate.kind import VOTES, EvaluateConfig, votes_files
 from alignment.stages.evaluate.metric_scores import settled
 from alignment.stages.shared import policies
 from alignment.training.context import StageContext
@@ -268,8 +267,8 @@ def context(folder: Path, votes: Sequence[Vote]) -> StageContext:
     if votes:
         for about in votes:
             append_vote(folder / FILE, about)
-        identity = {"files": {FIELD: file_sha256(folder / FILE)}}
-        spec = replace(spec, extra_data={FIELD: folder / FILE}, identity=identity)
+        identity = {"files": {VOTES: file_sha256(folder / FILE)}}
+        spec = replace(spec, extra_data={VOTES: folder / FILE}, identity=identity)
     return StageContext(spec=spec, rank=0, world_size=1)
 
 
@@ -370,8 +369,8 @@ def test_the_votes_are_the_runs_own_or_a_files_and_must_not_change(tmp_path: Pat
     own.parent.mkdir()
     append_vote(own, vote(pair(1)))
     append_vote(other, vote(pair(2)))
-    assert planned(tmp_path) == {FIELD: own}
-    assert planned(tmp_path, votes=str(other)) == {FIELD: other}
+    assert planned(tmp_path) == {VOTES: own}
+    assert planned(tmp_path, votes=str(other)) == {VOTES: other}
     assert planned(tmp_path, kind=JudgeKind.metric) == {}
     with pytest.raises(DataError, match=r"stages\.evaluate\.judge\.votes: no file .*none\.jsonl"):
         planned(tmp_path, votes=str(tmp_path / "none.jsonl"))

@@ -19,9 +19,9 @@ from alignment.evaluation.arms import sequence_logprobs
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling
-from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import CachedAnswers
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate import caches
+from alignment.stages.evaluate.caches import CachedAnswers
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.shared import policies, reference
 from alignment.stages.shared import policy_logprobs as own_logprobs
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_answer_and_score
@@ -185,7 +185,7 @@ ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=
     "write",
     [
         lambda file: write_json(file, {"a": 1}),
-        lambda file: answer_cache.write(file, ANSWERS),
+        lambda file: caches.write_answers(file, ANSWERS),
         lambda file: reference._write(file, {"chosen": torch.ones(2)}),
     ],
     ids=["json", "answers", "reference"],

@@ -10,13 +10,12 @@ from typing import Any
 from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Evaluation
 from alignment.report.kit.pages import template, write_page
-from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
-from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
-from alignment.report.run_page.curves import charts, num_gaps
+from alignment.report.run_page.curves import charts, num_gaps, size_curves
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.run_page.run_tables import card_view
 from alignment.report.run_page.shown_rows import choose, people_rows, rule
 from alignment.report.run_page.verdict import judge
 from alignment.stages.registry import trains
