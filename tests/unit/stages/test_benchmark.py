@@ -437,12 +437,10 @@ def test_a_function_that_raises_is_named_with_its_line(chain: Chained, own_tasks
 @pytest.mark.parametrize(
     ("body", "kind", "remedy"),
     [
-        ("import no_such_package.part", DataError, "pip install no_such_package"),
         ("import sklearn.no_such_part", DataError, "pip install scikit-learn"),
         ("import nltk; nltk.data.find('corpora/no_such')", DataError, "python -m nltk.downloader no_such"),
         ("if doc['word'] == 'text': import no_such_package", StageError, "pip install no_such_package"),
         ("__import__('transformers').AutoTokenizer.from_pretrained('org/no_such')", DataError, "hf download ORG/NAME"),
-        ("__import__('datasets').load_dataset('org/no_such')", DataError, "datasets.load_dataset"),
     ],
 )
 def test_what_a_task_needs_is_tried_before_training_and_named(
