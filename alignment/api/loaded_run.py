@@ -36,36 +36,6 @@ if TYPE_CHECKING:
     import pandas
 
 
-def of_arms(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
-    """A row for each arm and metric."""
-    columns = ("evaluation", "arm", "metric", "mean", "low", "high")
-    rows = (
-        (stage, arm.label, metric, value.mean, value.low, value.high)
-        for stage, evaluation in evaluations.items()
-        for arm in evaluation.arms
-        for metric, value in arm.all_metrics.items()
-    )
-    return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
-
-
-def of_differences(evaluations: Mapping[str, Evaluation]) -> pandas.DataFrame:
-    """A row for each comparison of two arms."""
-    numbers = ("difference", "low", "high", "p", "adjusted_p")
-    rows = [
-        {
-            "evaluation": stage,
-            "arm": evaluation.label(comparison.arm),
-            "against": evaluation.label(comparison.against),
-            "metric": metric,
-            **{name: getattr(comparison, name) for name in numbers},
-            "verdict": evaluation.verdict(comparison),
-        }
-        for stage, evaluation in evaluations.items()
-        for metric, comparison in _comparisons(evaluation)
-    ]
-    return data_frame(("evaluation", "arm", "against", "metric", *numbers, "verdict"), rows)
-
-
 def _comparisons(evaluation: Evaluation) -> Iterator[tuple[str, Comparison]]:
     for comparison in evaluation.comparisons:
         yield comparison.metric or evaluation.primary or "", comparison
@@ -73,24 +43,6 @@ def _comparisons(evaluation: Evaluation) -> Iterator[tuple[str, Comparison]]:
         yield comparison.metric, comparison
     for comparison in evaluation.reward_comparisons:
         yield comparison.metric or "reward", comparison
-
-
-def of_answers(samples: Sequence[Sample]) -> pandas.DataFrame:
-    """A row for each prompt and arm. A metric that is called like another column has ``score/`` before its name."""
-    columns = ("id", "task", "prompt", "arm", "answer")
-    rows = [
-        {
-            "id": sample.id,
-            "task": sample.task,
-            "prompt": sample.messages[-1].get("content", "") if sample.messages else "",
-            "arm": arm.removeprefix("stage:"),
-            "answer": answer.text,
-            **{f"score/{name}" if name in columns else name: score for name, score in answer.scores.items()},
-        }
-        for sample in samples
-        for arm, answer in sample.answers.items()
-    ]
-    return data_frame(with_others(columns, rows), rows)
 
 
 def with_others(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -112,16 +64,6 @@ class Series:
     label: str
     over: str
     points: list[tuple[float, float | None]]
-
-
-def series_of(kind: str, settings: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """The series of a stage of this kind with these settings; a figure that was not logged has none."""
-    return [
-        Series(title=chart.title, unit=chart.unit, key=key, label=label, over=chart.over or "step", points=points)
-        for chart in curves(kind, settings)
-        for key, label in zip(chart.keys, chart.labels, strict=True)
-        if (points := points_of(steps, key, chart.over))
-    ]
 
 
 def data_frame(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
@@ -187,7 +129,13 @@ class RunStage:
 
     def curves(self) -> list[Series]:
         """What the report draws of the steps: a series for each figure that was logged. It raises as ``steps`` does."""
-        return series_of(self.kind, self.settings, self.steps())
+        steps = self.steps()
+        return [
+            Series(title=chart.title, unit=chart.unit, key=key, label=label, over=chart.over or "step", points=points)
+            for chart in curves(self.kind, self.settings)
+            for key, label in zip(chart.keys, chart.labels, strict=True)
+            if (points := points_of(steps, key, chart.over))
+        ]
 
     def frame(self) -> pandas.DataFrame:
         """A row for each logged step: ``step``, then a column for each metric.
@@ -271,18 +219,51 @@ class Run:
     def arms_frame(self) -> pandas.DataFrame:
         """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval
         from ``low`` to ``high``."""
-        return of_arms(self.evaluations)
+        columns = ("evaluation", "arm", "metric", "mean", "low", "high")
+        rows = (
+            (stage, arm.label, metric, value.mean, value.low, value.high)
+            for stage, evaluation in self.evaluations.items()
+            for arm in evaluation.arms
+            for metric, value in arm.all_metrics.items()
+        )
+        return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
 
     def differences_frame(self) -> pandas.DataFrame:
         """A row for each comparison of two arms: ``evaluation``, ``arm``, ``against``, ``metric``, ``difference``
         (paired by prompt) with its 95 % interval, ``p``, ``adjusted_p`` for its family, and ``verdict``."""
-        return of_differences(self.evaluations)
+        numbers = ("difference", "low", "high", "p", "adjusted_p")
+        rows = [
+            {
+                "evaluation": stage,
+                "arm": evaluation.label(comparison.arm),
+                "against": evaluation.label(comparison.against),
+                "metric": metric,
+                **{name: getattr(comparison, name) for name in numbers},
+                "verdict": evaluation.verdict(comparison),
+            }
+            for stage, evaluation in self.evaluations.items()
+            for metric, comparison in _comparisons(evaluation)
+        ]
+        return data_frame(("evaluation", "arm", "against", "metric", *numbers, "verdict"), rows)
 
     def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
         """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
         column for each score, which is ``score/NAME`` if the metric is called like one of these. It raises as
         ``answers`` does."""
-        return of_answers(self.answers(evaluation))
+        columns = ("id", "task", "prompt", "arm", "answer")
+        rows = [
+            {
+                "id": sample.id,
+                "task": sample.task,
+                "prompt": sample.messages[-1].get("content", "") if sample.messages else "",
+                "arm": arm.removeprefix("stage:"),
+                "answer": answer.text,
+                **{f"score/{name}" if name in columns else name: score for name, score in answer.scores.items()},
+            }
+            for sample in self.answers(evaluation)
+            for arm, answer in sample.answers.items()
+        ]
+        return data_frame(with_others(columns, rows), rows)
 
     def settings_frame(self) -> pandas.DataFrame:
         """A row for each setting: ``key``, as an override names it, and ``value``."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, ArmResult, Metric
+from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, ArmResult, Metric, Sample, SampleAnswer
 from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
@@ -20,7 +20,7 @@ from alignment.report.run_page import run_tables
 from alignment.report.run_page.curves import overlaid
 from alignment.report.run_page.render import NUM_OPEN_SAMPLES
 from alignment.report.run_page.run_files import read_run, side_by_side
-from alignment.report.run_page.run_records import Answer, Difference, Run, Sample, Stage
+from alignment.report.run_page.run_records import Difference, Run, Stage
 from alignment.report.run_page.run_tables import Row, whisker_plot
 from alignment.report.run_page.shown_rows import choose, gap
 from alignment.report.run_page.verdict import judge
@@ -53,7 +53,7 @@ class Shared(NamedTuple):
     arms: list[tuple[str, list[Row]]]
 
 
-def share(runs: Sequence[Run], num_samples: int) -> Row:
+def share(runs: Sequence[Run], num_samples: int, primary: str | None) -> Row:
     """The prompts to show (``shown``), and the ``count`` of those that at least two runs answered by an arm of the same
     name."""
     samples_by_prompt: dict[str, dict[int, Sample]] = {}
@@ -61,33 +61,33 @@ def share(runs: Sequence[Run], num_samples: int) -> Row:
         for sample in run.samples:
             samples_by_prompt.setdefault(sample.prompt, {}).setdefault(run_index, sample)
     widest: list[Sample] = []  # each with the answers of the one arm in which the runs differ most
-    arms_of: dict[int, dict[str, dict[int, Answer]]] = {}
+    arms_of: dict[int, dict[str, dict[int, SampleAnswer]]] = {}
     for by_run in samples_by_prompt.values():
         if arms := _arms_of(by_run):
             sample = next(iter(by_run.values()))
-            of_arms = [replace(sample, answers=list(answers.values())) for answers in arms.values()]
-            widest.append(max(of_arms, key=gap))
+            of_arms = [replace(sample, answers={str(run): a for run, a in by_run.items()}) for by_run in arms.values()]
+            widest.append(max(of_arms, key=lambda of_arm: gap(of_arm, primary)))
             arms_of[id(widest[-1])] = arms
     shown = [
         Shared(sample, why, [(arm, _different(by_run)) for arm, by_run in arms_of[id(sample)].items()])
-        for sample, why in choose(widest, num_samples, widest=WIDEST)
+        for sample, why in choose(widest, num_samples, primary=primary, widest=WIDEST)
     ]
     return {"shown": shown, "count": len(widest)}
 
 
-def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
-    arms: dict[str, dict[int, Answer]] = {}
+def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, SampleAnswer]]:
+    arms: dict[str, dict[int, SampleAnswer]] = {}
     for run_index, sample in by_run.items():
-        for answer in sample.answers:
-            arms.setdefault(answer.arm, {})[run_index] = answer
+        for arm, answer in sample.answers.items():
+            arms.setdefault(arm, {})[run_index] = answer
     return {arm: answers for arm, answers in arms.items() if len(answers) > 1}
 
 
-def _different(by_run: dict[int, Answer]) -> list[Row]:
+def _different(by_run: dict[int, SampleAnswer]) -> list[Row]:
     """Each answer once; the same text with other scores, as after a change of a metric, is another one."""
     different: dict[tuple[object, ...], Row] = {}
     for run_index, answer in by_run.items():
-        key = (answer.text, *answer.later, *sorted(answer.scores.items()))
+        key = (answer.text, *(turn.text for turn in answer.turns), *sorted(answer.scores.items()))
         different.setdefault(key, {"runs": [], "answer": answer})["runs"].append(run_index)
     return list(different.values())
 
@@ -138,8 +138,9 @@ def page(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> str:
-    shared = share([listed.run for listed in runs], NUM_SAMPLES)
-    by_primary = [item for item in differences if primary is not None and item.metric.name == primary.name]
+    name = None if primary is None else primary.name
+    shared = share([listed.run for listed in runs], NUM_SAMPLES, name)
+    by_primary = [item for item in differences if item.metric.name == name]
     return template("comparison.html.j2").render(
         runs=runs,
         settings=[
@@ -148,12 +149,12 @@ def page(
         lead=_lead(runs, by_primary, primary),
         sentences=[_sentence(runs, difference) for difference in by_primary],
         arms=_arms(runs),
-        plots=None if primary is None else _primary_plots(runs, primary.name),
+        plots=None if name is None else _primary_plots(runs, name),
         blocks=_blocks(runs, differences, primary),
         results=_results(runs),
         curves=_curves(runs),
         shared=shared,
-        rule=rule(None if primary is None else primary.name),
+        rule=rule(name),
         num_open=NUM_OPEN_SAMPLES,
         costs=_costs(runs),
     )

@@ -48,7 +48,8 @@ def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collect
 
 
 def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
-    chosen = choose(run.samples, num_samples)
+    primary = run.evaluation.primary if run.evaluation else None
+    chosen = choose(run.samples, num_samples, primary=primary)
     return {
         "run": run,
         "facts": run_tables.facts(run),
@@ -62,7 +63,7 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
         "left_out": [stage for stage in run.stages if stage.left_out],
         "chosen": chosen,
         "num_open": NUM_OPEN_SAMPLES,
-        "rule": rule(run.evaluation.primary if run.evaluation else None),
+        "rule": rule(primary),
         "label": (run.evaluation or Evaluation()).label,
         "usage": run_tables.usage_rows(run),
         "lineage": [(stage, run_tables.lineage(stage)) for stage in run.stages],

@@ -13,23 +13,21 @@ from alignment.core import typed_json
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.evaluation.paired_scores import outcomes
-from alignment.records import evaluation, reward_card, stages
+from alignment.records import reward_card, stages
 from alignment.records import run as run_record
 from alignment.records.cost import FILE as COST
 from alignment.records.cost import RunCost, StageCost
-from alignment.records.evaluation import FILE, SAMPLES, Evaluation, Metric, SampleAnswer
+from alignment.records.evaluation import FILE, SAMPLES, Evaluation, Sample
 from alignment.records.run import RunRecord
 from alignment.records.training import readable_rows
 from alignment.records.worker import STATUS, Status
 from alignment.report.kit import text
 from alignment.report.kit.text import FOR_A_PAGE, shown
 from alignment.report.run_page.run_records import (
-    Answer,
     Card,
     Forgetting,
     Gate,
     Run,
-    Sample,
     Stage,
     Tables,
     artifact_folder,
@@ -53,36 +51,19 @@ def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
     return replace(record, arms=arms), note
 
 
-def read_samples(rows: list[dict[str, Any]], primary: Metric | None) -> tuple[list[Sample], int]:
-    """The samples that have at least one answer, and how many rows have none."""
-    records = [typed_json.parts(row, evaluation.Sample, FOR_A_PAGE) for row in rows]
-    samples = [_sample(record, primary) for record in records if record is not None and record.answers]
+def read_samples(rows: list[dict[str, Any]]) -> tuple[list[Sample], int]:
+    """The samples that have at least one answer, cleaned for a page, and how many rows have none."""
+    records = [typed_json.parts(row, Sample, FOR_A_PAGE) for row in rows]
+    samples = [_cleaned_sample(record) for record in records if record is not None and record.answers]
     return samples, len(rows) - len(samples)
 
 
-def _sample(record: evaluation.Sample, primary: Metric | None) -> Sample:
-    return Sample(
-        id=record.id,
-        prompt=record.prompt,
-        task=record.task or "no task",
-        messages=[(text.name(turn.get("role", "")), text.prose(turn.get("content") or "")) for turn in record.messages],
-        reference=record.reference,
-        answers=[_answer(arm, answer, primary) for arm, answer in record.answers.items()],
-        later_turns=tuple(record.later_turns),
-        later_references=tuple(record.later_references),
-    )
-
-
-def _answer(arm: str, answer: SampleAnswer, primary: Metric | None) -> Answer:
-    score = None if primary is None else answer.scores.get(primary.name)
-    less_is_better = primary is not None and not primary.higher_is_better
-    return Answer(
-        arm=arm,
-        text=answer.text,
-        scores=answer.scores,
-        merit=-score if score is not None and less_is_better else score,
-        later=tuple(turn.text for turn in answer.turns[1:]),
-    )
+def _cleaned_sample(sample: Sample) -> Sample:
+    messages = [
+        {"role": text.name(turn.get("role", "")), "content": text.prose(turn.get("content") or "")}
+        for turn in sample.messages
+    ]
+    return replace(sample, messages=messages, task=sample.task or "no task")
 
 
 def read_forgetting(stage: str, folder: Path | None) -> Forgetting:
@@ -299,7 +280,7 @@ def _read_evaluation_of(
     if not (evaluation_folder / SAMPLES).is_file():
         return evaluation, note, [], "The evaluation has no samples.jsonl."
     rows, torn = readable_rows(evaluation_folder / SAMPLES)
-    samples, left_out = read_samples(rows, evaluation.primary_metric if evaluation else None)
+    samples, left_out = read_samples(rows)
     lost = torn + left_out
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""
 

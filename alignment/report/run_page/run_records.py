@@ -18,6 +18,7 @@ from alignment.records.evaluation import (
     TOO_FEW,
     Evaluation,
     Metric,
+    Sample,
     adjusted_p_in_words,
 )
 from alignment.records.interval import Interval
@@ -128,34 +129,6 @@ class Forgetting:
     def failed(self) -> list[ArmForgetting]:
         """Arms that exceed the limits."""
         return [] if self.record is None else [arm for arm in self.record.arms if not arm.passed]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated if
-    less is better; None without a score. ``later`` are its answers to the user's later turns."""
-
-    arm: str
-    text: str
-    scores: dict[str, float]
-    merit: float | None
-    later: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs. ``later_turns`` are what the user
-    says after the first answer, ``later_references`` the reference answers to that. ``prompt`` is the key that
-    identifies it in any evaluation."""
-
-    id: str
-    prompt: str
-    task: str
-    messages: list[tuple[str, str]]
-    reference: str
-    answers: list[Answer]
-    later_turns: tuple[str, ...] = ()
-    later_references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignment.evaluation.conclusions import agrees, verdict_on_judge
+from alignment.evaluation.conclusions import verdict_on_judge
 from alignment.records.evaluation import (
     BETTER,
     NO_DIFFERENCE,
@@ -131,7 +131,7 @@ def judged_rows(evaluation: Evaluation) -> list[Row]:
     judge = evaluation.judge
     rows = [judged_row(pair, evaluation) for pair in (judge.pairs if judge else [])]
     if judge is not None and judge.labelled is not None:
-        tone = "good" if agrees(judge.labelled) else "bad"
+        tone = "good" if judge.labelled.verdict == BETTER else "bad"
         own = {"arm": "chosen by people", "verdict": verdict_on_judge(judge.labelled), "tone": tone}
         rows.append(judged_row(judge.labelled, evaluation) | own)
     return rows

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment.core.files import parse_json
-from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair
+from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair, Sample
 from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, TOO_LONG
 from alignment.report.kit import text
-from alignment.report.run_page.run_records import LeftOutRows, Sample
+from alignment.report.run_page.run_records import LeftOutRows
 from alignment.report.run_page.run_tables import Row, judged_row
 
 MOST = 8
@@ -134,22 +134,22 @@ class Chosen(NamedTuple):
     why: str
 
 
-def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
+def choose(samples: list[Sample], num_samples: int, *, primary: str | None, widest: str = WIDEST) -> list[Chosen]:
     """``num_samples`` samples, or all if there are fewer; the same
     samples give the same choice in any order. ``widest`` is the reason given for samples whose answers differ most by
     the primary metric."""
     ordered = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode("utf-8", "replace")).hexdigest())
-    by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
+    by_gap = sorted((s for s in ordered if gap(s, primary) > 0), key=lambda s: -gap(s, primary))
     differing = _in_turn(by_gap, (num_samples + 1) // 2)
     taken = {id(sample) for sample in differing}
     rest = _in_turn([s for s in ordered if id(s) not in taken], num_samples - len(differing))
     return [*(Chosen(sample, widest) for sample in differing), *(Chosen(sample, BY_HASH) for sample in rest)]
 
 
-def gap(sample: Sample) -> float:
+def gap(sample: Sample, primary: str | None) -> float:
     """The largest difference between its answers' scores by the primary metric."""
-    merits = [answer.merit for answer in sample.answers if answer.merit is not None]
-    return max(merits) - min(merits) if merits else 0.0
+    scores = [answer.scores[primary] for answer in sample.answers.values() if primary in answer.scores]
+    return max(scores) - min(scores) if scores else 0.0
 
 
 def _in_turn(samples: list[Sample], count: int) -> list[Sample]:

@@ -19,7 +19,6 @@ from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair, with_verdicts
 from alignment.evaluation.verdicts import (
     BothOrders,
-    Verdict,
     conversations_prompt,
     judge_prompt,
     pairs_of,
@@ -322,13 +321,10 @@ def _by_endpoint(
         _prompt(rows[index], *(exchanges[name][index] for name in order), criteria=config.endpoint.criteria)
         for _, _, index, order in shown
     ]
-    replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
-    verdicts = [verdict_of(reply) for reply in replies]
+    both, replies = in_both_orders(endpoint, context, prompts, [order[0] for *_, order in shown], phase="judging")
     lines = [
-        _line(rows, index, arm, against) | reply_line(order[0], verdict, reply)
-        for (arm, against, index, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
+        _line(rows, index, arm, against) | reply for (arm, against, index, _), reply in zip(shown, replies, strict=True)
     ]
-    both = [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)]
     judged = []
     for number, (arm, against) in enumerate(pairs):
         own = both[number * len(indices) : (number + 1) * len(indices)]
@@ -350,6 +346,15 @@ def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> 
     return {"id": rows[index].id, "row": index, "arm": arm, "against": against}
 
 
-def reply_line(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
-    """A judge's reply as part of a line of results; ``first`` is the answer that it saw first."""
-    return {"shown_first": first, "verdict": verdict.value, "text": reply}
+def in_both_orders(
+    endpoint: Endpoint, context: StageContext, prompts: Sequence[str], shown_first: Sequence[str], *, phase: str
+) -> tuple[list[BothOrders], list[dict[str, Any]]]:
+    """The verdicts on each two neighbouring prompts, and every reply as part of a line of results. ``shown_first`` are
+    the answers that the judge sees first."""
+    replies = endpoint.ask(prompts, lambda done: context.progress(phase, done, len(prompts)))
+    verdicts = [verdict_of(reply) for reply in replies]
+    lines = [
+        {"shown_first": first, "verdict": verdict.value, "text": reply}
+        for first, verdict, reply in zip(shown_first, verdicts, replies, strict=True)
+    ]
+    return [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)], lines

@@ -187,9 +187,9 @@ def _concluded(
     """What the main process does alone."""
     scored, grades = _scored(config, context, tokenizer, computed, grader)
     judged = judge(config.judge, context, scored, endpoint)
-    labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
-    evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
-    for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
+    labelled, labelled_lines = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
+    evaluation = evaluation_of(config, scored, judged, labelled, grades.gradings)
+    for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled_lines)):
         if lines:
             write_lines(context.content / file, lines)
     return _written(context, evaluation, samples(scored.rows, scored.arms, scored.turn_scores), judged)

@@ -10,7 +10,6 @@ import pytest
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
 from alignment.evaluation.conclusions import (
-    agrees,
     grade_conclusions,
     labelled_conclusions,
     one_of_each_prompt,
@@ -205,20 +204,19 @@ BROKEN = replace(EVEN, wins=2, ties=0, losses=0, win_rate=None, verdict="nothing
 
 
 @pytest.mark.parametrize(
-    ("pair", "numbers", "words", "trusted"),
+    ("pair", "numbers", "words"),
     [
-        (EVEN, ["52%", "50 pairs", "40% to 64%"], "chance may agree as often", False),
-        (BETTER, ["82%", "50 pairs", "72% to 91%"], "agrees with people", True),
-        (WORSE, ["18%", "50 pairs", "9% to 28%", "less often than chance"], "contradicts people", False),
-        (FEW, ["100%", "6 pairs", "too few"], "fewer than 10 prompts", False),
-        (BROKEN, ["96%", "50 labelled pairs"], "nothing can be concluded", False),
+        (EVEN, ["52%", "50 pairs", "40% to 64%"], "chance may agree as often"),
+        (BETTER, ["82%", "50 pairs", "72% to 91%"], "agrees with people"),
+        (WORSE, ["18%", "50 pairs", "9% to 28%", "less often than chance"], "contradicts people"),
+        (FEW, ["100%", "6 pairs", "too few"], "fewer than 10 prompts"),
+        (BROKEN, ["96%", "50 labelled pairs"], "nothing can be concluded"),
     ],
 )
-def test_a_judge_is_trusted_only_beyond_chance(pair: JudgedPair, numbers: list[str], words: str, trusted: bool) -> None:
+def test_a_judge_is_trusted_only_beyond_chance(pair: JudgedPair, numbers: list[str], words: str) -> None:
     (sentence,) = labelled_conclusions(Judge(name="m", labelled=pair))
     assert [number for number in [*numbers, "m "] if number not in sentence] == []
     assert verdict_on_judge(pair) == words
-    assert agrees(pair) is trusted
 
 
 def test_a_prompt_is_judged_once_and_without_labels_nothing_is_said() -> None:

@@ -20,19 +20,20 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
+from alignment.core import typed_json
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, NonFiniteError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
 from alignment.models.forward.flat import use_flat_attention
 from alignment.records.benchmark import (
+    SAMPLES,
     Benchmark,
     BenchmarkArm,
     BenchmarkRow,
     BenchmarkTask,
     Measurement,
     TaskMetric,
-    read_rows,
 )
 from alignment.rehearse import check_model
 from alignment.stages import registry
@@ -116,7 +117,11 @@ class Measured:
 
 def read(artifact: Path) -> Measured:
     manifest = read_manifest(artifact)
-    return Measured(record=Benchmark.read(artifact), rows=list(read_rows(artifact)), metrics=manifest.metrics)
+    return Measured(
+        record=Benchmark.read(artifact),
+        rows=list(typed_json.lines(artifact / SAMPLES, BenchmarkRow)),
+        metrics=manifest.metrics,
+    )
 
 
 @pytest.fixture(scope="module")
