@@ -239,8 +239,8 @@ def _real_pairs(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
 
 
 def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
-    judge = evaluation.judge
-    for pair in () if judge is None else judge.pairs:
+    judge = evaluation.judge or Judge()
+    for pair in judge.pairs:
         preferred = {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict)
         if pair.win_rate is not None and preferred == worse and {pair.arm, pair.against} == {better, worse}:
             rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean

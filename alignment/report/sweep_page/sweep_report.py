@@ -35,8 +35,8 @@ def of_parameter(parameter: Parameter) -> Axis:
     if parameter.values:
         last = len(parameter.values) - 1
         positions = {value: position / last if last else 0.5 for position, value in enumerate(parameter.values)}
-        ticks = [(position, text.name(value, limit=12)) for value, position in positions.items()]
-        return Axis(title=title, ticks=ticks, position=lambda value: positions[str(value)])
+        named = [(position, text.name(value, limit=12)) for value, position in positions.items()]
+        return Axis(title=title, ticks=named, position=lambda value: positions[str(value)])
     low, high = parameter.low, parameter.high
     assert low is not None
     assert high is not None
