@@ -26,8 +26,6 @@ from alignment.pipeline.execute.run import run_with_advice
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.sweeps.run import run_sweep
-from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.records.cost import RunCost
 
 if TYPE_CHECKING:
@@ -36,13 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """What happens to a stage: ``action`` is ``run``, ``resume``, ``reuse`` or ``fetch`` (the store has the
-    result), and ``reason`` says why in words.
-
-    ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its folder. ``inputs`` are references
-    by the field that holds them. ``remarks`` say what the stage would read, run and choose, and what its gates
-    require; each is the end of a sentence that begins with its name. ``settings`` are plain data.
-    """
+    """What happens to a stage: ``action`` is ``run``, ``resume``, ``reuse`` or ``fetch`` (the store has the result),
+    and ``reason`` says why in words. ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its
+    folder. ``inputs`` are references by the field that holds them. ``remarks`` say what the stage would read, run and
+    choose, and what its gates require; each is the end of a sentence that begins with its name. ``settings`` are plain
+    data."""
 
     name: str
     kind: str
@@ -57,11 +53,9 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class RunPlan:
-    """What a run would do, in the order of its stages.
-
-    ``folder`` is where the run is recorded. ``notes`` are sentences about a plan that is valid but questionable.
-    ``obstacle`` says why this machine cannot start it; empty if it can. ``cost`` is None where none was estimated.
-    """
+    """What a run would do, in the order of its stages. ``folder`` is where the run is recorded. ``notes`` are sentences
+    about a plan that is valid but questionable. ``obstacle`` says why this machine cannot start it; empty if it can.
+    ``cost`` is None where none was estimated."""
 
     name: str
     summary: str
@@ -159,10 +153,8 @@ def errors_explained() -> Iterator[None]:
 
 
 def console_of(*, quiet: bool) -> Console:
-    """Standard output: a live line on a terminal, else plain lines.
-
-    A kernel of Jupyter sets ``FORCE_COLOR``, so that rich would move the cursor in a notebook's output.
-    """
+    """Standard output: a live line on a terminal, else plain lines. A kernel of Jupyter sets ``FORCE_COLOR``, so that
+    rich would move the cursor in a notebook's output."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return Terminal(soft_wrap=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
 
@@ -334,6 +326,9 @@ def sweep(
             not installed; Busy if another process works on it; StageError if no trial has ever finished.
         KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
     """
+    from alignment.pipeline.sweeps.run import run_sweep  # optuna, which a plan does without
+    from alignment.pipeline.sweeps.sweep_file import read_sweep
+
     with errors_explained():
         checked = read_sweep(name_of(recipe), name_of(sweep, "sweep"), words(overrides))
         code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)

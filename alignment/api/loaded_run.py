@@ -53,10 +53,8 @@ def with_others(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
     """A line of a chart: ``Series(title="Loss", unit="", key="loss", label="", over="step", points=[(1.0, 2.31)])``.
-
     ``key`` is the metric's name in metrics.jsonl. ``points`` are (x, y) pairs; x is the step, or the square root of the
-    metric ``over``. y is None where the logged value is not finite.
-    """
+    metric ``over``. y is None where the logged value is not finite."""
 
     title: str
     unit: str
@@ -79,13 +77,10 @@ def data_frame(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> pan
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class RunStage:
-    """A stage of a run.
-
-    ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the stage's folder of
-    the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and ``manifest`` what that
-    says of itself; both are None until the stage is done. ``progress`` is how far a stage got that is running or was
-    killed, ``error`` how an unfinished one ended. ``settings`` are plain data.
-    """
+    """A stage of a run. ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the
+    stage's folder of the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and
+    ``manifest`` what that says of itself; both are None until the stage is done. ``progress`` is how far a stage got
+    that is running or was killed, ``error`` how an unfinished one ended. ``settings`` are plain data."""
 
     name: str
     entry: StageEntry
@@ -153,11 +148,9 @@ class RunStage:
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Run:
     """A run: ``state`` is ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted``,
-    ``waiting``, ``killed`` or ``unknown``.
-
-    ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and ``forgetting`` are the results of the
-    stages that have one, by stage. Tables (``..._frame``) raise ConfigError if pandas is not installed.
-    """
+    ``waiting``, ``killed`` or ``unknown``. ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and
+    ``forgetting`` are the results of the stages that have one, by stage. Tables (``..._frame``) raise ConfigError if
+    pandas is not installed."""
 
     folder: Path
     state: str

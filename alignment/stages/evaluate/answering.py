@@ -64,10 +64,8 @@ class _Request:
 
 
 def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
-    """How many arms answer at once: so many that the processes can divide their batches evenly.
-
-    One process takes one arm after the other. An engine has one policy at a time.
-    """
+    """How many arms answer at once: so many that the processes can divide their batches evenly. One process takes one
+    arm after the other. An engine has one policy at a time."""
     if policies.served is not None:
         return 1
     batches = -(-num_rows * config.answers.per_prompt // config.batch_size)
@@ -84,10 +82,8 @@ def answers_of_arms(
     with_logprobs: Collection[str],
     progress: Callable[[int], None],
 ) -> dict[str, Answered]:
-    """The arms' answers, on every process; every process must call this.
-
-    ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
-    """
+    """The arms' answers, on every process; every process must call this. ``with_logprobs`` are the arms whose answers
+    need log-probabilities. ``progress`` receives how many turns are done."""
     per_prompt = config.answers.per_prompt
     turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}
     done = 0
@@ -130,10 +126,8 @@ def _answered(
     *,
     progress: Callable[[int], None],
 ) -> list[CachedAnswers]:
-    """Cached answers, or those that the policies make; ``progress`` receives how many there are.
-
-    The main process reads and writes the cache.
-    """
+    """Cached answers, or those that the policies make; ``progress`` receives how many there are. The main process reads
+    and writes the cache."""
 
     def cached() -> list[tuple[Path, CachedAnswers | None]]:
         files = [request.file(config, context) for request in requests]
@@ -158,11 +152,9 @@ def _made(
     *,
     progress: Callable[[int], None],
 ) -> list[CachedAnswers]:
-    """Answers to requests, made in parts that the processes share; files name what the answers depend on.
-
-    A part is a batch, which is computed as a whole, so that its answers do not depend on the number of processes. An
-    engine batches by itself; the main process, which started it, asks it for all.
-    """
+    """Answers to requests, made in parts that the processes share; files name what the answers depend on. A part is a
+    batch, which is computed as a whole, so that its answers do not depend on the number of processes. An engine batches
+    by itself; the main process, which started it, asks it for all."""
     samplings = [_sampling(config, context, request.turn) for request, _ in missing]
     parts = [
         (index, part)

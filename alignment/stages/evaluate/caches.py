@@ -124,11 +124,9 @@ def cached_scores(
     *,
     head: Path | None = None,
 ) -> list[float]:
-    """The cached scores of all answers, or those that ``compute`` gives, on every process; all must call this.
-
-    Neither a judge nor new votes change them. ``computation`` is its name; ``head`` is a file of weights that the model
-    has besides its lineage. Scores that are not finite are not cached, because they end the evaluation.
-    """
+    """The cached scores of all answers, or those that ``compute`` gives, on every process; all must call this. Neither
+    a judge nor new votes change them. ``computation`` is its name; ``head`` is a file of weights that the model has
+    besides its lineage. Scores that are not finite are not cached, because they end the evaluation."""
     if on_shadows():
         return compute()
 

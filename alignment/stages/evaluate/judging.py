@@ -59,11 +59,9 @@ class ScoredArms:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredAnswers:
-    """Every arm's answers to the held-out prompts and their scores, each by arm.
-
-    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
-    ``turn_scores`` has one value per answer for each metric of an arm.
-    """
+    """Every arm's answers to the held-out prompts and their scores, each by arm. ``rewards`` and ``log_ratios`` (nats
+    per sequence) have one value per answer, or None for an arm that has none. ``turn_scores`` has one value per answer
+    for each metric of an arm."""
 
     rows: Sequence[HeldOutPrompt]
     arms: Mapping[str, Answered]
@@ -97,10 +95,8 @@ def by_people(
     pairs: Sequence[tuple[str, str]],
     by_metric: Points | None,
 ) -> tuple[Judge, list[dict[str, Any]]]:
-    """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts.
-
-    If the recipe does not configure the pairs, those that people judged are added to ``pairs``.
-    """
+    """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts. If the recipe does not configure
+    the pairs, those that people judged are added to ``pairs``."""
     votes = _votes(context)
     pairs = [*pairs, *(() if config.pairs else _other_pairs(votes, list(scored.arms), pairs))]
     table: list[JudgedPair] = []

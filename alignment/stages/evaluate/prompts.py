@@ -113,12 +113,10 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnPrompts:
-    """What an arm is asked in turn ``number`` (from 0).
-
-    ``rows`` are the indices of the rows that have this turn. ``prompts`` are one per row in the first turn, and all
-    answers to a row share it. In later turns they are one per answer, because each answer continues its own
-    conversation. ``references`` are one per row, None for a row without a reference answer.
-    """
+    """What an arm is asked in turn ``number`` (from 0). ``rows`` are the indices of the rows that have this turn.
+    ``prompts`` are one per row in the first turn, and all answers to a row share it. In later turns they are one per
+    answer, because each answer continues its own conversation. ``references`` are one per row, None for a row without a
+    reference answer."""
 
     number: int
     rows: list[int]
@@ -154,10 +152,8 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
 def later_turn(
     arm: ArmPrompts, rows: Sequence[HeldOutPrompt], earlier: Sequence[Sequence[Sequence[str]]], *, number: int
 ) -> TurnPrompts:
-    """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
-
-    A reference answer follows the references of the turns before it, which makes it the same text for all arms.
-    """
+    """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before. A
+    reference answer follows the references of the turns before it, which makes it the same text for all arms."""
     tokenizer, shown = arm.tokenizer, arm.shown
     asked = [index for index, row in enumerate(rows) if row.num_turns > number]
 
@@ -226,10 +222,8 @@ def together(rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_p
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmPrompts:
     """The prompts of an arm, in its own tokens: those of the ``first`` turn, and how it is ``shown`` any row.
-
     ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
-    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
-    """
+    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's."""
 
     policy: Lineage
     tokenizer: Any
@@ -264,18 +258,10 @@ def _arm_prompts(
     )
 
 
-def refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
-    """Checks every arm that has the base model's tokenizer and positions: the first prompts with an answer to them,
-    and what is scored after a prompt, which are references and choices.
-
-    Later prompts contain answers, and models from outside have positions of their own; both are checked when they are
-    asked (answering.py).
-
-    Raises:
-        ModelError: a prompt and its answer may be longer than the base model's positions; or a prompt and its reference
-            answer, or a question with its choices, is longer.
-        DataError: a row cannot be read or rendered, or there are too few examples.
-    """
+def _refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
+    """Checks every arm that has the base model's tokenizer and positions: the first prompts with an answer to them, and
+    what is scored after a prompt. Later prompts contain answers, and models from outside have positions of their own;
+    both are checked when they are asked (answering.py)."""
     spec = context.spec
     positions = positions_in(spec.base_path)
     if positions is None:
@@ -317,10 +303,8 @@ def _read_texts(
 
 
 def _tokens_with_reference(tokenizer: Any, row: HeldOutPrompt, shown: Shown) -> int:
-    """The tokens of the longest conversation that ends with a reference answer; 0 without one.
-
-    A reference answer follows those of the turns before.
-    """
+    """The tokens of the longest conversation that ends with a reference answer; 0 without one. A reference answer
+    follows those of the turns before."""
     references, longest = list(takewhile(bool, row.references)), 0
     for number, reference in enumerate(references):
         messages = shown(continued(row, references[:number]))
@@ -337,7 +321,7 @@ def refuse_base(config: EvaluateConfig, context: StageContext) -> None:
             its head does more than one matrix product.
         DataError: a row cannot be read or rendered, or there are too few examples.
     """
-    refuse_long_prompts(config, context)
+    _refuse_long_prompts(config, context)
     spec = context.spec
     arms = [name for name in config.arms if spec.arms[name].is_of_run]
     if arms:

@@ -136,11 +136,9 @@ class _Computed:
 
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
-    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out.
-
-    A judge also writes ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main
-    one scores by rules and functions, asks servers and writes.
-    """
+    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out. A judge also writes
+    ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main one scores by rules
+    and functions, asks servers and writes."""
     spec = context.spec
     context.progress("loading")
     endpoint = on_main(context, lambda: open_endpoint(config.judge, context))
@@ -295,12 +293,10 @@ def _log_ratios(
     answers: Mapping[str, Answers],
 ) -> dict[str, list[float] | None]:
     """Log π − log π_ref of each arm's own answers, nats per sequence; None for other prompts, tokens or temperatures.
-
     An answer of a later turn follows the arm's own conversation, for the reference too, so that the sum over the turns
     is that of all that the arm wrote. Of greedy answers this is not the KL, an expectation over samples, which is
     usually smaller because a greedy answer is the arm's likeliest. The reference reads all arms' answers to a prompt in
-    adjacent rows, so that the prompt is computed once.
-    """
+    adjacent rows, so that the prompt is computed once."""
     ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
         if _is_compared(arm_prompts[name], config) and _is_reference(name, context):

@@ -131,10 +131,8 @@ def test_scores_of_0_and_1_are_shares_and_others_are_resampled() -> None:
     ("value", "least", "expected"),
     [
         (1.0, 0.0, share_interval(20, 20)),
-        (0.0, 0.0, share_interval(0, 20)),
         (0.5, 0.0, INTERVALS.of_points([0.5] * 20)),
         (0.0, -1.0, paired_share_interval(0, 0, 20)),
-        (1.0, -1.0, paired_share_interval(20, 0, 20)),
         (-1.0, -1.0, paired_share_interval(0, 20, 20)),
     ],
 )
@@ -190,20 +188,6 @@ def test_one_of_many_series_can_be_real_and_each_is_tested_alone() -> None:
 )
 def test_holm(p_values: list[float], adjusted: list[float]) -> None:
     assert holm(p_values) == pytest.approx(adjusted)
-
-
-def test_a_family_of_twenty_without_differences_shows_one_in_at_most_one_of_twenty_evaluations() -> None:
-    """Metrics of one pair of arms are correlated. Of 200 evaluations at most 5 % and two standard errors are wrong."""
-    rng = np.random.default_rng(0)
-    with_false_alarm = uncorrected = 0
-    for seed in range(200):
-        shared = rng.standard_normal((1, 60))
-        null = (0.5 * shared + rng.standard_normal((20, 60))) * rng.exponential(1.0, size=(20, 60))
-        p_values = sign_flip_p_values(null.tolist(), seed=seed)
-        with_false_alarm += min(holm(p_values)) < LEVEL
-        uncorrected += min(p_values) < LEVEL
-    assert with_false_alarm <= 200 * (LEVEL + 2 * (LEVEL * (1 - LEVEL) / 200) ** 0.5)
-    assert uncorrected > 60, "without the correction one evaluation in two or three would be wrong"
 
 
 def planted(theta: float, phi: float, *, shift: float, count: int = 4000) -> tuple[list[float], list[float]]:
