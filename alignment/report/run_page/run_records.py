@@ -173,7 +173,7 @@ class Stage:
     @property
     def headlines(self) -> dict[str, float]:
         """The finite figures of its manifest, by name."""
-        metrics = self.manifest.metrics if self.manifest and isinstance(self.manifest.metrics, dict) else {}
+        metrics = self.manifest.metrics if self.manifest else {}
         values = {name: text.finite(value) for name, value in metrics.items()}
         return {name: value for name, value in values.items() if value is not None}
 

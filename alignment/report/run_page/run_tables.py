@@ -191,7 +191,7 @@ _SIZE = "optim.micro_batch_tokens"
 def settings(stage: Stage) -> list[tuple[str, str]]:
     """The stage's resolved configuration as (dotted key, value); a size that the stage chose stands behind ``auto``."""
     rows = {key: text.setting_text(value) for key, value in text.flat(stage.config).items()}
-    usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+    usage = stage.manifest.usage if stage.manifest else {}
     if _SIZE in rows and (chosen := text.finite(usage.get(USAGE))) is not None:
         rows[_SIZE] = f"{rows[_SIZE]}: {chosen:.0f}"
     return [(text.name(key, limit=120), text.prose(value)) for key, value in rows.items()]
@@ -202,29 +202,23 @@ def lineage(stage: Stage) -> list[tuple[str, str]]:
     manifest = stage.manifest
     if manifest is None:
         return []
-    inputs = [f"{slot} {_short(value)}" for slot, value in _pairs(manifest.inputs)]
-    base = [
-        f"{key}: {_short(value)}" for key, value in text.flat(manifest.base).items() if value not in (None, "", {}, [])
+    base = text.flat(manifest.base).items()
+    data = [
+        f"{key}: {value}" for key, value in text.flat(manifest.identity).items() if "data" in key and _is_hash(value)
     ]
-    data = [f"{key}: {value}" for key, value in _hashes(manifest.identity, "") if "data" in key]
-    adapters = manifest.adapters if isinstance(manifest.adapters, list) else []
     entries = [
-        ("fingerprint", str(manifest.fingerprint)),
-        ("inputs", ", ".join(inputs)),
-        ("base", ", ".join(base)),
-        ("adapters, in order", " → ".join(str(item) for item in adapters)),
+        ("fingerprint", manifest.fingerprint),
+        ("inputs", ", ".join(f"{slot} {_short(value)}" for slot, value in manifest.inputs.items())),
+        ("base", ", ".join(f"{key}: {_short(value)}" for key, value in base if value not in (None, "", {}, []))),
+        ("adapters, in order", " → ".join(manifest.adapters)),
         ("data", ", ".join(data)),
-        ("tokenizer", str(manifest.tokenizer_sha256 or "")),
-        ("chat template", str(manifest.chat_template_sha256 or "")),
-        ("git commit", str(manifest.git_commit or "")),
-        ("made", str(manifest.created or "")),
-        ("packages", ", ".join(f"{key} {value}" for key, value in sorted(_pairs(manifest.versions)))),
+        ("tokenizer", manifest.tokenizer_sha256),
+        ("chat template", manifest.chat_template_sha256),
+        ("git commit", manifest.git_commit),
+        ("made", manifest.created),
+        ("packages", ", ".join(f"{key} {value}" for key, value in sorted(manifest.versions.items()))),
     ]
     return [(heading, text.name(value, limit=2000)) for heading, value in entries if value]
-
-
-def _pairs(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _short(value: Any) -> str:
@@ -236,19 +230,13 @@ def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) >= 40 and set(value) <= set("0123456789abcdef")
 
 
-def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [p for k, item in value.items() for p in _hashes(item, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, value)] if _is_hash(value) else []
-
-
 def usage_rows(run: Run) -> list[Row]:
     """Time, memory and closing figures of every stage that recorded its time or memory, and what its plan said of the
     two. ``share`` is its time relative to the longest, as an SVG length."""
     rows = []
     longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
     for stage in run.stages:
-        usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+        usage = stage.manifest.usage if stage.manifest else {}
         peak, of_engine = (text.finite(usage.get(name)) for name in ("peak_rss_bytes", "peak_engine_bytes"))
         if stage.seconds is None and peak is None:
             continue
