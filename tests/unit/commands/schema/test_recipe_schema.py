@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[4]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = jsonschema.Draft7Validator(recipe_schema())
 SWEEPS = jsonschema.Draft7Validator(sweep_schema())
-BESIDE_DEFAULTS = ("stages", "model", "launch", "tracking", "summary")
+BESIDE_DEFAULTS = ("stages", "adapter", "model", "launch", "tracking", "summary")
 """Keys of recipes of which the docs show a part."""
 
 
@@ -146,6 +146,27 @@ WRONG_SWEEPS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (
+            "{model: Qwen/Qwen2.5-0.5B, adapter: qlora, launch: {use: zero3}, tracking: [wandb], stages: {report: }}",
+            None,
+        ),
+        ("stages: {sft: {adapter: {use: dora, rank: 4}}, best: {kind: sft}, x: {use: evaluate_house_style}}", None),
+        ("adapter: qlorra", "adapter"),
+        ("launch: zero9", "launch"),
+        ("tracking: [wand]", "tracking.0"),
+        ("stages: {sft: {adapter: qlorra}}", "stages.sft.adapter"),
+        ("stages: {sft: {beta: 1}}", "stages.sft"),
+        ("stages: {mine: {use: other}}", "stages.mine.use"),
+    ],
+)
+def test_a_recipe_needs_no_defaults(text: str, where: str | None) -> None:
+    paths = {fault.partition(":")[0] for fault in faults(RECIPES, yaml_file.load(text))}
+    assert paths == ({where} if where else set())
+
+
 def test_a_fault_is_reported_where_it_stands() -> None:
     assert faults(SWEEPS, SWEEP) == faults(SWEEPS, SWEEP | {"objective": [SWEEP["objective"]]}) == []
     assert faults(SWEEPS, {}) == [": 'parameters' is a required property"]
@@ -162,6 +183,7 @@ NOT_IN_SCHEMAS = (
     "needs at least one",
     "unknown stage",
     ": nan is",
+    "'full' is not a group",  # it is a file's name in a recipe without ``defaults``
     "'4:00:00\\n' is",
 )
 """The last: in JSON Schema ``$`` is the end of a text, in Python it may stand before a line break."""
