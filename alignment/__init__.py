@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
-    "alignment.api.calls": ("plan", "run"),
-    "alignment.api.loaded_run": ("Run", "RunStage", "Sweep", "load_run", "load_sweep"),
-    "alignment.api.run_plan": ("RunPlan", "StagePlan"),
-    "alignment.api.run_frames": ("Series",),
-    "alignment.api.sweep_call": ("sweep",),
+    "alignment.api.calls": ("RunPlan", "StagePlan", "plan", "run", "sweep"),
+    "alignment.api.loaded_run": ("Run", "RunStage", "Series", "Sweep", "load_run", "load_sweep"),
     "alignment.core.artifacts": ("Manifest",),
     "alignment.core.errors": (
         "AlignmentError",
@@ -52,11 +49,8 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from alignment.api.calls import plan, run
-    from alignment.api.loaded_run import Run, RunStage, Sweep, load_run, load_sweep
-    from alignment.api.run_frames import Series
-    from alignment.api.run_plan import RunPlan, StagePlan
-    from alignment.api.sweep_call import sweep
+    from alignment.api.calls import RunPlan, StagePlan, plan, run, sweep
+    from alignment.api.loaded_run import Run, RunStage, Series, Sweep, load_run, load_sweep
     from alignment.core.artifacts import Manifest
     from alignment.core.errors import (
         AlignmentError,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,16 +16,13 @@ from alignment.config.evaluating import EndpointConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """An answer of the server: ``text`` as a chat completion, or a ``body`` as it stands. ``raw`` are bytes that make
-    up the whole answer, status and headers too; they come one after another until the client has enough."""
+    """An answer of the server: ``text`` as a chat completion, or a ``body`` as it stands."""
 
     text: str = ""
     status: int = 200
     body: str | None = None
     kind: str = "application/json"
     headers: dict[str, str] = field(default_factory=dict)
-    raw: Iterable[bytes] | None = None
-    pause: float = 0.0
 
 
 Judge = Callable[[str, int], Response | None]
@@ -82,9 +79,6 @@ def listening(answering: Answering, *, port: int = 0) -> Iterator[Served]:
                 over.wait(30)
                 self.close_connection = True
                 return
-            if response.raw is not None:
-                self._trickle(response.raw, response.pause)
-                return
             body = response.body
             if body is None:
                 choice = {
@@ -102,14 +96,6 @@ def listening(answering: Answering, *, port: int = 0) -> Iterator[Served]:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body.encode())
-
-        def _trickle(self, raw: Iterable[bytes], pause: float) -> None:
-            self.close_connection = True
-            with suppress(OSError):  # the client has gone
-                for piece in raw:
-                    self.wfile.write(piece)
-                    if pause and over.wait(pause):
-                        return
 
         def log_message(self, *_: Any) -> None:
             """Tests have their own output."""

@@ -16,7 +16,7 @@ from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.reward_card.kind import RewardCardConfig
 from alignment.training.context import StageContext

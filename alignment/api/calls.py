@@ -1,4 +1,4 @@
-"""``alignment.plan`` and ``alignment.run``, and what every call from Python does around its work."""
+"""``alignment.plan``, ``run`` and ``sweep``, and what every call from Python does around its work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,116 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from alignment.api.loaded_run import Run, load_run
-from alignment.api.run_plan import RunPlan, described
-from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError, Preempted
+from alignment.api.loaded_run import Run, Sweep, data_frame, load_run, load_sweep
+from alignment.config.typed import to_plain
+from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError, Preempted, StageError
 from alignment.core.files import current_folder, explained
 from alignment.core.terminal import Terminal
 from alignment.costs.devices import THIS
-from alignment.pipeline.execute import estimates
+from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.pipeline.execute import estimates, notes
 from alignment.pipeline.execute.run import run_with_advice
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
-from alignment.pipeline.plan.plan import make_plan
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.records.cost import RunCost
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What happens to a stage: ``action`` is ``run``, ``resume``, ``reuse`` or ``fetch`` (the store has the result),
+    and ``reason`` says why in words. ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its
+    folder. ``inputs`` are references by the field that holds them. ``remarks`` say what the stage would read, run and
+    choose, and what its gates require; each is the end of a sentence that begins with its name. ``settings`` are plain
+    data."""
+
+    name: str
+    kind: str
+    action: Action
+    reason: str
+    fingerprint: str
+    artifact: Path
+    inputs: dict[str, str]
+    remarks: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class RunPlan:
+    """What a run would do, in the order of its stages. ``folder`` is where the run is recorded. ``notes`` are sentences
+    about a plan that is valid but questionable. ``obstacle`` says why this machine cannot start it; empty if it can.
+    ``cost`` is None where none was estimated."""
+
+    name: str
+    summary: str
+    recipe: str
+    overrides: tuple[str, ...]
+    profile: str
+    folder: Path
+    stages: dict[str, StagePlan]
+    notes: tuple[str, ...]
+    obstacle: str
+    settings: dict[str, Any]
+    cost: RunCost | None = None
+
+    @property
+    def to_run(self) -> tuple[StagePlan, ...]:
+        """The stages that would run or continue; the others are reused."""
+        return tuple(stage for stage in self.stages.values() if stage.action in (Action.run, Action.resume))
+
+    def frame(self) -> pandas.DataFrame:
+        """A row for each stage: ``stage``, ``kind``, ``action``, ``reason`` and ``artifact``. Raises ConfigError:
+        pandas is not installed."""
+        columns = ("stage", "kind", "action", "reason", "artifact")
+        rows = ((s.name, s.kind, s.action.value, s.reason, str(s.artifact)) for s in self.stages.values())
+        return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
+
+    def __repr__(self) -> str:
+        reused = len(self.stages) - len(self.to_run)
+        lines = [f"{stage.name}: {stage.action.value} ({stage.reason})" for stage in self.stages.values()]
+        return "\n  ".join([f"RunPlan {self.name}: {len(self.to_run)} to run, {reused} reused", *lines])
+
+
+def described(plan: Plan, cost: RunCost | None) -> RunPlan:
+    """The public record of a plan."""
+    return RunPlan(
+        name=plan.config.name,
+        summary=plan.config.summary,
+        recipe=plan.recipe,
+        overrides=plan.overrides,
+        profile=plan.profile,
+        folder=plan.run_folder,
+        stages={stage.name: _described(plan, stage) for stage in plan.stages},
+        notes=tuple(notes.on_a_plan(plan)),
+        obstacle=why_not_here(plan),
+        settings=to_plain(plan.config),
+        cost=cost,
+    )
+
+
+def _described(plan: Plan, stage: PlannedStage) -> StagePlan:
+    references = {field: given.ref for field, given in stage.inputs.items()}
+    return StagePlan(
+        name=stage.name,
+        kind=stage.config.kind,
+        action=stage.action,
+        reason=stage.reason,
+        fingerprint=stage.fingerprint,
+        artifact=stage.artifact,
+        inputs=references | {f"arms[{number}]": arm.ref for number, arm in enumerate(stage.arms.values())},
+        remarks=tuple(notes.of_stage(plan, stage)),
+        settings=to_plain(stage.config),
+    )
+
 
 Recipe = str | os.PathLike[str]
 """The name of a shipped file, or the path of a .yaml file."""
@@ -56,10 +153,8 @@ def errors_explained() -> Iterator[None]:
 
 
 def console_of(*, quiet: bool) -> Console:
-    """Standard output: a live line on a terminal, else plain lines.
-
-    A kernel of Jupyter sets ``FORCE_COLOR``, so that rich would move the cursor in a notebook's output.
-    """
+    """Standard output: a live line on a terminal, else plain lines. A kernel of Jupyter sets ``FORCE_COLOR``, so that
+    rich would move the cursor in a notebook's output."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return Terminal(soft_wrap=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
 
@@ -209,3 +304,36 @@ def run(
         code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
         raise_if_stopped(code, planned.config.name)
         return load_run(planned.run_folder)
+
+
+def sweep(
+    recipe: Recipe,
+    sweep: Recipe,
+    overrides: Overrides = (),
+    *,
+    at_once: int = 1,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> Sweep:
+    """Runs the missing trials of a sweep, and those that failed if ``retry_failed``, and returns all. The command is
+    ``align sweep``.
+
+    ``sweep`` is the name of a shipped sweep, or the path of a .yaml file. ``overrides`` hold for every trial.
+    ``at_once`` trials run at the same time, each with its share of the machine.
+
+    Raises:
+        AlignmentError: as for ``plan``; ConfigError if the sweep does not fit the recipe or the machine, or optuna is
+            not installed; Busy if another process works on it; StageError if no trial has ever finished.
+        KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
+    """
+    from alignment.pipeline.sweeps.run import run_sweep  # optuna, which a plan does without
+    from alignment.pipeline.sweeps.sweep_file import read_sweep
+
+    with errors_explained():
+        checked = read_sweep(name_of(recipe), name_of(sweep, "sweep"), words(overrides))
+        code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
+        raise_if_stopped(code, checked.folder.name)
+        if code:
+            remedy = "load_sweep says why each trial failed"
+            raise StageError("no trial has finished", where=str(checked.folder), remedy=remedy)
+        return load_sweep(checked.folder)

@@ -1,29 +1,28 @@
-"""A run or a sweep as read from its folder."""
+"""A run or a sweep as read from its folder, and its tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.api import run_frames
-from alignment.api.run_frames import Series, data_frame, series_of, with_others
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
-from alignment.core.errors import ArtifactError
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.execute.run_state import as_it_is
 from alignment.pipeline.execute.run_view import KILLED, RUNNING
 from alignment.records import evaluation as evaluations
 from alignment.records import reward_card
-from alignment.records.evaluation import Evaluation, Sample
+from alignment.records.evaluation import Comparison, Evaluation, Sample
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.stages import FORGETTING_FILE, Forgetting
 from alignment.records.sweep_record import SweepRecord, Trial
 from alignment.records.training import written_rows
 from alignment.records.worker import Progress, Status
-from alignment.report.comparison_page.setting_rows import flat
+from alignment.report.kit.text import flat
+from alignment.report.run_page.curves import points_of
 from alignment.report.run_page.run_records import (
     Difference,
     artifact_folder,
@@ -31,21 +30,57 @@ from alignment.report.run_page.run_records import (
     steps_file,
     work_folder,
 )
-from alignment.stages.registry import produced_by
+from alignment.stages.registry import curves, produced_by
 
 if TYPE_CHECKING:
     import pandas
 
 
+def _comparisons(evaluation: Evaluation) -> Iterator[tuple[str, Comparison]]:
+    for comparison in evaluation.comparisons:
+        yield comparison.metric or evaluation.primary or "", comparison
+    for comparison in evaluation.other_comparisons:
+        yield comparison.metric, comparison
+    for comparison in evaluation.reward_comparisons:
+        yield comparison.metric or "reward", comparison
+
+
+def with_others(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The ``first`` columns, then the others in the order in which rows have them."""
+    return list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """A line of a chart: ``Series(title="Loss", unit="", key="loss", label="", over="step", points=[(1.0, 2.31)])``.
+    ``key`` is the metric's name in metrics.jsonl. ``points`` are (x, y) pairs; x is the step, or the square root of the
+    metric ``over``. y is None where the logged value is not finite."""
+
+    title: str
+    unit: str
+    key: str
+    label: str
+    over: str
+    points: list[tuple[float, float | None]]
+
+
+def data_frame(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """A DataFrame with these columns in this order, also without rows; a row may lack a column. Raises ConfigError:
+    pandas is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        remedy = "pip install 'alignment-pipeline[pandas]'"
+        raise ConfigError("tables need pandas, which is not installed here", remedy=remedy) from None
+    return pandas.DataFrame(list(rows), columns=list(columns))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class RunStage:
-    """A stage of a run.
-
-    ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the stage's folder of
-    the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and ``manifest`` what that
-    says of itself; both are None until the stage is done. ``progress`` is how far a stage got that is running or was
-    killed, ``error`` how an unfinished one ended. ``settings`` are plain data.
-    """
+    """A stage of a run. ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the
+    stage's folder of the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and
+    ``manifest`` what that says of itself; both are None until the stage is done. ``progress`` is how far a stage got
+    that is running or was killed, ``error`` how an unfinished one ended. ``settings`` are plain data."""
 
     name: str
     entry: StageEntry
@@ -89,7 +124,13 @@ class RunStage:
 
     def curves(self) -> list[Series]:
         """What the report draws of the steps: a series for each figure that was logged. It raises as ``steps`` does."""
-        return series_of(self.kind, self.settings, self.steps())
+        steps = self.steps()
+        return [
+            Series(title=chart.title, unit=chart.unit, key=key, label=label, over=chart.over or "step", points=points)
+            for chart in curves(self.kind, self.settings)
+            for key, label in zip(chart.keys, chart.labels, strict=True)
+            if (points := points_of(steps, key, chart.over))
+        ]
 
     def frame(self) -> pandas.DataFrame:
         """A row for each logged step: ``step``, then a column for each metric.
@@ -107,11 +148,9 @@ class RunStage:
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Run:
     """A run: ``state`` is ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted``,
-    ``waiting``, ``killed`` or ``unknown``.
-
-    ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and ``forgetting`` are the results of the
-    stages that have one, by stage. Tables (``..._frame``) raise ConfigError if pandas is not installed.
-    """
+    ``waiting``, ``killed`` or ``unknown``. ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and
+    ``forgetting`` are the results of the stages that have one, by stage. Tables (``..._frame``) raise ConfigError if
+    pandas is not installed."""
 
     folder: Path
     state: str
@@ -173,18 +212,51 @@ class Run:
     def arms_frame(self) -> pandas.DataFrame:
         """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval
         from ``low`` to ``high``."""
-        return run_frames.of_arms(self.evaluations)
+        columns = ("evaluation", "arm", "metric", "mean", "low", "high")
+        rows = (
+            (stage, arm.label, metric, value.mean, value.low, value.high)
+            for stage, evaluation in self.evaluations.items()
+            for arm in evaluation.arms
+            for metric, value in arm.all_metrics.items()
+        )
+        return data_frame(columns, (dict(zip(columns, row, strict=True)) for row in rows))
 
     def differences_frame(self) -> pandas.DataFrame:
         """A row for each comparison of two arms: ``evaluation``, ``arm``, ``against``, ``metric``, ``difference``
         (paired by prompt) with its 95 % interval, ``p``, ``adjusted_p`` for its family, and ``verdict``."""
-        return run_frames.of_differences(self.evaluations)
+        numbers = ("difference", "low", "high", "p", "adjusted_p")
+        rows = [
+            {
+                "evaluation": stage,
+                "arm": evaluation.label(comparison.arm),
+                "against": evaluation.label(comparison.against),
+                "metric": metric,
+                **{name: getattr(comparison, name) for name in numbers},
+                "verdict": evaluation.verdict(comparison),
+            }
+            for stage, evaluation in self.evaluations.items()
+            for metric, comparison in _comparisons(evaluation)
+        ]
+        return data_frame(("evaluation", "arm", "against", "metric", *numbers, "verdict"), rows)
 
     def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
         """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
         column for each score, which is ``score/NAME`` if the metric is called like one of these. It raises as
         ``answers`` does."""
-        return run_frames.of_answers(self.answers(evaluation))
+        columns = ("id", "task", "prompt", "arm", "answer")
+        rows = [
+            {
+                "id": sample.id,
+                "task": sample.task,
+                "prompt": sample.messages[-1].get("content", "") if sample.messages else "",
+                "arm": arm.removeprefix("stage:"),
+                "answer": answer.text,
+                **{f"score/{name}" if name in columns else name: score for name, score in answer.scores.items()},
+            }
+            for sample in self.answers(evaluation)
+            for arm, answer in sample.answers.items()
+        ]
+        return data_frame(with_others(columns, rows), rows)
 
     def settings_frame(self) -> pandas.DataFrame:
         """A row for each setting: ``key``, as an override names it, and ``value``."""

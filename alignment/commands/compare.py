@@ -26,9 +26,8 @@ from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
-from alignment.report.comparison_page.setting_rows import flat, shown
-from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.sections import side_by_side
+from alignment.report.kit.text import flat, setting_text
+from alignment.report.run_page.run_files import read_run, side_by_side
 from alignment.stages.base import ResultTable
 
 
@@ -124,7 +123,7 @@ def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str
                 f"stages.{stage}",
                 [settings["stages"].get(stage, {}).get("kind", ABSENT) for settings in settings_of_runs],
             )
-        values = [shown(settings[key]) if key in settings else ABSENT for settings in flattened]
+        values = [setting_text(settings[key]) if key in settings else ABSENT for settings in flattened]
         pairs = zip(values, settings_of_runs, strict=True)
         counted = [value for value, settings in pairs if not stage or stage in settings["stages"]]
         if len(set(counted)) > 1:

@@ -13,7 +13,7 @@ from typing import Any
 from alignment.config.evaluating import CallsConfig
 from alignment.config.launch import SamplingConfig
 from alignment.core.errors import StageError
-from alignment.evaluation.endpoint_client import Refused, open_client, reason
+from alignment.evaluation.endpoint_client import open_client, reason
 
 SEEDS = 2**48
 """Seeds are whole numbers from 0 to below this."""
@@ -176,7 +176,7 @@ class EngineClient:
                         raise self._refused(WrongReply(f"came from the weights {chunk['model']!r}, not {model!r}"))
                     for token in chunk["choices"][0]["token_ids"] or ():
                         on_token(int(token))
-        except (OpenAIError, Refused, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OpenAIError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CallFailed(reason(error, key=self._key)) from error
 
     def _reply(self, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
@@ -198,7 +198,7 @@ class EngineClient:
             if verb == "get":
                 return self._client.get(path, cast_to=object)
             return self._client.post(path, cast_to=str if text else object, body=body)
-        except (OpenAIError, Refused, ValueError, RuntimeError) as error:  # the last from a client that was closed
+        except (OpenAIError, ValueError, RuntimeError) as error:  # the last from a client that was closed
             raise CallFailed(f"{path}: {reason(error, key=self._key)}") from error
 
 

@@ -164,24 +164,17 @@ def logprobs_after_each(
     return [[next(sums) for _ in of_prompt] for of_prompt in texts]
 
 
+@torch.no_grad()
 def sequence_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, temperature: float = 1.0
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
-    sums = [row.sum() for row in _logprob_rows(model, prompts, answers, temperature)]
-    return torch.stack(sums).tolist() if sums else []
-
-
-@torch.no_grad()
-def _logprob_rows(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], temperature: float
-) -> list[torch.Tensor]:
-    """``[tokens]`` of each answer."""
-    rows: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []
     with prepacked(model.base_model, TOKENS):
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
-            rows += answer_statistics(model, part, temperature=temperature).logprobs.split(list(part.lengths))
-    return rows
+            logprobs = answer_statistics(model, part, temperature=temperature).logprobs
+            sums += [row.sum() for row in logprobs.split(list(part.lengths))]
+    return torch.stack(sums).tolist() if sums else []
 
 
 @torch.no_grad()

@@ -188,11 +188,6 @@ def one_of_each_prompt(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     return list(first.values())
 
 
-def agrees(pair: JudgedPair) -> bool:
-    """Whether the judge names people's answer more often than chance, on enough prompts."""
-    return pair.verdict == BETTER
-
-
 def verdict_on_judge(pair: JudgedPair) -> str:
     """The judge's agreement with people, in a few words."""
     if pair.win_rate is None or pair.verdict == TOO_FEW:
@@ -238,21 +233,18 @@ def contradictions(evaluation: Evaluation) -> list[str]:
 
 def _real_pairs(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     for item in evaluation.comparisons:
-        verdict = evaluation.verdict(item)
-        if verdict == BETTER:
-            yield item.arm, item.against
-        elif verdict == WORSE:
-            yield item.against, item.arm
+        if evaluation.is_real(item):
+            better = item if evaluation.verdict(item) == BETTER else item.turned()
+            yield better.arm, better.against
 
 
 def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
-    if evaluation.judge is None:
-        return
-    for pair in evaluation.judge.pairs:
+    judge = evaluation.judge or Judge()
+    for pair in judge.pairs:
         preferred = {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict)
         if pair.win_rate is not None and preferred == worse and {pair.arm, pair.against} == {better, worse}:
             rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean
-            yield f"{evaluation.judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
+            yield f"{judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
 
 
 def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from alignment.config.evaluating import CallsConfig, ChatEndpointConfig
 from alignment.core.errors import StageError
 from alignment.core.files import parse_json
 from alignment.core.fingerprint import digest
-from alignment.evaluation.endpoint_client import NoReply, Refused, api_key, open_client, reason
+from alignment.evaluation.endpoint_client import NoReply, api_key, open_client, reason
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class EndpointCalls:
 
         try:
             values = call(self._client)
-        except (OpenAIError, Refused, ValueError, RecursionError) as error:  # a body that is not JSON, or not a reply
+        except (OpenAIError, ValueError, RecursionError) as error:  # a body that is not JSON, or not a reply
             return (), reason(error, key=self._key)
         assert len(values) == count, "a call gives a value for each of its keys"
         return values, ""

@@ -1,12 +1,9 @@
-"""An HTTP client with bounds, and the checks of an endpoint before anything is trained."""
+"""The client of an endpoint, and its checks before anything is trained."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,96 +13,6 @@ from alignment.config.evaluating import CallsConfig, ChatEndpointConfig, Grading
 from alignment.config.faults import Fault
 from alignment.config.scoring import ServerConfig
 from alignment.core.errors import ConfigError
-
-MOST_BYTES = 4 << 20
-"""Limit of an answer with its headers; a judge's thousand words take a few kilobytes."""
-
-
-class Refused(Exception):
-    """The reason why an answer was not read to its end."""
-
-
-class _Allowance(threading.local):
-    """Time and bytes left for the current try of this thread."""
-
-    seconds = 0.0
-    end = math.inf
-    left = MOST_BYTES
-
-    def begin(self, seconds: float) -> None:
-        """Starts a try that may take this many seconds."""
-        self.seconds, self.end, self.left = seconds, time.monotonic() + seconds, MOST_BYTES
-
-    def remaining(self) -> float:
-        """The seconds left for this try. Raises Refused: no time is left."""
-        remaining = self.end - time.monotonic()
-        if remaining <= 0:
-            raise Refused(f"timed out: the whole answer did not arrive within {self.seconds:g} s")
-        return remaining
-
-    def take(self, content: bytes) -> bytes:
-        """Counts received bytes and returns them. Raises Refused: the answer is too long."""
-        self.left -= len(content)
-        if self.left < 0:
-            raise Refused(f"its answer is longer than {MOST_BYTES >> 20} MiB")
-        return content
-
-
-def bounded_client(seconds: float, *, direct: bool = False) -> Any:
-    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds. ``direct``: without
-    the proxies of the environment, for a server on this machine."""
-    from openai import DefaultHttpxClient
-
-    allowance = _Allowance()
-
-    client = DefaultHttpxClient(
-        timeout=seconds,
-        follow_redirects=False,
-        trust_env=not direct,
-        headers={"Accept-Encoding": "identity"},
-        event_hooks={"request": [lambda _: allowance.begin(seconds)], "response": [_refuse_packed]},
-    )
-    for transport in (client._transport, *client._mounts.values()):  # direct, and through proxies of the environment
-        if transport is not None:
-            transport._pool._network_backend = _Bounded(transport._pool._network_backend, allowance)
-    return client
-
-
-def _refuse_packed(response: Any) -> None:
-    """Refuses a compressed answer: a few kilobytes could expand to gigabytes."""
-    packing = response.headers.get("content-encoding", "identity")
-    if packing != "identity":
-        raise Refused(f"its answer is compressed ({packing:.20}), which was not requested")
-
-
-class _Bounded:
-    """A network backend or a connection of it, encrypted or not, that waits and reads within the allowance."""
-
-    def __init__(self, wrapped: Any, allowance: _Allowance) -> None:
-        self._wrapped = wrapped
-        self._allowance = allowance
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapped, name)
-
-    def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> _Bounded:
-        connection = self._wrapped.connect_tcp(*address, timeout=self._within(timeout), **options)
-        return _Bounded(connection, self._allowance)
-
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Bounded:
-        encrypted = self._wrapped.start_tls(ssl_context, server_hostname, timeout=self._within(timeout))
-        return _Bounded(encrypted, self._allowance)
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._allowance.take(self._wrapped.read(max_bytes, timeout=self._within(timeout)))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._wrapped.write(buffer, timeout=self._within(timeout))
-
-    def _within(self, timeout: float | None) -> float:
-        remaining = self._allowance.remaining()
-        return remaining if timeout is None else min(timeout, remaining)
-
 
 PACKAGE = "openai>=3,<4"
 _HIDDEN = 8
@@ -131,7 +38,7 @@ def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = Fal
     """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment. Raises ConfigError:
     its package is not installed."""
     try:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
     except ImportError:
         raise ConfigError(
             "an endpoint needs the package openai, which is not installed",
@@ -144,7 +51,7 @@ def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = Fal
             api_key=key or "none",
             timeout=config.timeout,
             max_retries=config.retries,
-            http_client=bounded_client(config.timeout, direct=direct),
+            http_client=DefaultHttpxClient(timeout=config.timeout, follow_redirects=False, trust_env=not direct),
         )
 
 
@@ -168,7 +75,7 @@ def _words(error: Exception) -> str:
         )
     if isinstance(error, RecursionError):
         return "its reply is nested too deeply"
-    return str(error) if isinstance(error, (Refused, NoReply)) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, NoReply) else f"{type(error).__name__}: {error}"
 
 
 class NoReply(ValueError):

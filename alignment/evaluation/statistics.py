@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -40,16 +41,14 @@ def paired_share_interval(more: int, less: int, count: int) -> Interval:
     likeliest rates with this difference, so it is not zero where no prompt differs."""
     difference = (more - less) / count
 
-    def is_above(candidate: float) -> bool:
+    def is_beyond(candidate: float, side: float) -> bool:
         error = math.sqrt(count * max(0.0, _variance(candidate, more, less, count)))
-        return count * (difference - candidate) > _Z * error
-
-    def is_below(candidate: float) -> bool:
-        error = math.sqrt(count * max(0.0, _variance(candidate, more, less, count)))
-        return count * (candidate - difference) > _Z * error
+        return side * count * (difference - candidate) > _Z * error
 
     return Interval(
-        mean=difference, low=_farthest(is_above, difference, -1.0), high=_farthest(is_below, difference, 1.0)
+        mean=difference,
+        low=_farthest(partial(is_beyond, side=1.0), difference, -1.0),
+        high=_farthest(partial(is_beyond, side=-1.0), difference, 1.0),
     )
 
 
@@ -88,7 +87,7 @@ class Intervals:
 
     def of(self, values: list[float]) -> Interval:
         """The mean over prompts with its 95 % interval."""
-        return mean_interval(values, samples=self.samples, seed=self.seed)
+        return ratio_interval(values, [1] * len(values), samples=self.samples, seed=self.seed)
 
     def of_scores(self, scores: list[float]) -> Interval:
         """The mean of a score; if every score is 0 or 1, the interval is that of a share."""
@@ -112,11 +111,6 @@ class Intervals:
     def of_ratio(self, values: Sequence[float], sizes: Sequence[float]) -> Interval:
         """Σ values / Σ sizes with its 95 % interval."""
         return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
-
-
-def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """The interval of a mean over prompts; ``values`` may be paired differences. Raises ValueError: no values."""
-    return ratio_interval(values, [1] * len(values), samples=samples, seed=seed)
 
 
 def grouped_interval(

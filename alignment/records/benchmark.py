@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -142,8 +141,3 @@ class BenchmarkRow:
 def write_rows(folder: Path, rows: list[BenchmarkRow]) -> None:
     """Writes ``SAMPLES`` into an artifact's folder."""
     write_lines(folder / SAMPLES, map(typed_json.to_json, rows))
-
-
-def read_rows(artifact: Path) -> Iterator[BenchmarkRow]:
-    """The rows of an artifact; empty if it has none. Raises ValueError: a line is not JSON."""
-    return typed_json.lines(artifact / SAMPLES, BenchmarkRow)

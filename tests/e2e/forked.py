@@ -70,11 +70,13 @@ class Forked:
 
 
 def _serve() -> None:
+    import alignment.stages.cpt.run
+
     import alignment.cli
     import alignment.commands.export.worker
     import alignment.pipeline.execute.run
     import alignment.rehearse
-    import alignment.report.kit.render
+    import alignment.report.run_page.render
     import alignment.stages.distil.run
     import alignment.stages.dpo.run
     import alignment.stages.evaluate.run

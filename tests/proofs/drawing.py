@@ -17,7 +17,7 @@ from alignment.records.interval import Interval
 from alignment.records.reward_card import RewardCard
 from alignment.report.kit import text
 from alignment.report.kit.plots import HEIGHT, WIDTH, Line, Scale, curve, scale_axis, scale_of, whisker
-from alignment.report.run_page.card_page import plots
+from alignment.report.run_page.run_tables import plots
 
 _TITLE = 34
 _ROW, _NAME, _PLOT, _VALUE = 26, 130, 270, 60

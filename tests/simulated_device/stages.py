@@ -15,7 +15,7 @@ from alignment.config.scoring import GuardConfig, MetricConfig, ScorerConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.stages.distil.kind import Method
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm
 from alignment.stages.reward_card.kind import RewardCardConfig

@@ -29,7 +29,7 @@ from alignment.pipeline.sources.model_sources import identity_of_folder
 from alignment.records.run import Attempts
 from alignment.stages.base import Reported
 from alignment.stages.distil.kind import DistilConfig
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
 from alignment.stages.report.kind import ReportConfig

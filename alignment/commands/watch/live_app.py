@@ -29,8 +29,8 @@ from alignment.records.run import FILE, RunRecord
 from alignment.records.training import METRICS
 from alignment.records.worker import STATUS
 from alignment.report.kit.pages import environment
-from alignment.report.kit.render import main_part
 from alignment.report.kit.text import prose
+from alignment.report.run_page.render import main_part
 
 NUM_SAMPLES = 12
 REPORT_SECONDS = 10.0

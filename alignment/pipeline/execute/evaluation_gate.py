@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from alignment.core.artifacts import read_manifest
-from alignment.evaluation.gate_outcomes import GateOutcome, outcomes
+from alignment.evaluation.paired_scores import GateOutcome, outcomes
 from alignment.pipeline.plan.plan import PlannedStage
 from alignment.records.evaluation import Evaluation
 from alignment.stages.registry import gates_of

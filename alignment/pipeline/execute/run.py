@@ -397,7 +397,7 @@ class ReportSettings(Protocol):
 
 def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> None:
     """Runs in this process, because a report only reads files and draws."""
-    from alignment.report.kit.render import build
+    from alignment.report.run_page.render import build
 
     started = time.monotonic()
     content = stage.work / "content"

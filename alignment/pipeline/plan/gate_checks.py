@@ -9,8 +9,7 @@ from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage import StageConfig
-from alignment.evaluation.gate_outcomes import above, compared
-from alignment.evaluation.paired_scores import labels
+from alignment.evaluation.paired_scores import above, compared, labels
 from alignment.pipeline.plan.row_counts import Seen, rows_of
 from alignment.records.evaluation import FEWEST_PROMPTS
 from alignment.stages.registry import gates_of, kind_of

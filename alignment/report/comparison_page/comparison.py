@@ -11,35 +11,37 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, ArmResult, Metric
+from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, ArmResult, Metric, Sample, SampleAnswer
 from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import scale_axis, scale_of, swatch, whisker
-from alignment.report.kit.render import NUM_OPEN_SAMPLES
 from alignment.report.run_page import run_tables
 from alignment.report.run_page.curves import overlaid
-from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.run_records import Answer, Difference, Run, Sample, Stage
+from alignment.report.run_page.render import NUM_OPEN_SAMPLES
+from alignment.report.run_page.run_files import read_run, side_by_side
+from alignment.report.run_page.run_records import Difference, Run, Stage
 from alignment.report.run_page.run_tables import Row, whisker_plot
-from alignment.report.run_page.sections import side_by_side
 from alignment.report.run_page.shown_rows import choose, gap
 from alignment.report.run_page.verdict import judge
 from alignment.stages.base import ResultTable
 from alignment.stages.registry import trains
 
 WIDEST = "runs differ most"
+MOST_RUNS = 8
+"""As many as have their own look (``.runs`` in style.css)."""
+NUM_SAMPLES = 12
 
 
 def rule(primary: str | None) -> str:
     """A description of how the shown prompts were chosen, if runs are compared by this metric."""
+    by_hash = "ordered by a hash of their id and taken from each task in turn."
     others = "Arms that only one run has are left out; runs with the same answer are named together."
     if primary is None:
-        return f"They are ordered by a hash of their id and taken from each task in turn. {others}"
+        return f"They are {by_hash} {others}"
     return (
         f"About half are the prompts on which one arm’s score by {primary} differs most between runs, taken from each "
-        "task in turn. The rest are ordered by a hash of their id, alternating between the half that this arm "
-        f"answered better and the half it answered worse. {others}"
+        f"task in turn. The rest are {by_hash} {others}"
     )
 
 
@@ -51,53 +53,43 @@ class Shared(NamedTuple):
     arms: list[tuple[str, list[Row]]]
 
 
-def share(runs: Sequence[Run], num_samples: int) -> Row:
+def share(runs: Sequence[Run], num_samples: int, primary: str | None) -> Row:
     """The prompts to show (``shown``), and the ``count`` of those that at least two runs answered by an arm of the same
     name."""
     samples_by_prompt: dict[str, dict[int, Sample]] = {}
     for run_index, run in enumerate(runs):
         for sample in run.samples:
             samples_by_prompt.setdefault(sample.prompt, {}).setdefault(run_index, sample)
-    together = [(next(iter(by_run.values())), _arms_of(by_run)) for by_run in samples_by_prompt.values()]
-    shared = [(sample, arms) for sample, arms in together if arms]
-    # each sample with the answers of the one arm in which the runs differ most
-    widest = [
-        max((replace(sample, answers=list(by_run.values())) for by_run in arms.values()), key=gap)
-        for sample, arms in shared
-    ]
-    arms_of = {id(chosen_sample): arms for chosen_sample, (_, arms) in zip(widest, shared, strict=True)}
+    widest: list[Sample] = []  # each with the answers of the one arm in which the runs differ most
+    arms_of: dict[int, dict[str, dict[int, SampleAnswer]]] = {}
+    for by_run in samples_by_prompt.values():
+        if arms := _arms_of(by_run):
+            sample = next(iter(by_run.values()))
+            of_arms = [replace(sample, answers={str(run): a for run, a in by_run.items()}) for by_run in arms.values()]
+            widest.append(max(of_arms, key=lambda of_arm: gap(of_arm, primary)))
+            arms_of[id(widest[-1])] = arms
     shown = [
-        Shared(
-            chosen.sample,
-            chosen.why,
-            [(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen.sample)].items()],
-        )
-        for chosen in choose(widest, num_samples, widest=WIDEST)
+        Shared(sample, why, [(arm, _different(by_run)) for arm, by_run in arms_of[id(sample)].items()])
+        for sample, why in choose(widest, num_samples, primary=primary, widest=WIDEST)
     ]
-    return {"shown": shown, "count": len(shared)}
+    return {"shown": shown, "count": len(widest)}
 
 
-def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
-    arms: dict[str, dict[int, Answer]] = {}
+def _arms_of(by_run: dict[int, Sample]) -> dict[str, dict[int, SampleAnswer]]:
+    arms: dict[str, dict[int, SampleAnswer]] = {}
     for run_index, sample in by_run.items():
-        for answer in sample.answers:
-            arms.setdefault(answer.arm, {})[run_index] = answer
+        for arm, answer in sample.answers.items():
+            arms.setdefault(arm, {})[run_index] = answer
     return {arm: answers for arm, answers in arms.items() if len(answers) > 1}
 
 
-def _different(by_run: dict[int, Answer]) -> list[Row]:
+def _different(by_run: dict[int, SampleAnswer]) -> list[Row]:
     """Each answer once; the same text with other scores, as after a change of a metric, is another one."""
     different: dict[tuple[object, ...], Row] = {}
     for run_index, answer in by_run.items():
-        key = (answer.text, *answer.later, *sorted(answer.scores.items()))
+        key = (answer.text, *(turn.text for turn in answer.turns), *sorted(answer.scores.items()))
         different.setdefault(key, {"runs": [], "answer": answer})["runs"].append(run_index)
     return list(different.values())
-
-
-MOST_RUNS = 8
-"""As many as have their own look (``.runs`` in style.css)."""
-
-NUM_SAMPLES = 12
 
 
 def build_comparison(
@@ -146,8 +138,9 @@ def page(
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> str:
-    shared = share([listed.run for listed in runs], NUM_SAMPLES)
-    by_primary = [item for item in differences if primary is not None and item.metric.name == primary.name]
+    name = None if primary is None else primary.name
+    shared = share([listed.run for listed in runs], NUM_SAMPLES, name)
+    by_primary = [item for item in differences if item.metric.name == name]
     return template("comparison.html.j2").render(
         runs=runs,
         settings=[
@@ -156,12 +149,12 @@ def page(
         lead=_lead(runs, by_primary, primary),
         sentences=[_sentence(runs, difference) for difference in by_primary],
         arms=_arms(runs),
-        plots=None if primary is None else _primary_plots(runs, primary.name),
+        plots=None if name is None else _primary_plots(runs, name),
         blocks=_blocks(runs, differences, primary),
         results=_results(runs),
         curves=_curves(runs),
         shared=shared,
-        rule=rule(None if primary is None else primary.name),
+        rule=rule(name),
         num_open=NUM_OPEN_SAMPLES,
         costs=_costs(runs),
     )
@@ -197,10 +190,8 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
     if measured is None:
         return f"{label}: {letter} was evaluated on different prompts than {first}, so the two cannot be compared."
     metric = difference.metric.name
-    interval = (
-        f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)}{difference.p_in_words})"
-        f"{difference.without}"
-    )
+    bounds = f"95\u202f% interval {text.bounds(measured, 3, text.signed)}{difference.p_in_words}"
+    interval = f"{text.signed(measured.mean)} in {metric} ({bounds}){difference.without}"
     if difference.none_at_all:
         return f"{label}: the same {metric} in {letter} and {first} on every prompt{difference.without}."
     if difference.verdict == TOO_FEW:
@@ -212,10 +203,6 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
 
 def _label(arm: str) -> str:
     return text.path_end(arm.removeprefix("stage:"), limit=48)
-
-
-def _bounds(item: Interval) -> str:
-    return "" if item.low is None or item.high is None else f"{text.signed(item.low)} to {text.signed(item.high)}"
 
 
 def _listed_arms(runs: Sequence[ListedRun]) -> list[tuple[ListedRun, ArmResult]]:
@@ -239,7 +226,7 @@ def _arm_cell(item: Interval | None) -> tuple[str, str]:
     if item is None:
         return "–", ""
     digits = 1 if abs(item.mean) >= 10 else 2
-    return text.number(item.mean, digits), run_tables.bounds(item, digits)
+    return text.number(item.mean, digits), text.bounds(item, digits)
 
 
 def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Row | None:
@@ -252,12 +239,10 @@ def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Row | None:
 
 
 def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> list[Row]:
-    first = None if primary is None else primary.name
-    names = sorted(dict.fromkeys(difference.metric.name for difference in differences), key=lambda name: name != first)
-    return [
-        _block(runs, name, [difference for difference in differences if difference.metric.name == name])
-        for name in names
-    ]
+    by_metric: dict[str, list[Difference]] = {} if primary is None else {primary.name: []}
+    for difference in differences:
+        by_metric.setdefault(difference.metric.name, []).append(difference)
+    return [_block(runs, name, of_metric) for name, of_metric in by_metric.items() if of_metric]
 
 
 def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Difference]) -> Row:
@@ -278,7 +263,7 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
             "listed": runs[difference.run],
             "svg": whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
             "value": text.signed(interval.mean),
-            "bounds": _bounds(interval),
+            "bounds": text.bounds(interval, 3, text.signed),
             "verdict": "real" if difference.real else difference.verdict,
             "tone": run_tables.TONES.get(difference.verdict, run_tables.TONES[NO_DIFFERENCE]),
         }
@@ -289,14 +274,10 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
 
 def _results(runs: Sequence[ListedRun]) -> list[tuple[str, ResultTable, list[str]]]:
     """The tables that kinds of stage bring: the stage, a table with the arms of all runs, and its headings."""
-    joined = side_by_side([listed.run.tables for listed in runs])
+    letters = [listed.letter for listed in runs]
     return [
-        (
-            stage,
-            table,
-            [f"{runs[int(key.partition('/')[0])].letter}: {heading}" for key, heading in table.columns.items()],
-        )
-        for stage, table in joined
+        (stage, table, [f"{letters[int(key.partition('/')[0])]}: {heading}" for key, heading in table.columns.items()])
+        for stage, table in side_by_side([listed.run.tables for listed in runs])
     ]
 
 
@@ -328,15 +309,9 @@ def _curves(runs: Sequence[ListedRun]) -> list[Row]:
 def _costs(runs: Sequence[ListedRun]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """For each stage, each run's (time, peak memory, whether it was reused)."""
     rows_by_run = [{row["name"]: row for row in run_tables.usage_rows(listed.run)} for listed in runs]
-    names = dict.fromkeys(name for rows in rows_by_run for name in rows)
     absent = {"seconds": "–", "memory": "–", "state": ""}
-    return [
-        (
-            name,
-            [
-                (row["seconds"], row["memory"], row["state"] == "reused")
-                for row in (rows.get(name, absent) for rows in rows_by_run)
-            ],
-        )
-        for name in names
-    ]
+    costs = []
+    for name in dict.fromkeys(name for rows in rows_by_run for name in rows):
+        of_runs = [rows.get(name, absent) for rows in rows_by_run]
+        costs.append((name, [(row["seconds"], row["memory"], row["state"] == "reused") for row in of_runs]))
+    return costs

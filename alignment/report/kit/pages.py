@@ -4,6 +4,7 @@ models, so templates escape everything. A content security policy in the page al
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from alignment.core.files import replacing
 from alignment.report.kit import text
-from alignment.report.run_page import run_tables
 
 
 def environment(package: str) -> Environment:
@@ -29,19 +29,9 @@ def environment(package: str) -> Environment:
 def template(name: str, **filters: Callable[..., Any]) -> Template:
     """A page's template; ``filters`` are its own, beside those for numbers that all templates have."""
     templates = environment("alignment.report")
-    templates.filters.update(
-        number=text.number,
-        share=text.share,
-        compact=text.compact,
-        bounds=run_tables.bounds,
-        opening=_opening,
-        **filters,
-    )
+    shared = {"number": text.number, "share": text.share, "compact": text.compact, "bounds": text.bounds}
+    templates.filters.update(shared, opening=partial(text.name, limit=90), **filters)
     return templates.get_template(name)
-
-
-def _opening(words: str) -> str:
-    return text.name(words, limit=90)
 
 
 def write_page(html: str, output: Path) -> None:

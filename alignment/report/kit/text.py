@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import unicodedata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignment.core import typed_json
 from alignment.core.errors import ArtifactError
 from alignment.core.typed_json import Cleaning, NewerVersion, Record
+from alignment.records.interval import Interval
 
 MINUS = "\u2212"
 
@@ -85,19 +89,15 @@ def memory(size: float | None) -> str:
 
 def name(value: Any, limit: int = 80) -> str:
     """A name on one line, without control and direction-changing characters, which could affect the text around it."""
-    line = _visible(value)
+    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    line = " ".join(visible.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def path_end(value: Any, limit: int = 80) -> str:
     """Like ``name``, but of a long one the end is kept: paths to several models often begin alike."""
-    line = _visible(value)
+    line = name(value, limit=sys.maxsize)
     return line if len(line) <= limit else "…" + line[1 - limit :]
-
-
-def _visible(value: Any) -> str:
-    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
-    return " ".join(visible.split())
 
 
 def prose(value: Any) -> str:
@@ -110,6 +110,13 @@ def _unwelcome(c: str) -> bool:
     if c in "\n\t\r":
         return False
     return unicodedata.category(c) in ("Cc", "Cs") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+
+
+def bounds(item: Interval | None, digits: int = 2, form: Callable[[float, int], str] = number) -> str:
+    """``0.66 to 0.75``, or "" if no interval was recorded."""
+    if item is None or item.low is None or item.high is None:
+        return ""
+    return f"{form(item.low, digits)} to {form(item.high, digits)}"
 
 
 def listing(items: list[str], word: str = "and") -> str:
@@ -142,3 +149,26 @@ def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:
     except (ArtifactError, OSError):
         record = None
     return record, "" if record is not None else f"The file {path.name} cannot be read."
+
+
+def flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """Values by dotted key: ``{"scorers": [{"source": "reward"}]}`` gives ``scorers[0].source``. A list of plain values
+    is one value, and so is an empty mapping or list."""
+    if isinstance(tree, Mapping) and tree:
+        branches = [(f"{key}.{name}" if key else str(name), value) for name, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(item, (Mapping, list)) for item in tree):
+        branches = [(f"{key}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {key: tree} if key else {}
+    return {inner: value for branch, item in branches for inner, value in flat(item, branch).items()}
+
+
+def setting_text(value: Any) -> str:
+    """A value of a setting: ``not set`` for null, ``none`` for an empty list or mapping, text as it is, else JSON."""
+    if value is None:
+        return "not set"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (Mapping, list)) and not value:
+        return "none"
+    return json.dumps(value, ensure_ascii=False, default=str)

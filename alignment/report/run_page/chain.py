@@ -1,5 +1,5 @@
-"""The run's stages as a picture: boxes in layers from left to right, or one below the other on a narrow screen. An edge
-that skips layers passes through them in a lane, one lane per source, so that edges never cross a box."""
+"""The run's stages as a picture: boxes in layers from left to right. An edge that skips layers passes through them in a
+lane, one lane per source, so that edges never cross a box."""
 
 from __future__ import annotations
 
@@ -73,14 +73,6 @@ def layers(nodes: list[Node]) -> dict[str, int]:
     return layer
 
 
-def chain(run: Run) -> Markup:
-    """Both pictures; the style sheet shows the one that fits the screen."""
-    nodes = nodes_of(run)
-    if not nodes:
-        return Markup("")
-    return wide(nodes) + narrow(nodes)
-
-
 Slot = tuple[str, bool]
 """A node's name, and whether the slot is only its lane through the layer."""
 
@@ -110,8 +102,11 @@ def _height(column: list[Slot]) -> int:
     return sum(LANE if lane else BOX_HEIGHT for _, lane in column) + ROW_GAP * (len(column) - 1)
 
 
-def wide(nodes: list[Node]) -> Markup:
-    """The layered picture."""
+def chain(run: Run) -> Markup:
+    """The picture, empty for a run without stages."""
+    nodes = nodes_of(run)
+    if not nodes:
+        return Markup("")
     layer = layers(nodes)
     columns = _columns(nodes, layer)
     height = max(_height(column) for column in columns)
@@ -123,10 +118,10 @@ def wide(nodes: list[Node]) -> Markup:
             at[name, index] = (index * COLUMN, top + size / 2)
             top += size + ROW_GAP
     edges = Markup("").join(_edges(nodes, layer, at))
-    boxes = [_box(node, at[node.name, layer[node.name]], BOX_WIDTH, 17) for node in nodes]
+    boxes = [_box(node, at[node.name, layer[node.name]]) for node in nodes]
     width = (len(columns) - 1) * COLUMN + BOX_WIDTH
     return Markup(
-        '<div class="scroll chain-wide"><svg class="chain" viewBox="-2 -2 {} {:.0f}" width="{}" role="img" '
+        '<div class="scroll chain-scroll"><svg class="chain" viewBox="-2 -2 {} {:.0f}" width="{}" role="img" '
         'aria-label="The stages and what each takes as input">{}{}</svg></div>'
     ).format(width + 4, height + 4, width + 4, edges, Markup("").join(boxes))
 
@@ -160,7 +155,7 @@ def _arrow(x: float, y: float) -> Markup:
     return Markup('<path class="arrow" d="M{:.1f} {:.1f}l-8 -4v8z"/>').format(x - 0.5, y)
 
 
-def _box(node: Node, centre: tuple[float, float], width: float, letters: int) -> Markup:
+def _box(node: Node, centre: tuple[float, float]) -> Markup:
     x, middle = centre
     y = middle - BOX_HEIGHT / 2
     state = _CLASSES.get(node.state, "waiting")
@@ -171,41 +166,8 @@ def _box(node: Node, centre: tuple[float, float], width: float, letters: int) ->
         '<text class="name" x="{:.0f}" y="{:.1f}">{}</text><text class="detail" x="{:.0f}" y="{:.1f}">{}</text>'
         '<text class="artifact" x="{:.0f}" y="{:.1f}">{}</text></g>'
     ).format(
-        *(state, spoken, x, y, width, BOX_HEIGHT),
-        *(x + 11, y_name, text.name(node.name, limit=letters)),
-        *(x + 11, y_name + 16, text.name(node.detail, limit=letters + 6)),
-        *(x + 11, y_name + 32, text.name(node.artifact, limit=letters + 2)),
+        *(state, spoken, x, y, BOX_WIDTH, BOX_HEIGHT),
+        *(x + 11, y_name, text.name(node.name, limit=17)),
+        *(x + 11, y_name + 16, text.name(node.detail, limit=23)),
+        *(x + 11, y_name + 32, text.name(node.artifact, limit=19)),
     )
-
-
-def narrow(nodes: list[Node]) -> Markup:
-    """One box per row; the edges of each source run down their own lane at the left."""
-    row = {node.name: index for index, node in enumerate(nodes)}
-    spans = {node.name: max((row[o.name] for o in nodes if node.name in o.inputs), default=0) for node in nodes}
-    sources = [node.name for node in nodes if spans[node.name] > row[node.name]]
-    lane_of: dict[str, int] = {}
-    for source in sources:  # the first lane whose earlier edges have all ended
-        taken = {lane for other, lane in lane_of.items() if spans[other] >= row[source]}
-        lane_of[source] = next(lane for lane in range(len(sources) + 1) if lane not in taken)
-    gutter = 22 + 11 * (max(lane_of.values(), default=0) + 1)
-    pitch = BOX_HEIGHT + ROW_GAP
-    edges: list[Markup] = []
-    for source, lane in lane_of.items():
-        edges += _rail(source, gutter - 20 - 11 * lane, gutter, pitch, row, nodes)
-    boxes = [_box(node, (gutter, row[node.name] * pitch + BOX_HEIGHT / 2), 340 - gutter, 30) for node in nodes]
-    return Markup(
-        '<svg class="chain chain-narrow" viewBox="-2 -2 344 {}" role="img" '
-        'aria-label="The stages and what each takes as input">{}{}</svg>'
-    ).format(len(nodes) * pitch - ROW_GAP + 4, Markup("").join(edges), Markup("").join(boxes))
-
-
-def _rail(source: str, x: float, gutter: float, pitch: float, row: dict[str, int], nodes: list[Node]) -> list[Markup]:
-    """Edges out of the source's box at three quarters of its height, down the lane, and into every target."""
-    start = row[source] * pitch + BOX_HEIGHT * 0.75
-    targets = [row[node.name] * pitch + BOX_HEIGHT * 0.4 for node in nodes if source in node.inputs]
-    targets = [y for y in targets if y > start]
-    if not targets:
-        return []
-    pieces = [f"M{gutter} {start:.1f}H{x + 6}q-6 0 -6 6V{max(targets) - 6:.1f}"]
-    pieces += [f"M{x} {y - 6:.1f}q0 6 6 6H{gutter - 6}" for y in targets]
-    return [Markup('<path class="edge" d="{}"/>').format(" ".join(pieces))] + [_arrow(gutter, y) for y in targets]

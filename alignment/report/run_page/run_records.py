@@ -18,6 +18,7 @@ from alignment.records.evaluation import (
     TOO_FEW,
     Evaluation,
     Metric,
+    Sample,
     adjusted_p_in_words,
 )
 from alignment.records.interval import Interval
@@ -131,34 +132,6 @@ class Forgetting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated if
-    less is better; None without a score. ``later`` are its answers to the user's later turns."""
-
-    arm: str
-    text: str
-    scores: dict[str, float]
-    merit: float | None
-    later: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs. ``later_turns`` are what the user
-    says after the first answer, ``later_references`` the reference answers to that. ``prompt`` is the key that
-    identifies it in any evaluation."""
-
-    id: str
-    prompt: str
-    task: str
-    messages: list[tuple[str, str]]
-    reference: str
-    answers: list[Answer]
-    later_turns: tuple[str, ...] = ()
-    later_references: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """A reward model's card, and the stage that made it."""
 
@@ -200,7 +173,7 @@ class Stage:
     @property
     def headlines(self) -> dict[str, float]:
         """The finite figures of its manifest, by name."""
-        metrics = self.manifest.metrics if self.manifest and isinstance(self.manifest.metrics, dict) else {}
+        metrics = self.manifest.metrics if self.manifest else {}
         values = {name: text.finite(value) for name, value in metrics.items()}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from alignment.evaluation.conclusions import agrees, verdict_on_judge
+from alignment.evaluation.conclusions import verdict_on_judge
 from alignment.records.evaluation import (
     BETTER,
     NO_DIFFERENCE,
@@ -20,11 +20,11 @@ from alignment.records.evaluation import (
     JudgedPair,
 )
 from alignment.records.interval import Interval
+from alignment.records.reward_card import Learned, Length, RewardCard
 from alignment.records.training import USAGE
-from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
-from alignment.report.kit.plots import scale_axis, scale_of, whisker
-from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
+from alignment.report.run_page.run_records import Card, Run, Stage
 from alignment.stages.registry import trains
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def whisker_plot(means: Sequence[tuple[str, Interval, str]], *, rule: float | No
             "label": label,
             "svg": whisker(mean, scale, tone=tone, rule=rule),
             "value": text.number(mean.mean, digits),
-            "bounds": bounds(mean),
+            "bounds": text.bounds(mean),
         }
         for label, mean, tone in means
     ]
@@ -59,7 +59,7 @@ def whisker_plot(means: Sequence[tuple[str, Interval, str]], *, rule: float | No
 
 
 def _figure(item: Interval | None, digits: int = 2) -> tuple[str, str]:
-    return ("–", "") if item is None else (text.number(item.mean, digits), bounds(item, digits))
+    return ("–", "") if item is None else (text.number(item.mean, digits), text.bounds(item, digits))
 
 
 def _share(item: Interval | None) -> tuple[str, str]:
@@ -114,7 +114,7 @@ def _comparison(item: Comparison, evaluation: Evaluation) -> Row:
         "arm": evaluation.label(item.arm),
         "against": evaluation.label(item.against),
         "difference": text.signed(item.difference),
-        "bounds": f"{text.signed(item.low)} to {text.signed(item.high)}",
+        "bounds": text.bounds(item.interval, 3, text.signed),
         "p": "" if item.adjusted_p is None else text.probability(item.adjusted_p),
         "verdict": verdict,
         "tone": TONES[verdict],
@@ -131,7 +131,7 @@ def judged_rows(evaluation: Evaluation) -> list[Row]:
     judge = evaluation.judge
     rows = [judged_row(pair, evaluation) for pair in (judge.pairs if judge else [])]
     if judge is not None and judge.labelled is not None:
-        tone = "good" if agrees(judge.labelled) else "bad"
+        tone = "good" if judge.labelled.verdict == BETTER else "bad"
         own = {"arm": "chosen by people", "verdict": verdict_on_judge(judge.labelled), "tone": tone}
         rows.append(judged_row(judge.labelled, evaluation) | own)
     return rows
@@ -155,13 +155,6 @@ def judged_row(pair: JudgedPair, evaluation: Evaluation) -> Row:
         "verdict": pair.verdict,
         "tone": TONES.get(pair.verdict, "open"),
     }
-
-
-def bounds(item: Interval | None, digits: int = 2) -> str:
-    """``0.66 to 0.75``, or "" if no interval was recorded."""
-    if item is None or item.low is None or item.high is None:
-        return ""
-    return f"{text.number(item.low, digits)} to {text.number(item.high, digits)}"
 
 
 def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]:
@@ -197,8 +190,8 @@ _SIZE = "optim.micro_batch_tokens"
 
 def settings(stage: Stage) -> list[tuple[str, str]]:
     """The stage's resolved configuration as (dotted key, value); a size that the stage chose stands behind ``auto``."""
-    rows = {key: shown(value) for key, value in flat(stage.config).items()}
-    usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+    rows = {key: text.setting_text(value) for key, value in text.flat(stage.config).items()}
+    usage = stage.manifest.usage if stage.manifest else {}
     if _SIZE in rows and (chosen := text.finite(usage.get(USAGE))) is not None:
         rows[_SIZE] = f"{rows[_SIZE]}: {chosen:.0f}"
     return [(text.name(key, limit=120), text.prose(value)) for key, value in rows.items()]
@@ -209,42 +202,32 @@ def lineage(stage: Stage) -> list[tuple[str, str]]:
     manifest = stage.manifest
     if manifest is None:
         return []
-    inputs = [f"{slot} {_short(value)}" for slot, value in _pairs(manifest.inputs)]
-    base = [f"{key}: {_short(value)}" for key, value in flat(manifest.base).items() if value not in (None, "", {}, [])]
-    data = [f"{key}: {value}" for key, value in _hashes(manifest.identity, "") if "data" in key]
-    adapters = manifest.adapters if isinstance(manifest.adapters, list) else []
+    base = text.flat(manifest.base).items()
+    data = [
+        f"{key}: {value}" for key, value in text.flat(manifest.identity).items() if "data" in key and _is_hash(value)
+    ]
     entries = [
-        ("fingerprint", str(manifest.fingerprint)),
-        ("inputs", ", ".join(inputs)),
-        ("base", ", ".join(base)),
-        ("adapters, in order", " → ".join(str(item) for item in adapters)),
+        ("fingerprint", manifest.fingerprint),
+        ("inputs", ", ".join(f"{slot} {_short(value)}" for slot, value in manifest.inputs.items())),
+        ("base", ", ".join(f"{key}: {_short(value)}" for key, value in base if value not in (None, "", {}, []))),
+        ("adapters, in order", " → ".join(manifest.adapters)),
         ("data", ", ".join(data)),
-        ("tokenizer", str(manifest.tokenizer_sha256 or "")),
-        ("chat template", str(manifest.chat_template_sha256 or "")),
-        ("git commit", str(manifest.git_commit or "")),
-        ("made", str(manifest.created or "")),
-        ("packages", ", ".join(f"{key} {value}" for key, value in sorted(_pairs(manifest.versions)))),
+        ("tokenizer", manifest.tokenizer_sha256),
+        ("chat template", manifest.chat_template_sha256),
+        ("git commit", manifest.git_commit),
+        ("made", manifest.created),
+        ("packages", ", ".join(f"{key} {value}" for key, value in sorted(manifest.versions.items()))),
     ]
     return [(heading, text.name(value, limit=2000)) for heading, value in entries if value]
 
 
-def _pairs(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
-
-
 def _short(value: Any) -> str:
     """A value as text; a long hash is cut to its first twelve digits."""
-    return value[:12] if _is_hash(value) else shown(value)
+    return value[:12] if _is_hash(value) else text.setting_text(value)
 
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) >= 40 and set(value) <= set("0123456789abcdef")
-
-
-def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [p for k, item in value.items() for p in _hashes(item, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, value)] if _is_hash(value) else []
 
 
 def usage_rows(run: Run) -> list[Row]:
@@ -253,7 +236,7 @@ def usage_rows(run: Run) -> list[Row]:
     rows = []
     longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
     for stage in run.stages:
-        usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+        usage = stage.manifest.usage if stage.manifest else {}
         peak, of_engine = (text.finite(usage.get(name)) for name in ("peak_rss_bytes", "peak_engine_bytes"))
         if stage.seconds is None and peak is None:
             continue
@@ -313,3 +296,104 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def date(stamp: str) -> str:
     """An ISO time to the minute; any other text unchanged."""
     return f"{stamp[:10]} {stamp[11:16]}" if len(stamp) >= 16 and stamp[10] in "T " else stamp
+
+
+MODEL = "reward model"
+CHANCE = 0.5
+"""Accuracy of a judge that knows nothing."""
+FEW_WORDS = 8
+"""How many words for and against an answer the page names."""
+
+
+def card_view(card: Card) -> Row:
+    """The card with its plots and tables, for the template; ``spread`` is the scores' standard deviation."""
+    formats = {} if card.record.invariances is None else card.record.invariances.formats
+    names = dict.fromkeys(name for scores in formats.values() for name in scores.changes)
+    changes = [
+        {
+            "name": name,
+            "by_format": {form: scores.changes[name] for form, scores in formats.items() if name in scores.changes},
+        }
+        for name in names
+    ]
+    known = [(MODEL, card.record.accuracy), *((judge.name, judge.accuracy) for judge in card.record.baselines)]
+    accuracies = [(name, accuracy, "plain" if index else "trained") for index, (name, accuracy) in enumerate(known)]
+    return {
+        "stage": card.stage,
+        "card": card.record,
+        "judges": whisker_plot(accuracies, rule=CHANCE, digits=3),
+        "plots": list(plots(card.record)),
+        "figures": list(_card_figures(card.record)),
+        "changes": changes,
+        "formats": list(dict.fromkeys(form for form, scores in formats.items() if scores.changes)),
+        "spread": next((scores.spread for scores in formats.values()), None),
+    }
+
+
+def card_lead(card: Card) -> str:
+    """The card in a sentence or two."""
+    accuracy, within = card.record.accuracy, text.bounds(card.record.accuracy)
+    right = f"{card.stage}: the reward model is right on {text.number(accuracy.mean)} of {card.record.num_pairs} pairs"
+    others = [f"{judge.name} {text.number(judge.accuracy.mean)}" for judge in card.record.baselines]
+    return f"{right}{f' ({within})' if within else ''}{f'; {text.listing(others)}' if others else ''}."
+
+
+def plots(card: RewardCard) -> Iterator[Row]:
+    """The calibration curve and the histogram of margins, if the card has them."""
+    if bins := card.calibration.bins:
+        caption = "share of pairs that it gets right, by its confidence; dotted: perfect calibration"
+        points = [(part.confidence, Interval(mean=part.share, low=part.low, high=part.high)) for part in bins]
+        yield {"title": "Calibration", "caption": caption, "svg": calibration_curve(points, title="Calibration")}
+    edges, counts = card.margins.edges, card.margins.counts
+    if counts and len(edges) == len(counts) + 1:
+        caption = "pairs by margin: score of chosen − rejected; below 0 it is wrong"
+        yield {"title": "Margins", "caption": caption, "svg": histogram(edges, counts, title="Margins")}
+
+
+def _card_figures(card: RewardCard) -> Iterator[tuple[str, str]]:
+    for judge in card.baselines:
+        if judge.difference is not None:
+            yield f"accuracy minus the accuracy of: {judge.name}", _signed(judge.difference)
+    calibration = card.calibration
+    if calibration.ece is not None and calibration.brier is not None and calibration.log_loss is not None:
+        yield "expected calibration error", text.number(calibration.ece, 3)
+        yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
+        yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
+    yield from _of_length(card.length)
+    if card.rule and card.rule.agreement and card.rule.accuracy:
+        agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that the rule decides"
+        yield "agrees with the rule", f"{agreement}; the rule itself is right on {text.number(card.rule.accuracy.mean)}"
+    if means := [subset.accuracy.mean for subset in card.subsets if subset.accuracy]:
+        yield "mean over subsets", text.number(sum(means) / len(means), 3)
+    if card.learned:
+        yield "learned from", _learned(card.learned)
+        for words, heading in (
+            (card.learned.for_answer, "words that favour an answer (bag of words)"),
+            (card.learned.against, "words that count against an answer"),
+        ):
+            if words:
+                yield heading, ", ".join(words[:FEW_WORDS])
+
+
+def _of_length(length: Length) -> Iterator[tuple[str, str]]:
+    if length.prefers_longer is not None and length.longer_is_chosen is not None:
+        shares = text.share(length.prefers_longer), text.share(length.longer_is_chosen)
+        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is better in {shares[1]}"
+    if length.correlation is not None:
+        yield "correlation of margin and difference in length", text.number(length.correlation)
+    if length.accuracy_where_longer is not None and length.accuracy_where_shorter is not None:
+        sides = text.number(length.accuracy_where_longer), text.number(length.accuracy_where_shorter)
+        yield "right where the better answer is longer, shorter", f"{sides[0]}, {sides[1]}"
+
+
+def _signed(item: Interval) -> str:
+    bounds = text.bounds(item, 3, text.signed)
+    return text.signed(item.mean) + (f" ({bounds})" if bounds else "")
+
+
+def _learned(learned: Learned) -> str:
+    pairs = f"{learned.num_pairs} pairs"
+    if not learned.judged_too:
+        return f"{pairs}; no judged pair overlaps with them"
+    fate = "left out" if learned.left_out else "judged anyway"
+    return f"{pairs}; {learned.judged_too} judged pairs overlap with them and were {fate}"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.core.files import parse_json
-from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair
+from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair, Sample
 from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, TOO_LONG
 from alignment.report.kit import text
-from alignment.report.run_page.run_records import LeftOutRows, Sample
+from alignment.report.run_page.run_records import LeftOutRows
 from alignment.report.run_page.run_tables import Row, judged_row
 
 MOST = 8
@@ -114,77 +113,49 @@ def _averaged(pair: JudgedPair, people: JudgedByPeople) -> str:
     return f"win rate over {pair.counted}, {identical} of them with identical answers"
 
 
-WIDEST = "arms differ most"
-BETTER = "by hash, better half"
-WORSE = "by hash, worse half"
-
-BY_HASH = "by hash"
+WIDEST, BY_HASH = "arms differ most", "by hash"
 
 
 def rule(primary: str | None) -> str:
     """The rule by which prompts were chosen, in words; ``primary`` names the metric that arms are compared by."""
+    by_hash = "ordered by a hash of their id and taken from each task in turn."
     if primary is None:
-        return "They are ordered by a hash of their id and taken from each task in turn."
+        return f"They are {by_hash}"
     return (
         f"About half are the prompts on which the arms’ scores by {primary} differ most, taken from each task in turn. "
-        "The rest are ordered by a hash of their id, again taken from each task in turn, alternating between the "
-        "half of "
-        "all prompts that the arms answered better and the half they answered worse."
+        f"The rest are {by_hash}"
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A sample and the part of the rule that selected it."""
 
     sample: Sample
     why: str
 
 
-def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
-    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order. Samples
-    without a score by the primary metric come last. ``widest`` is the reason given for samples whose answers differ
-    most by the primary metric."""
+def choose(samples: list[Sample], num_samples: int, *, primary: str | None, widest: str = WIDEST) -> list[Chosen]:
+    """``num_samples`` samples, or all if there are fewer; the same
+    samples give the same choice in any order. ``widest`` is the reason given for samples whose answers differ most by
+    the primary metric."""
     ordered = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode("utf-8", "replace")).hexdigest())
-    num_widest = (num_samples + 1) // 2
-    by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
-    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest)]
-    taken = {id(item.sample) for item in chosen}
-    rest = [s for s in ordered if id(s) not in taken]
-    halves = _halves(ordered)
-    by_half = [s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest))]
-    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest))
-    following = [*_in_turn(by_half, len(rest), lambda s: halves[id(s)]), *without]
-    wanted = max(0, num_samples - len(chosen))
-    return [*chosen, *(Chosen(sample=s, why=halves[id(s)]) for s in following[:wanted])]
+    by_gap = sorted((s for s in ordered if gap(s, primary) > 0), key=lambda s: -gap(s, primary))
+    differing = _in_turn(by_gap, (num_samples + 1) // 2)
+    taken = {id(sample) for sample in differing}
+    rest = _in_turn([s for s in ordered if id(s) not in taken], num_samples - len(differing))
+    return [*(Chosen(sample, widest) for sample in differing), *(Chosen(sample, BY_HASH) for sample in rest)]
 
 
-def _merits(sample: Sample) -> list[float]:
-    return [answer.merit for answer in sample.answers if answer.merit is not None]
-
-
-def gap(sample: Sample) -> float:
+def gap(sample: Sample, primary: str | None) -> float:
     """The largest difference between its answers' scores by the primary metric."""
-    merits = _merits(sample)
-    return max(merits) - min(merits) if merits else 0.0
+    scores = [answer.scores[primary] for answer in sample.answers.values() if primary in answer.scores]
+    return max(scores) - min(scores) if scores else 0.0
 
 
-def _halves(samples: list[Sample]) -> dict[int, str]:
-    """Better or worse than the median prompt, by the mean merit of all arms; ``BY_HASH`` if no answer to the prompt has
-    a merit."""
-    means = {id(s): sum(_merits(s)) / len(_merits(s)) for s in samples if _merits(s)}
-    middle = median(means.values()) if means else 0.0
-    halves = {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
-    return {id(s): halves.get(id(s), BY_HASH) for s in samples}
-
-
-def _in_turn(
-    samples: list[Sample], count: int, group: Callable[[Sample], str] = lambda sample: sample.task
-) -> list[Sample]:
-    """The first ``count`` samples, taken from each group in turn, in the order in which groups first appear."""
+def _in_turn(samples: list[Sample], count: int) -> list[Sample]:
+    """The first ``count`` samples, taken from each task in turn, in the order in which tasks first appear."""
     queues: dict[str, list[Sample]] = {}
     for sample in samples:
-        queues.setdefault(group(sample), []).append(sample)
-    rounds = max((len(queue) for queue in queues.values()), default=0)
-    dealt = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
+        queues.setdefault(sample.task, []).append(sample)
+    dealt = [sample for turn in zip_longest(*queues.values()) for sample in turn if sample is not None]
     return dealt[: max(0, count)]

@@ -20,8 +20,8 @@ from alignment.report.doubts import (
     winners_that_repeat_themselves,
 )
 from alignment.report.kit import text
-from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.run_page.run_tables import card_lead
 from alignment.stages.base import LearnsFrom
 from alignment.stages.registry import doubts, learns_from
 
@@ -56,7 +56,7 @@ def judge(run: Run) -> Verdict:
     warnings += _handed_on(run)
     warnings += [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.record.warnings]
     if evaluation is None:
-        leads = [*map(lead, run.cards), *(table.lead for of_stage in run.tables for table in of_stage.tables)]
+        leads = [*map(card_lead, run.cards), *(table.lead for of_stage in run.tables for table in of_stage.tables)]
         sentence = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
         return Verdict(lead=" ".join(filter(None, leads)) or sentence, differences=[], warnings=warnings)
     differences = [] if too_few_prompts(evaluation) else _differences(evaluation)
@@ -192,8 +192,8 @@ def _differences(evaluation: Evaluation) -> list[str]:
 def _difference(evaluation: Evaluation, item: Comparison) -> str:
     return (
         f"{evaluation.label(item.arm)} is really {evaluation.verdict(item)} than {evaluation.label(item.against)}: "
-        f"{text.signed(item.difference)} in {evaluation.primary} (95\u202f% interval {text.signed(item.low)} to "
-        f"{text.signed(item.high)})."
+        f"{text.signed(item.difference)} in {evaluation.primary} (95\u202f% interval "
+        f"{text.bounds(item.interval, 3, text.signed)})."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from markupsafe import Markup
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Goal, Parameter, Setting, SweepRecord, Trial
 from alignment.report.kit import text
-from alignment.report.kit.axes import apart, nice_ticks, padded, tick_labels
 from alignment.report.kit.pages import template, write_page
-from alignment.report.kit.plots import interval_scatter
+from alignment.report.kit.plots import apart, interval_scatter, nice_ticks, padded, tick_labels
 from alignment.report.run_page.run_tables import Row
 
 
@@ -36,13 +35,15 @@ def of_parameter(parameter: Parameter) -> Axis:
     if parameter.values:
         last = len(parameter.values) - 1
         positions = {value: position / last if last else 0.5 for position, value in enumerate(parameter.values)}
-        ticks = [(position, text.name(value, limit=12)) for value, position in positions.items()]
-        return Axis(title=title, ticks=ticks, position=lambda value: positions[str(value)])
-    assert parameter.low is not None
-    assert parameter.high is not None
-    if parameter.log:
-        return _logarithmic(title, parameter.low, parameter.high)
-    return _linear(title, parameter.low, parameter.high)
+        named = [(position, text.name(value, limit=12)) for value, position in positions.items()]
+        return Axis(title=title, ticks=named, position=lambda value: positions[str(value)])
+    low, high = parameter.low, parameter.high
+    assert low is not None
+    assert high is not None
+    if not parameter.log:
+        return _linear(title, low, high)
+    ticks = log_ticks(low, high)
+    return _axis(title, ticks, apart(ticks), lambda value: math.log(float(value) / low) / math.log(high / low))
 
 
 def of_goal(label: str, trials: list[Trial], index: int) -> Axis:
@@ -67,74 +68,44 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _linear(title: str, low: float, high: float) -> Axis:
-    def position(value: Setting) -> float:
-        return (float(value) - low) / (high - low)
-
     ticks = nice_ticks(low, high, 5)
-    return _axis(title, zip(ticks, tick_labels(ticks), strict=True), position)
+    return _axis(title, ticks, tick_labels(ticks), lambda value: (float(value) - low) / (high - low))
 
 
-def _logarithmic(title: str, low: float, high: float) -> Axis:
-    def position(value: Setting) -> float:
-        return math.log(float(value) / low) / math.log(high / low)
-
-    ticks = log_ticks(low, high)
-    return _axis(title, zip(ticks, apart(ticks), strict=True), position)
-
-
-def _axis(title: str, labelled: Iterable[tuple[float, str]], position: Callable[[Setting], float]) -> Axis:
-    return Axis(title=title, ticks=[(position(tick), label) for tick, label in labelled], position=position)
+def _axis(title: str, ticks: list[float], labels: list[str], position: Callable[[Setting], float]) -> Axis:
+    at_ticks = [(position(tick), label) for tick, label in zip(ticks, labels, strict=True)]
+    return Axis(title=title, ticks=at_ticks, position=position)
 
 
 WIDTH, HEIGHT = 940, 330
 LEFT, RIGHT, TOP, BOTTOM = 60, 70, 52, 14
 SHADES = 5
 MOST_IN_A_ROW = 4
-NARROW, ROW, MARGIN = 360, 66, 8
-"""The drawing with horizontal axes: its width, the height for each axis, and the margin on the left and right."""
-DIGIT = 6.5
-"""Approximate width of a character of a tick, in pixels."""
 
 
 def parallel(record: SweepRecord) -> Markup:
-    """The drawing twice, with vertical axes and with horizontal axes for a narrow screen; the style sheet shows the one
-    that fits. It is empty until two trials are done."""
+    """A line for each trial over an axis for each setting and metric; empty until two trials are done."""
     done = record.done
     if len(done) < 2:
         return Markup("")
     axes = [of_parameter(parameter) for parameter in record.parameters]
     axes += [of_goal(goal.label, done, index) for index, goal in enumerate(record.goals)]
-    upright = _drawing(record, axes, "upright", (WIDTH, HEIGHT), _upright_point, _upright_axis)
-    lying = _drawing(record, axes, "lying", (NARROW, ROW * len(axes)), _lying_point, _lying_axis)
-    return upright + lying
-
-
-Point = Callable[[int, float, int], tuple[float, float]]
-"""Maps the index of an axis, a position on it and the number of axes to pixels."""
-
-
-def _drawing(
-    record: SweepRecord,
-    axes: list[Axis],
-    kind: str,
-    size: tuple[int, int],
-    point: Point,
-    axis: Callable[[list[Axis], int], Markup],
-) -> Markup:
-    lines = [_line(trial, axes, record, point) for trial in reversed(record.trials)]  # the best is drawn last
-    spoken = f"{len(record.done)} trials, their settings and metrics; the table has the same numbers"
-    return Markup('<svg class="parallel {}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
-        kind, *size, spoken, Markup("").join(lines), Markup("").join(axis(axes, at) for at in range(len(axes)))
+    lines = [_line(trial, axes, record) for trial in reversed(record.trials)]  # the best is drawn last
+    spoken = f"{len(done)} trials, their settings and metrics; the table has the same numbers"
+    drawing = '<svg class="parallel" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>'
+    return Markup(f'<div class="scroll">{drawing}</div>').format(
+        WIDTH, HEIGHT, spoken, Markup("").join(lines), Markup("").join(_axis_at(axes, at) for at in range(len(axes)))
     )
 
 
-def _upright_point(at: int, position: float, number: int) -> tuple[float, float]:
+def _point(at: int, position: float, number: int) -> tuple[float, float]:
+    """The pixels of a position on the axis with the index ``at`` of ``number`` axes."""
     return LEFT + at * (WIDTH - LEFT - RIGHT) / max(1, number - 1), TOP + (1 - position) * (HEIGHT - TOP - BOTTOM)
 
 
-def _upright_axis(axes: list[Axis], at: int) -> Markup:
+def _axis_at(axes: list[Axis], at: int) -> Markup:
     """The axis with its numbers; with many axes every other title is higher, so that titles do not overlap."""
-    x, _ = _upright_point(at, 0.0, len(axes))
+    x, _ = _point(at, 0.0, len(axes))
     anchor = "start" if at == 0 else "end" if at == len(axes) - 1 else "middle"
     shift = {"start": -LEFT + 2, "end": RIGHT - 2, "middle": 0}[anchor]
     height = TOP - 14 - (18 * (at % 2) if len(axes) > MOST_IN_A_ROW else 0)
@@ -143,31 +114,9 @@ def _upright_axis(axes: list[Axis], at: int) -> Markup:
         _text("head", x + shift, height, anchor, axes[at].title),
     ]
     for position, label in axes[at].ticks:
-        _, y = _upright_point(at, position, len(axes))
+        _, y = _point(at, position, len(axes))
         parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}h5"/>').format(x, y))
         parts.append(_text("tick", x + 8, y + 3.5, "start", label))
-    return Markup("").join(parts)
-
-
-def _lying_point(at: int, position: float, _: int) -> tuple[float, float]:
-    return MARGIN + position * (NARROW - 2 * MARGIN), ROW * at + ROW / 2
-
-
-def _lying_axis(axes: list[Axis], at: int) -> Markup:
-    _, y = _lying_point(at, 0.0, len(axes))
-    parts = [
-        Markup('<path class="axis" d="M{} {:.1f}H{}"/>').format(MARGIN, y, NARROW - MARGIN),
-        _text("head", MARGIN, y - 14, "start", axes[at].title),
-    ]
-    free = 0.0
-    for position, label in sorted(axes[at].ticks):
-        x, _ = _lying_point(at, position, len(axes))
-        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}v4"/>').format(x, y))
-        half = len(label) * DIGIT / 2
-        middle = min(max(x, half), NARROW - half)
-        if middle - half >= free:
-            parts.append(_text("tick", middle, y + 16, "middle", label))
-            free = middle + half + DIGIT
     return Markup("").join(parts)
 
 
@@ -175,9 +124,9 @@ def _text(kind: str, x: float, y: float, anchor: str, words: str) -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, words)
 
 
-def _line(trial: Trial, axes: list[Axis], record: SweepRecord, point: Point) -> Markup:
+def _line(trial: Trial, axes: list[Axis], record: SweepRecord) -> Markup:
     values = [trial.settings[parameter.key] for parameter in record.parameters] + [item.mean for item in trial.figures]
-    pixels = (point(at, axes[at].position(value), len(axes)) for at, value in enumerate(values))
+    pixels = (_point(at, axes[at].position(value), len(axes)) for at, value in enumerate(values))
     points = [f"{x:.1f} {y:.1f}" for x, y in pixels]
     values_text = ", ".join(text.number(item.mean, 3) for item in trial.figures) or trial.state
     return Markup('<path class="trial {}" d="M{}"><title>{}</title></path>').format(
@@ -254,8 +203,8 @@ def _shared(goal: Goal) -> str:
 
 
 def _with_bounds(figure: Interval) -> str:
-    bounds = "" if figure.low is None else f" ({text.number(figure.low, 3)} to {text.number(figure.high, 3)})"
-    return f"{text.number(figure.mean, 3)}{bounds}"
+    bounds = text.bounds(figure, 3)
+    return text.number(figure.mean, 3) + (f" ({bounds})" if bounds else "")
 
 
 def _slices(record: SweepRecord) -> list[Row]:

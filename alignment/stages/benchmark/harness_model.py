@@ -86,10 +86,8 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredText:
-    """A request in tokens: the model reads ``read``, and its last states predict ``labels``.
-
-    Example: context ``[1 5 6]`` and continuation ``[7 2]`` give ``read [1 5 6 7]``, ``labels [7 2]``.
-    """
+    """A request in tokens: the model reads ``read``, and its last states predict ``labels``. Example: context ``[1 5
+    6]`` and continuation ``[7 2]`` give ``read [1 5 6 7]``, ``labels [7 2]``."""
 
     read: tuple[int, ...]
     labels: tuple[int, ...]
@@ -252,10 +250,8 @@ class HarnessModel(TemplateLM):
 def score(
     model: PreTrainedModel, texts: Sequence[ScoredText], *, tokens: int, progress: Progress
 ) -> dict[ScoredText, tuple[float, bool]]:
-    """Of each text: Σ log p(label | tokens before it) in nats, and whether every label is the most likely token.
-
-    About ``tokens`` tokens are read at once. Texts that are read alike, such as choices of one token, are read once.
-    """
+    """Of each text: Σ log p(label | tokens before it) in nats, and whether every label is the most likely token. About
+    ``tokens`` tokens are read at once. Texts that are read alike, such as choices of one token, are read once."""
     labels_of: dict[tuple[int, ...], list[ScoredText]] = {}
     counts: dict[ScoredText, int] = {}
     for text in texts:

@@ -102,19 +102,6 @@ def remedy_for(error: BaseException, *, otherwise: str) -> str:
     return otherwise if below is None else remedy_for(below, otherwise=otherwise)
 
 
-def prepare(loaded: Loaded, *, num_fewshot: int | None) -> None:
-    """Sets the number of examples, and draws the same ones again for the next arm.
-
-    The harness's command does this for one model; its generators would give the next model other examples.
-    """
-    for task in loaded["tasks"].values():
-        if num_fewshot is not None:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-
-
 UNFILTERED = "none"
 """The harness's name of the filter that changes nothing."""
 _SEEDS = (0, 1234, 1234)
@@ -163,7 +150,10 @@ class ArmRun:
 
 def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str) -> ArmRun:
     """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors."""
-    prepare(loaded, num_fewshot=config.num_fewshot)
+    for task in loaded["tasks"].values():
+        if config.num_fewshot is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=config.num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the next arm gets the same examples
     try:
         results = evaluate(
             lm=model,

@@ -15,7 +15,7 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import not_identity
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256, digest, file_sha256
-from alignment.records.benchmark import FILE, Benchmark, BenchmarkArm, BenchmarkTask, Measurement, TaskMetric
+from alignment.records.benchmark import FILE, Benchmark, BenchmarkTask, Measurement, TaskMetric
 from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, p_in_short
 from alignment.stages import base
 from alignment.stages.benchmark.tasks import (
@@ -99,10 +99,15 @@ def _conditions(task: BenchmarkTask) -> str:
     return rows if task.num_fewshot is None else f"{task.num_fewshot}-shot, {rows}"
 
 
-def _in_short(measured: Measurement | None) -> str:
+def _cell(measured: Measurement | None) -> base.Cell:
     if measured is None:
-        return _ABSENT
-    return f"{measured.value:.3f}" + ("" if measured.stderr is None else f" ± {measured.stderr:.3f}")
+        return base.Cell(text=_ABSENT)
+    return base.Cell(text=f"{measured.value:.3f}", bounds="" if measured.stderr is None else f"± {measured.stderr:.3f}")
+
+
+def _in_short(measured: Measurement | None) -> str:
+    cell = _cell(measured)
+    return f"{cell.text} {cell.bounds}".strip()
 
 
 def _in_words(record: Benchmark, comparison: Comparison) -> str:
@@ -166,7 +171,7 @@ def _values(record: Benchmark) -> base.ResultTable:
                 base.Cell(
                     text=str(task.num_rows) if task.num_rows == task.all_rows else f"{task.num_rows}/{task.all_rows}"
                 ),
-                *(_value(arm, task.key(metric)) for arm in record.arms),
+                *(_cell(arm.values.get(task.key(metric))) for arm in record.arms),
             ],
         )
         for task in record.tasks
@@ -181,13 +186,6 @@ def _values(record: Benchmark) -> base.ResultTable:
         of_arms=list(arms),
         lead=_lead(record),
     )
-
-
-def _value(arm: BenchmarkArm, key: str) -> base.Cell:
-    measured = arm.values.get(key)
-    if measured is None:
-        return base.Cell(text=_ABSENT)
-    return base.Cell(text=f"{measured.value:.3f}", bounds="" if measured.stderr is None else f"± {measured.stderr:.3f}")
 
 
 def _differences(record: Benchmark) -> base.ResultTable:

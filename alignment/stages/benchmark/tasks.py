@@ -170,9 +170,7 @@ def _loader(folder: Path) -> Any:
 
 def _with_data_files(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The settings with absolute paths of data files, and of a folder of data, that are given relative to ``folder``.
-
-    The harness itself looks in the folder that it is started in, which is another one for each process.
-    """
+    The harness itself looks in the folder that it is started in, which is another one for each process."""
     changed = dict(settings)
     arguments = settings.get("dataset_kwargs")
     if isinstance(arguments, Mapping):

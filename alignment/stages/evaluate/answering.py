@@ -21,9 +21,9 @@ from alignment.data.tokens.tokenize import end_ids
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, grouped, read_answers
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.generate import Sampling, reading_order
-from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import CachedAnswers
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate import caches
+from alignment.stages.evaluate.caches import CachedAnswers
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.evaluate.prompts import AnsweredTurn, ArmPrompts, TurnPrompts, conversations, later_turn, together
 from alignment.stages.shared.answer_sampling import made_in_parts
 from alignment.stages.shared.policies import Policies, served_answer_and_score
@@ -60,14 +60,12 @@ class _Request:
     def file(self, config: EvaluateConfig, context: StageContext) -> Path:
         """Where the answers are cached."""
         ends, scored = sorted(end_ids(self.arm.tokenizer)), self.with_logprobs
-        return answer_cache.file_of(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
+        return caches.answers_file(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
 
 
 def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
-    """How many arms answer at once: so many that the processes can divide their batches evenly.
-
-    One process takes one arm after the other. An engine has one policy at a time.
-    """
+    """How many arms answer at once: so many that the processes can divide their batches evenly. One process takes one
+    arm after the other. An engine has one policy at a time."""
     if policies.served is not None:
         return 1
     batches = -(-num_rows * config.answers.per_prompt // config.batch_size)
@@ -84,10 +82,8 @@ def answers_of_arms(
     with_logprobs: Collection[str],
     progress: Callable[[int], None],
 ) -> dict[str, Answered]:
-    """The arms' answers, on every process; every process must call this.
-
-    ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
-    """
+    """The arms' answers, on every process; every process must call this. ``with_logprobs`` are the arms whose answers
+    need log-probabilities. ``progress`` receives how many turns are done."""
     per_prompt = config.answers.per_prompt
     turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}
     done = 0
@@ -130,14 +126,12 @@ def _answered(
     *,
     progress: Callable[[int], None],
 ) -> list[CachedAnswers]:
-    """Cached answers, or those that the policies make; ``progress`` receives how many there are.
-
-    The main process reads and writes the cache.
-    """
+    """Cached answers, or those that the policies make; ``progress`` receives how many there are. The main process reads
+    and writes the cache."""
 
     def cached() -> list[tuple[Path, CachedAnswers | None]]:
         files = [request.file(config, context) for request in requests]
-        return [(file, answer_cache.read(file)) for file in files]
+        return [(file, caches.read_answers(file)) for file in files]
 
     stored = from_main(context, cached)
     missing = [(request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None]
@@ -145,7 +139,7 @@ def _answered(
     made = _made(missing, config, context, policies, progress=lambda done: progress(before + done))
     if context.is_main:
         for (_, file), answers in zip(missing, made, strict=True):
-            answer_cache.write(file, answers)
+            caches.write_answers(file, answers)
     of_missing = iter(made)
     return [next(of_missing) if answers is None else answers for _, answers in stored]
 
@@ -158,11 +152,9 @@ def _made(
     *,
     progress: Callable[[int], None],
 ) -> list[CachedAnswers]:
-    """Answers to requests, made in parts that the processes share; files name what the answers depend on.
-
-    A part is a batch, which is computed as a whole, so that its answers do not depend on the number of processes. An
-    engine batches by itself; the main process, which started it, asks it for all.
-    """
+    """Answers to requests, made in parts that the processes share; files name what the answers depend on. A part is a
+    batch, which is computed as a whole, so that its answers do not depend on the number of processes. An engine batches
+    by itself; the main process, which started it, asks it for all."""
     samplings = [_sampling(config, context, request.turn) for request, _ in missing]
     parts = [
         (index, part)
@@ -297,7 +289,7 @@ def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts)
     if config.answers.temperature == 0.0:
         return None
     per_prompt = config.answers.per_prompt
-    generator = context.generator(*answer_cache.seed_of(asked))
+    generator = context.generator(*caches.seed_of(asked))
     num_rows = max(asked.rows) + 1  # rows without this turn have numbers too, which keeps the others' the same
     uniforms = torch.rand(num_rows * per_prompt, config.max_new_tokens, generator=generator, dtype=torch.float64)
     of_rows = uniforms.view(num_rows, per_prompt, -1)[asked.rows].flatten(0, 1)

@@ -19,7 +19,6 @@ from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair, with_verdicts
 from alignment.evaluation.verdicts import (
     BothOrders,
-    Verdict,
     conversations_prompt,
     judge_prompt,
     pairs_of,
@@ -30,7 +29,7 @@ from alignment.evaluation.votes_on_pairs import VotesOnPair, row_of, votes_on
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.records.votes import Vote, read_votes
-from alignment.stages.evaluate.checks import FIELD
+from alignment.stages.evaluate.kind import VOTES
 from alignment.training.context import StageContext
 
 Points = Callable[[str, str], list[float | None]]
@@ -60,11 +59,9 @@ class ScoredArms:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredAnswers:
-    """Every arm's answers to the held-out prompts and their scores, each by arm.
-
-    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
-    ``turn_scores`` has one value per answer for each metric of an arm.
-    """
+    """Every arm's answers to the held-out prompts and their scores, each by arm. ``rewards`` and ``log_ratios`` (nats
+    per sequence) have one value per answer, or None for an arm that has none. ``turn_scores`` has one value per answer
+    for each metric of an arm."""
 
     rows: Sequence[HeldOutPrompt]
     arms: Mapping[str, Answered]
@@ -98,10 +95,8 @@ def by_people(
     pairs: Sequence[tuple[str, str]],
     by_metric: Points | None,
 ) -> tuple[Judge, list[dict[str, Any]]]:
-    """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts.
-
-    If the recipe does not configure the pairs, those that people judged are added to ``pairs``.
-    """
+    """The judge's table, and a line of ``judgements.jsonl`` for each vote that counts. If the recipe does not configure
+    the pairs, those that people judged are added to ``pairs``."""
     votes = _votes(context)
     pairs = [*pairs, *(() if config.pairs else _other_pairs(votes, list(scored.arms), pairs))]
     table: list[JudgedPair] = []
@@ -119,10 +114,10 @@ def by_people(
 
 
 def _votes(context: StageContext) -> list[Vote]:
-    path = context.spec.extra_data.get(FIELD)
+    path = context.spec.extra_data.get(VOTES)
     if path is None:
         return []
-    if not path.is_file() or file_sha256(path) != context.spec.identity["files"][FIELD]:
+    if not path.is_file() or file_sha256(path) != context.spec.identity["files"][VOTES]:
         raise StageError(
             "the votes have changed since the run was planned",
             where=str(path),
@@ -322,13 +317,10 @@ def _by_endpoint(
         _prompt(rows[index], *(exchanges[name][index] for name in order), criteria=config.endpoint.criteria)
         for _, _, index, order in shown
     ]
-    replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
-    verdicts = [verdict_of(reply) for reply in replies]
+    both, replies = in_both_orders(endpoint, context, prompts, [order[0] for *_, order in shown], phase="judging")
     lines = [
-        _line(rows, index, arm, against) | reply_line(order[0], verdict, reply)
-        for (arm, against, index, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
+        _line(rows, index, arm, against) | reply for (arm, against, index, _), reply in zip(shown, replies, strict=True)
     ]
-    both = [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)]
     judged = []
     for number, (arm, against) in enumerate(pairs):
         own = both[number * len(indices) : (number + 1) * len(indices)]
@@ -350,6 +342,15 @@ def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> 
     return {"id": rows[index].id, "row": index, "arm": arm, "against": against}
 
 
-def reply_line(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
-    """A judge's reply as part of a line of results; ``first`` is the answer that it saw first."""
-    return {"shown_first": first, "verdict": verdict.value, "text": reply}
+def in_both_orders(
+    endpoint: Endpoint, context: StageContext, prompts: Sequence[str], shown_first: Sequence[str], *, phase: str
+) -> tuple[list[BothOrders], list[dict[str, Any]]]:
+    """The verdicts on each two neighbouring prompts, and every reply as part of a line of results. ``shown_first`` are
+    the answers that the judge sees first."""
+    replies = endpoint.ask(prompts, lambda done: context.progress(phase, done, len(prompts)))
+    verdicts = [verdict_of(reply) for reply in replies]
+    lines = [
+        {"shown_first": first, "verdict": verdict.value, "text": reply}
+        for first, verdict, reply in zip(shown_first, verdicts, replies, strict=True)
+    ]
+    return [BothOrders(arm_first=v, arm_second=w) for v, w in zip(verdicts[::2], verdicts[1::2], strict=True)], lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.config.evaluating import JudgeKind
@@ -17,29 +16,20 @@ from alignment.evaluation.conclusions import CHOSEN, REJECTED, one_of_each_promp
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair
-from alignment.evaluation.verdicts import BothOrders, judge_prompt, points_of, rubric_of, verdict_of
+from alignment.evaluation.verdicts import BothOrders, judge_prompt, points_of, rubric_of
 from alignment.records.evaluation import JudgedPair
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate.checks import DATA, labels_pairs, primary_metric
-from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import reply_line
+from alignment.stages.evaluate.judging import in_both_orders
+from alignment.stages.evaluate.kind import LABELLED, EvaluateConfig, labels_pairs, primary_metric
 from alignment.stages.shared.answer_sampling import asking_of, counted_progress, metric_scores_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 LINES = "labelled_judgements.jsonl"
 _PHASE = "judging labelled pairs"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labelled:
-    """The judge's verdicts on labelled pairs: its row, in which the chosen answer is the arm, and the lines."""
-
-    pair: JudgedPair | None = None
-    lines: list[dict[str, Any]] = field(default_factory=list)
 
 
 def judge_labelled(
@@ -49,12 +39,13 @@ def judge_labelled(
     endpoint: Endpoint | None,
     grader: Endpoint | None,
     intervals: Intervals,
-) -> Labelled:
-    """The judge's verdicts on at most ``max_prompts`` pairs; empty if there are none to judge."""
+) -> tuple[JudgedPair | None, list[dict[str, Any]]]:
+    """The judge's verdicts on at most ``max_prompts`` pairs: its row, in which the chosen answer is the arm, and the
+    lines; empty if there are none to judge."""
     if not labels_pairs(config.judge):
-        return Labelled()
+        return None, []
     settings = config.judge.labelled
-    every = one_of_each_prompt(rows_of(context, PreferencePair, settings.data, field=DATA))
+    every = one_of_each_prompt(rows_of(context, PreferencePair, settings.data, field=LABELLED))
     pairs = [every[index] for index in some(len(every), settings.max_prompts, context.generator("judge.labelled"))]
     both = None
     if endpoint is not None:
@@ -73,7 +64,7 @@ def judge_labelled(
         max_invalid=config.judge.max_invalid,
         intervals=intervals,
     )
-    return Labelled(pair=judged, lines=lines)
+    return judged, lines
 
 
 def _by_endpoint(
@@ -86,17 +77,8 @@ def _by_endpoint(
         for pair in pairs
         for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))
     ]
-    replies = endpoint.ask(prompts, lambda done: context.progress(_PHASE, done, len(prompts)))
-    verdicts = [verdict_of(reply) for reply in replies]
-    lines = [
-        _line(pairs[number // 2]) | reply_line(CHOSEN if number % 2 == 0 else REJECTED, verdict, reply)
-        for number, (verdict, reply) in enumerate(zip(verdicts, replies, strict=True))
-    ]
-    both = [
-        BothOrders(arm_first=first, arm_second=second)
-        for first, second in zip(verdicts[::2], verdicts[1::2], strict=True)
-    ]
-    return both, lines
+    both, replies = in_both_orders(endpoint, context, prompts, [CHOSEN, REJECTED] * len(pairs), phase=_PHASE)
+    return both, [_line(pairs[number // 2]) | reply for number, reply in enumerate(replies)]
 
 
 def _by_scores(

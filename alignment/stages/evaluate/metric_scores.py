@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from alignment.config.evaluating import GraderConfig
@@ -22,8 +23,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.rules.similarity import final_number, first_reference
 from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD, is_reference
 from alignment.rewards.scorers import Answers, Scorer
-from alignment.stages.evaluate.checks import is_graded
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig, is_graded
 from alignment.stages.evaluate.prompts import ArmPrompts
 from alignment.stages.shared.answer_sampling import AT_ONCE, asking_of, counted_progress, metric_scores_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares
@@ -35,11 +35,9 @@ Source = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Scores that other parts of the stage computed, by arm.
-
-    Per answer: those of the stage's reward model, of other reward ``models`` by their source, and a grader's ``grades``
-    by metric. Per prompt: those of the source ``choice``.
-    """
+    """Scores that other parts of the stage computed, by arm. Per answer: those of the stage's reward model, of other
+    reward ``models`` by their source, and a grader's ``grades`` by metric. Per prompt: those of the source
+    ``choice``."""
 
     rewards: Mapping[str, list[float] | None]
     models: Mapping[Source, Mapping[str, list[float]]]
@@ -50,10 +48,8 @@ class Measured:
 def answers_to_score(
     tokenizer: Any, rows: Sequence[HeldOutPrompt], arm_prompts: Mapping[str, ArmPrompts], arms: Mapping[str, Answered]
 ) -> dict[str, Answers]:
-    """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's.
-
-    The prompt of a later turn is the conversation before it, so it has the arm's own answers.
-    """
+    """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's. The prompt of a later
+    turn is the conversation before it, so it has the arm's own answers."""
     first = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages, row.tools))
     scored = {}
     for name, arm in arms.items():
@@ -88,10 +84,8 @@ def scores_by_models(
     rows: Sequence[HeldOutPrompt],
     answers: Mapping[str, Answers],
 ) -> dict[Source, dict[str, list[float]]]:
-    """Every arm's scores by the metrics that are reward models of their own, by source, on every process.
-
-    The processes share the answers, and every process must call this.
-    """
+    """Every arm's scores by the metrics that are reward models of their own, by source, on every process. The processes
+    share the answers, and every process must call this."""
     parts = [part for of_arm in answers.values() for part in of_arm.parts(AT_ONCE)]
     by_source: dict[Source, dict[str, list[float]]] = {}
     for number, metric in enumerate(config.metrics):
@@ -119,12 +113,10 @@ def scores_by_arm(
     answers: Mapping[str, Answers],
     measured: Measured,
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Every arm's scores by each metric, one per turn of a prompt; ``measured`` are those that need no scorer.
-
-    A graded metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm
-    has no grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has
-    the metric.
-    """
+    """Every arm's scores by each metric, one per turn of a prompt; ``measured`` are those that need no scorer. A graded
+    metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm has no
+    grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has the
+    metric."""
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
         (REWARD, ""): measured.rewards,
@@ -189,12 +181,9 @@ LINES = "grades.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grades:
-    """What the grader gave.
-
-    ``by_metric`` has a metric's grades by arm, one per answer; None for all answers to a prompt if one of them, in any
-    arm, has no grade. Arms without the metric are missing. ``gradings`` and ``lines`` are the parts of
-    ``evaluation.json`` and ``grades.jsonl``.
-    """
+    """What the grader gave. ``by_metric`` has a metric's grades by arm, one per answer; None for all answers to a
+    prompt if one of them, in any arm, has no grade. Arms without the metric are missing. ``gradings`` and ``lines`` are
+    the parts of ``evaluation.json`` and ``grades.jsonl``."""
 
     by_metric: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     gradings: list[Grading] = field(default_factory=list)
@@ -225,46 +214,33 @@ def grade_answers(
     if grader is None:
         return grades
     for metric in config.metrics:
-        if metric.source == GRADE:
-            _grade(metric, config.grader, context, grader, answers, asked, grades)
+        if metric.source != GRADE:
+            continue
+        rubric = rubric_of(config.grader, metric.rubric)
+        prompts = [
+            rubric.prompt(prompt.messages, text, reference=first_reference(prompt), tools=prompt.tools)
+            for of_arm in answers.values()
+            for prompt, text in zip(of_arm.prompts, of_arm.texts, strict=True)
+        ]
+        progress = partial(context.progress, f"grading {metric.name}", total=len(prompts))
+        replies = iter(grader.ask(prompts, progress))
+        by_arm: dict[str, list[int | None]] = {}
+        for name, of_arm in answers.items():
+            texts = [next(replies) for _ in of_arm.texts]
+            by_arm[name] = [rubric.grade(text) for text in texts]
+            grades.lines.extend(_lines(metric.name, name, of_arm, asked, by_arm[name], texts))
+        counted, grading = settled(metric.name, by_arm, next(iter(answers.values())).rows, config.grader)
+        grades.by_metric[metric.name] = counted
+        grades.gradings.append(grading)
     return grades
-
-
-def _grade(
-    metric: MetricConfig,
-    config: GraderConfig,
-    context: StageContext,
-    grader: Endpoint,
-    answers: Mapping[str, Answers],
-    asked: Sequence[AskedTurn],
-    grades: Grades,
-) -> None:
-    """Adds a metric's part to ``grades``."""
-    rubric = rubric_of(config, metric.rubric)
-    prompts = [
-        rubric.prompt(prompt.messages, text, reference=first_reference(prompt), tools=prompt.tools)
-        for of_arm in answers.values()
-        for prompt, text in zip(of_arm.prompts, of_arm.texts, strict=True)
-    ]
-    replies = iter(grader.ask(prompts, lambda done: context.progress(f"grading {metric.name}", done, len(prompts))))
-    by_arm: dict[str, list[int | None]] = {}
-    for name, of_arm in answers.items():
-        texts = [next(replies) for _ in of_arm.texts]
-        by_arm[name] = [rubric.grade(text) for text in texts]
-        grades.lines.extend(_lines(metric.name, name, of_arm, asked, by_arm[name], texts))
-    counted, grading = settled(metric.name, by_arm, next(iter(answers.values())).rows, config)
-    grades.by_metric[metric.name] = counted
-    grades.gradings.append(grading)
 
 
 def settled(
     name: str, by_arm: Mapping[str, Sequence[int | None]], rows: Sequence[int], config: GraderConfig
 ) -> tuple[dict[str, list[float | None]], Grading]:
-    """The grades that count for the metric ``name``, by arm, and a record of those that do not.
-
-    ``by_arm`` are all grades, None for a reply without one; ``rows`` are the rows of the answers. An arm with too many
-    invalid replies is left out, and so is every row on which another arm has one.
-    """
+    """The grades that count for the metric ``name``, by arm, and a record of those that do not. ``by_arm`` are all
+    grades, None for a reply without one; ``rows`` are the rows of the answers. An arm with too many invalid replies is
+    left out, and so is every row on which another arm has one."""
     invalid = {arm: sum(grade is None for grade in grades) / len(grades) for arm, grades in by_arm.items()}
     fitting = [arm for arm, share in invalid.items() if share <= config.max_invalid]
     grades = {arm: [None if grade is None else float(grade) for grade in by_arm[arm]] for arm in fitting}

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
-from alignment.core.errors import DataError
+from alignment.core.errors import DataError, ModelError
+from alignment.core.model_files import positions_in, reason_of_positions
 from alignment.core.wording import counted
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.rendering import Tools
 from alignment.data.tokens.thoughts import without_thought
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
-from alignment.data.tokens.tokenizer import tokenizer_hashes
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.evaluation.arms import Answer, Answered, TokenSum
-from alignment.evaluation.exchanges import asked_turns, continued, draw_examples, with_examples, with_system_prompt
+from alignment.evaluation.exchanges import (
+    asked_turns,
+    continued,
+    draw_examples,
+    letter_rows,
+    with_examples,
+    with_system_prompt,
+)
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.rewards.scorer_sources import CHOICE
+from alignment.stages.evaluate.kind import EvaluateConfig
+from alignment.stages.shared.base_check import refuse_base_that_cannot_answer
 from alignment.stages.shared.policies import refuse_without_template, tokenizer_of
 from alignment.stages.shared.stage_rows import list_left_out, rows_of
 from alignment.training.context import StageContext
@@ -102,12 +113,10 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnPrompts:
-    """What an arm is asked in turn ``number`` (from 0).
-
-    ``rows`` are the indices of the rows that have this turn. ``prompts`` are one per row in the first turn, and all
-    answers to a row share it. In later turns they are one per answer, because each answer continues its own
-    conversation. ``references`` are one per row, None for a row without a reference answer.
-    """
+    """What an arm is asked in turn ``number`` (from 0). ``rows`` are the indices of the rows that have this turn.
+    ``prompts`` are one per row in the first turn, and all answers to a row share it. In later turns they are one per
+    answer, because each answer continues its own conversation. ``references`` are one per row, None for a row without a
+    reference answer."""
 
     number: int
     rows: list[int]
@@ -143,10 +152,8 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
 def later_turn(
     arm: ArmPrompts, rows: Sequence[HeldOutPrompt], earlier: Sequence[Sequence[Sequence[str]]], *, number: int
 ) -> TurnPrompts:
-    """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
-
-    A reference answer follows the references of the turns before it, which makes it the same text for all arms.
-    """
+    """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before. A
+    reference answer follows the references of the turns before it, which makes it the same text for all arms."""
     tokenizer, shown = arm.tokenizer, arm.shown
     asked = [index for index, row in enumerate(rows) if row.num_turns > number]
 
@@ -215,10 +222,8 @@ def together(rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_p
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmPrompts:
     """The prompts of an arm, in its own tokens: those of the ``first`` turn, and how it is ``shown`` any row.
-
     ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
-    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
-    """
+    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's."""
 
     policy: Lineage
     tokenizer: Any
@@ -251,3 +256,85 @@ def _arm_prompts(
         plain=shown is None,
         own_tokens=own_tokens,
     )
+
+
+def _refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
+    """Checks every arm that has the base model's tokenizer and positions: the first prompts with an answer to them, and
+    what is scored after a prompt. Later prompts contain answers, and models from outside have positions of their own;
+    both are checked when they are asked (answering.py)."""
+    spec = context.spec
+    positions = positions_in(spec.base_path)
+    if positions is None:
+        return
+    tokenizer = load_tokenizer(spec.base_path, spec.model.template)
+    rows = rows_of(context, HeldOutPrompt, config.data)
+    otherwise = shown_otherwise(config, context, rows)
+    arms = [name for name in config.arms if spec.arms[name].is_of_run]
+    by_prompt = {otherwise.get(name, unchanged): name for name in reversed(arms)}  # most arms have the same prompts
+    for shown, arm in by_prompt.items():
+        for text, lengths in _read_texts(config, tokenizer, rows, shown):
+            longest = max(range(len(rows)), key=lengths.__getitem__)
+            if lengths[longest] <= positions:
+                continue
+            number, where = sum(length > positions for length in lengths), f"stages.{spec.stage}"
+            lower = [f"{where}.few_shot.count"] if arm == FEW_SHOT else []
+            if text.startswith("an answer"):
+                lower.insert(0, f"{where}.max_new_tokens")
+            raise ModelError(
+                f"with its prompt and {text.format(lengths[longest])} together, the arm {arm!r} needs more than "
+                f"the {positions} positions of {spec.model.source}{reason_of_positions(spec.base_path)}; {number} of "
+                f"{len(rows)} rows are too long",
+                where=rows[longest].where,
+                remedy="leave out rows that are too long" + (f", or lower {' or '.join(lower)}" if lower else ""),
+            )
+
+
+def _read_texts(
+    config: EvaluateConfig, tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown
+) -> Iterator[tuple[str, list[int]]]:
+    """What a policy writes or scores after a prompt, in words for its tokens, and the tokens of each row to its end."""
+    tokens = tokenize_rows(rows, lambda row: [len(prompt_ids(tokenizer, shown(row), row.tools))])
+    most = config.max_new_tokens
+    yield f"an answer of up to {most} tokens, {{}}", [length + most for (length,) in tokens]
+    after = tokenize_rows(rows, lambda row: _tokens_with_reference(tokenizer, row, shown))
+    yield "its reference answer of {} tokens", after
+    if any(metric.source == CHOICE for metric in config.metrics):
+        yield "its choices of {} tokens", letter_rows(tokenizer, rows, shown).lengths
+
+
+def _tokens_with_reference(tokenizer: Any, row: HeldOutPrompt, shown: Shown) -> int:
+    """The tokens of the longest conversation that ends with a reference answer; 0 without one. A reference answer
+    follows those of the turns before."""
+    references, longest = list(takewhile(bool, row.references)), 0
+    for number, reference in enumerate(references):
+        messages = shown(continued(row, references[:number]))
+        ids = reference_ids(tokenizer, messages, reference, row.tools)
+        longest = max(longest, len(prompt_ids(tokenizer, messages, row.tools)) + len(ids))
+    return longest
+
+
+def refuse_base(config: EvaluateConfig, context: StageContext) -> None:
+    """Checks the base model of the arms, and the first turn of every arm.
+
+    Raises:
+        ModelError: a prompt and its answer may be longer than the base model's positions, it cannot be sampled from, or
+            its head does more than one matrix product.
+        DataError: a row cannot be read or rendered, or there are too few examples.
+    """
+    _refuse_long_prompts(config, context)
+    spec = context.spec
+    arms = [name for name in config.arms if spec.arms[name].is_of_run]
+    if arms:
+        refuse_base_that_cannot_answer(spec, config.sampling, scored=_are_scored(arms, config, context))
+
+
+def _are_scored(arms: Sequence[str], config: EvaluateConfig, context: StageContext) -> bool:
+    """Whether log-probabilities are asked for, as in run.py: of the answers of arms that are compared with the
+    reference, of choices, or of reference answers."""
+    spec = context.spec
+    others = {name for name in arms if spec.arms[name].path != spec.inputs["reference"].path}
+    if others - {FEW_SHOT, PROMPTED} and config.answers.temperature in (0.0, 1.0):
+        return True
+    if any(metric.source == CHOICE for metric in config.metrics):
+        return True
+    return any(row.reference for row in rows_of(context, HeldOutPrompt, config.data))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.core.artifacts import write_lines
@@ -14,32 +14,112 @@ from alignment.core.typed_json import to_json
 from alignment.costs.recorder import on_shadows
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.arms import TOKENS, Answered, grouped, reward_scores, side_by_side
+from alignment.evaluation.arms import TOKENS, Answered, Scores, grouped, known, reward_scores, side_by_side
+from alignment.evaluation.conclusions import (
+    conclusions,
+    contradictions,
+    coverage_conclusions,
+    grade_conclusions,
+    labelled_conclusions,
+)
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import LetterRows, asked_turns, choice_scores, letter_rows
-from alignment.evaluation.paired_scores import primary_name, recorded
-from alignment.evaluation.statistics import Intervals
-from alignment.evaluation.tables import refuse_not_finite, samples
+from alignment.evaluation.paired_scores import labels, primary_name, recorded
+from alignment.evaluation.statistics import Intervals, compare
+from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.models.assembly.heads import HEAD, load_reward_model
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.forward.answers import micro_batches_of, unwrapped
 from alignment.models.kernels.layout import prepacked
-from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
-from alignment.rewards.scorer_sources import CHOICE
+from alignment.records.evaluation import ArmResult, Evaluation, Grading, JudgedPair, Sample, write_samples
+from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate import metric_scores
 from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
-from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.evaluation_record import evaluation_of
+from alignment.stages.evaluate.caches import cached_scores
 from alignment.stages.evaluate.judging import Judged, ScoredAnswers, judge, open_endpoint
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.prompts import ArmPrompts, held_out_prompts, prompts_of_arms
-from alignment.stages.evaluate.score_cache import cached_scores
 from alignment.stages.shared.policies import Policies, served_policies
 from alignment.stages.shared.policy_logprobs import PolicyRows, in_shares, on_main, policy_logprobs
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
+
+
+def evaluation_of(
+    config: EvaluateConfig,
+    scored: ScoredAnswers,
+    judged: Judged,
+    labelled: JudgedPair | None,
+    gradings: Sequence[Grading],
+) -> Evaluation:
+    """The record with all figures, comparisons and conclusions."""
+    primary = scored.primary
+    by_primary = {} if primary is None else primary.by_arm
+    metric = None if primary is None else primary.metric
+    compared = {} if metric is None else {metric.name: _known(by_primary)}
+    comparisons = compare(compared, reference=scored.reference, intervals=scored.intervals)
+    num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), scored.rows))
+    num_scored = _num_scored(scored, [grading.metric for grading in gradings])
+    rewards = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
+    judge_table = judged.table and replace(judged.table, labelled=labelled)
+    label_of = labels(config.arms)
+    evaluation = Evaluation(
+        num_prompts=len(scored.rows),
+        metrics=list(scored.metrics),
+        primary=None if metric is None else metric.name,
+        arms=[
+            arm_result(
+                name,
+                arm,
+                label=label_of[name],
+                scores=scored.turn_scores[name],
+                rewards=scored.rewards[name],
+                log_ratios=scored.log_ratios[name],
+                win_rate=judged.win_rate(name, reference=scored.reference),
+                intervals=scored.intervals,
+                sampled=config.answers.temperature > 0.0,
+            )
+            for name, arm in scored.arms.items()
+        ],
+        comparisons=comparisons,
+        other_comparisons=compare(
+            {other.name: _known(scored.by_metric(other.name)) for other in scored.metrics if other != metric},
+            reference=scored.reference,
+            intervals=scored.intervals,
+        ),
+        reward_comparisons=compare(
+            {REWARD: rewards} if rewards else {}, reference=scored.reference, intervals=scored.intervals
+        ),
+        tasks=by_task(scored.rows, by_primary),
+        judge=judge_table,
+        gradings=list(gradings),
+        num_scored=num_scored,
+        conclusions=[
+            *conclusions(num_compared, metric, comparisons, judge_table, label_of),
+            *labelled_conclusions(judge_table),
+            *grade_conclusions(gradings, len(scored.rows), label_of),
+            *coverage_conclusions(num_scored, len(scored.rows)),
+        ],
+    )
+    return replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
+
+
+def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
+    """How many prompts have a score by each metric that some lack one of, other than the ``graded`` metrics."""
+    counts = {
+        metric.name: len(known(next(iter(scored.by_metric(metric.name).values()), [])))
+        for metric in scored.metrics
+        if metric.name not in graded
+    }
+    return {name: count for name, count in counts.items() if count < len(scored.rows)}
+
+
+def _known(by_arm: Scores) -> dict[str, list[float]]:
+    """The scores that there are, which are on the same prompts for every arm."""
+    return {arm: known(values) for arm, values in by_arm.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +136,9 @@ class _Computed:
 
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
-    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out.
-
-    A judge also writes ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main
-    one scores by rules and functions, asks servers and writes.
-    """
+    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out. A judge also writes
+    ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main one scores by rules
+    and functions, asks servers and writes."""
     spec = context.spec
     context.progress("loading")
     endpoint = on_main(context, lambda: open_endpoint(config.judge, context))
@@ -107,9 +185,9 @@ def _concluded(
     """What the main process does alone."""
     scored, grades = _scored(config, context, tokenizer, computed, grader)
     judged = judge(config.judge, context, scored, endpoint)
-    labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
-    evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
-    for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
+    labelled, labelled_lines = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
+    evaluation = evaluation_of(config, scored, judged, labelled, grades.gradings)
+    for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled_lines)):
         if lines:
             write_lines(context.content / file, lines)
     return _written(context, evaluation, samples(scored.rows, scored.arms, scored.turn_scores), judged)
@@ -215,12 +293,10 @@ def _log_ratios(
     answers: Mapping[str, Answers],
 ) -> dict[str, list[float] | None]:
     """Log π − log π_ref of each arm's own answers, nats per sequence; None for other prompts, tokens or temperatures.
-
     An answer of a later turn follows the arm's own conversation, for the reference too, so that the sum over the turns
     is that of all that the arm wrote. Of greedy answers this is not the KL, an expectation over samples, which is
     usually smaller because a greedy answer is the arm's likeliest. The reference reads all arms' answers to a prompt in
-    adjacent rows, so that the prompt is computed once.
-    """
+    adjacent rows, so that the prompt is computed once."""
     ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
         if _is_compared(arm_prompts[name], config) and _is_reference(name, context):

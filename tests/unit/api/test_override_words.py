@@ -12,22 +12,7 @@ from alignment.api.calls import words
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan.overrides import parse_override
 
-TEXTS = [
-    "full",
-    "true",
-    "null",
-    "1e5",
-    "",
-    " a b ",
-    "it's",
-    "C:\\",
-    "a\\'b",
-    "\\\\",
-    "k=v, [x]",
-    "hub:a/b@c",
-    "müller",
-    "…",
-]
+TEXTS = ["full", "true", "1e5", "", " a b ", "it's", "C:\\", "a\\'b", "\\\\", "k=v, [x]", "hub:a/b@c", "müller"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +35,7 @@ def test_numbers_of_other_libraries_and_paths_are_written_as_python_s() -> None:
     assert words(["a=1", "~b"]) == ["a=1", "~b"]
 
 
-@pytest.mark.parametrize("given", [None, 3, [("a", 1)], [{"a": 1}]], ids=repr)
+@pytest.mark.parametrize("given", [3, [{"a": 1}]], ids=repr)
 def test_overrides_of_another_type_are_refused(given: Any) -> None:
     with pytest.raises(TypeError, match=r"is not an override; give texts"):
         words(given)

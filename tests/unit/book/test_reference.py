@@ -16,7 +16,6 @@ from alignment.config.typed import field_types
 from alignment.core.errors import DataError
 from alignment.stages.dpo.kind import DpoConfig
 from book import command_line, errors_page
-from book.markdown import type_words
 from book.reference import DOCS, pages, stale
 from book.settings_pages import classes_below, kind_page, our_kinds
 from book.settings_table import section
@@ -48,10 +47,8 @@ def test_every_setting_of_a_kind_has_a_row(kind: str) -> None:
         ("dpo", "| `init` ° | `stage:sft` | reference to a policy: `base`, `stage:NAME`, `path:FOLDER` |"),
         ("dpo", "| `optim` | `lr: 5e-05` | [Optim](groups.md#optim) |"),
         ("ppo", "| `scorers` | `[{}]` | list of [Scorer](groups.md#scorer), at least one entry |"),
-        ("ppo", "| `max_approxkl` | `null` | number or null, above 0 |"),
         ("evaluate", "| `kind` | `none` | `none`, `metric`, `reward`, `endpoint`, `people` |"),
         ("groups", "| `lr` | required | number, above 0 |"),
-        ("groups", "| `target_modules` | `[all-linear]` | list of text, at least one entry |"),
     ],
 )
 def test_a_row_has_default_and_allowed_values(page: str, row: str) -> None:
@@ -68,10 +65,6 @@ def test_another_default_makes_another_page() -> None:
     text = section(OtherDefaults, heading="## Settings", link=lambda cls: cls.__name__)
     assert "| `beta` | `0.7` | number, above 0 |" in text
     assert "| `optim` | `lr: 1.0`, `epochs: 3.0` | OptimConfig |" in text
-
-
-def test_types_are_in_words() -> None:
-    assert type_words(dict[str, list[int]] | None) == "map of names to list of whole number or null"
 
 
 def test_another_option_makes_another_page(monkeypatch: pytest.MonkeyPatch) -> None:

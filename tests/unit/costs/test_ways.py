@@ -22,7 +22,7 @@ from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.records.cost import StageCost
 from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig

@@ -118,8 +118,6 @@ def test_a_verdict_is_in_the_direction_of_its_metric() -> None:
     assert [evaluation.verdict(pair) for pair in (more, turned)] == [BETTER, WORSE]
     assert [evaluation.verdict(replace(pair, metric="errors")) for pair in (more, turned)] == [WORSE, BETTER]
     assert evaluation.verdict(replace(more, adjusted_p=0.05)) == NO_DIFFERENCE
-    older = replace(more, p=None, adjusted_p=None)
-    assert (older.real, replace(older, low=-0.1).real, older.p_in_words) == (True, False, "")
 
 
 def comparison(arm: str, against: str, difference: float, *, real: bool, size: float | None) -> Comparison:
@@ -157,17 +155,6 @@ BY_CHANCE = replace(comparison("stage:dpo", "base", 0.4, real=True, size=0.1), p
                 "be due to chance.",
             ],
             id="chance among several",
-        ),
-        pytest.param(
-            12,
-            BREVITY,
-            [replace(BY_CHANCE, p=0.125, adjusted_p=0.125, detectable=None)],
-            [
-                "12 prompts, by brevity: dpo and base cannot be told apart.",
-                "The interval of dpo and base excludes zero, but by a randomisation test the difference may be due to "
-                "chance.",
-            ],
-            id="chance alone",
         ),
         pytest.param(
             10,
@@ -263,31 +250,26 @@ def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questi
     }
 
 
-@pytest.mark.parametrize("right", [6, 0, 10])
-def test_the_drop_has_the_interval_of_two_shares(right: int) -> None:
+def test_the_drop_has_the_interval_of_two_shares() -> None:
     """With equal answers every resample of the questions has the same drop, which would look certain."""
-    _, arm = forgetting([20.0, 60.0], right).arms
-    assert arm.drop == paired_share_interval(max(6 - right, 0), max(right - 6, 0), 10)
+    for right in (6, 0, 10):
+        _, arm = forgetting([20.0, 60.0], right).arms
+        assert arm.drop == paired_share_interval(max(6 - right, 0), max(right - 6, 0), 10)
 
 
-@pytest.mark.parametrize(
-    ("rise", "right", "numbers"),
-    [
-        (0.199, 6, []),
+def test_an_arm_fails_beyond_a_limit_only() -> None:
+    for rise, right, numbers in (
+        (0.199, 5, []),
         (0.201, 6, ["20.1%", "20.0% is allowed"]),
-        (-0.5, 10, []),
-        (0.0, 5, []),
         (0.0, 4, ["20.0%", "10.0% is allowed"]),
-    ],
-)
-def test_an_arm_fails_beyond_a_limit_only(rise: float, right: int, numbers: list[str]) -> None:
-    more = math.log(1 + rise)
-    result = forgetting([20.0 + 10 * more, 60.0 + 30 * more], right)
-    reasons = result.arms[1].reasons
-    assert result.passed is result.arms[1].passed is (not numbers)
-    assert headlines(result)["passed"] == float(not numbers)
-    assert len(reasons) == bool(numbers)
-    assert all(number in reasons[0] for number in numbers)
+    ):
+        more = math.log(1 + rise)
+        result = forgetting([20.0 + 10 * more, 60.0 + 30 * more], right)
+        assert result.passed is result.arms[1].passed is (not numbers)
+        assert headlines(result)["passed"] == float(not numbers)
+        assert [[number in reason for number in numbers] for reason in result.arms[1].reasons] == (
+            [[True, True]] if numbers else []
+        )
 
 
 def test_only_limits_that_are_set_are_judged_and_texts_and_questions_are_recorded() -> None:

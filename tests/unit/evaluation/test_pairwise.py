@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import permutations
 from typing import Any
 
 import pytest
@@ -51,10 +50,7 @@ JUDGED = [WIN, both(FIRST, BAD), WIN, LOSS, INVALID, TIED, LEANS, both(FIRST, EQ
         (TIED, 0.5, 0.0),
         (LEANS, 0.5, 1.0),  # whichever comes first
         (both(SECOND, SECOND), 0.5, -1.0),
-        (both(FIRST, EQUAL), 0.5, 0.5),
-        (both(EQUAL, FIRST), 0.5, 0.5),
         (both(EQUAL, SECOND), 0.5, -0.5),
-        (both(SECOND, EQUAL), 0.5, -0.5),
     ],
 )
 def test_a_win_needs_both_orders(orders: BothOrders, points: float, lean: float) -> None:
@@ -101,10 +97,8 @@ def test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count() -> None:
 @pytest.mark.parametrize(
     ("judged", "verdict"),
     [
-        ([WIN] * 9, "fewer than 10 prompts"),
         ([WIN] * 10, "better"),
         ([LOSS] * 20, "worse"),
-        ([WIN, LOSS] * 5, "no real difference"),
         ([LEANS] * 20, "no real difference"),
     ],
 )
@@ -112,9 +106,7 @@ def test_a_verdict_needs_ten_prompts_and_more_than_chance(judged: list[BothOrder
     assert row(judged).verdict == verdict
 
 
-@pytest.mark.parametrize(
-    ("wins", "losses", "ties", "p"), [(4, 0, 196, 2 / 2**4), (6, 0, 4, 2 / 2**6), (9, 1, 0, 22 / 2**10)]
-)
+@pytest.mark.parametrize(("wins", "losses", "ties", "p"), [(4, 0, 196, 2 / 2**4), (9, 1, 0, 22 / 2**10)])
 def test_ties_are_no_evidence(wins: int, losses: int, ties: int, p: float) -> None:
     """By the sign test, whose p values are exact. The bootstrap's interval of four wins and 196 ties excludes .5."""
     whole = row([WIN] * wins + [LOSS] * losses + [LEANS] * ties)
@@ -246,20 +238,15 @@ def test_ten_prompts_must_be_judged_and_votes_on_other_answers_are_stale() -> No
     assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
 
 
-@pytest.mark.parametrize(
-    ("votes", "pairs", "why"),
-    [
+def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_them() -> None:
+    for votes, pairs, why in (
         (2, MIXED, "people judged 2 of the 6 prompts with different answers, but 10 are needed"),
         (6, MIXED, "people judged all 6 prompts with different answers, so nothing is left to judge"),
         (0, MIXED[6:], "all 10 prompts have identical answers, so there is nothing to judge"),
-    ],
-)
-def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_them(
-    votes: int, pairs: list[AnswerPair], why: str
-) -> None:
-    reason = row_by_people([vote(about) for about in pairs[:votes]], pairs).why_nothing
-    assert reason.startswith(why)
-    assert reason.endswith("evaluate on more held-out prompts")
+    ):
+        reason = row_by_people([vote(about) for about in pairs[:votes]], pairs).why_nothing
+        assert reason.startswith(why)
+        assert reason.endswith("evaluate on more held-out prompts")
 
 
 def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
@@ -297,39 +284,13 @@ PUBLISHED = """
 """Four observers and twelve units (Krippendorff 2011, section D), whose ordinal α is given there as .815."""
 
 
-def slow_alpha(units: Sequence[Sequence[float]]) -> float:
-    """Krippendorff 2011: α = 1 − D_o / D_e over all pairs of values, with the difference for ordered values."""
-    pairable = [unit for unit in units if len(unit) > 1]
-    every = [value for unit in pairable for value in unit]
-
-    def difference(low: float, high: float) -> float:
-        low, high = sorted((low, high))
-        between = sum(low <= value <= high for value in every)
-        return float(between - (every.count(low) + every.count(high)) / 2) ** 2
-
-    observed = sum(
-        difference(first, second) / (len(unit) - 1) for unit in pairable for first, second in permutations(unit, 2)
-    ) / len(every)
-    pairs = len(every) * (len(every) - 1)
-    return 1.0 - observed / (sum(difference(first, second) for first, second in permutations(every, 2)) / pairs)
-
-
-def test_alpha_is_that_of_its_paper() -> None:
+def test_alpha_is_that_of_its_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     observers = [line.split() for line in PUBLISHED.strip().splitlines()]
     units = [[float(value) for value in unit if value != "."] for unit in zip(*observers, strict=True)]
     assert krippendorff_alpha(units) == pytest.approx(0.815, abs=5e-4)
-    assert krippendorff_alpha(units) == pytest.approx(slow_alpha(units), rel=1e-9)
-    prompts = [[1.0, 1.0], [1.0, 0.5], [0.0, 0.0, 0.5], [0.0, 1.0], [0.5, 0.5], [1.0]]
-    assert krippendorff_alpha(prompts) == pytest.approx(slow_alpha(prompts), rel=1e-9)
     assert krippendorff_alpha([[1.0, 1.0], [0.0, 0.0]]) == 1.0
-
-
-@pytest.mark.parametrize("units", [[[1.0], [0.0]], [[1.0, 1.0], [0.0]], []])
-def test_without_two_annotators_on_a_prompt_or_two_values_there_is_no_alpha(units: list[list[float]]) -> None:
-    assert krippendorff_alpha(units) is None
-
-
-def test_without_its_library_alpha_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[list[float]] = [[1.0], [0.0]]
+    assert krippendorff_alpha(alone) is krippendorff_alpha([[1.0, 1.0], [0.0]]) is krippendorff_alpha([]) is None
     monkeypatch.setitem(sys.modules, "krippendorff", None)
     with pytest.raises(ConfigError, match="krippendorff>="):
         krippendorff_alpha([[1.0, 0.0]])

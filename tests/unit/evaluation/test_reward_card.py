@@ -175,17 +175,10 @@ def slow_objective(pairs: list[tuple[str, str]], weights: dict[str, float], pena
     return total
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("I'm sorry, I’m not. SORRY!", {"i'm": 2, "sorry": 2, "not": 1}),
-        ("今天 天气。OK", {"今": 1, "天": 2, "气": 1, "ok": 1}),
-        ("किताब, खुली किताब, İstanbul", {"किताब": 2, "खुली": 1, "istanbul": 1}),
-    ],
-    ids=["case and apostrophe", "a character a word", "signs of a letter"],
-)
-def test_words_are_counted(text: str, words: dict[str, int]) -> None:
-    assert words_of(text) == words
+def test_words_are_counted() -> None:
+    assert words_of("I'm sorry, I’m not. SORRY!") == {"i'm": 2, "sorry": 2, "not": 1}
+    assert words_of("今天 天气。OK") == {"今": 1, "天": 2, "气": 1, "ok": 1}
+    assert words_of("किताब, खुली किताब, İstanbul") == {"किताब": 2, "खुली": 1, "istanbul": 1}
 
 
 @pytest.mark.parametrize("penalty", [0.3, 10.0])

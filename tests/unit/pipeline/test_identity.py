@@ -36,7 +36,7 @@ from alignment.stages.benchmark.kind import BenchmarkConfig
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.distil.kind import DistilConfig
 from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig

@@ -33,7 +33,7 @@ from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.compatibility import faults
 from alignment.stages.benchmark.kind import BenchmarkConfig
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.report.kind import ReportConfig

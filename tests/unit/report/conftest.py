@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from alignment.core.artifacts import Manifest
-from alignment.report.kit.render import build
+from alignment.report.run_page.render import build
 
 ARMS = {"base": 0.31, "base+prompt": 0.42, "stage:sft": 0.62, "stage:dpo": 0.71, "stage:ppo": 0.65}
 TASKS = ("summarise", "answer", "rewrite", "extract")

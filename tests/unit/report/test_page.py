@@ -16,7 +16,7 @@ from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records.cost import FILE as COST
 from alignment.records.cost import PhaseCost, RunCost, StageCost
 from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, SET_ASIDE, TOO_LONG, Note
-from alignment.report.kit.render import build
+from alignment.report.run_page.render import build
 from tests.browser import browser, opened
 from tests.unit.report.conftest import (
     HOSTILE,
@@ -44,7 +44,7 @@ def test_an_ordinary_page_is_self_contained_and_complete(fake_run):
         assert entry["artifact"] in html
     assert "reused · 5\u202fmin 12\u202fs" in html  # the time of the run that made it, not the zero of this one
     assert "0.71<small>0.66 to 0.76</small>" in html
-    wide = html.split('<div class="scroll chain-wide">')[1].split("</svg>")[0]
+    wide = html.split('<div class="scroll chain-scroll">')[1].split("</svg>")[0]
     assert wide.count('class="box') == 7  # six stages and the base model
     # base→sft, base→evaluate, sft→reward, sft→dpo, sft→ppo, sft→evaluate, reward→ppo, reward→evaluate, dpo→evaluate,
     # ppo→evaluate, evaluate→report
@@ -81,7 +81,7 @@ def status(run, stage, **fields):
 JUNK = [None, True, -1, 1e308, float("nan"), "", "x", [], [None], {}, {"mean": "x"}, [[{}]]]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_values_of_the_wrong_kind_never_stop_the_page(fake_run, seed):
     rng = random.Random(seed)
     for tree in (fake_run.evaluation, fake_run.samples[:4], fake_run.metrics["dpo"][:5], fake_run.run["config"]):
@@ -168,7 +168,7 @@ def test_what_a_run_lacks_is_said(fake_run, change, sentences):
     [
         *(
             ("evaluate", "evaluation.json", content, "The file evaluation.json")
-            for content in ("", "[]", "null", '{"arms": []}', '{"arms": [3, {"words": 1}]}', '{"arms": {}}')
+            for content in ("", '{"arms": []}', '{"arms": [3, {"words": 1}]}')
         ),
         ("dpo", "manifest.json", "{", "Its manifest cannot be read"),
         ("sft", "metrics.jsonl", '{"step": 1}\n{"st', "1 line of its metrics.jsonl cannot be read and is left out."),
@@ -227,7 +227,7 @@ def test_an_interrupted_run_shows_what_there_is(fake_run):
         assert "The run is not complete: ppo (failed)" in Page(fake_run.html()).text
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]"])
+@pytest.mark.parametrize("content", [None, "{"])
 def test_a_folder_that_holds_no_run_is_an_artifact_error(fake_run, tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
@@ -282,12 +282,12 @@ def test_rows_that_a_stage_left_out_or_cut_are_counted_by_reason(fake_run):
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_samples_spread_over_tasks_and_outcomes_whatever_their_order(fake_run):
+def test_samples_spread_over_tasks_whatever_their_order(fake_run):
     first = fake_run.html(num_samples=8)
     random.Random(0).shuffle(fake_run.samples)
     assert fake_run.html(num_samples=8) == first
-    for why, count in {"arms differ most": 4, "by hash, better half": 2, "by hash, worse half": 2}.items():
-        assert first.count(f"<small>{why}</small>") == count
+    for why in ("arms differ most", "by hash"):
+        assert first.count(f"<small>{why}</small>") == 4
     for task in TASKS:
         assert first.count(f'<span class="task"><bdi>{task}</bdi></span>') >= 1
     assert "8 of 40 held-out prompts." in first
@@ -295,34 +295,23 @@ def test_samples_spread_over_tasks_and_outcomes_whatever_their_order(fake_run):
         assert fake_run.built(num_samples=wanted).count('<details class="sample"') == shown
 
 
-def qualities(sample) -> list[float]:
-    """The score of each arm's answer by the primary metric."""
-    return [answer["scores"]["quality"] for answer in sample["answers"].values()]
-
-
 def gap(sample) -> float:
-    """How far the arms' answers are apart."""
-    return max(qualities(sample)) - min(qualities(sample))
+    """How far the scores of the arms' answers by the primary metric are apart."""
+    qualities = [answer["scores"]["quality"] for answer in sample["answers"].values()]
+    return max(qualities) - min(qualities)
 
 
-@pytest.mark.parametrize(("higher_is_better", "sign"), [(True, 1), (False, -1)])
-def test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the_right_half(
-    fake_run, higher_is_better, sign
-):
-    fake_run.evaluation["metrics"][0]["higher_is_better"] = higher_is_better
+def test_half_of_the_shown_samples_have_the_widest_gaps_of_their_tasks(fake_run):
     by_id = {sample["id"]: sample for sample in fake_run.samples}
-    shown = {"arms differ most": [], "by hash, better half": [], "by hash, worse half": []}
+    shown = {"arms differ most": [], "by hash": []}
     for block in fake_run.html(num_samples=12).split('<details class="sample"')[1:]:
         why, name = (re.search(pattern, block)[1] for pattern in (r"<small>(.*?)</small>", r'"id"><code>(.*?)</code>'))
         shown[why].append(by_id[name])
-    widest, better, worse = shown.values()
-    assert {len(widest), len(better) + len(worse)} == {6}
+    assert [len(samples) for samples in shown.values()] == [6, 6]
     for task in TASKS:
         gaps = sorted((gap(sample) for sample in fake_run.samples if sample["task"] == task), reverse=True)
-        of_task = [gap(sample) for sample in widest if sample["task"] == task]
+        of_task = [gap(sample) for sample in shown["arms differ most"] if sample["task"] == task]
         assert of_task == gaps[: len(of_task)]
-    means = [[sign * sum(qualities(sample)) / len(qualities(sample)) for sample in half] for half in (better, worse)]
-    assert min(means[0]) > max(means[1])
 
 
 def test_a_sample_shows_its_turns_answers_and_scores_in_order(fake_run):
@@ -419,7 +408,7 @@ def test_planned_time_and_memory_stand_beside_the_measured_ones(fake_run, planne
 
 def test_the_report_never_imports_torch():
     unwanted = "('torch', 'transformers', 'hydra')"
-    code = f"import sys, alignment.report.kit.render; print(sorted(m for m in sys.modules if m in {unwanted}))"
+    code = f"import sys, alignment.report.run_page.render; print(sorted(m for m in sys.modules if m in {unwanted}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

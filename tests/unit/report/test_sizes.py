@@ -58,12 +58,9 @@ def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
 
 CHANGES: dict[str, Any] = {
     "no quality": lambda run: run.evaluation["arms"][-1].update(metrics={}),
-    "not evaluated": lambda run: run.evaluation["arms"].pop(),
     "as many rows": lambda run: run.headlines.update(sft_50=run.headlines["sft"]),
-    "rows not counted": lambda run: run.headlines.update(sft_50={"loss": 1.4}),
     "other data": lambda run: run.identities["sft_50"].update(data="6" * 64),
     "other rows of it": lambda run: run.identities["sft_50"]["config"]["data"].update(source="path:other"),
-    "other start": lambda run: run.identities["sft_50"].update(inputs={"init": "c" * 64}),
     "other setting": lambda run: run.identities["sft_50"]["config"].update(max_length=512),
     "unfinished": lambda run: run.run["stages"]["sft_50"].update(state="failed"),
 }

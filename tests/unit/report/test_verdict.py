@@ -40,7 +40,6 @@ HELPED = "Preference training helped: dpo beats sft."
         ({"dpo": 0.09}, "helped: dpo beats sft."),
         ({"dpo": -0.09, "ppo": -0.2}, "hurt: dpo and ppo fall behind sft."),
         ({"dpo": 0.03, "ppo": -0.01}, "is not shown to have helped: dpo and ppo cannot be told apart from sft."),
-        ({"dpo": 0.09, "ppo": 0.03}, "had mixed results: dpo beats sft; ppo cannot be told apart from sft."),
         ({"dpo": 0.09, "ppo": -0.07}, "had mixed results: dpo beats sft; ppo falls behind sft."),
     ],
 )
@@ -62,7 +61,6 @@ def test_every_trained_arm_is_held_against_the_untrained_ones_whichever_way_roun
     ("scorers", "training"),
     [
         ([{"source": "exact_answer"}], "Reinforcement learning"),
-        ([{"source": "/home/me/score.py:brevity"}], "Reinforcement learning"),
         ([{"source": "exact_answer"}, {"source": "reward"}], "Preference training"),
         ([{"source": "ensemble", "ensemble": {"members": [{"source": "stage:judge"}]}}], "Preference training"),
     ],
@@ -177,7 +175,6 @@ PREFERS_SFT = " By quality, dpo is better than sft, but a-model prefers sft (win
     [
         (judged("stage:sft", "stage:dpo", 0.7, "better"), PREFERS_SFT),
         (judged("stage:dpo", "stage:sft", 0.3, "worse"), PREFERS_SFT),
-        (judged("stage:dpo", "stage:sft", 0.7, "better"), ""),
         (judged("stage:ppo", "stage:sft", 0.3, "worse"), ""),
         (judged("stage:sft", "stage:dpo", 0.7, "fewer than 10 prompts"), ""),
     ],
@@ -187,8 +184,10 @@ def test_a_judge_that_contradicts_the_primary_metric_is_in_the_headline(fake_run
     assert against_sft(fake_run, dpo=0.09).lead == HELPED + more
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("gain", "contradicts"), [(0.8, True), (0.03, False), (-0.8, False)])
+@pytest.mark.parametrize(
+    ("gain", "contradicts", "turned"),
+    [(0.8, True, False), (0.8, True, True), (0.03, False, True), (-0.8, False, False)],
+)
 def test_a_reward_model_that_really_likes_what_is_really_worse_is_named(fake_run, gain, contradicts, turned):
     arms = ("stage:sft", "stage:ppo", -gain) if turned else ("stage:ppo", "stage:sft", gain)
     fake_run.evaluation["reward_comparisons"] = [comparison(*arms, 0.05) | {"metric": "reward"}]
@@ -269,7 +268,6 @@ def test_stages_whose_own_figures_speak_against_them_are_named_behind_what_the_p
                 "end, on the prompts that were used to select it."
             ],
         ),
-        ("ppo", {}, {"updates": 20.0, "guard/kept_update": 20.0, "guard/best_scorer": 0.6, "guard/scorer": 0.6}, []),
         (
             "ppo",
             {"updates": 16},
@@ -340,14 +338,11 @@ def test_the_page_begins_with_the_gates_that_are_met_and_that_are_not(fake_run):
     ("kind", "figures", "beginning"),
     [
         ("reward", {"eval_accuracy": 0.5, "eval_rows": 30.0}, "right on 50% of 30 held-out pairs, no better than"),
-        ("reward", {"eval_accuracy": 0.31}, "right on 31% of held-out pairs, no better than chance (50%)"),
         ("ppo", {"objective/score_std": 0.0}, "all answers to each of the last update's prompts had the same score"),
         ("ppo", {"objective/tied_share": 1.0}, "all answers to each of the last update's prompts had the same score"),
         ("ppo", {"eos_rate": 0.0}, "none of the last update's answers ended within max_new_tokens"),
         ("reward", {"eval_accuracy": 0.51, "eval_rows": 30.0}, None),
-        ("reward", {"score_offset": 0.1}, None),
         ("ppo", {"eos_rate": 0.01}, None),
-        ("sft", {"loss": 1.0, "eos_rate": 0.0, "eval_accuracy": 0.0}, None),
     ],
 )
 def test_a_figure_that_speaks_against_a_stage_is_named(kind, figures, beginning):
@@ -387,25 +382,18 @@ def compared(distinct: float, other: float, difference: float) -> Evaluation:
         (Evaluation(arms=HALF), None),
         (Evaluation(arms=MOST), f"most answers of base (51%), ppo (90%) {UNFINISHED}"),
         (Evaluation(num_prompts=9), f"only 9 prompts were evaluated, {TOO_FEW}"),
-        (Evaluation(num_prompts=10), None),
         (GRADED, None),
         (replace(GRADED, primary="polite"), f"only 9 of 60 prompts have a score by polite in every arm, {TOO_FEW}"),
         (
             Evaluation(judge=Judge(name="a-model", pairs=[SILENT, SILENT])),
             "by a-model, nothing can be concluded about any pair of arms: 100% of the verdicts are invalid",
         ),
-        (Evaluation(judge=Judge(name="a-model", pairs=[])), None),
         (Evaluation(judge=Judge(name="a-model", pairs=[SILENT, HEARD])), None),
         (
             compared(0.03, 0.86, 0.2),
             f"only 3% of the answers of ppo {SAME_SCORE} sft: read some before you trust its score",
         ),
-        (
-            compared(0.86, 0.03, -0.2),
-            f"only 3% of the answers of sft {SAME_SCORE} ppo: read some before you trust its score",
-        ),
         (compared(0.44, 0.86, 0.2), None),  # half as many
-        (compared(0.03, 0.05, 0.2), None),  # a task with few answers
         (compared(0.03, 0.86, -0.2), None),  # it loses
         (compared(0.03, 0.86, 0.01), None),  # it may be chance
     ],

@@ -20,19 +20,20 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
+from alignment.core import typed_json
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, NonFiniteError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
 from alignment.models.forward.flat import use_flat_attention
 from alignment.records.benchmark import (
+    SAMPLES,
     Benchmark,
     BenchmarkArm,
     BenchmarkRow,
     BenchmarkTask,
     Measurement,
     TaskMetric,
-    read_rows,
 )
 from alignment.rehearse import check_model
 from alignment.stages import registry
@@ -116,7 +117,11 @@ class Measured:
 
 def read(artifact: Path) -> Measured:
     manifest = read_manifest(artifact)
-    return Measured(record=Benchmark.read(artifact), rows=list(read_rows(artifact)), metrics=manifest.metrics)
+    return Measured(
+        record=Benchmark.read(artifact),
+        rows=list(typed_json.lines(artifact / SAMPLES, BenchmarkRow)),
+        metrics=manifest.metrics,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -437,12 +442,10 @@ def test_a_function_that_raises_is_named_with_its_line(chain: Chained, own_tasks
 @pytest.mark.parametrize(
     ("body", "kind", "remedy"),
     [
-        ("import no_such_package.part", DataError, "pip install no_such_package"),
         ("import sklearn.no_such_part", DataError, "pip install scikit-learn"),
         ("import nltk; nltk.data.find('corpora/no_such')", DataError, "python -m nltk.downloader no_such"),
         ("if doc['word'] == 'text': import no_such_package", StageError, "pip install no_such_package"),
         ("__import__('transformers').AutoTokenizer.from_pretrained('org/no_such')", DataError, "hf download ORG/NAME"),
-        ("__import__('datasets').load_dataset('org/no_such')", DataError, "datasets.load_dataset"),
     ],
 )
 def test_what_a_task_needs_is_tried_before_training_and_named(

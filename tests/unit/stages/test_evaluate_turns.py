@@ -36,8 +36,8 @@ from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage, lineage
 from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
-from alignment.stages.evaluate import answer_cache, answering, metric_scores
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate import answering, caches, metric_scores
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.evaluate.metric_scores import answers_to_score
 from alignment.stages.evaluate.prompts import ArmPrompts, TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
@@ -300,7 +300,7 @@ def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_t
         turn = TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None])
         answers, policy = AnswersConfig(temperature=temperature), lineage(spec, spec.inputs["reference"])
         config = replace(CONFIG, answers=answers, sampling=SamplingConfig(engine=engine))
-        return answer_cache.file_of(config, context, policy, turn, ends=[2], with_logprobs=False)
+        return caches.answers_file(config, context, policy, turn, ends=[2], with_logprobs=False)
 
     assert file(0, 1.0) != file(1, 1.0)
     assert file(0, 0.0) == file(1, 0.0) != file(0, 0.0, Engine.vllm)

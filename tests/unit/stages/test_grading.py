@@ -32,9 +32,8 @@ from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Evaluation, Metric, Sample, read_samples
 from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate import answering
-from alignment.stages.evaluate.checks import FIELD, votes_files
-from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import Judged, ScoredAnswers, _extra_words, _words, judge
+from alignment.stages.evaluate.judging import Judged, ScoredAnswers, judge
+from alignment.stages.evaluate.kind import VOTES, EvaluateConfig, votes_files
 from alignment.stages.evaluate.metric_scores import settled
 from alignment.stages.shared import policies
 from alignment.training.context import StageContext
@@ -173,19 +172,12 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
 @pytest.mark.parametrize(
     ("rows", "grades", "max_invalid", "counted", "left_out"),
     [
-        (
-            [0, 1, 2, 3],
-            {"a": [1, None, 3, 4], "b": [5, 6, 7, 8]},
-            0.25,
-            {"a": [1, None, 3, 4], "b": [5, None, 7, 8]},
-            [],
-        ),
-        ([0, 1, 2, 3], {"a": [1, None, None, 4], "b": [5, 6, 7, 8]}, 0.25, {"b": [5, 6, 7, 8]}, ["a"]),
-        ([0, 1], {"a": [None, None], "b": [None, 6]}, 0.25, {}, ["a", "b"]),
+        ([0, 1, 2, 3], {"a": [1, None, 3, 4], "b": [5] * 4}, 0.25, {"a": [1, None, 3, 4], "b": [5, None, 5, 5]}, []),
+        ([0, 1, 2, 3], {"a": [1, None, None, 4], "b": [5] * 4}, 0.25, {"b": [5] * 4}, ["a"]),
         ([0, 1], {"a": [1, None], "b": [None, 6]}, 0.5, {}, ["a", "b"]),
         ([0, 0, 1, 1, 2], {"a": [1, None, 3, 4, 5]}, 0.2, {"a": [None, None, 3, 4, 5]}, []),
     ],
-    ids=["prompt", "arm", "all arms", "every prompt in some arm", "turn"],
+    ids=["prompt", "arm", "every prompt in some arm", "turn"],
 )
 def test_what_counts(
     rows: list[int], grades: dict[str, Any], max_invalid: float, counted: dict[str, Any], left_out: list[str]
@@ -268,8 +260,8 @@ def context(folder: Path, votes: Sequence[Vote]) -> StageContext:
     if votes:
         for about in votes:
             append_vote(folder / FILE, about)
-        identity = {"files": {FIELD: file_sha256(folder / FILE)}}
-        spec = replace(spec, extra_data={FIELD: folder / FILE}, identity=identity)
+        identity = {"files": {VOTES: file_sha256(folder / FILE)}}
+        spec = replace(spec, extra_data={VOTES: folder / FILE}, identity=identity)
     return StageContext(spec=spec, rank=0, world_size=1)
 
 
@@ -370,8 +362,8 @@ def test_the_votes_are_the_runs_own_or_a_files_and_must_not_change(tmp_path: Pat
     own.parent.mkdir()
     append_vote(own, vote(pair(1)))
     append_vote(other, vote(pair(2)))
-    assert planned(tmp_path) == {FIELD: own}
-    assert planned(tmp_path, votes=str(other)) == {FIELD: other}
+    assert planned(tmp_path) == {VOTES: own}
+    assert planned(tmp_path, votes=str(other)) == {VOTES: other}
     assert planned(tmp_path, kind=JudgeKind.metric) == {}
     with pytest.raises(DataError, match=r"stages\.evaluate\.judge\.votes: no file .*none\.jsonl"):
         planned(tmp_path, votes=str(tmp_path / "none.jsonl"))
@@ -382,10 +374,6 @@ def test_the_votes_are_the_runs_own_or_a_files_and_must_not_change(tmp_path: Pat
     append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
     with pytest.raises(StageError, match="the votes have changed since the run was planned"):
         judged(stage)
-
-
-TEXTS = ["今天休息。", "Closed today.", "休息 today"]
-WORDS = [4.0, 2.0, 3.0]
 
 
 def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
@@ -405,13 +393,3 @@ def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
     for config, counts in ((BY_PEOPLE, (12, 0)), (reverse, (0, 12))):
         table = judged(stage, config, sft=sft, dpo=dpo).table
         assert (table.pairs[0].wins, table.pairs[0].losses) == counts
-
-
-def test_lengths_of_answers_are_in_words_or_in_characters_of_scripts_without_spaces() -> None:
-    answers = [Answer(ids=[5, 2], text=text, ended=True) for text in TEXTS]
-    arm = Answered(answers=answers, logprobs=None, references=[None] * 3, seconds=1.0)
-    for kind in (JudgeKind.endpoint, JudgeKind.metric):
-        assert _words(arm, JudgeConfig(kind=kind), range(3)) == WORDS
-    question = [{"role": "user", "content": "Open?"}]
-    pairs = [pair_of(question, {"stage:dpo": text, "stage:sft": "No."}, id="", task="") for text in TEXTS]
-    assert _extra_words(pairs, "stage:dpo", "stage:sft") == [words - 1 for words in WORDS]

@@ -31,7 +31,7 @@ from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Evaluation, Judge, JudgedPair, read_samples
 from alignment.stages.evaluate import judging
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.shared import policies
 from tests.chained import LORA, Chained
 from tests.judge_server import Response, listening, serving

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignment.config.launch import Engine, SamplingConfig
 from alignment.core.errors import ConfigError, ModelError, StageError
+from alignment.core.files import write_json
 from alignment.engines.completions import Asked, Generation
 from alignment.evaluation.arms import sequence_logprobs
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling
-from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared import policies
+from alignment.stages.evaluate import caches
+from alignment.stages.evaluate.caches import CachedAnswers
+from alignment.stages.evaluate.kind import EvaluateConfig
+from alignment.stages.shared import policies, reference
 from alignment.stages.shared import policy_logprobs as own_logprobs
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_answer_and_score
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
@@ -169,3 +174,31 @@ def test_other_weights_are_noticed_by_a_part_of_the_answers_at_their_temperature
     monkeypatch.setattr(policies, "_CHECKED", 1)
     with pytest.raises(StageError, match="so it has other weights"):
         sums_of_answers(chained, 0.3, scale=3.0)
+
+
+ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_json(file, {"a": 1}),
+        lambda file: caches.write_answers(file, ANSWERS),
+        lambda file: reference._write(file, {"chosen": torch.ones(2)}),
+    ],
+    ids=["json", "answers", "reference"],
+)
+def test_processes_of_the_same_number_on_two_machines_may_write_a_file_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """The other one writes all of it while this one is about to rename its own."""
+    file, rename = tmp_path / "kept.json", os.replace
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", rename)
+        write(file)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    write(file)
+    assert list(tmp_path.iterdir()) == [file]

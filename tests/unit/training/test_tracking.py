@@ -23,7 +23,7 @@ from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
 from alignment.job import StageInput
 from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext

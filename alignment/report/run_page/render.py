@@ -10,13 +10,12 @@ from typing import Any
 from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Evaluation
 from alignment.report.kit.pages import template, write_page
-from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
-from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
-from alignment.report.run_page.curves import charts, num_gaps
+from alignment.report.run_page.curves import charts, num_gaps, size_curves
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.run_page.run_tables import card_view
 from alignment.report.run_page.shown_rows import choose, people_rows, rule
 from alignment.report.run_page.verdict import judge
 from alignment.stages.registry import trains
@@ -49,7 +48,8 @@ def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collect
 
 
 def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
-    chosen = choose(run.samples, num_samples)
+    primary = run.evaluation.primary if run.evaluation else None
+    chosen = choose(run.samples, num_samples, primary=primary)
     return {
         "run": run,
         "facts": run_tables.facts(run),
@@ -63,7 +63,7 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
         "left_out": [stage for stage in run.stages if stage.left_out],
         "chosen": chosen,
         "num_open": NUM_OPEN_SAMPLES,
-        "rule": rule(run.evaluation.primary if run.evaluation else None),
+        "rule": rule(primary),
         "label": (run.evaluation or Evaluation()).label,
         "usage": run_tables.usage_rows(run),
         "lineage": [(stage, run_tables.lineage(stage)) for stage in run.stages],
