@@ -27,7 +27,7 @@ from alignment.commands.serve import request_checks as checks
 from alignment.commands.serve.loaded_arms import LoadedArm
 from alignment.commands.serve.policy_generation import Ended, Piece, PolicyGeneration
 from alignment.commands.serve.request_checks import AnswerOptions, Fields, RequestError
-from alignment.commands.shared.guarded_app import HOSTS
+from alignment.commands.shared.page_server import HOSTS
 from alignment.engines.server_process import HOST
 
 _OBJECTS = {

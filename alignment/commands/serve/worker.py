@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_libraries()
     try:
         if settings["engine"] == "vllm":
-            from alignment.commands.serve.vllm_files import write_files
+            from alignment.commands.serve.loaded_arms import write_files
 
             with explained(folder):
                 write_files(policies, VllmFiles(folder=folder))

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from alignment.commands.shared.following import FollowedRun
-from alignment.commands.shared.guarded_app import assets, guarded
+from alignment.commands.shared.page_server import assets, guarded
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps

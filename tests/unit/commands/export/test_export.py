@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from alignment.commands.export import forms, verb
+from alignment.commands.export import verb, worker
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.exported import gap_between, logprobs_of_answers
 from alignment.commands.export.worker import export, main
@@ -331,7 +331,7 @@ def test_what_was_written_wrong_is_not_exported(
         _damage(Path(folder) / "adapter_model.safetensors", "lora_B")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    monkeypatch.setattr("alignment.commands.export.forms.shutil.copytree", copy)
+    monkeypatch.setattr("alignment.commands.export.worker.shutil.copytree", copy)
     with pytest.raises(ModelError, match=r"outputs of the written model differ by .*; nothing was exported"):
         export(saved.path, base.base, tmp_path / "out", ADAPTER if form == "adapter" else MODEL)
     assert not list(tmp_path.glob("*out*"))
@@ -362,11 +362,11 @@ def test_vllm_gets_most_of_the_memory_that_is_free_and_time_to_start(monkeypatch
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(forms, "EngineSession", session)
+    monkeypatch.setattr(worker, "EngineSession", session)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8, 16))
     with pytest.raises(KeyboardInterrupt):
-        forms._vllm_answers(None, Path(), None, ExportOptions(form="vllm"))  # type: ignore[arg-type]
+        worker._vllm_answers(None, Path(), None, ExportOptions(form="vllm"))  # type: ignore[arg-type]
     assert [(config.gpu_share, config.start_timeout) for config in configs] == [(0.45, 1800.0)]
 
 

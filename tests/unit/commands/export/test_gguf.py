@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment.commands.export import forms
+from alignment.commands.export import worker
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.exported import TEXTS, exported_result, logprobs
 from alignment.commands.export.gguf_form import gguf_file, llama_cpp_check
@@ -235,9 +235,9 @@ def test_what_was_written_wrong_is_not_exported(
     message: str,
 ) -> None:
     _, saved, base = policy
-    write, quantize = forms.write_file, gguf.quantize
+    write, quantize = worker.write_file, gguf.quantize
     monkeypatch.setattr(
-        forms, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
+        worker, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
     )
     monkeypatch.setattr(gguf, "quantize", lambda values, kind: quantize(factor * values, kind))
     with pytest.raises(ModelError, match=message):

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from alignment.commands.export.gguf_form.gguf_file import pre_tokenizer, vocabulary
 from alignment.commands.export.gguf_form.modelfile import Inexpressible, chat_parts, modelfile, ollama_template
-from alignment.commands.export.gguf_form.vocabulary import pre_tokenizer, vocabulary
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.tokenize import end_ids

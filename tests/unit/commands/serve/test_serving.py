@@ -21,9 +21,8 @@ from transformers import AutoTokenizer
 
 from alignment import cli
 from alignment.commands.serve import verb, worker
-from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms, write_sum
+from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms, write_files, write_sum
 from alignment.commands.serve.verb import Options, serve, vllm_command, worker_command
-from alignment.commands.serve.vllm_files import write_files
 from alignment.commands.serve.vllm_layout import (
     VllmArm,
     VllmFiles,
@@ -152,7 +151,7 @@ def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monk
         write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
         error = written_error(tmp_path)
         assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
-    monkeypatch.setattr("alignment.commands.serve.vllm_files.write_files", full)
+    monkeypatch.setattr("alignment.commands.serve.loaded_arms.write_files", full)
     settings = tmp_path / "serve.json"
     settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
     assert worker.main([str(settings), "0"]) == DiskError.exit_code
