@@ -108,10 +108,7 @@ def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
 
 
 def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every setting that differs between the runs that have it, with the value in each run.
-
-    For a stage that some runs lack, it yields which runs have it.
-    """
+    """Yields every setting that differs between the runs that have it, with the value in each run."""
     flattened = [flat(settings) for settings in settings_of_runs]
     stages = {name for settings in settings_of_runs for name in settings["stages"]}
     lacking = {name for name in stages if any(name not in settings["stages"] for settings in settings_of_runs)}

@@ -117,12 +117,7 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: SourceConfi
     file is read in a format that it is not meant for.
 
     A hub's data set that is not on this machine is downloaded. After Ctrl-C it prints what it knows of the rows so far,
-    and returns 130.
-
-    Raises:
-        ConfigError: the settings are invalid.
-        DataError: the file cannot be fetched or read at all.
-    """
+    and returns 130. Raises ConfigError, DataError."""
     of_other = [] if against is None else list(settings.source_faults(against, AGAINST))
     refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA"), *of_other])
 

@@ -83,11 +83,8 @@ def chat(
 
     ``result`` is a run under ``output``, or a result that ``align export`` takes. ``arms`` are stages of that run,
     ``base``, or such results; by default it is the run's last finished policy. ``options`` are the fields of
-    ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
-
-    Raises:
-        ConfigError: an option is invalid, there are more than two arms, or as ``PolicyFinder.policies``.
-        ModelError, StageError: the process was killed, as in ``run_worker``."""
+    ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves. Raises
+    ConfigError, ModelError, StageError."""
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
         remedy = "name one or two"

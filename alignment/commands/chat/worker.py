@@ -145,8 +145,7 @@ class ChatSession:
     answers: int = 0
 
     def __post_init__(self) -> None:
-        """Renders a first prompt, so that an unusable template is refused at once. Raises DataError: there is no chat
-        template, or it refuses the given system message."""
+        """Renders a first prompt, so that an unusable template is refused at once."""
         self.ends = end_ids(self.tokenizer)
         self._rendered([Message(role="user", content="Hi.")])
 
@@ -226,11 +225,8 @@ class _Text:
 def load_session(
     policy: StoredPolicy, *, options: GenerationOptions, engine: SamplingConfig | None = None
 ) -> ChatSession:
-    """A session with a policy; with ``engine`` a vLLM server answers.
-
-    Raises:
-        ArtifactError, ModelError, DataError: as ``parts_of`` and ``ChatSession``, or a model cannot be loaded.
-        ConfigError, StageError: there is no environment with vLLM, or the server cannot be started."""
+    """A session with a policy; with ``engine`` a vLLM server answers. Raises ArtifactError, ModelError, DataError,
+    ConfigError, StageError."""
     lineage, tokenizer = parts_of(*policy.sources)
     dtype = Dtype(policy.dtype)
     if engine is None:

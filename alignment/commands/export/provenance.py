@@ -198,8 +198,7 @@ def _measured(
     run: RunRecord | None,
     read: Callable[[str, Path, Manifest], tuple[Arm | None, Record]],
 ) -> Measured[Arm, Record] | None:
-    """The result of this kind with the artifact among its arms: the run's own one, or else the newest. ``read`` reads
-    it for the arm of a name; None if it cannot be read."""
+    """The result of this kind with the artifact among its arms: the run's own one, or else the newest."""
     own = _artifacts(run) if run else {}
     results = []
     for folder, candidate in store.values():

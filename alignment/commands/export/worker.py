@@ -1,16 +1,16 @@
-"""Exports a result for other programs: ``worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter|gguf|vllm``.
+"""Exports a result for other programs; ``align export`` sends a request in JSON.
 
-``align export`` calls it. Adapters are merged into the weights that they were trained on, after dequantising weights in
-four bits. The difference that rounding the sum makes is measured and limited. The written folder is then loaded by
-plain transformers or PEFT, and must give the expected outputs before the export is complete.
+Adapters are merged into the weights that they were trained on, after dequantising weights in four bits. The difference
+that rounding the sum makes is measured and limited. The written folder is then loaded by plain transformers or PEFT,
+and must give the expected outputs before the export is complete.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from alignment.commands.export import exported
-from alignment.commands.export.export_options import (
-    GGUF,
-    GGUF_TYPES,
-    VLLM,
-    ExportOptions,
-    add_form_arguments,
-    options_of,
+from alignment.commands.export.export_options import GGUF, GGUF_TYPES, VLLM, ExportOptions
+from alignment.commands.export.exported import (
+    ExportedResult,
+    exported_result,
+    logprobs,
+    logprobs_of_answers,
+    merged_policy,
+    refuse_differences,
+    refuse_prefix,
+    stream_logprobs,
 )
-from alignment.commands.export.exported import ExportedResult, exported_result, logprobs, refuse_differences
 from alignment.commands.export.gguf_form import gguf_file
 from alignment.commands.export.gguf_form.gguf_file import vocabulary, write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import check_by_llama
@@ -56,6 +57,11 @@ from alignment.models.forward.generate import generate
 from alignment.models.forward.head import scales_logits
 
 _AS_MODEL = "export it as a model"
+_NO_REWARD_MODEL = {
+    "adapter": "an adapter cannot hold the head of a reward model and its offset",
+    GGUF: "a GGUF file has no field for the head of a reward model and its offset",
+    VLLM: "vLLM generates answers, and a reward model gives none",
+}
 
 
 def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
@@ -63,8 +69,6 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     ``generation_config.json`` is that of the policy, as in the other forms. Raises ModelError: the result is not one
     adapter on a public base, or it gives other outputs when PEFT loads it."""
     lineage = result.lineage
-    if result.manifest.kind == REWARD_MODEL:
-        raise ModelError("an adapter cannot hold the head of a reward model and its offset", remedy=_AS_MODEL)
     if len(lineage.adapters) != 1 or lineage.source == "self":
         stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
         message = f"it is not a single adapter on a public base, but {stack} on {lineage.source}"
@@ -82,20 +86,15 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     policy = original.get_base_model()
     # The flat forward, which supports a prefix, leaves out what a model does to its logits.
-    expected = (
-        logprobs(original, result.rows) if scales_logits(policy) else exported.stream_logprobs(policy, result.rows)
-    )
+    expected = logprobs(original, result.rows) if scales_logits(policy) else stream_logprobs(policy, result.rows)
     again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
     notes = [
         "loaded by PEFT on its base, it gives the same outputs on the test texts as the policy of this run",
         f"whoever loads it needs the base: {lineage.base}",
     ]
-    if lineage.adapters[0].nf4:
-        notes.append(
-            "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"
-        )
-    return notes
+    in_four_bits = "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"
+    return [*notes, in_four_bits] if lineage.adapters[0].nf4 else notes
 
 
 def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
@@ -109,9 +108,9 @@ def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
 
 def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> list[str]:
     """Writes a causal language model with the adapters merged; returns notes about it. Raises ModelError: see
-    ``exported.merged_policy``; or it gives other outputs when it is loaded."""
+    ``merged_policy``; or it gives other outputs when it is loaded."""
     dtype = DTYPES[result.dtype]
-    merged, expected, notes = exported.merged_policy(result, dtype, max_gap=max_gap)
+    merged, expected, notes = merged_policy(result, dtype, max_gap=max_gap)
     merged.config.use_cache = True
     # So that `generate` stops where it stopped here, and the base's own settings change no answer.
     merged.generation_config = generation_settings(result.stops, result.tokenizer.pad_token_id)
@@ -124,12 +123,9 @@ def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> lis
 def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     """Writes a sequence classifier, whose score lacks our offset, because it has no field for it.
 
-    The file keeps the head in float32. A reader in bfloat16 rounds it, so the expected scores are rounded alike.
-
-    Raises:
-        ModelError: an adapter is a prefix, or the classifier gives other scores when it is loaded.
-    """
-    exported.refuse_prefix(result.lineage)
+    The file keeps the head in float32. A reader in bfloat16 rounds it, so the expected scores are rounded alike. Raises
+    ModelError."""
+    refuse_prefix(result.lineage)
     dtype = DTYPES[result.dtype]
     model = load_scalar(result.lineage, dtype)
     load_scalar_head(model, result.artifact / HEAD)
@@ -196,19 +192,14 @@ _OF_FREE, _START_SECONDS = 0.9, 1800.0
 
 
 def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
-    """Writes a causal language model as ``--as model`` does, and has a vLLM server answer with it.
-
-    Raises:
-        ConfigError, StageError: there is no environment with vLLM, or vLLM does not load it.
-        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities."""
-    if result.manifest.kind == REWARD_MODEL:
-        raise ModelError("vLLM generates answers, and a reward model gives none", remedy="export it as a model")
+    """Writes a causal language model as ``--as model`` does, and has a vLLM server answer with it. Raises ConfigError,
+    StageError, ModelError."""
     interpreter(options.engine_python, package="vllm", where="--engine-python")
     notes = write_policy(result, folder, max_gap=options.max_gap)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
     of_vllm = _vllm_answers(result, folder, generation, options)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
-    under = exported.logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
+    under = logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
     differences = [
@@ -258,18 +249,11 @@ def _vllm_answers(
 
 def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
     """Writes the file, and the Modelfile unless it is not wanted; returns notes about them. Adapters are merged in
-    float32, so that a weight is rounded once, to the file's type.
-
-    Raises:
-        ModelError: the result cannot be a GGUF file, merging or the type changed more than ``options.max_gap``, or the
-            file is read otherwise by transformers or llama.cpp."""
-    if result.manifest.kind == REWARD_MODEL:
-        remedy = "export it as a model"
-        raise ModelError("a GGUF file has no field for the head of a reward model and its offset", remedy=remedy)
+    float32, so that a weight is rounded once, to the file's type. Raises ModelError."""
     dtype = options.dtype or GGUF_TYPES[0]
     file = folder / f"model-{dtype}.gguf"
     gguf_file.architecture_of(AutoConfig.from_pretrained(str(result.lineage.base)))  # refused before anything is merged
-    merged, expected, notes = exported.merged_policy(result, torch.float32, max_gap=options.max_gap)
+    merged, expected, notes = merged_policy(result, torch.float32, max_gap=options.max_gap)
     words = vocabulary(result.tokenizer, merged.config.vocab_size, result.stops)
     notes += words.notes
     folder.mkdir()
@@ -283,10 +267,9 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
         )
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         notes += about
-    name = f"{result.manifest.stage}-{result.manifest.fingerprint[:8]}"
     metadata = {
         **gguf_file.model_metadata(merged.config),
-        "general.name": name,
+        "general.name": f"{result.manifest.stage}-{result.manifest.fingerprint[:8]}",
         **gguf_file.file_metadata(dtype),
         **words.metadata,
     }
@@ -308,18 +291,13 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
 @reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, or that of the error."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.commands.export.worker", description=__doc__)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument(
-        "--base", type=Path, help="the folder of the base model; not needed if the artifact contains a model"
-    )
-    parser.add_argument("--to", type=Path, required=True)
-    add_form_arguments(parser)
-    parser.add_argument("--run", help="the run whose evaluation the card describes, if several runs have this artifact")
-    given = parser.parse_args(arguments)
+    (text,) = sys.argv[1:] if arguments is None else arguments
+    request = json.loads(text)
+    artifact, to = Path(request["artifact"]), Path(request["to"])
+    base = None if request["base"] is None else Path(request["base"])
     silence_libraries()
-    with explained(given.to.parent):
-        print(export(given.artifact, given.base, given.to, options_of(given), run=given.run))
+    with explained(to.parent):
+        print(export(artifact, base, to, ExportOptions(**request["options"]), run=request["run"]))
     return 0
 
 
@@ -343,6 +321,8 @@ def export(artifact: Path, base: Path | None, to: Path, options: ExportOptions, 
 
 
 def _write(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
+    if result.manifest.kind == REWARD_MODEL and options.form in _NO_REWARD_MODEL:
+        raise ModelError(_NO_REWARD_MODEL[options.form], remedy=_AS_MODEL)
     if options.form == "adapter":
         return write_adapter(result, folder)
     if options.form == GGUF:

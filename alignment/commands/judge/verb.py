@@ -186,15 +186,7 @@ def judge(
     port: int = 0,
     opens_browser: bool = False,
 ) -> int:
-    """Serves the page until Ctrl-C; returns the exit code.
-
-    Raises:
-        ConfigError: a library is missing; there is no such run, evaluation or arm; the same arm is named twice; or an
-            option is not valid.
-        DataError: the file of votes is damaged.
-        ArtifactError: the evaluation is damaged.
-        Busy: another server writes the same votes, or the port is taken.
-    """
+    """Serves the page until Ctrl-C; returns the exit code. Raises ConfigError, DataError, ArtifactError, Busy."""
     refuse_without_page_libraries(where="align judge", needs="the page needs")
     from alignment.commands.judge.web_app import application
     from alignment.commands.shared.page_server import PageServer

@@ -105,8 +105,7 @@ class _Pages:
 
 
 async def _form(request: Request) -> Mapping[str, str]:
-    """The fields of a form; of a field that is repeated, the last. Raises ValueError: it is too long, or has too many
-    fields."""
+    """The fields of a form; of a field that is repeated, the last."""
     body = b""
     async for chunk in request.stream():
         body += chunk

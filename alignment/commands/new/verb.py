@@ -208,13 +208,7 @@ def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Opt
     """Writes a recipe for these files to ``out``, shows what it plans, and returns 0.
 
     ``ask`` asks the user (default: on a terminal). Nothing is left behind if it fails, and no file is overwritten.
-
-    Raises:
-        ConfigError: ``out`` cannot be written, an answer is missing, or no stage uses a file.
-        DataError: a file cannot be read, or no stage can use it.
-        ModelError: there is no such model, its folder has no weights, or it has no usable tokenizer.
-        AlignmentError: the plan of the recipe is refused.
-    """
+    Raises ConfigError, DataError, ModelError, AlignmentError."""
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -124,12 +124,8 @@ _REFUSE_TOOLS = (
 
 
 def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
-    """Writes the tokenizer, the generation config, merged weights of a single policy, and sums of adapters.
-
-    Raises:
-        ConfigError: several policies cannot be served together.
-        ModelError: they have different tokenizers, templates or ends of answers.
-        ArtifactError, ModelError, DataError: as ``load_arms``."""
+    """Writes the tokenizer, the generation config, merged weights of a single policy, and sums of adapters. Raises
+    ConfigError, ModelError, ArtifactError, DataError."""
     layout = vllm_layout(policies)
     loaded = [lineage_and_tokenizer(policy) for policy in policies]
     lineage, tokenizer = loaded[0]

@@ -170,11 +170,7 @@ class PolicyGeneration:
         self, prompt: str, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = (), *, is_chat: bool
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer to a conversation that the chat template rendered, which ``Ended`` divides into
-        content, thoughts and calls, or to any other text. Closing the iterator ends the work.
-
-        Raises:
-            RequestError: the prompt is empty, or leaves no room for an answer (400), or the model failed (500).
-        """
+        content, thoughts and calls, or to any other text. Closing the iterator ends the work. Raises RequestError."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         is_left = threading.Event()
 

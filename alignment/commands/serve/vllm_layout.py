@@ -6,7 +6,6 @@ stacked adapters still stands on its bare base (loaded_arms.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.core import errors
 from alignment.core.artifacts import Manifest, inside, read_manifest
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, ModelError
 from alignment.core.files import parse_json
 from alignment.engines.server_process import BASE, RANKS
 
@@ -136,25 +134,3 @@ def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
     return configs
-
-
-_FILE = "error.json"
-_KINDS = {
-    kind.exit_code: kind
-    for kind in (ConfigError, errors.DataError, ModelError, errors.StageError, errors.DiskError, ArtifactError)
-}
-
-
-def write_error(folder: Path, error: AlignmentError) -> None:
-    """Writes an error for the driver."""
-    written = {"code": error.exit_code, "message": error.message, "where": error.where, "remedy": error.remedy}
-    (folder / _FILE).write_text(json.dumps(written), encoding="utf-8")
-
-
-def written_error(folder: Path) -> AlignmentError | None:
-    """The error that was written, if there was one."""
-    file = folder / _FILE
-    if not file.is_file():
-        return None
-    written = json.loads(file.read_text(encoding="utf-8"))
-    return _KINDS[written["code"]](written["message"], where=written["where"], remedy=written["remedy"])

@@ -104,12 +104,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run_worker(argv: Sequence[str], *, verb: str) -> int:
-    """The exit code of a worker of ``align VERB``, which has printed its own errors.
-
-    Raises:
-        ModelError: it was killed because a chat template did not end.
-        StageError: it was killed otherwise, so it printed nothing.
-    """
+    """The exit code of a worker of ``align VERB``, which has printed its own errors. Raises ModelError, StageError."""
     code = processes.call(argv)
     if code == -KILLED_BY:
         message = f"the chat template ran for more than {KILLED_SECONDS:g} s in one step"

@@ -372,11 +372,7 @@ def _named(**ids: int | None) -> Metadata:
 
 
 def _adds_bos(tokenizer: Any) -> bool:
-    """Whether llama.cpp should put BOS in front of texts.
-
-    Chats were trained as the template writes them. If it writes BOS itself, llama.cpp's server and the Modelfile leave
-    that one out, so there is always exactly one. If it writes none, there must be none.
-    """
+    """Whether llama.cpp should put BOS in front of texts."""
     ids = front(tokenizer)
     if ids not in ((), (tokenizer.bos_token_id,)):
         tokens = tokenizer.convert_ids_to_tokens(ids)

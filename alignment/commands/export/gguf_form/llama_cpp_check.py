@@ -29,12 +29,7 @@ rotation, fewer than half are; with eight bits of a small model, more than 0.95.
 
 
 def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
-    """The reply of ``llama_script.py``, run by ``python``, about a GGUF file.
-
-    Raises:
-        ConfigError: that interpreter has no llama-cpp-python.
-        ModelError: llama.cpp cannot load the file, or does not answer in time.
-    """
+    """The reply of ``llama_script.py``, run by ``python``, about a GGUF file. Raises ConfigError, ModelError."""
     complete = {"rows": [], "prompts": [], "texts": [], "stops": [], "max_new_tokens": 0, "wide_cache": True, **request}
     complete |= {"model": str(model), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
     with tempfile.TemporaryDirectory() as folder:

@@ -256,8 +256,8 @@ def test_a_full_disk_is_named(
         writer.state = gguf.gguf_writer.WriterState.EMPTY
 
     monkeypatch.setattr(gguf.GGUFWriter, "open_output_file", open_full)
-    arguments = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "gguf"]
-    assert main(arguments) == 12
+    request = {"artifact": str(saved.path), "base": str(base.base), "to": str(tmp_path / "out"), "run": None}
+    assert main([json.dumps({**request, "options": {"form": "gguf"}})]) == 12
     assert "no space left on the device" in capsys.readouterr().err
     assert not list(tmp_path.glob("*out*"))
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):

@@ -29,11 +29,9 @@ from alignment.commands.serve.vllm_layout import (
     VllmLayout,
     refuse_prefix,
     vllm_layout,
-    write_error,
-    written_error,
 )
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.commands.shared.stored_policy import StoredPolicy, write_error, written_error
 from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST
@@ -146,16 +144,16 @@ def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
 
-    assert written_error(tmp_path) is None
+    assert written_error(tmp_path / "error.json") is None
     for kind in (ConfigError, DataError, ModelError, ArtifactError):
-        write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
-        error = written_error(tmp_path)
+        write_error(tmp_path / "error.json", kind("it is damaged", where="there", remedy="mend it"))
+        error = written_error(tmp_path / "error.json")
         assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
     monkeypatch.setattr("alignment.commands.serve.loaded_arms.write_files", full)
     settings = tmp_path / "serve.json"
     settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
     assert worker.main([str(settings), "0"]) == DiskError.exit_code
-    error = written_error(tmp_path)
+    error = written_error(tmp_path / "error.json")
     assert (type(error), error.where) == (DiskError, str(tmp_path / "merged"))
 
 
