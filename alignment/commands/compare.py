@@ -64,8 +64,7 @@ ABSENT = "–"
 
 
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
-    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError:
-    there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
+    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError."""
     page = None if html is None else Path(html).expanduser().absolute()
     if page is not None and len(runs) > MOST_RUNS:
         raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")

@@ -96,10 +96,8 @@ _SHOWN = 0.005 * _GB
 
 def show_cost(console: Console, cost: RunCost, *, free: float | None = None, is_earlier: bool = False) -> None:
     """A line for each stage: memory, the size of its result, work, time, and what holds the memory at its peak.
-
     ``free`` are the bytes of the disk that results go to. If the cost ``is_earlier``, settings that need less were
-    sought for the memory of then.
-    """
+    sought for the memory of then."""
     table = _table("stage", "trains", "memory", "disk", "steps", "tokens", "FLOP", "time", "at the peak, in GB")
     for stage in cost.stages:
         table.add_row(*_cells(stage))

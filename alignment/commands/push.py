@@ -41,9 +41,8 @@ _OF_EVERY_REPOSITORY = frozenset({".gitattributes"})
 
 
 def push(console: Console, folder: str, *, to: str, public: bool, replace: bool) -> None:
-    """Uploads all files of an exported folder; a reader sees all of them or none.
-
-    The token is that of the environment (``HF_TOKEN``) or of ``hf auth login``. Raises ConfigError, StoreError."""
+    """Uploads all files of an exported folder; a reader sees all of them or none. The token is that of the environment
+    (``HF_TOKEN``) or of ``hf auth login``. Raises ConfigError, StoreError."""
     exported = _exported(folder)
     if _REPOSITORY.fullmatch(to) is None:
         raise ConfigError(f"{to!r} is not a repository", where="--to", remedy="OWNER/NAME")

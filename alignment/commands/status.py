@@ -95,7 +95,7 @@ def follow(console: Console, output: Path, run: str | None) -> None:
     except KeyboardInterrupt:
         say(f"{folder.name} continues; `align status {folder.name}` shows its progress")
         return
-    for line in (f"{folder.name}: {last.state}", *followed.explanation(last)):
+    for line in (f"{folder.name}: {last.state}", *explanation(folder, last.record)):
         say(line)
     record = RunRecord.read(folder)
     show_results(console, folder, record)
@@ -117,7 +117,7 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
         if not run.goes_on(view.state):
             return view
         if view.state == UNKNOWN and was_known:
-            for line in run.explanation(view):
+            for line in explanation(run.folder, view.record):
                 display.note(line)
         was_known = view.state != UNKNOWN
         time.sleep(POLL_SECONDS)

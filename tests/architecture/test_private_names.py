@@ -24,7 +24,6 @@ PACKAGE = Path(alignment.__file__).parent
 
 
 def has(owner: type, name: str, *parameters: str) -> bool:
-    """Whether it is there and takes these parameters."""
     return set(parameters) <= set(inspect.signature(getattr(owner, name)).parameters)
 
 

@@ -122,10 +122,7 @@ HALF_A_CHARACTER = "\ufffd"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationOptions:
     """Options for answers. A ``temperature`` of 0 takes the most likely token; otherwise ``seed`` and the number of the
-    answer determine the random draws.
-
-    ``max_new_tokens`` limits an answer.
-    """
+    answer determine the random draws. ``max_new_tokens`` limits an answer."""
 
     system: str = ""
     max_new_tokens: int = 256

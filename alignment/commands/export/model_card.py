@@ -8,15 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignment.commands.export.export_options import GGUF, VLLM
-from alignment.commands.export.provenance import (
-    Judged,
-    Provenance,
-    Remembered,
-    Step,
-    Tabled,
-    value_without_folders,
-    without_folders,
-)
+from alignment.commands.export.provenance import Measured, Provenance, Step, value_without_folders, without_folders
 from alignment.core.artifacts import FROM_OUTSIDE, POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.interval import Interval
@@ -111,11 +103,8 @@ def model_card(
     files: Sequence[str] = (),
 ) -> str:
     """Markdown with a header for model hubs; ``notes`` are sentences about this export, ``files`` its files.
-
-    ``turn_end`` is the token that ends a turn; None without a chat template.
-
-    Folders of this machine are left out, because the card may be published.
-    """
+    ``turn_end`` is the token that ends a turn; None without a chat template. Folders of this machine are left out,
+    because the card may be published."""
     sections = [
         _header(manifest, origin, form),
         _opening(manifest, origin),
@@ -196,7 +185,7 @@ def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
     return [*lines, *(line for result in origin.others for line in _tabled(result))]
 
 
-def _tabled(result: Tabled) -> Iterator[str]:
+def _tabled(result: Measured) -> Iterator[str]:
     for table in result.record:
         columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
         if result.arm not in columns:
@@ -215,7 +204,7 @@ def _table(table: ResultTable, columns: list[str], headings: list[str], introduc
         yield f"| {' | '.join((label, *texts))} |"
 
 
-def _evaluated(judged: Judged | None) -> list[str]:
+def _evaluated(judged: Measured | None) -> list[str]:
     if judged is None:
         return ["No evaluation of it is recorded."]
     evaluation = judged.record
@@ -236,7 +225,7 @@ def _evaluated(judged: Judged | None) -> list[str]:
     return lines
 
 
-def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
+def _values(judged: Measured) -> Iterator[tuple[str, Interval]]:
     """All measured values, with the direction of each metric, and win rates with judge and opponent."""
     metrics = {metric.name: metric for metric in judged.record.metrics}
     for name, value in judged.arm.all_metrics.items():
@@ -250,7 +239,7 @@ def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
                 yield f"win rate against {_arm(pair.against)}, by {value_without_folders(judge.name)}", pair.win_rate
 
 
-def _forgot(measured: Remembered) -> list[str]:
+def _forgot(measured: Measured) -> list[str]:
     """How much the policy forgot of the base's abilities, and whether that is within the limits."""
     arm, limits = measured.arm, measured.record.limits
     lines = [

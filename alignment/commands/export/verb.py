@@ -91,10 +91,8 @@ LLAMA_PYTHON = "ALIGNMENT_LLAMA_CPP_PYTHON"
 
 
 def export(console: Console, result: str, *, to: str, options: ExportOptions, output: Path) -> int:
-    """Writes the folder ``to``; returns the exit code.
-
-    ``result`` is an artifact's folder or ``RUN/STAGE`` of a run under ``output``. Raises ConfigError, ModelError,
-    StageError."""
+    """Writes the folder ``to``; returns the exit code. ``result`` is an artifact's folder or ``RUN/STAGE`` of a run
+    under ``output``. Raises ConfigError, ModelError, StageError."""
     folder = artifact_of(result, output, console)
     manifest = read_manifest(folder)
     if manifest is None:

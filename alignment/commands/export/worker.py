@@ -66,8 +66,7 @@ _NO_REWARD_MODEL = {
 
 def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     """Copies the adapter's folder as PEFT wrote it; it must be the only difference between the base and the policy.
-    ``generation_config.json`` is that of the policy, as in the other forms. Raises ModelError: the result is not one
-    adapter on a public base, or it gives other outputs when PEFT loads it."""
+    ``generation_config.json`` is that of the policy, as in the other forms. Raises ModelError."""
     lineage = result.lineage
     if len(lineage.adapters) != 1 or lineage.source == "self":
         stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
@@ -121,10 +120,8 @@ def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> lis
 
 
 def write_reward(result: ExportedResult, folder: Path) -> list[str]:
-    """Writes a sequence classifier, whose score lacks our offset, because it has no field for it.
-
-    The file keeps the head in float32. A reader in bfloat16 rounds it, so the expected scores are rounded alike. Raises
-    ModelError."""
+    """Writes a sequence classifier, whose score lacks our offset, because it has no field for it. The file keeps the
+    head in float32. A reader in bfloat16 rounds it, so the expected scores are rounded alike. Raises ModelError."""
     refuse_prefix(result.lineage)
     dtype = DTYPES[result.dtype]
     model = load_scalar(result.lineage, dtype)
@@ -154,10 +151,8 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
 
 
 def _set_padding(model: PreTrainedModel, result: ExportedResult) -> str:
-    """Keeps the padding token, or chooses another if it ends turns; returns a note about it.
-
-    transformers scores the last token that is not padding. In training, padding is often EOS, which often ends turns.
-    """
+    """Keeps the padding token, or chooses another if it ends turns; returns a note about it. transformers scores the
+    last token that is not padding. In training, padding is often EOS, which often ends turns."""
     tokenizer, size = result.tokenizer, model.get_input_embeddings().num_embeddings
     turn_end, before = turn_end_id(tokenizer), tokenizer.pad_token
     control = [token for token, content in sorted(tokenizer.added_tokens_decoder.items()) if content.special]
@@ -276,10 +271,10 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
     notes += write_file(file, merged, metadata, dtype)
     del merged  # reading back needs the memory
     gguf_file.refuse_other_metadata(file, metadata)
-    gap = gguf_file.gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
+    mean_kl, largest = gguf_file.gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
     notes.append(
-        f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token on the test texts, read by transformers in float32; the "
-        f"largest change of a log-probability is {gap.largest:.3g}"
+        f"{dtype} costs {mean_kl:.2g} nats of KL per token on the test texts, read by transformers in float32; the "
+        f"largest change of a log-probability is {largest:.3g}"
     )
     if options.llama_python is None:
         return [*notes, "it was not tested in llama.cpp (--llama-python)"]
@@ -302,9 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(artifact: Path, base: Path | None, to: Path, options: ExportOptions, *, run: str | None = None) -> str:
-    """Writes the folder ``to`` in one rename; returns notes about it. Raises ModelError: the result cannot have this
-    form, merging or rounding changed more than ``options.max_gap``, or the written model gives other outputs when it is
-    loaded."""
+    """Writes the folder ``to`` in one rename; returns notes about it. Raises ModelError."""
     result = exported_result(artifact, verify(artifact, content=True), base)
     partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)

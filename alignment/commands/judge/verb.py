@@ -91,8 +91,7 @@ class Ballots:
         return Standing(annotator=annotator, judged=len(judged), total=self.total, pair=pair, answers=answers)
 
     def vote(self, annotator: str, key: str, choice: Choice) -> None:
-        """Stores a vote; when this returns, it is on the disk. Raises Refused: there is no such pair, or the annotator
-        has judged it already; OSError: the file cannot be written to, and no part of the vote is in it."""
+        """Stores a vote; when this returns, it is on the disk. Raises Refused, OSError."""
         pair = self._pairs.get(key)
         if pair is None:
             raise Refused("There is no such pair in this evaluation.", status=404)
@@ -114,8 +113,7 @@ class Ballots:
         self._votes.append(vote)
 
     def undo(self, annotator: str) -> None:
-        """Takes the annotator's last vote back. Raises Refused: there is none; OSError: the file cannot be written to,
-        and the vote is still there; DataError: somebody else has written to the file, and not votes."""
+        """Takes the annotator's last vote back. Raises Refused, OSError, DataError."""
         own = self._own(annotator)
         if not own:
             raise Refused(f"{annotator} has no vote to undo.")
@@ -128,8 +126,7 @@ class Ballots:
 
 
 def annotator_name(text: str) -> str:
-    """The name without superfluous spaces. Raises ValueError: it is empty, too long, or holds characters that cannot be
-    printed."""
+    """The name without superfluous spaces. Raises ValueError."""
     name = unicodedata.normalize("NFC", " ".join(text.split()))
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a name must have 1 to {LONGEST_NAME} printable characters")

@@ -39,11 +39,9 @@ from alignment.pipeline.backends import processes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataFile:
-    """A file, and the ``record`` that it is most of all meant for.
-
-    ``source`` is what a recipe writes. ``number`` are its records, ``prompts`` the keys of its different prompts.
-    ``faulty`` is the share of its rows that stages leave out. ``columns`` maps a format's columns to the file's.
-    """
+    """A file, and the ``record`` that it is most of all meant for. ``source`` is what a recipe writes. ``number`` are
+    its records, ``prompts`` the keys of its different prompts. ``faulty`` is the share of its rows that stages leave
+    out. ``columns`` maps a format's columns to the file's."""
 
     name: str
     source: str
@@ -123,8 +121,7 @@ class CountedRow:
 
 
 def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, str] | None = None) -> DataFile:
-    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError: it
-    cannot be read, or no stage can use it."""
+    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError."""
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -58,8 +58,7 @@ def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: As
 
 
 def refuse_unasked(questions: Sequence[Question], given: Mapping[str, str], known: Sequence[Question]) -> None:
-    """Accepts answers with choices only to questions that these files raise. Raises ConfigError: an answer would change
-    nothing."""
+    """Accepts answers with choices only to questions that these files raise. Raises ConfigError."""
     raised = {question.name for question in questions}
     for question in known:
         if question.choices and question.name in given and question.name not in raised:
@@ -205,10 +204,9 @@ class Options:
 
 
 def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Options, ask: Ask | None = None) -> int:
-    """Writes a recipe for these files to ``out``, shows what it plans, and returns 0.
-
-    ``ask`` asks the user (default: on a terminal). Nothing is left behind if it fails, and no file is overwritten.
-    Raises ConfigError, DataError, ModelError, AlignmentError."""
+    """Writes a recipe for these files to ``out``, shows what it plans, and returns 0. ``ask`` asks the user (default:
+    on a terminal). Nothing is left behind if it fails, and no file is overwritten. Raises ConfigError, DataError,
+    ModelError, AlignmentError."""
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

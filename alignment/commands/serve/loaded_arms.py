@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.loaded_policies import generation_settings, parts_of
@@ -39,8 +39,7 @@ class LoadedArm:
 
 
 def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
-    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError: an artifact is
-    damaged, a model cannot be loaded, or a policy has no usable chat template."""
+    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError."""
     arms = []
     for policy in policies:
         lineage, tokenizer = lineage_and_tokenizer(policy)
@@ -61,16 +60,11 @@ def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
 
 
 def merged(lineage: Lineage, tokenizer: Any, dtype: str) -> PreTrainedModel:
-    """The policy's model with all adapters merged, which generates as ``generation_config`` says."""
+    """The policy's model with all adapters merged, which ends answers at every token that ends one in training."""
     model = load_policy(lineage, DTYPES[Dtype(dtype)])
     model.config.use_cache = True
-    model.generation_config = generation_config(tokenizer)
+    model.generation_config = generation_settings(end_ids(tokenizer), tokenizer.pad_token_id)
     return model
-
-
-def generation_config(tokenizer: Any) -> GenerationConfig:
-    """Ends answers at every token that ends one in training; see ``generation_settings``."""
-    return generation_settings(end_ids(tokenizer), tokenizer.pad_token_id)
 
 
 _A, _B = "lora_A.weight", "lora_B.weight"
@@ -78,8 +72,7 @@ _FACTOR = re.compile(r"(.*)\.(lora_[AB]\.weight)")
 
 
 def write_sum(folders: Sequence[Path], to: Path) -> None:
-    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError: an adapter holds something else than
-    factors."""
+    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError."""
     configs = [saved_config(folder) for folder in folders]
     ranks = [config.r for config in configs]
     scales = [config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) for config in configs]
@@ -142,7 +135,7 @@ def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
             _REFUSE_TOOLS + own if isinstance(own, str) else {name: _REFUSE_TOOLS + text for name, text in own.items()}
         )
     tokenizer.save_pretrained(str(files.tokenizer))
-    generation_config(tokenizer).save_pretrained(str(files.generation))
+    generation_settings(end_ids(tokenizer), tokenizer.pad_token_id).save_pretrained(str(files.generation))
 
 
 def _refuse_other_tokenizer(first: StoredPolicy, tokenizer: Any, policy: StoredPolicy, other: Any) -> None:

@@ -36,11 +36,9 @@ _WITH_CALLS: Any = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
 
 def answer_reader(tokenizer: Any, model: PreTrainedModel, end_ids: Iterable[int], *, with_tools: bool) -> Any:
     """A copy of the tokenizer that divides answers in the form of this kind of model, if transformers knows it.
-
     ``with_tools``: where it knows none, calls are read in the form that the chat template writes. By itself,
     transformers knows the ends of the kind's first models, and returns any other as text. Of several texts, such as
-    those before and after a call, it keeps the last. Without a form, an answer is all text.
-    """
+    those before and after a call, it keeps the last. Without a form, an answer is all text."""
     reader = copy.copy(tokenizer)
     form = serving.get_response_template(tokenizer, model)
     if form is None and with_tools:

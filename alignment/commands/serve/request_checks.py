@@ -83,8 +83,7 @@ COMPLETION: KnownFields = (
 
 
 def body_of(raw: bytes) -> dict[str, Any]:
-    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs. Raises RequestError: the body
-    is something else."""
+    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs. Raises RequestError."""
     try:
         body = json.loads(raw, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -108,8 +107,7 @@ def _finite(text: str) -> float:
 
 
 def refuse_unsupported(body: Mapping[str, Any], fields: KnownFields) -> None:
-    """Checks the names of the fields, and that those which have no effect ask for nothing. Raises RequestError: a field
-    asks for what is not supported, or is unknown."""
+    """Checks the names of the fields, and that those which have no effect ask for nothing. Raises RequestError."""
     known, others = fields
     for name, value in body.items():
         if value is None or name in known or (name in _OF_TOOLS and not body.get("tools")):
@@ -121,8 +119,7 @@ def refuse_unsupported(body: Mapping[str, Any], fields: KnownFields) -> None:
 
 
 def options_of(body: Mapping[str, Any], vocabulary: int) -> AnswerOptions:
-    """The options of an answer by a policy with so many token ids. Raises RequestError: an option has a value that it
-    cannot have."""
+    """The options of an answer by a policy with so many token ids. Raises RequestError."""
     limits = [_count(body, name) for name in ("max_completion_tokens", "max_tokens")]
     temperature = _number(body, "temperature", 1.0, 0.0, HOTTEST)
     if 0 < temperature < COLDEST:

@@ -30,11 +30,8 @@ class VllmArm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmLayout:
-    """What the server loads.
-
-    ``weights`` is the folder of the weights that it calls ``weights_name``. It is None if there is a single policy
-    whose adapters have to be merged first. ``arms`` are the other policies.
-    """
+    """What the server loads. ``weights`` is the folder of the weights that it calls ``weights_name``. It is None if
+    there is a single policy whose adapters have to be merged first. ``arms`` are the other policies."""
 
     weights: Path | None
     weights_name: str
@@ -55,8 +52,7 @@ class VllmFiles:
 
 
 def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
-    """How these policies are served. Raises ConfigError: there are several, and they are not all LoRA adapters on the
-    same weights."""
+    """How these policies are served. Raises ConfigError."""
     if len(policies) == 1:
         (policy,) = policies
         is_merged = policy.artifact is not None and bool(_manifest_of(policy).adapters)

@@ -39,18 +39,17 @@ HEADERS = {
 def guarded(routes: Sequence[Route], token: str, *, command: str) -> ASGIApp:
     """The application behind its token; ``command`` printed the address."""
     middleware = [
-        Middleware(_WithHeaders),
+        Middleware(_Guard, token=token, command=command),
         Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(_WithToken, token=token, command=command),
     ]
     return Starlette(routes=routes, middleware=middleware)
 
 
-class _WithHeaders:
-    """Puts the headers on every response, refusals too."""
+class _Guard:
+    """Takes the token off the path, refuses a request without it, and puts the headers on every response."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, token: str, command: str) -> None:
+        self._app, self._token, self._command = app, token.encode(), command
         self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,26 +58,14 @@ class _WithHeaders:
                 message["headers"] = [*message["headers"], *self._headers]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
-
-
-class _WithToken:
-    """Takes the token off the beginning of the path, and refuses a request without it."""
-
-    def __init__(self, app: ASGIApp, token: str, command: str) -> None:
-        self._app = app
-        self._token = token.encode()
-        self._command = command
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
         first, slash, rest = scope["path"].removeprefix("/").partition("/")
         if not secrets.compare_digest(first.encode("utf-8", "replace"), self._token):
             refusal = f"Open the address that `{self._command}` printed, with its token.\n"
-            await PlainTextResponse(refusal, status_code=403)(scope, receive, send)
+            app = PlainTextResponse(refusal, status_code=403)
         elif not slash:
-            await RedirectResponse(f"/{first}/")(scope, receive, send)
-        else:
-            await self._app({**scope, "path": f"/{rest}"}, receive, send)
+            app = RedirectResponse(f"/{first}/")
+        await app({**scope, "path": f"/{rest}"}, receive, send_with_headers)
 
 
 def assets(package: str, style: str, script: str, *more: str) -> list[Route]:

@@ -17,11 +17,9 @@ from alignment.core.files import write_text
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredPolicy:
     """A policy on this disk: an ``artifact`` on its ``base`` (None if it has weights of its own), or the bare base.
-
     ``name`` is how the user calls it, ``described`` says what it is, and ``dtype`` is that of its weights.
     ``chat_template`` replaces the one of a bare base, and ``template_options`` are its options. A result's tokenizer
-    has both.
-    """
+    has both."""
 
     name: str
     described: str

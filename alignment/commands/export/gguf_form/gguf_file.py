@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignment.commands.export.export_options import GGUF_TYPES
-from alignment.commands.export.exported import Gap, gap_between, logprobs, refuse_differences
+from alignment.commands.export.exported import gap_between, logprobs, refuse_differences
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.tokenize import front, turn_end_id
@@ -34,12 +34,9 @@ Metadata = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A ``model_type`` of transformers in GGUF.
-
-    llama.cpp rotates the pairs of elements (2i, 2i + 1) of a head in the architecture ``llama``, where transformers
-    rotates (i, i + half). ``interleaved``: rows of Q and K are therefore put in that order. Other architectures are
-    rotated as in transformers.
-    """
+    """A ``model_type`` of transformers in GGUF. llama.cpp rotates the pairs of elements (2i, 2i + 1) of a head in the
+    architecture ``llama``, where transformers rotates (i, i + half). ``interleaved``: rows of Q and K are therefore put
+    in that order. Other architectures are rotated as in transformers."""
 
     arch: gguf.MODEL_ARCH
     interleaved: bool
@@ -67,8 +64,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """How models with this configuration are written. Raises ModelError: the architecture, or one of its settings, is
-    not supported."""
+    """How models with this configuration are written. Raises ModelError."""
     works = f"GGUF export supports {', '.join(ARCHITECTURES)}"
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
@@ -118,8 +114,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their names in GGUF, in its arrangement; tied embeddings once. Raises ModelError: the model has a
-    weight that GGUF has no name for."""
+    """The weights by their names in GGUF, in its arrangement; tied embeddings once. Raises ModelError."""
     config = model.config
     architecture = architecture_of(config)
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
@@ -155,8 +150,7 @@ def file_metadata(dtype: str) -> Metadata:
 
 
 def write_file(file: Path, model: PreTrainedModel, metadata: Metadata, dtype: str) -> list[str]:
-    """Writes the file; returns a note if some weights could not have the type. Raises ModelError: a weight is too large
-    for float16."""
+    """Writes the file; returns a note if some weights could not have the type. Raises ModelError."""
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has it already
@@ -209,7 +203,9 @@ def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
             raise ModelError(f"the written file has a different {key}; nothing was exported", where=str(file))
 
 
-def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtype: str, max_gap: float) -> Gap:
+def gap_of_file(
+    file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtype: str, max_gap: float
+) -> tuple[float, float]:
     """How far the file's model is from ``expected [tokens, vocabulary]`` log-probabilities, computed in float32. Raises
     ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``."""
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws its progress whatever its settings are
@@ -217,11 +213,11 @@ def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtyp
     actual = logprobs(model, rows)
     if dtype == "f32":
         refuse_differences(actual, expected, file)
-    gap = gap_between(expected, actual)
-    if not gap.mean_kl <= max_gap:  # NaN too
-        message = f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported"
+    mean_kl, largest = gap_between(expected, actual)
+    if not mean_kl <= max_gap:  # NaN too
+        message = f"{dtype} costs {mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported"
         raise ModelError(message, where=str(file), remedy="choose a wider --dtype, or allow more with --max-gap")
-    return gap
+    return mean_kl, largest
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -248,9 +244,7 @@ _PLAIN = {"lstrip", "rstrip", "single_word"}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
     """``stops`` are the texts of the tokens that end an answer; ``adds_bos``: llama.cpp puts BOS in front of a text.
-
-    ``notes`` are sentences about what a GGUF file cannot say.
-    """
+    ``notes`` are sentences about what a GGUF file cannot say."""
 
     metadata: Metadata
     stops: list[str]
@@ -294,8 +288,7 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
 
 
 def pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words. Raises ModelError: it has no name,
-    as far as is known here."""
+    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words. Raises ModelError."""
     outer = described["pre_tokenizer"] or {"type": "nothing"}
     steps = [_without_usual(step) for step in (outer["pretokenizers"] if outer["type"] == "Sequence" else [outer])]
     for name, rule in _RULES.items():

@@ -59,11 +59,10 @@ def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
 def check_by_llama(
     python: Path, file: Path, result: ExportedResult, expected: Tensor, *, adds_bos: bool, max_gap: float
 ) -> list[str]:
-    """Compares tokens, ends and the likeliest next tokens with ours; returns notes.
-
-    ``expected`` is ``[tokens, vocabulary]``, the log-probabilities of the result's rows. A token that is at most
-    ``max_gap`` nats less likely than the likeliest is no other prediction: a model in training may be nearly
-    indifferent. It raises as ``ask``, and ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
+    """Compares tokens, ends and the likeliest next tokens with ours; returns notes. ``expected`` is ``[tokens,
+    vocabulary]``, the log-probabilities of the result's rows. A token that is at most ``max_gap`` nats less likely than
+    the likeliest is no other prediction: a model in training may be nearly indifferent. It raises as ``ask``, and
+    ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
     texts = [*TEXTS]
     if result.tokenizer.chat_template:  # a text with control tokens, as a chat has them
         texts.append(prompt_text(result.tokenizer, [Message(role="user", content=TEXTS[1])]))

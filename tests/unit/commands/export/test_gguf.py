@@ -55,7 +55,6 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _read(folder: Path, dtype: str = "f32") -> torch.Tensor:
-    """What plain transformers computes with the file."""
     file = f"model-{dtype}.gguf"
     return _logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32))
 

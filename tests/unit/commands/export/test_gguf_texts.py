@@ -41,7 +41,6 @@ PARAMETER repeat_penalty 1
 
 
 def _turns(*turns: str) -> list[Message]:
-    """``user: Hi.`` and so on."""
     return [Message(role=role, content=content) for role, _, content in (turn.partition(": ") for turn in turns)]
 
 

@@ -26,11 +26,8 @@ from tests.unit.config.test_typed import FAULTS
 jsonschema = pytest.importorskip("jsonschema", reason="the extra 'metrics' has jsonschema")
 
 ROOT = Path(__file__).parents[4]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = jsonschema.Draft7Validator(recipe_schema())
 SWEEPS = jsonschema.Draft7Validator(sweep_schema())
-BESIDE_DEFAULTS = ("stages", "model", "launch", "tracking", "summary")
-"""Keys of recipes of which the docs show a part."""
 
 
 def faults(validator: Any, tree: Any) -> list[str]:
@@ -39,19 +36,6 @@ def faults(validator: Any, tree: Any) -> list[str]:
     return [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in errors]
 
 
-def parts_of_docs() -> list[tuple[str, Any]]:
-    """Pages and their examples of YAML, those of a stage alone in the place that they would have in a recipe."""
-    parts: list[tuple[str, Any]] = []
-    for page in PAGES:
-        for text in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            if "…}" in text:
-                continue  # left out by its author
-            tree = yaml_file.load(text) or {}
-            if set(tree) <= set(kinds()):
-                tree = {"stages": tree}
-            if "parameters" in tree or "defaults" in tree or set(tree) <= set(BESIDE_DEFAULTS):
-                parts.append((page.name, tree))
-    return parts
 
 
 @pytest.mark.parametrize("schema", [recipe_schema(), sweep_schema()], ids=["recipe", "sweep"])
@@ -74,15 +58,6 @@ def test_everything_that_is_shipped_and_all_defaults_validate() -> None:
         assert faults(RECIPES, {"stages": {"any": to_plain(kind.config())}}) == [], name
 
 
-def test_the_examples_of_the_docs_validate() -> None:
-    parts = parts_of_docs()
-    assert len(parts) >= 20
-    wrong = [(page, faults(SWEEPS if "parameters" in tree else RECIPES, tree)) for page, tree in parts]
-    others = f"is not one of {list(kinds())}"  # added by the packages that these two pages describe
-    assert sorted(part for part in wrong if part[1]) == [
-        ("own_rows.md", [f"stages.shorten.kind: 'shorten' {others}"]),
-        ("own_stage.md", [f"stages.count.kind: 'wordcount' {others}"]),
-    ]
 
 
 CHOSEN = {"dpo": "dpo", "judge": "reward", "mine": "sft"}
