@@ -178,9 +178,3 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     assert 20e6 < manifest["usage"]["peak_engine_bytes"] < 1e9
     align("run", *settings)
     assert align.states()["ppo"] == "reused"
-
-
-
-
-
-

@@ -36,8 +36,6 @@ def faults(validator: Any, tree: Any) -> list[str]:
     return [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in errors]
 
 
-
-
 @pytest.mark.parametrize("schema", [recipe_schema(), sweep_schema()], ids=["recipe", "sweep"])
 def test_a_schema_is_one_of_draft_07_and_describes_what_it_allows(schema: dict[str, Any]) -> None:
     jsonschema.Draft7Validator.check_schema(schema)
@@ -56,8 +54,6 @@ def test_everything_that_is_shipped_and_all_defaults_validate() -> None:
     assert {path.name: faults(SWEEPS, yaml_file.read(path)) for path in sweeps} == {path.name: [] for path in sweeps}
     for name, kind in kinds().items():
         assert faults(RECIPES, {"stages": {"any": to_plain(kind.config())}}) == [], name
-
-
 
 
 CHOSEN = {"dpo": "dpo", "judge": "reward", "mine": "sft"}

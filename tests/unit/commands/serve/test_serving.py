@@ -102,12 +102,6 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     assert (caught.value.exit_code, caught.value.where.endswith(where)) == (code, True)
 
 
-
-
-
-
-
-
 def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
@@ -145,8 +139,6 @@ def test_the_base_of_a_result_has_the_template_that_the_result_was_trained_with(
     (artifact / MANIFEST).write_text(json.dumps(manifest))
     _, tokenizer = lineage_and_tokenizer(*policies(run, "base", of=str(artifact)))
     assert tokenizer.chat_template == text
-
-
 
 
 def test_the_files_of_vllm_have_template_ends_and_merged_weights(run: ServedRun, tmp_path: Path) -> None:
@@ -337,5 +329,3 @@ def test_a_merged_policy_has_no_adapters_and_may_have_a_key(run: ServedRun, monk
     assert command.environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(argv), "other users of this machine see arguments"
     assert "VLLM_CPU_KVCACHE_SPACE" not in command.environment
-
-
