@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from alignment.config.foreign_keys import FOREIGN
 from alignment.config.run import RunConfig, conf_folder
 from alignment.config.sweep import SweepConfig
 from alignment.config.typed import field_types, group_of, kinds_of, listed_dataclass
@@ -16,6 +17,7 @@ from book.settings_table import section
 
 TOP = "reference/configuration.md"
 GROUPS = "reference/configuration/groups.md"
+COMING_FROM = "reference/coming_from.md"
 _INTRO = """\
 # Configuration
 
@@ -47,7 +49,19 @@ def pages() -> dict[str, str]:
     for name, kind in our_kinds().items():
         texts[kind_page(name)] = _kind(kind, layout)
     texts[GROUPS] = _groups(layout)
+    texts[COMING_FROM] = _coming_from()
     return texts
+
+
+def _coming_from() -> str:
+    rows = ((f"`{name}`", f"`{ours}`", remark) for name, (ours, remark) in sorted(FOREIGN.items()))
+    return f"""\
+# Settings of TRL, axolotl and LLaMA-Factory
+
+The setting that does the same here. `optim.lr` is a setting of a stage, `stages.sft.optim.lr`; `adapter=qlora` is a
+choice, `adapter: qlora` in a recipe. If a recipe or a command has one of these names, the error gives the key.
+
+{table(["there", "here", "what differs"], rows)}"""
 
 
 def classes_below(cls: type) -> Iterator[type]:

@@ -18,6 +18,7 @@ from alignment.config.run import GROUPS, SEVERAL, RunConfig, conf_folder, recipe
 from alignment.config.stage import StageConfig
 from alignment.config.sweep import ObjectiveConfig, ParameterConfig, SweepConfig
 from alignment.core.errors import ConfigError
+from alignment.pipeline.plan.short_form import USE, long_form
 from alignment.stages.registry import config_classes
 
 FILES = ("recipe", "sweep")
@@ -75,14 +76,20 @@ def recipe_schema(folders: Sequence[Path] = ()) -> Schema:
     # None is required, because ``defaults`` may have them from another recipe; ``allOf`` has those of known names.
     needed = {key: value for key, value in fields["stages"].items() if key != "minProperties"}
     fields["stages"] = {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
-    schemas.definitions["stage"] = schemas.by_kind(classes)
+    schemas.definitions["stage"] = any_stage = schemas.by_kind(classes)
     of_kinds = {kind: schemas.of(cls) for kind, cls in classes.items()}
+    stages = [schemas.definitions[reference["$ref"].rpartition("/")[2]] for reference in of_kinds.values()]
+    for definition in (any_stage, any_stage["else"], *stages):
+        definition["type"] = [*definition["type"], "null"]
+        definition.setdefault("properties", {})[USE] = {"enum": list(_files(_STAGE, folders))}
+    for group in ("adapter", "launch", "model", "tracking"):
+        _allow_choice(schemas.definitions[GROUPS[group].__name__], group, folders)  # type: ignore[attr-defined]
     return {
         "$schema": DRAFT,
         "title": "a recipe of align",
         "type": "object",
         "description": described(RunConfig),
-        "properties": {"defaults": _defaults(folders), **fields},
+        "properties": {"defaults": _defaults(folders), "adapter": {"enum": list(_files("adapter", folders))}, **fields},
         "additionalProperties": False,
         "allOf": [_stage_named(name, kinds, of_kinds) for name, kinds in known.items()],
         "definitions": schemas.definitions,
@@ -93,7 +100,7 @@ def _defaults(folders: Sequence[Path]) -> Schema:
     """The list of files to start from; a name may also be that of a file beside the recipe."""
     return {
         "description": (
-            "Files to start from: base, then a file for each stage (stage@stages.NAME: FILE), and _self_ last. "
+            "Not needed. Files to start from: base, a file for each stage (stage@stages.NAME: FILE), and _self_ last. "
             "'override /GROUP: FILE' replaces a choice of an earlier entry."
         ),
         "type": "array",
@@ -105,6 +112,15 @@ def _defaults(folders: Sequence[Path]) -> Schema:
             "maxProperties": 1,
         },
     }
+
+
+def _allow_choice(definition: Schema, group: str, folders: Sequence[Path]) -> None:
+    """Lets a group of settings be the name of a file, or start from one by ``use``; a model may be any source."""
+    names = list(_files(group, folders))
+    definition["properties"][USE] = {"enum": names}
+    definition["pattern"] += "|." if group == "model" else f"|^({'|'.join(map(re.escape, names))})$"
+    if group in SEVERAL:
+        definition |= {"type": [*definition["type"], "array"], "items": {"enum": names}}
 
 
 def _choice(group: str, folders: Sequence[Path]) -> Schema:
@@ -128,7 +144,7 @@ def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
     kind_of_file = {name: str(content(path).get("kind", "")) for name, path in _files(_STAGE, folders).items()}
     used = {(name, kind_of_file[name]) for name in kind_of_file}
     for recipe in recipe_names():
-        entries = content(recipes_folder() / f"{recipe}.yaml").get("defaults", [])
+        entries = long_form(content(recipes_folder() / f"{recipe}.yaml"), recipes_folder())["defaults"]
         choices = [choice for entry in entries if isinstance(entry, dict) for choice in entry.items()]
         named = [(match[1], str(file)) for key, file in choices if (match := _STAGE_KEY.fullmatch(key))]
         used |= {(name, kind_of_file[file]) for name, file in named if file in kind_of_file}
@@ -139,12 +155,17 @@ def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
 
 
 def _stage_named(name: str, kinds: Mapping[str, list[str]], of_kinds: Mapping[str, Schema]) -> Schema:
-    """The stage of this name has the kind of the file that ``defaults`` choose for it, else the one that it says."""
+    """The stage of this name has the kind of the file that ``defaults`` choose for it, else the one that it says, else
+    the one that it is called after."""
 
     def stage_is(schema: Schema) -> Schema:
         return {"properties": {"stages": {"properties": {name: schema}}}}
 
     schema = stage_is(_ANY_STAGE)
+    if name in of_kinds:
+        says_no_kind = {"not": {"anyOf": [{"required": [key]} for key in ("kind", USE)]}}
+        is_short = {"not": {"required": ["defaults"]}, **stage_is({"type": ["object", "null"], **says_no_kind})}
+        schema = {"if": is_short, "then": stage_is(of_kinds[name]), "else": schema}
     for kind, files in kinds.items():
         if kind in of_kinds:
             key = f"{_STAGE}@stages.{name}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from alignment.config.data import SourceConfig
 from alignment.config.faults import Fault, nearest, refuse, suggestion
+from alignment.config.foreign_keys import FOREIGN
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageClasses, StageConfig
@@ -124,8 +125,13 @@ class _Conversion:
         if not any(_ending_with(leaf, deeper) or leaf in own_hints for leaf in leaves):
             leaves = {str(key): value}
         for leaf, item in leaves.items():
-            meant = [_join(where, path) for path in _ending_with(leaf, deeper)]
+            ours, remark = FOREIGN.get(leaf, (leaf, ""))
+            meant = [_join(where, path) for path in _ending_with(ours, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
+            if leaf in FOREIGN:
+                own = ours.rpartition(".")[2]
+                ours = _join(where, own) if own in field_types(cls) else ours
+                hint = f"here it is {_either(meant or [ours])}{remark and f' ({remark})'}"
             hint = own_hints.get(leaf, hint).replace("{value}", _as_written(item))
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
@@ -246,7 +252,7 @@ def paths_below(cls: type) -> Iterator[str]:
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
-    ending = [path for path in paths if path.endswith(f".{leaf}")]
+    ending = [path for path in paths if f".{path}".endswith(f".{leaf}")]
     return [path for path in ending if path.count(".") == min(option.count(".") for option in ending)]
 
 

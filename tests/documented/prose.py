@@ -14,6 +14,7 @@ from alignment.cli import VERBS
 from alignment.config.run import BACKEND, GROUPS, conf_folder
 from alignment.config.typed import convert
 from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.short_form import USE
 from alignment.stages.registry import config_classes, kinds
 from tests.documented.blocks import ROOT, Span
 from tests.documented.checks import check_make
@@ -163,6 +164,8 @@ def _setting_faults(text: str) -> Iterator[str]:
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict) and not path.endswith((*_FREE, "stages")):
         for key, value in tree.items():
+            if key == USE:
+                continue  # the name of a file, not a setting
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree

@@ -103,11 +103,11 @@ def tree_of(block: Block) -> dict[str, Any]:
 
 
 def recipe_text(block: Block) -> str:
-    """A recipe that holds the block's settings. A fragment overrides the settings of the quickstart, or of the recipe
+    """A recipe that holds the block's settings: itself, if it has a summary. A fragment overrides the settings of the quickstart, or of the recipe
     that ``on:`` names. Stages that it sets or refers to and that the recipe lacks are added; the beginning of their
     names, or the name ``judge``, says of which kind they are."""
     tree = tree_of(block)
-    if "defaults" in tree:
+    if "defaults" in tree or {"stages", "summary"} <= tree.keys():
         return block.text
     host = block.comments.get("on", HOST)
     known = compose(host, []).tree["stages"]
@@ -115,9 +115,10 @@ def recipe_text(block: Block) -> str:
         f"{block.id}: say where the fragment belongs, such as <!-- in: stages.ppo -->"
     )
     named = dict.fromkeys([*tree.get("stages", {}), *re.findall(r"stage:(\w+)", block.text)])
+    tree["stages"] = {name: stage for name, stage in tree.get("stages", {}).items() if stage is not None}
     added = {name: _kind(name) for name in named if name not in known}
     for name, kind in added.items():
-        tree.setdefault("stages", {}).setdefault(name, {}).setdefault("data", {"source": ROWS[kind]})
+        tree["stages"].setdefault(name, {}).setdefault("data", {"source": ROWS[kind]})
     choices = [f"stage@stages.{name}: {kind}" for name, kind in added.items()]
     return f"defaults: [{', '.join([host, *choices, '_self_'])}]\n{yaml.safe_dump(tree, allow_unicode=True)}"
 

@@ -80,7 +80,8 @@ def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[F
         return [], []
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(config_name=files.name, overrides=[files.search], run_mode=RunMode.RUN)
-    keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
+    known = dict.fromkeys([*map(str, defaults.overrides.known_choices), *SEVERAL])  # Hydra leaves out lists of files
+    keys = [key for key in known if not key.startswith("hydra/")]
     options = {
         name: loader.get_group_options(name, config_name=files.name, overrides=[files.search]) for name in GROUPS
     }

@@ -32,6 +32,7 @@ from alignment.pipeline.plan.choices import ChosenFile, chosen_files, copy_group
 from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
 from alignment.pipeline.plan.overrides import leaves, parse
 from alignment.pipeline.plan.profile import Profile
+from alignment.pipeline.plan.short_form import long_form, long_override
 from alignment.stages import registry
 
 _CONFUSED = "Cannot merge DictConfig with ListConfig"
@@ -65,7 +66,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     do not compose."""
     path = find_recipe(recipe)
     _check_recipe_text(path)
-    parsed, faults = parse(overrides)
+    parsed, faults = parse([long_override(text, path.parent) for text in overrides])
     files = _files(path, parsed)
     tree, profile, choice_faults = files.tree, files.profile, files.faults
     values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
@@ -168,7 +169,7 @@ def _keys_written(path: Path) -> frozenset[str]:
             yield f"{prefix}{key}"
             yield from keys(value, f"{prefix}{key}.")
 
-    return frozenset(keys(yaml_file.read(path), ""))
+    return frozenset(keys(long_form(yaml_file.read(path), path.parent), ""))
 
 
 def find_recipe(recipe: str) -> Path:
@@ -197,7 +198,7 @@ def _check_recipe_text(path: Path) -> None:
     """Refuses what Hydra would act on while it composes, before the composed tree can be checked."""
     content = yaml_file.read(path)
     if not isinstance(content, dict):
-        raise ConfigError("a recipe is a group of settings", where=str(path), remedy="start it with: defaults: [base]")
+        raise ConfigError("a recipe is a group of settings", where=str(path), remedy="start it with: stages:")
     if "parameters" in content and not {"defaults", "stages"} & content.keys():
         raise _sweep(str(path), where=str(path))
     faults = list(hostile(content, where=""))

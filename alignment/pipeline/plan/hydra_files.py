@@ -24,12 +24,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from hydra.version import VersionBase
+from omegaconf import OmegaConf
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
 from alignment.config.run import conf_folder, recipes_folder
 from alignment.config.stage import StageClasses
 from alignment.config.typed import convert
+from alignment.pipeline.plan.short_form import long_form
 
 _TOKEN = re.compile(r"\$\{|[{}:]")
 
@@ -145,8 +147,12 @@ class _CheckedFiles(FileConfigSource):
         state = path.stat()
         key = (self.provider, path, state.st_ino, state.st_size, state.st_mtime_ns)
         if key not in _READ:
-            refuse_hostile_defaults(path, yaml_file.read(path))
+            content = yaml_file.read(path)
+            refuse_hostile_defaults(path, content)
             _READ[key] = super().load_config(str(path))
+            if path.parent in (self.files.recipe.parent, recipes_folder()):
+                plain: Any = OmegaConf.to_container(_READ[key].config, resolve=False)
+                _READ[key].config = OmegaConf.create(dict(long_form(plain, path.parent)))
         return copy.deepcopy(_READ[key])  # Hydra changes what it gets
 
 

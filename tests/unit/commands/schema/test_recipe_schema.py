@@ -26,14 +26,32 @@ from tests.unit.config.test_typed import FAULTS
 jsonschema = pytest.importorskip("jsonschema", reason="the extra 'metrics' has jsonschema")
 
 ROOT = Path(__file__).parents[4]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = jsonschema.Draft7Validator(recipe_schema())
 SWEEPS = jsonschema.Draft7Validator(sweep_schema())
+BESIDE_DEFAULTS = ("stages", "adapter", "model", "launch", "tracking", "summary")
+"""Keys of recipes of which the docs show a part."""
 
 
 def faults(validator: Any, tree: Any) -> list[str]:
     """``stages.dpo: Additional properties …`` for each fault."""
     errors = validator.iter_errors(tree)
     return [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in errors]
+
+
+def parts_of_docs() -> list[tuple[str, Any]]:
+    """Pages and their examples of YAML, those of a stage alone in the place that they would have in a recipe."""
+    parts: list[tuple[str, Any]] = []
+    for page in PAGES:
+        for text in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            if "…}" in text:
+                continue  # left out by its author
+            tree = yaml_file.load(text) or {}
+            if set(tree) <= set(kinds()):
+                tree = {"stages": tree}
+            if "parameters" in tree or "defaults" in tree or set(tree) <= set(BESIDE_DEFAULTS):
+                parts.append((page.name, tree))
+    return parts
 
 
 @pytest.mark.parametrize("schema", [recipe_schema(), sweep_schema()], ids=["recipe", "sweep"])
@@ -54,6 +72,17 @@ def test_everything_that_is_shipped_and_all_defaults_validate() -> None:
     assert {path.name: faults(SWEEPS, yaml_file.read(path)) for path in sweeps} == {path.name: [] for path in sweeps}
     for name, kind in kinds().items():
         assert faults(RECIPES, {"stages": {"any": to_plain(kind.config())}}) == [], name
+
+
+def test_the_examples_of_the_docs_validate() -> None:
+    parts = parts_of_docs()
+    assert len(parts) >= 20
+    wrong = [(page, faults(SWEEPS if "parameters" in tree else RECIPES, tree)) for page, tree in parts]
+    others = f"is not one of {list(kinds())}"  # added by the packages that these two pages describe
+    assert sorted(part for part in wrong if part[1]) == [
+        ("own_rows.md", [f"stages.shorten.kind: 'shorten' {others}"]),
+        ("own_stage.md", [f"stages.count.kind: 'wordcount' {others}"]),
+    ]
 
 
 CHOSEN = {"dpo": "dpo", "judge": "reward", "mine": "sft"}
@@ -117,6 +146,27 @@ WRONG_SWEEPS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (
+            "{model: Qwen/Qwen2.5-0.5B, adapter: qlora, launch: {use: zero3}, tracking: [wandb], stages: {report: }}",
+            None,
+        ),
+        ("stages: {sft: {adapter: {use: dora, rank: 4}}, best: {kind: sft}, x: {use: evaluate_house_style}}", None),
+        ("adapter: qlorra", "adapter"),
+        ("launch: zero9", "launch"),
+        ("tracking: [wand]", "tracking.0"),
+        ("stages: {sft: {adapter: qlorra}}", "stages.sft.adapter"),
+        ("stages: {sft: {beta: 1}}", "stages.sft"),
+        ("stages: {mine: {use: other}}", "stages.mine.use"),
+    ],
+)
+def test_a_recipe_needs_no_defaults(text: str, where: str | None) -> None:
+    paths = {fault.partition(":")[0] for fault in faults(RECIPES, yaml_file.load(text))}
+    assert paths == ({where} if where else set())
+
+
 def test_a_fault_is_reported_where_it_stands() -> None:
     assert faults(SWEEPS, SWEEP) == faults(SWEEPS, SWEEP | {"objective": [SWEEP["objective"]]}) == []
     assert faults(SWEEPS, {}) == [": 'parameters' is a required property"]
@@ -133,6 +183,7 @@ NOT_IN_SCHEMAS = (
     "needs at least one",
     "unknown stage",
     ": nan is",
+    "'full' is not a group",  # it is a file's name in a recipe without ``defaults``
     "'4:00:00\\n' is",
 )
 """The last: in JSON Schema ``$`` is the end of a text, in Python it may stand before a line break."""

@@ -1,0 +1,145 @@
+"""Recipes without a list ``defaults``, and settings under the names that other tools give them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment.config.faults import Fault
+from alignment.config.foreign_keys import FOREIGN
+from alignment.config.run import GROUPS, RunConfig, conf_folder
+from alignment.config.typed import convert, paths_below
+from alignment.core.errors import ConfigError
+from alignment.pipeline.plan.compose import compose
+from alignment.stages.registry import config_classes
+
+SHORT = """
+model: Qwen/Qwen2.5-0.5B-Instruct
+adapter: qlora
+launch: {use: zero3, num_processes: 8}
+tracking: [wandb, tensorboard]
+stages:
+  sft: {optim: {lr: 1e-4}}
+  best: {kind: sft, adapter: lora}
+  dpo: {adapter: {rank: 4}}
+  test: {use: evaluate_house_style, adapter: {}}
+  report:
+"""
+LONG = """
+defaults:
+  - base
+  - stage@stages.sft: sft
+  - stage@stages.best: sft
+  - stage@stages.dpo: dpo
+  - stage@stages.test: evaluate_house_style
+  - stage@stages.report: report
+  - override /launch: zero3
+  - override /tracking: [wandb, tensorboard]
+  - override /adapter@stages.sft.adapter: qlora
+  - override /adapter@stages.dpo.adapter: qlora
+  - _self_
+model: {source: hub:Qwen/Qwen2.5-0.5B-Instruct}
+launch: {num_processes: 8}
+stages:
+  sft: {optim: {lr: 1e-4}}
+  dpo: {adapter: {rank: 4}}
+  test: {adapter: {}}
+"""
+
+
+def recipe(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_short_form_means_the_long_one(tmp_path: Path) -> None:
+    overrides = ["profile=smoke", "adapter@stages.best.adapter=dora", "seed=1"]
+    short = [compose(recipe(tmp_path, SHORT), chosen) for chosen in ([], overrides)]
+    long = [compose(recipe(tmp_path, LONG), chosen) for chosen in ([], overrides)]
+    assert [made.tree for made in short] == [made.tree for made in long]
+    assert [list(made.tree["stages"]) for made in short] == [["sft", "best", "dpo", "test", "report"]] * 2
+    assert [made.faults for made in short] == [[], []]
+    assert "model.source" in short[0].written
+
+
+def test_a_recipe_may_start_from_a_short_one_and_use_files_beside_it(tmp_path: Path) -> None:
+    recipe(tmp_path, SHORT)
+    for file, text in {
+        "stage/drill.yaml": "kind: sft\nmax_length: 77\n",
+        "adapter/tiny.yaml": "rank: 1\n",
+        "other.yaml": "defaults: [mine, _self_]\nseed: 3\n",
+        "own.yaml": "stages: {drill: {use: drill}, sft: {adapter: tiny}}\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert compose(str(tmp_path / "other.yaml"), []).tree["stages"]["dpo"]["adapter"]["kind"] == "qlora"
+    stages = compose(str(tmp_path / "own.yaml"), []).tree["stages"]
+    assert stages == {"drill": {"kind": "sft", "max_length": 77}, "sft": {"kind": "sft", "adapter": {"rank": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("model=Qwen/Qwen2.5-0.5B", "source", "hub:Qwen/Qwen2.5-0.5B"),
+        ("model=path:/a,b", "source", "path:/a,b"),
+        ("model=./folder", "source", "path:./folder"),
+        ("model=smollm2_135m", "source", "bundled:smollm2-135m"),
+    ],
+)
+def test_the_command_line_names_a_model_by_its_source(override: str, key: str, value: str) -> None:
+    assert compose("sft_dpo", [override]).tree["model"][key] == value
+
+
+def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
+    stages = compose("sft_dpo", ["stages.dpo.adapter=qlora"]).tree["stages"]
+    assert [stages[name]["adapter"]["kind"] for name in ("sft", "dpo")] == ["lora", "qlora"]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("adapter: qlorra", "qlora"),
+        ("launch: zero9", "zero1"),
+        ("tracking: wand", "wandb"),
+        ("model: other", "smollm2_135m"),
+        ("stages: {sft: {adapter: {use: qlorra}}}", "qlora"),
+        ("stages: {mine: {use: evaluate_house_stile}}", "evaluate_house_style"),
+    ],
+)
+def test_a_name_that_is_no_file_is_refused_with_the_nearest(tmp_path: Path, text: str, word: str) -> None:
+    text = text if "stages" in text else f"{text}\nstages: {{sft: {{}}}}"
+    with pytest.raises(ConfigError) as error:
+        compose(recipe(tmp_path, text), [])
+    assert word in str(error.value)
+
+
+def faults(tree: dict[str, object]) -> list[Fault]:
+    return convert(tree, config_classes())[1]
+
+
+@pytest.mark.parametrize(
+    ("tree", "where", "key"),
+    [
+        ({"learning_rate": 1}, "learning_rate", "stages.sft.optim.lr"),
+        ({"model_name_or_path": "m"}, "model_name_or_path", "model.source"),
+        ({"stages": {"sft": {"kind": "sft", "lora_r": 8}}}, "stages.sft.lora_r", "stages.sft.adapter.rank"),
+        ({"stages": {"sft": {"kind": "sft", "optim": {"learning_rate": 8}}}}, "stages.sft.optim.learning_rate",
+         "stages.sft.optim.lr"),
+        ({"stages": {"sft": {"kind": "sft", "cutoff_len": 8}}}, "stages.sft.cutoff_len", "stages.sft.max_length"),
+        ({"stages": {"sft": {"kind": "sft", "load_in_4bit": True}}}, "stages.sft.load_in_4bit", "adapter=qlora"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_tool_is_answered_with_ours(tree: dict[str, object], where: str, key: str) -> None:
+    tree = {"stages": {"sft": {"kind": "sft"}}, **tree}
+    fault = next(fault for fault in faults(tree) if fault.where == where)
+    assert f"'{key}'" in fault.message
+
+
+def test_every_key_of_another_tool_leads_to_a_setting_or_a_choice() -> None:
+    ours = {path for cls in (RunConfig, *config_classes().values()) for path in paths_below(cls)}
+    choices = {f"{group}={path.stem}" for group in GROUPS for path in (conf_folder() / group).glob("*.yaml")}
+    assert {setting for setting, _ in FOREIGN.values()} <= ours | choices
+    assert FOREIGN.keys().isdisjoint(path.rpartition(".")[2] for path in ours)
+    assert len(FOREIGN) >= 30
