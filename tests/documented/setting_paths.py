@@ -104,8 +104,8 @@ def tree_of(block: Block) -> dict[str, Any]:
 
 def recipe_text(block: Block) -> str:
     """A recipe that holds the block's settings: itself, if it has a summary. A fragment overrides the settings of the
-    quickstart, or of the recipe that ``on:`` names. Stages that it sets or refers to and that the recipe lacks are added;
-    the beginning of their names, or the name ``judge``, says of which kind they are."""
+    quickstart, or of the recipe that ``on:`` names. Stages that it sets or refers to and that the recipe lacks are
+    added; the beginning of their names, or the name ``judge``, says of which kind they are."""
     tree = tree_of(block)
     if "defaults" in tree or {"stages", "summary"} <= tree.keys():
         return block.text
