@@ -1,9 +1,7 @@
-"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER``.
-
-Every stage does what it would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and
-for a few steps. Its result is an artifact whose weights are missing, from which later stages start. ``--device`` names
-a GPU of alignment/costs/devices.py; else the machine's own operations are timed.
-"""
+"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER``. Every stage does what it
+would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and for a few steps. Its
+result is an artifact whose weights are missing, from which later stages start. ``--device`` names a GPU of
+alignment/costs/devices.py; else the machine's own operations are timed."""
 
 from __future__ import annotations
 
@@ -41,20 +39,21 @@ from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, alike, bytes_of, flop_of, seconds_of
-from alignment.costs.recorder import (
-    ACTIVATIONS,
-    CACHE,
-    LOGITS,
-    Operations,
-    Phase,
-    Recorder,
-)
+from alignment.costs.recorder import ACTIVATIONS, CACHE, LOGITS, Operations, Phase, Recorder
 from alignment.costs.remedies import Way, with_remedy, with_settings
-from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
+from alignment.costs.repeats import (
+    BEFORE,
+    DIVIDED,
+    OFFLOADED,
+    STEP_ROWS,
+    Repeats,
+    divided,
+    repeats_of,
+    seconds_a_byte,
+    without,
+)
 from alignment.costs.shadows import Key, Operation
-from alignment.costs.sharing import BEFORE, DIVIDED, OFFLOADED, divided, without
-from alignment.costs.storing import seconds_a_byte
-from alignment.data.row_count import fewer_of, times_as_many
+from alignment.data.reading import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.models.kernels.row_attention import forget_plans
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost
@@ -171,7 +170,6 @@ def _with_remedy(
 
 
 def _announce(folder: Path, line: str) -> None:
-    """Tells the driver what is being done."""
     with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
         stream.write(f"{line}\n")
 
@@ -185,10 +183,8 @@ def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) 
 
 
 class Timer:
-    """How stages are estimated, and seconds of operations on a device, of which equal ones are timed once.
-
-    ``fixed`` are the bytes that a process takes there before it has a model, and ``startup`` the seconds.
-    """
+    """How stages are estimated, and seconds of operations on a device, of which equal ones are timed once. ``fixed``
+    are the bytes that a process takes there before it has a model, and ``startup`` the seconds."""
 
     def __init__(self, device: str, *, tries_longest: bool = True, processes: int = 1) -> None:
         self.tries_longest = tries_longest
@@ -209,10 +205,8 @@ class Timer:
         return other
 
     def seconds(self, operations: Mapping[Key, tuple[Operation, float]]) -> dict[Key, float]:
-        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next.
-
-        On a CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes.
-        """
+        """Seconds of one run of each; with it comes what the stage moves from one run of its function to the next. On a
+        CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes."""
         if not self._counts_time:
             return dict.fromkeys(operations, 0.0)
         alikes = {
@@ -284,12 +278,10 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
 
 
 def _checkpoint_bytes(recorder: Recorder) -> int:
-    """Trained weights and the optimiser's moments."""
     return recorder.trained_bytes + recorder.moments
 
 
 def _checkpoints_written(spec: StageSpec, recorder: Recorder, repeats: Repeats) -> int:
-    """One after each so many steps (updates in RL), and one after the last."""
     save_every: int | None = getattr(spec.config, "save_every", None)
     if save_every is None:
         return 0
@@ -305,7 +297,6 @@ def _adapter_of(spec: StageSpec) -> str:
 
 
 def _servers(settings: Any) -> Iterator[str]:
-    """Addresses of servers in the settings of a stage that score or judge answers."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.name == "base_url" and value:
@@ -365,7 +356,6 @@ def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool)
 
 
 def _scale(recorder: Recorder) -> float:
-    """How many times as much as the period that ran all periods take."""
     periods = recorder.all_steps / recorder.period
     by_tokens = recorder.mean_tokens * recorder.period / recorder.tokens_of_period if recorder.tokens_of_period else 1.0
     return periods * by_tokens
@@ -395,11 +385,9 @@ def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, Pha
 
 
 def _beside(name: str, phase: Phase, recorder: Recorder, repeats: Repeats) -> int:
-    """Bytes beside the tensors of a process on a CPU once it computes.
-
-    Sampled answers have ever new lengths, so that there is soon code for as many shapes as oneDNN caches, if it makes
-    any. Micro-batches have new lengths too, those of later steps as many as those of the last step that ran.
-    """
+    """Bytes beside the tensors of a process on a CPU once it computes. Sampled answers have ever new lengths, so that
+    there is soon code for as many shapes as oneDNN caches, if it makes any. Micro-batches have new lengths too, those
+    of later steps as many as those of the last step that ran."""
     if name in BEFORE:
         return 0
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default
@@ -451,7 +439,6 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
 
 
 def _largest(sizes: Mapping[Hashable, float], share: float) -> set[Hashable]:
-    """The keys of the largest sizes that make up this share of their sum."""
     largest: set[Hashable] = set()
     left = share * math.fsum(sizes.values())
     for key in sorted(sizes, key=lambda key: -sizes[key]):

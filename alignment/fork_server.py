@@ -1,10 +1,8 @@
 """Runs modules in processes that begin with their libraries imported: ``python -m alignment.fork_server FD MODULE…``.
-
 It imports the modules in turn and computes nothing. For every request at the socket FD it forks a child, which runs a
 module as ``python -m`` would. So a child has its own memory, session, environment and exit code, and lacks only the
-seconds of importing. Its client is alignment/pipeline/backends/forking.py. The server ends when its client is gone
-and its children have ended.
-"""
+seconds of importing. Its client is alignment/pipeline/backends/forking.py. The server ends when its client is gone and
+its children have ended."""
 
 from __future__ import annotations
 

@@ -34,10 +34,8 @@ class StageInput:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
     """One stage, resolved. Paths are absolute. Of how it is launched it knows what its processes share out.
-
-    ``produces`` is the kind of artifact that it makes.
-    ``extra_data`` holds files beside the main one, by the field that names them: ``{"ptx.data": Path("…")}``.
-    """
+    ``produces`` is the kind of artifact that it makes. ``extra_data`` holds files beside the main one, by the field
+    that names them: ``{"ptx.data": Path("…")}``."""
 
     run: str
     recipe: str
@@ -109,7 +107,6 @@ def _without_rates(value: Any) -> Any:
 
 
 def _shapes(folder: Path) -> dict[str, str]:
-    """Hashes of the configurations of the models and adapters in a folder, by where they are in it."""
     files = [file for name in ("config.json", "adapter_config.json") for file in folder.rglob(name)]
     return {str(file.relative_to(folder)): digest(_shape(file)) for file in sorted(files)}
 

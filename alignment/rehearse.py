@@ -1,10 +1,8 @@
-"""Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``.
-
-The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
-any training: no chat template, rows that are all too long, a scorer that fails, a base model that a stage or its
-adapter does not fit. It reads the first rows of each source to learn from, and calls each of the user's functions with
-one answer to a row of each class. The outcome is written to ``status.json`` next to the log.
-"""
+"""Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``. The driver starts it
+before the first stage of a run, so that faults that would stop a later stage are reported before any training: no chat
+template, rows that are all too long, a scorer that fails, a base model that a stage or its adapter does not fit. It
+reads the first rows of each source to learn from, and calls each of the user's functions with one answer to a row of
+each class. The outcome is written to ``status.json`` next to the log."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ from alignment.core.errors import AlignmentError
 from alignment.core.model_files import positions_in, reason_of_positions, row_too_long
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
-from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import PROMPTS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import PROMPTS, Limits, RowTooLong, Tokenized, refuse_losses, tokenized
 from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
@@ -179,7 +176,6 @@ def one_of_each_class(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The columns of a row with their values, those in a list one by one."""
     for name, value in row.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str | int | float):

@@ -46,9 +46,9 @@ from alignment.core.hardware import versions
 from alignment.core.locks import held
 from alignment.core.terminal import make_unfailing
 from alignment.data.chat_template import template_text
-from alignment.data.hub_rows import content_of
+from alignment.data.source_files import content_of
 from alignment.job import StageSpec
-from alignment.models.kernels.sdpa import without_cudnn
+from alignment.models.kernels.row_attention import without_cudnn
 from alignment.pipeline.sources.model_sources import OF_FOLDER, identity_of_folder
 from alignment.records import training
 from alignment.records.run import Attempts
@@ -118,7 +118,6 @@ def _save_state(stop: Preempted) -> str:
 
 
 def _file_system_error(error: BaseException, context: StageContext) -> AlignmentError | None:
-    """The error for a full disk or an unusable path, else None. On a full disk, it first frees space."""
     if (full := disk_error(error, folder=context.spec.work)) is not None:
         if context.is_main:
             checkpoints.discard_unfinished(context.checkpoints)
@@ -135,7 +134,6 @@ def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
 
 
 def _memory_remedy(context: StageContext) -> str:
-    """Names settings that the stage has and that limit the memory of its phase."""
     config = context.spec.config
     optim = getattr(config, "optim", None)
     if limits := _limits_of_sampling(config, context.peaks.name):

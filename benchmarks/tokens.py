@@ -56,8 +56,7 @@ def ours(file: Path, folder: Path, model: Path) -> int:
     """Tokens in all rows."""
     from alignment.config.data import SourceConfig
     from alignment.core.hardware import count_cores
-    from alignment.data.tokens.limits import Limits
-    from alignment.data.tokens.row_kinds import CONVERSATIONS
+    from alignment.data.tokens.row_kinds import CONVERSATIONS, Limits
     from alignment.data.tokens.token_table import token_table
     from alignment.data.tokens.tokenizer import load_tokenizer
 

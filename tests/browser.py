@@ -1,9 +1,7 @@
-"""A page opened in headless Chromium: what its console says, what became of it, and a picture.
-
-``python -m tests.browser PAGE PICTURE.png`` takes the pictures of the docs, such as
-``python -m tests.browser runs/quickstart/report.html docs/report.png --height 1625`` and
-``python -m tests.browser sweeps/quickstart.dpo_beta/sweep.html docs/sweep.png``; ``--height`` cuts or lengthens one.
-"""
+"""A page opened in headless Chromium: what its console says, what became of it, and a picture. ``python -m
+tests.browser PAGE PICTURE.png`` takes the pictures of the docs, such as ``python -m tests.browser
+runs/quickstart/report.html docs/report.png --height 1625`` and ``python -m tests.browser
+sweeps/quickstart.dpo_beta/sweep.html docs/sweep.png``; ``--height`` cuts or lengthens one."""
 
 from __future__ import annotations
 
@@ -87,18 +85,15 @@ class Page:
             self._note(answer)
 
     def open(self, url: str) -> None:
-        """Goes to an address and waits for the page."""
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression of JavaScript in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def text(self) -> str:
-        """What the page says."""
         return str(self.evaluate("document.body.innerText"))
 
     def wait_for(self, expression: str) -> None:
@@ -114,7 +109,6 @@ class Page:
         raise AssertionError(f"{expression} is never true; the page says: {self.text()}")
 
     def press(self, key: str, *, times: int = 1, held: bool = False) -> None:
-        """Presses a key; ``held`` keys repeat without being let go."""
         for number in range(times):
             text = "\r" if key == "Enter" else key
             self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, autoRepeat=held and number > 0)
@@ -122,7 +116,6 @@ class Page:
                 self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def picture(self, path: Path, *, width: int, height: int = 900) -> None:
-        """Writes a PNG of the page in a window of this size."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
@@ -191,7 +184,6 @@ _CONSOLE = re.compile(r"^\[[^\]]*CONSOLE[^\]]*\]\s*(?P<message>.*)$", re.MULTILI
 
 
 def browser() -> str | None:
-    """The program, or None where it is not installed."""
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
@@ -283,7 +275,6 @@ def layouts_of(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Lay
 
 
 def main() -> int:
-    """Takes a picture; 1 where the page complained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)

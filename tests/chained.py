@@ -95,7 +95,6 @@ class Chained:
         )
 
     def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:
-        """The lines of the stage's metrics."""
         if adapter.kind is AdapterKind.qlora:
             need_bitsandbytes()
         spec = self.spec(kind, adapter, init=init, **changes)
@@ -117,7 +116,6 @@ class Chained:
         return folder
 
     def policy(self, kind: str) -> Any:
-        """The stage's result with its adapters merged."""
         return load_policy(lineage(self.spec("sft", LORA), self.inputs[kind]), torch.float32)
 
 
@@ -125,7 +123,6 @@ IDENTITY = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
 
 
 def tiny_base(folder: Path, **changes: Any) -> Lineage:
-    """A model folder in ``folder/base``; see ``save_tiny_model`` for ``changes``."""
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(folder / "base", **changes), adapters=())
 
 

@@ -63,13 +63,7 @@ def _signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-SEVERAL_PROCESSES = (
-    "distributed/",
-    "e2e/test_engine",
-    "e2e/test_machines",
-    "e2e/test_notebook",
-    "e2e/test_tracking",
-)
+SEVERAL_PROCESSES = ("distributed/", "e2e/test_engine", "e2e/test_machines", "e2e/test_notebook", "e2e/test_tracking")
 """Files whose tests start several processes that wait for one another, servers and agents among them; two such tests at
 once crawl."""
 

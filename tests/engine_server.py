@@ -90,11 +90,9 @@ class FakeEngine:
 
     @property
     def names(self) -> list[str]:
-        """What it answers to."""
         return list(self._models)
 
     def paths(self, path: str) -> list[Body]:
-        """The bodies of all calls of a path."""
         return [body for called, body in self.calls if called == path]
 
     def note(self, path: str, body: Body) -> int:
@@ -234,7 +232,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"message": text, "code": status}})
 
     def _goes_on(self, planted: Planted, number: int) -> bool:
-        """Whether the process lives on and answers."""
         if number not in (planted.dies_at, planted.hangs_at) or (planted.once and Path(planted.once).exists()):
             return True
         if planted.once:

@@ -50,7 +50,6 @@ def distil_spec(folder: Path, *, inputs: dict[str, StageInput] | None = None, **
 
 
 def distilled(folder: Path, **changes: Any) -> Path:
-    """The artifact of the stage; arguments as in ``distil_spec``."""
     spec = distil_spec(folder, **changes)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return spec.artifact
@@ -86,17 +85,14 @@ def sample_spec(folder: Path, *, prompts: Sequence[dict[str, Any]] | None = None
 
 
 def sampled(folder: Path, **changes: Any) -> Path:
-    """The artifact of the stage; arguments as in ``sample_spec``."""
     spec = sample_spec(folder, **changes)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return spec.artifact
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON Lines."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def asked(number: int) -> dict[str, Any]:
-    """A row with a prompt of its own."""
     return {"id": f"q{number}", "messages": [{"role": "user", "content": f"What is in box {number}, and whose is it?"}]}

@@ -24,10 +24,8 @@ def use_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 def leave_data_set(
     cache: Path, files: Mapping[str, str | bytes], *, revision: str = "main", listed: tuple[str, ...] | None = ()
 ) -> Path:
-    """A snapshot of the data set org/name with these files, which are links; returns its folder.
-
-    ``listed`` are more files that the hub has; None leaves no list, as some programs do.
-    """
+    """A snapshot of the data set org/name with these files, which are links; returns its folder. ``listed`` are more
+    files that the hub has; None leaves no list, as some programs do."""
     repository = cache / "hub" / "datasets--org--name"
     folder = repository / "snapshots" / COMMIT
     for part in ("blobs", "refs"):

@@ -46,7 +46,6 @@ class Served:
     keys: list[str | None] = field(default_factory=list)
 
     def config(self, **changes: Any) -> EndpointConfig:
-        """How to ask it, one call at a time."""
         settings: dict[str, Any] = {
             "base_url": self.url,
             "model": "judge",

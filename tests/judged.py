@@ -49,7 +49,6 @@ def finished_run(
 
 
 def pair(number: int, *, sft: str | None = None, dpo: str | None = None) -> AnswerPair:
-    """The pair of ``sample``."""
     turns = [{"role": "user", "content": f"Which number comes after {number - 1}?"}]
     answers = {SFT: sft or f"It is {number} from sft.", DPO: dpo or f"It is {number} from dpo."}
     return pair_of(turns, answers, id=f"p{number}", task="counting")

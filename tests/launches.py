@@ -42,12 +42,10 @@ class Launches:
         self._inside.close()
 
     def of_operator(self, function: Any) -> None:
-        """Counts a call of an operator."""
         if not self._is_quiet and not _is_free(function):
             self.number += 1
 
     def as_one(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Calls a function that counts as one, whatever it calls."""
         self.number += 1
         before, self._is_quiet = self._is_quiet, True
         try:

@@ -42,7 +42,6 @@ class Measuring:
         )
 
     def spec(self, name: str, config: StageConfig, data: Path, **changes: Any) -> StageSpec:
-        """A stage in the folder ``name``."""
         arms = {arm: StageInput(ref=arm, path=self.policies.get(arm)) for arm in getattr(config, "arms", ())}
         fields = {"base_path": self.base, "data_path": data, "arms": arms, **changes}
         return tiny_spec(self.folder / name, config, **fields)
@@ -142,13 +141,11 @@ def evaluation_chain(folder: Path, rows: Iterable[Mapping[str, Any]], *, reward:
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """JSON Lines; returns the file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of JSON Lines."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -179,7 +176,6 @@ def _arm(chain: Chained, arm: str) -> StageInput:
 
 
 def evaluation_of(chain: Chained, config: EvaluateConfig, name: str, **changes: Any) -> Path:
-    """The artifact of an evaluation as the worker runs it; arguments as for ``evaluation_spec``."""
     spec = evaluation_spec(chain, config, name, **changes)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return spec.artifact

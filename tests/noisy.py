@@ -45,7 +45,6 @@ def noise(kind: str, *, rows: int = ROWS, first: int = 0) -> list[dict[str, Any]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file in JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -72,24 +71,20 @@ def overfitting(
 
 
 def ran(spec: StageSpec) -> list[dict[str, float]]:
-    """The lines of its metrics, after it has run in this process."""
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return lines(spec)
 
 
 def lines(spec: StageSpec) -> list[dict[str, float]]:
-    """The lines of its metrics."""
     return [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
 
 
 def manifest(spec: StageSpec) -> dict[str, float]:
-    """The metrics of its manifest."""
     metrics: dict[str, float] = json.loads((spec.artifact / "manifest.json").read_text())["metrics"]
     return metrics
 
 
 def held_out_losses(rows: list[dict[str, float]]) -> dict[int, float]:
-    """The held-out loss by the step of the look."""
     return {int(row["step"]): row["validation/loss"] for row in rows if "validation/loss" in row}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from datasets import Dataset
 
@@ -19,21 +18,9 @@ class TokenizedPair:
 
 
 def as_table(pairs: Iterable[TokenizedPair]) -> Dataset:
-    """The pairs with the columns that ``read_pairs`` gives."""
     return Dataset.from_list([asdict(pair) for pair in pairs])
 
 
 def as_pairs(table: Dataset) -> list[TokenizedPair]:
     """The pairs of a table that ``read_pairs`` gave, without their places."""
     return [TokenizedPair(**row) for row in table.select_columns(["prompt", "chosen", "rejected"])]
-
-
-QUIET_FLOAT32: dict[str, Any] = {
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}

@@ -1,15 +1,11 @@
 """Real chat templates of thinking models, and what each must teach: its control tokens and the text that is learned.
-The templates are not ours and are in no file of ours. TRL ships most; others are read from the folder in the variable
-``ALIGNMENT_CHAT_TEMPLATES``, or from ``../shared/data/chat_templates``. Their tests are skipped where they are
-missing."""
+The templates are not ours and are in no file of ours: TRL ships them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
@@ -21,9 +17,6 @@ from alignment.data.templates import trl_templates
 from alignment.data.turns import Message
 from tests.tiny import tiny_bpe
 
-ELSEWHERE = Path(
-    os.environ.get("ALIGNMENT_CHAT_TEMPLATES", Path(__file__).parents[2] / "shared" / "data" / "chat_templates")
-)
 NAME, ARGUMENTS = "add", {"a": 2}
 
 Learned = Callable[[Message], str]
@@ -43,7 +36,7 @@ class Family:
 class Case:
     """A template of a family with ``options``. ``learned`` is the text that an answer teaches. ``keeps`` says whether
     earlier turns stay as they were, ``with_thought`` and ``without_thought`` which answers can follow the prompt,
-    ``calls`` whether the template renders tools, ``takes_system`` whether it renders a system turn."""
+    and ``calls`` whether the template renders tools."""
 
     name: str
     family: Family
@@ -53,11 +46,9 @@ class Case:
     with_thought: bool = True
     without_thought: bool = True
     calls: bool = True
-    takes_system: bool = True
 
     @property
     def title(self) -> str:
-        """For the names of tests."""
         return "-".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
 
 
@@ -135,24 +126,12 @@ def _deepseek_r1(message: Message) -> str:
     return f"{message.thought}\n</think>\n\n{message.content}<｜end▁of▁sentence｜>"
 
 
-def _deepseek_v3_1(message: Message) -> str:
-    return f"{message.content}<｜end▁of▁sentence｜>"
-
-
 def _inline(message: Message) -> str:
     return f"<think>\n{message.thought}\n</think>\n\n{message.content}" if message.thought else message.content
 
 
 def _phi_3(message: Message) -> str:
     return f"{_inline(message)}<|end|>\n<|endoftext|>"
-
-
-def _phi_4_mini(message: Message) -> str:
-    return f"{_inline(message)}<|end|><|endoftext|>"
-
-
-def _phi_4(message: Message) -> str:
-    return f"{_inline(message)}<|im_end|>"
 
 
 THINKING, UNTHINKING = {"enable_thinking": True}, {"enable_thinking": False}
@@ -193,22 +172,15 @@ CASES = [
         keeps=True,
         calls=False,
     ),
-    Case(name="deepseek_v3_1", family=DEEPSEEK, learned=_deepseek_v3_1, with_thought=False, calls=False, keeps=True),
     Case(name="phi3", family=PHI_3, learned=_phi_3, calls=False),
     Case(name="phi3_5", family=PHI_3, learned=_phi_3, calls=False),
-    Case(name="phi4_mini", family=PHI_3, learned=_phi_4_mini, calls=False),
-    Case(name="phi4", family=PHI_4, learned=_phi_4, calls=False, keeps=True),
-    Case(name="phi4_reasoning", family=PHI_4, learned=_phi_4, calls=False, keeps=True, takes_system=False),
-    Case(name="phi4_mini_reasoning", family=PHI_3, learned=_phi_4_mini, calls=False),
 ]
 
 
 def text_of(name: str) -> str | None:
-    """The template, or None where it is not on this machine."""
-    for file in (trl_templates().get(name), ELSEWHERE / f"{name}.jinja"):
-        if file is not None and file.is_file():
-            return file.read_text(encoding="utf-8")
-    return None
+    """The template, or None if TRL has none of this name."""
+    file = trl_templates().get(name)
+    return None if file is None else file.read_text(encoding="utf-8")
 
 
 def dressed(family: Family, template: str, options: Mapping[str, Any] | None = None) -> Any:

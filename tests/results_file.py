@@ -73,7 +73,6 @@ def merge(
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What the file holds; nothing where there is none."""
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return content
 

@@ -37,32 +37,26 @@ class RunFolder:
         self.run(**changes)
 
     def run(self, **changes: Any) -> None:
-        """Changes the run's record."""
         self.record = replace(self.record, **changes)
         self.record.write(self.folder)
 
     def stage(self, name: str, state: str, **changes: Any) -> None:
-        """Changes a stage's entry."""
         entry = replace(self.record.stages[name], state=state, **changes)
         self.run(stages={**self.record.stages, name: entry})
 
     def work(self, stage: str) -> Path:
-        """The work folder of a stage, with a folder for its content."""
         folder = self.output / "artifacts" / f"{stage}-5f0e9b1c.work"
         (folder / "content").mkdir(parents=True, exist_ok=True)
         return folder
 
     def progress(self, stage: str, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
-        """What the worker says of its progress."""
         Progress(phase=phase, step=step, total=total, figures=figures).write(self.work(stage))
 
     def steps(self, stage: str, *rows: dict[str, Any]) -> None:
-        """Adds lines to the stage's metrics.jsonl."""
         with (self.work(stage) / "content/metrics.jsonl").open("a") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
 
     def status(self, stage: str, **fields: Any) -> None:
-        """How the stage ended, as its worker says it."""
         (self.folder / stage).mkdir(exist_ok=True)
         write_json(self.folder / stage / "status.json", fields)
 
@@ -90,11 +84,9 @@ class Terminal:
             self._screen.set_mode(pyte.modes.LNM)
 
     def feed(self, content: bytes) -> None:
-        """The program writes."""
         self._stream.feed(content)
 
     def resize(self, columns: int, lines: int = 24) -> None:
-        """The user changes its size; lines are not wrapped again."""
         self._screen.resize(lines, columns)
 
     @property
@@ -107,10 +99,8 @@ class Terminal:
 
     @property
     def shows_cursor(self) -> bool:
-        """Whether the cursor is visible."""
         return not self._screen.cursor.hidden
 
     @property
     def cursor(self) -> tuple[int, int]:
-        """Column and line of the cursor."""
         return self._screen.cursor.x, self._screen.cursor.y

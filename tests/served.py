@@ -68,7 +68,6 @@ class ServedRun:
 
     @property
     def base(self) -> Path:
-        """The folder of the base model."""
         return self.output / "base"
 
     def add(self, stage: str, adapter: AdapterConfig, *, init: str = "base", seed: int = 0) -> None:
@@ -94,13 +93,11 @@ class ServedRun:
         self.record()
 
     def lineage(self, arm: str) -> Lineage:
-        """What a policy consists of."""
         if arm == "base":
             return Lineage(source=BASE_SOURCE, base=self.base, adapters=())
         return lineage(tiny_spec(self.output, SftConfig()), self.artifacts[arm])
 
     def record(self) -> None:
-        """Writes the record of the run."""
         stages = {name: {"kind": name, "artifact": str(saved.path)} for name, saved in self.artifacts.items()}
         folder = self.output / "runs" / "mine"
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +150,6 @@ class Serving:
     printed: list[str]
 
     def processes(self) -> list[psutil.Process]:
-        """The keeper, the server and their descendants."""
         named = [
             process
             for process in psutil.process_iter(["cmdline"])
@@ -177,7 +173,6 @@ class Serving:
 
 
 def command(run: ServedRun, *arguments: str) -> list[str]:
-    """The command line that serves the run."""
     return [sys.executable, "-m", "alignment.cli", "serve", "mine", "--output", str(run.output), *arguments]
 
 
@@ -212,7 +207,6 @@ def serving(run: ServedRun, *arguments: str, **variables: str) -> Iterator[Servi
 
 
 def client(serving: Serving, key: str = "none") -> Any:
-    """The client of OpenAI."""
     from openai import OpenAI
 
     return OpenAI(base_url=serving.url, api_key=key, max_retries=0, timeout=120)
@@ -276,7 +270,6 @@ class AskedApp:
 
 
 def asking(arms: Sequence[LoadedArm]) -> AskedApp:
-    """A call of it calls the app of these arms."""
     return AskedApp(arms)
 
 

@@ -33,7 +33,6 @@ def missing() -> str:
 
 @contextmanager
 def model_served(folder: Path, *, dtype: str = "auto") -> Iterator[tuple[str, str]]:
-    """Its URL and the model's name, until the block ends. ``folder`` gets its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -21,12 +21,11 @@ from alignment.core.errors import DataError
 from alignment.core.wording import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.formats import FORMATS, LABEL, UnknownColumns
-from alignment.data.hub_rows import snapshot_name
 from alignment.data.near_duplicates import RelatedRow
-from alignment.data.objections import doctor_command, written
 from alignment.data.overlap import HeldOut, asked_in
-from alignment.data.reading import NAMED
+from alignment.data.reading import NAMED, doctor_command, written
 from alignment.data.records import LabelledAnswer, PreferencePair
+from alignment.data.source_files import snapshot_name
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
 from alignment.pipeline.plan.compose import tree_of

@@ -1,8 +1,6 @@
-"""An artifact on disk: written to a temporary folder with the manifest last, flushed, then renamed in one step.
-
-A folder with a manifest is complete; a folder without a manifest is ignored. ``manifest.json`` lists every file with
-its size and SHA-256, so that damage is detected before anything is built on the artifact.
-"""
+"""An artifact on disk: written to a temporary folder with the manifest last, flushed, then renamed in one step. A
+folder with a manifest is complete; a folder without a manifest is ignored. ``manifest.json`` lists every file with its
+size and SHA-256, so that damage is detected before anything is built on the artifact."""
 
 from __future__ import annotations
 
@@ -43,17 +41,13 @@ ROWS_FILE = "rows.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What an artifact is and where it comes from.
-
-    Example: ``Manifest(stage="dpo", kind="policy", fingerprint="91c0aa17…", config={…}, inputs={"init": "5f0e…"},
-    base={"source": "bundled:smollm2-135m", …}, adapters=["adapters/0-sft", "adapters/1-dpo"], …)``.
-
-    ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
-    model that ``adapters`` are applied to, in order; ``base`` with ``"source": "self"`` is the artifact's own
-    ``model/``. ``adapters_stood`` says how each adapter was applied when it was trained (``SavedAdapter`` in
-    models/assembly). ``metrics`` are the headline metrics; ``usage`` holds seconds, peak memory in bytes, and the
-    size of micro-batches if the stage chose it.
-    """
+    """What an artifact is and where it comes from. Example: ``Manifest(stage="dpo", kind="policy",
+    fingerprint="91c0aa17…", config={…}, inputs={"init": "5f0e…"}, base={"source": "bundled:smollm2-135m", …},
+    adapters=["adapters/0-sft", "adapters/1-dpo"], …)``. ``identity`` is the canonical form that was hashed, kept so
+    that a plan can say what differs. ``base`` is the model that ``adapters`` are applied to, in order; ``base`` with
+    ``"source": "self"`` is the artifact's own ``model/``. ``adapters_stood`` says how each adapter was applied when it
+    was trained (``SavedAdapter`` in models/assembly). ``metrics`` are the headline metrics; ``usage`` holds seconds,
+    peak memory in bytes, and the size of micro-batches if the stage chose it."""
 
     stage: str
     kind: str

@@ -1,8 +1,6 @@
-"""A time limit for input that computes: a template's loops, a recipe's interpolations.
-
-It counts processor time, so a busy or suspended machine changes nothing. Python code is stopped by an exception. C
-code, such as a sum over a long list, cannot be interrupted by an exception; then the process is killed.
-"""
+"""A time limit for input that computes: a template's loops, a recipe's interpolations. It counts processor time, so a
+busy or suspended machine changes nothing. Python code is stopped by an exception. C code, such as a sum over a long
+list, cannot be interrupted by an exception; then the process is killed."""
 
 from __future__ import annotations
 

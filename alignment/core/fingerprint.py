@@ -1,10 +1,8 @@
-"""The canonical form of everything that defines a result, and its hash.
-
-A fingerprint covers a stage's configuration, the content of its data, the fingerprints of its inputs, the seed and the
-stage's revision. It never covers paths, launch, tracking, versions of libraries (but for the harness of ``benchmark``),
-or fields marked ``identity: False`` (docs/design/0020). Settings that came later count only if they are set. Values
-without a stable form (sets, non-finite floats, objects) are refused.
-"""
+"""The canonical form of everything that defines a result, and its hash. A fingerprint covers a stage's configuration,
+the content of its data, the fingerprints of its inputs, the seed and the stage's revision. It never covers paths,
+launch, tracking, versions of libraries (but for the harness of ``benchmark``), or fields marked ``identity: False``
+(docs/design/0020). Settings that came later count only if they are set. Values without a stable form (sets, non-finite
+floats, objects) are refused."""
 
 from __future__ import annotations
 

@@ -153,7 +153,6 @@ class _Header:
 
 
 def _header(file: Path) -> _Header | None:
-    """Eight bytes are the length of the JSON that follows; after it come the tensors. None if it cannot be read."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if length > file.stat().st_size:

@@ -1,11 +1,8 @@
-"""JSON files as frozen dataclasses: one program writes them, others read them, and reading checks every field.
-
-A field without a default has to be in the file. One with a default may be missing, as in a file of an older version.
-Keys that no field has are passed over. The field ``version`` says which form a file has; a newer form is refused.
-
-``read`` refuses a file in which anything has another form than its field. ``read_parts`` leaves such parts out: a page
-about a run shows what a damaged file still says.
-"""
+"""JSON files as frozen dataclasses: one program writes them, others read them, and reading checks every field. A field
+without a default has to be in the file. One with a default may be missing, as in a file of an older version. Keys that
+no field has are passed over. The field ``version`` says which form a file has; a newer form is refused. ``read``
+refuses a file in which anything has another form than its field. ``read_parts`` leaves such parts out: a page about a
+run shows what a damaged file still says."""
 
 from __future__ import annotations
 
@@ -16,17 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ArtifactError
@@ -246,7 +233,6 @@ class _Reader:
 
 
 def _begins_as(raw: Any, hint: Any) -> bool:
-    """Whether the outermost part has the form: a list, an object, or a scalar of that type."""
     origin = get_origin(hint)
     if origin in (list, dict):
         return isinstance(raw, origin)

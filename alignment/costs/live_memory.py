@@ -79,12 +79,10 @@ class _Block(NamedTuple):
 
 
 class LiveMemory:
-    """Counts storages from their first appearance until nothing refers to them.
-
-    New ones are counted under ``label``. ``peak`` is the largest sum since ``begin``, and ``parts`` are its terms.
-    ``resident`` is what a process on a CPU would hold for them: its ``heap`` and its ``mapped`` files. Weights that are
-    used as they are stored stay in their file.
-    """
+    """Counts storages from their first appearance until nothing refers to them. New ones are counted under ``label``.
+    ``peak`` is the largest sum since ``begin``, and ``parts`` are its terms. ``resident`` is what a process on a CPU
+    would hold for them: its ``heap`` and its ``mapped`` files. Weights that are used as they are stored stay in their
+    file."""
 
     def __init__(self, label: str) -> None:
         self.label = label

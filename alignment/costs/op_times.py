@@ -1,11 +1,9 @@
-"""How long operations take on this machine: each is run with real tensors of the same shapes, and timed.
-
-A stage reads what many operations before have written, and the next layer's weights. So other memory is written before
-a timed run; several operations, each on tensors of its own, share that. With inputs that are still in the processor's
-nearest caches, the operations of a step took two thirds of what they take in a stage. Where little is read and written
-from one run of an operation to the next, as in sampling, its code is still in these caches: it runs on other tensors
-first (docs/LOG.md, 2026-11-28).
-"""
+"""How long operations take on this machine: each is run with real tensors of the same shapes, and timed. A stage reads
+what many operations before have written, and the next layer's weights. So other memory is written before a timed run;
+several operations, each on tensors of its own, share that. With inputs that are still in the processor's nearest
+caches, the operations of a step took two thirds of what they take in a stage. Where little is read and written from one
+run of an operation to the next, as in sampling, its code is still in these caches: it runs on other tensors first
+(docs/LOG.md, 2026-11-28)."""
 
 from __future__ import annotations
 
@@ -103,10 +101,8 @@ class _Trial:
 
 @torch.no_grad()
 def seconds_of(operations: Sequence[tuple[Operation, float]]) -> list[float]:
-    """Seconds of one run of each operation after a first one; 0 if it cannot be run here.
-
-    With each operation comes what a stage reads and writes from one run of its function to the next, in bytes.
-    """
+    """Seconds of one run of each operation after a first one; 0 if it cannot be run here. With each operation comes
+    what a stage reads and writes from one run of its function to the next, in bytes."""
     seconds: list[float] = []
     swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
     for group in _groups(operations):
@@ -120,7 +116,6 @@ def seconds_of(operations: Sequence[tuple[Operation, float]]) -> list[float]:
 
 
 def _groups(operations: Sequence[tuple[Operation, float]]) -> Iterator[list[tuple[Operation, float]]]:
-    """Operations in their order, as many together as have at most ``TOGETHER_BYTES``, or one."""
     group: list[tuple[Operation, float]] = []
     size = 0
     for operation, bytes_between in operations:
@@ -135,7 +130,6 @@ def _groups(operations: Sequence[tuple[Operation, float]]) -> Iterator[list[tupl
 
 
 def _first_run(operation: Operation, bytes_between: float) -> _Trial | None:
-    """A trial that ran once; None if the operation cannot be run here."""
     if _size_of(operation) > MOST_BYTES:
         return None
     try:
@@ -147,10 +141,8 @@ def _first_run(operation: Operation, bytes_between: float) -> _Trial | None:
 
 
 def alike(operation: Operation) -> Hashable:
-    """What operations have in common that take the same time for each byte: function, types and nearly the sizes.
-
-    A view takes the same time whatever its size.
-    """
+    """What operations have in common that take the same time for each byte: function, types and nearly the sizes. A
+    view takes the same time whatever its size."""
     if getattr(operation.func, "is_view", False):
         return str(operation.func)
     leaves = tree_leaves((operation.args, operation.kwargs))
@@ -165,7 +157,6 @@ def _form(leaf: Any) -> Hashable:
 
 
 def _size_of(operation: Operation) -> int:
-    """Bytes of its arguments."""
     leaves = tree_leaves((operation.args, operation.kwargs))
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 

@@ -37,11 +37,8 @@ Operations = Counter[Key]
 
 @dataclass(slots=True)
 class Phase:
-    """The largest sum of live bytes in a phase with its terms, and operations.
-
-    ``resident`` is the most that heap and files took, and ``compiled`` counts the shapes of products so far for which
-    oneDNN has made code.
-    """
+    """The largest sum of live bytes in a phase with its terms, and operations. ``resident`` is the most that heap and
+    files took, and ``compiled`` counts the shapes of products so far for which oneDNN has made code."""
 
     peak: int = 0
     resident: int = 0
@@ -52,14 +49,12 @@ class Phase:
 
 class Recorder:
     """Collects the phases of one stage, which always tries its longest micro-batch unless ``tries_longest`` is false.
-
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
     ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected. ``trained`` and
-    ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read every ``look_every``
-    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser. ``periods_run`` periods ran,
-    and the last one had ``compiled_in_period`` new shapes of products for which oneDNN has made code. An operation
-    counts ``times`` times.
-    """
+    ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read every ``look_every`` steps,
+    and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser. ``periods_run`` periods ran, and
+    the last one had ``compiled_in_period`` new shapes of products for which oneDNN has made code. An operation counts
+    ``times`` times."""
 
     def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
         self.for_gpu = for_gpu
@@ -204,10 +199,8 @@ def on_shadows() -> bool:
 
 
 def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterator[_Batch]:
-    """All batches; on shadows only the largest and a few others, whose operations count for those left out.
-
-    So the time of a plan does not grow with the number of rows.
-    """
+    """All batches; on shadows only the largest and a few others, whose operations count for those left out. So the time
+    of a plan does not grow with the number of rows."""
     if _current is None or len(batches) <= _MOST_BATCHES:
         yield from batches
         return
@@ -221,10 +214,8 @@ def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterato
 
 
 def one_of_each(parts: Iterable[_Batch], size: Callable[[_Batch], int]) -> Iterator[_Batch]:
-    """All parts; on shadows only one of each size, whose operations count for all of that size.
-
-    They use the same memory, one after another.
-    """
+    """All parts; on shadows only one of each size, whose operations count for all of that size. They use the same
+    memory, one after another."""
     if _current is None:
         yield from parts
         return
@@ -237,10 +228,8 @@ def one_of_each(parts: Iterable[_Batch], size: Callable[[_Batch], int]) -> Itera
 
 
 def once_for_each(key: Hashable, make: Callable[[], _Value]) -> _Value:
-    """What ``make`` returns; on shadows it is called once for each key, and its operations count each time.
-
-    It must stay in one phase, and leave no memory that is in use later.
-    """
+    """What ``make`` returns; on shadows it is called once for each key, and its operations count each time. It must
+    stay in one phase, and leave no memory that is in use later."""
     return make() if _current is None else _current.repeated(key, make)
 
 

@@ -1,8 +1,6 @@
-"""The settings with which a stage fits into memory, and no setting more, in few estimates.
-
-Settings are tried in the order of what they cost. As a rule each frees memory, so what does not fit with some of them
-is not tried with fewer. What is proposed was estimated, also without each of its settings.
-"""
+"""The settings with which a stage fits into memory, and no setting more, in few estimates. Settings are tried in the
+order of what they cost. As a rule each frees memory, so what does not fit with some of them is not tried with fewer.
+What is proposed was estimated, also without each of its settings."""
 
 from __future__ import annotations
 
@@ -23,10 +21,8 @@ Levels = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """A setting that frees memory and trains the same weights: its field in the stage's settings, such as
-    ``optim.micro_batch_tokens``, and its values from the one that costs least.
-
-    If it ``drops_copy``, it frees a copy of the weights, else only activations.
-    """
+    ``optim.micro_batch_tokens``, and its values from the one that costs least. If it ``drops_copy``, it frees a copy of
+    the weights, else only activations."""
 
     field: str
     values: tuple[int | bool, ...]
@@ -68,11 +64,9 @@ Estimate = Callable[[Way, Mapping[str, int | bool]], StageCost]
 
 
 def with_remedy(cost: StageCost, ways: Sequence[Way], memory: float, estimate: Estimate) -> StageCost:
-    """The cost, with the settings that cost least of those with which the stage fits into ``memory`` bytes.
-
-    The first way is the stage's own, and each costs more than the one before. A cost that fits, or has an error, is
-    returned as it is.
-    """
+    """The cost, with the settings that cost least of those with which the stage fits into ``memory`` bytes. The first
+    way is the stage's own, and each costs more than the one before. A cost that fits, or has an error, is returned as
+    it is."""
     if cost.error or cost.peak <= memory:
         return cost
     every = [_Trials(way, memory, estimate, own=None if way.overrides else cost) for way in ways]
@@ -99,10 +93,8 @@ def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
 
 def cheapest(depths: Sequence[int], fits: Callable[[Levels], bool]) -> Levels | None:
     """The levels that cost least of those that fit, if each choice can be taken as far as its depth; None if none fit.
-
     A choice costs more than all choices before it together. ``fits`` is first asked about no choice at all, and never
-    twice about the same levels.
-    """
+    twice about the same levels."""
     fits = functools.cache(fits)
     levels = [0] * len(depths)
     last = -1  # the choice that costs most of those that are needed
@@ -121,11 +113,8 @@ def cheapest(depths: Sequence[int], fits: Callable[[Levels], bool]) -> Levels | 
 
 
 def needed(levels: Levels, fits: Callable[[Levels], bool]) -> Levels:
-    """Levels that fit, without each choice that is not needed.
-
-    A choice may free nothing, or even take memory: of several micro-batches the first one's gradients are there beside
-    the activations of the next.
-    """
+    """Levels that fit, without each choice that is not needed. A choice may free nothing, or even take memory: of
+    several micro-batches the first one's gradients are there beside the activations of the next."""
     for choice in range(len(levels) - 1, -1, -1):
         fewer = (*levels[:choice], 0, *levels[choice + 1 :])
         if levels[choice] and fits(fewer):
@@ -134,8 +123,6 @@ def needed(levels: Levels, fits: Callable[[Levels], bool]) -> Levels:
 
 
 class _Trials:
-    """Estimates of a way, and what they say of levels that need no estimate."""
-
     def __init__(self, way: Way, memory: float, estimate: Estimate, *, own: StageCost | None) -> None:
         self.way = way
         self._memory = memory
@@ -148,7 +135,6 @@ class _Trials:
         return [len(choice.values) for choice in self.way.choices]
 
     def levels_of(self, settings: Mapping[str, int | bool]) -> Levels:
-        """The levels with these settings; a choice that they lack stays as it is."""
         return tuple(
             choice.values.index(settings[choice.field]) + 1 if choice.field in settings else 0
             for choice in self.way.choices

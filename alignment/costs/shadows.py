@@ -1,10 +1,8 @@
-"""Shadows: tensors with a shape and no numbers, on which a stage runs in seconds and in little memory.
-
-Large tensors of numbers become shadows. Their operations run on PyTorch's meta device, which computes shapes, types and
-which tensors share memory. Token ids, masks and small tensors stay real, so that rows have the lengths of the data.
-Where a program reads a number from a shadow, that number is 1, and truth values and token ids that it derives from
-shadows are computed as if every number were 1. So sampling, sorting and checks for infinite values go on.
-"""
+"""Shadows: tensors with a shape and no numbers, on which a stage runs in seconds and in little memory. Large tensors of
+numbers become shadows. Their operations run on PyTorch's meta device, which computes shapes, types and which tensors
+share memory. Token ids, masks and small tensors stay real, so that rows have the lengths of the data. Where a program
+reads a number from a shadow, that number is 1, and truth values and token ids that it derives from shadows are computed
+as if every number were 1. So sampling, sorting and checks for infinite values go on."""
 
 from __future__ import annotations
 
@@ -202,7 +200,6 @@ class ShadowMode(TorchDispatchMode):
         return self._of_shadows(func, args, kwargs, shadow.device)
 
     def _of_real_tensors(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        """Small results and those of types that stay real are computed; others become shadows."""
         device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
         if func in _FACTORIES and device.type != "meta":
             images: dict[int, Tensor] = {}
@@ -243,7 +240,6 @@ class ShadowMode(TorchDispatchMode):
         return self._shadows(key, func, on_meta, result, images, device)
 
     def _again(self, key: Key, outcome: _Outcome, leaves: Sequence[Any], device: torch.device) -> Any:
-        """What an operation returned before for arguments of these shapes."""
         metas, made = [], []
         for source, shape, offset in outcome.parts:
             if shape is None:
@@ -303,7 +299,6 @@ def _is_new(leaf: Any, given: set[int]) -> bool:
 
 
 def _leaves(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """What is in the arguments of an operation, and in lists among them."""
     leaves: list[Any] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, (list, tuple)):
@@ -336,7 +331,6 @@ def _outcome(result: Any, leaves: Sequence[Any], images: Mapping[int, Tensor]) -
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The value, or each element of a list, after the function."""
     return type(value)(map(function, value)) if type(value) in (list, tuple) else function(value)
 
 
@@ -380,7 +374,6 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _as_indices(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Masks as the indices of their true elements."""
     every: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype is torch.bool:
@@ -391,7 +384,6 @@ def _as_indices(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _on_ones(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation on tensors of ones in the place of shadows."""
 
     def as_ones(leaf: Any) -> Any:
         return torch.ones((), dtype=leaf.dtype).expand(leaf.shape) if isinstance(leaf, Shadow) else leaf

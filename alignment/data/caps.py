@@ -36,8 +36,6 @@ def opened(path: Path) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzip file that is refused once it has unpacked to too much."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stream = gzip.open(path)  # noqa: SIM115 - close() closes it

@@ -18,10 +18,8 @@ from alignment.data.fields import Fields, SetAside, is_text, not_finite
 from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
-from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearDuplicates, RepeatedRecords, RowRelations
-from alignment.data.objections import Objections, bare
-from alignment.data.reading import LOOKED_AT, NAMED, prepared, start
+from alignment.data.reading import LOOKED_AT, NAMED, Objections, bare, prepared, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -33,6 +31,7 @@ from alignment.data.records import (
     Record,
 )
 from alignment.data.row_files import NotUtf8, RawRow
+from alignment.data.source_files import source_rows
 
 _NOUNS: dict[type[Record], tuple[str, str]] = {
     PlainText: ("text", "texts"),
@@ -193,7 +192,6 @@ def examine(
 
 
 def _has_texts(path: Path, data: SourceConfig) -> bool:
-    """Whether one of the first rows has a column ``text``."""
     first = islice(source_rows(path, data), LOOKED_AT)
     rows = (prepared(row.value, data) for row in first if isinstance(row, RawRow))
     return any(isinstance(row, Mapping) and is_text(row.get("text")) for row in rows)
@@ -236,7 +234,6 @@ def _count(counts: Counter[str], names: Iterable[str]) -> None:
 
 
 def _read(row: RawRow, form: Format, uses: Mapping[str, Use]) -> tuple[dict[str, list[Record]], dict[str, DataError]]:
-    """The records that each stage makes of the row, and the error of each stage that makes none."""
     try:
         example = form.read(Fields(row.value, where=row.where, example=form.row))
     except DataError as error:

@@ -83,7 +83,6 @@ class NearDuplicates:
             self._compared.append((located, runs))
 
     def _nearest(self, runs: NDArray[np.uint32], bands: list[int], *, author: str) -> tuple[float, int] | None:
-        """Similarity and number of the same author's earlier text that is most similar; the first among equals."""
         candidates = [number for number in self._index.candidates(bands) if self._compared[number][0].author == author]
         self._comparisons += len(candidates)
         shares = [(_share(runs, self._compared[number][1]), number) for number in candidates]
@@ -121,7 +120,6 @@ class _Bands:
 
 
 def _runs(text: str) -> NDArray[np.uint32]:
-    """Sorted, distinct hashes of the runs of words; a shorter text is one run."""
     words = divided(unified(text.lower()))
     starts = range(max(1, len(words) - RUN + 1))
     runs = (" ".join(words[start : start + RUN]).encode(errors="surrogatepass") for start in starts)
@@ -252,7 +250,6 @@ class RepeatedRecords:
 
 
 def _opposite_keys(record: Record) -> list[int]:
-    """The key of the record that contradicts this one, if this kind of record states a preference."""
     if isinstance(record, PreferencePair):
         return [record_key(replace(record, chosen=record.rejected, rejected=record.chosen))]
     return [record_key(replace(record, desirable=not record.desirable))] if isinstance(record, LabelledAnswer) else []

@@ -104,7 +104,6 @@ def asked_too(judged: Iterable[Record], learned: Iterable[Record]) -> set[str]:
 
 
 def _runs(text: str) -> Iterator[int]:
-    """Yields hashes of all runs of ``NGRAM`` words; a shorter text is one run."""
     words = (_ASCII_WORD if text.isascii() else _word()).findall(unified(text.lower()))
     for start in range(max(1, len(words) - NGRAM + 1)):
         run = words[start : start + NGRAM]

@@ -1,28 +1,111 @@
-"""Reads a data source as records, and notes which rows were left out and why."""
+"""Reads a data source as records; says which rows were left out and why, which stages object to them, and how many rows
+there are."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from heapq import merge
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignment.config.data import OnError, SourceConfig
+from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.wording import counted
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
-from alignment.data.hub_rows import snapshot_name, source_rows
-from alignment.data.list_texts import with_lists
-from alignment.data.objections import bare, doctor_command
 from alignment.data.records import Record
-from alignment.data.row_files import RawRow
+from alignment.data.row_files import RawRow, files_of, with_lists
+from alignment.data.source_files import snapshot_name, source_rows
+
+_ByStage = Mapping[str, DataError]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Rows:
+    count: int = 0
+    first: list[tuple[int, _ByStage]] = field(default_factory=list)
+
+
+class Objections:
+    """Rows with the error of each stage that objects; the first ``held`` rows of each combination of stages are kept.
+    Example: rows 3 and 9 are faulty for ``dpo``, and row 5 for ``dpo`` and ``sft``. ``count(["dpo"])`` is 3,
+    ``count(["sft"])`` 1, and ``count(["dpo", "sft"])`` 3."""
+
+    def __init__(self, held: int) -> None:
+        self._held = held
+        self._rows: dict[tuple[str, ...], _Rows] = {}
+
+    def add(self, number: int, errors: _ByStage) -> None:
+        """Row ``number``, which is greater than those before, has a ``bare`` error for at least one stage."""
+        rows = self._rows.setdefault(tuple(errors), _Rows())
+        rows.count += 1
+        if len(rows.first) < self._held:
+            rows.first.append((number, dict(errors)))
+
+    def count(self, stages: Collection[str]) -> int:
+        """Number of rows to which one of the stages objects."""
+        return sum(rows.count for rows in self._of(stages))
+
+    def first(self, stages: Sequence[str]) -> list[DataError]:
+        """The errors of the first ``held`` rows to which one of the stages objects, in the order of rows. The first of
+        ``stages`` that objects says what is wrong."""
+        return [error for _, error in self.numbered(stages)]
+
+    def numbered(self, stages: Sequence[str]) -> list[tuple[int, DataError]]:
+        """Like ``first``, with the number of each row."""
+        in_order = merge(*(rows.first for rows in self._of(stages)), key=lambda row: row[0])
+        return [
+            (number, next(errors[stage] for stage in stages if stage in errors))
+            for number, errors in islice(in_order, self._held)
+        ]
+
+    def stages(self) -> set[str]:
+        """The stages that object to a row."""
+        return {stage for objecting in self._rows for stage in objecting}
+
+    def _of(self, stages: Collection[str]) -> list[_Rows]:
+        return [rows for objecting, rows in self._rows.items() if not set(objecting).isdisjoint(stages)]
+
+
+def bare(error: DataError) -> DataError:
+    """The error without its traceback, which would keep the row and everything that was made of it in memory."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+READ = ("split", "subset", "format", "columns", "placeholders")
+"""Settings that say how rows are read."""
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
+"""Texts that need no quotes in an override."""
+
+
+def written(data: SourceConfig, prefix: str = "") -> list[str]:
+    """``KEY=VALUE`` for each setting of how rows are read that is not at its default."""
+    usual = SourceConfig()
+    chosen = {name: getattr(data, name) for name in READ if getattr(data, name) != getattr(usual, name)}
+    return [f"{prefix}{name}={_as_typed(value)}" for name, value in chosen.items()]
+
+
+def doctor_command(source: str, data: SourceConfig) -> str:
+    """The command that examines the rows of ``source``, read as ``data`` says."""
+    return shlex.join(["align", "doctor", source, *written(data)])
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_as_typed(item)}' for key, item in value.items())}}}"
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
 
 R = TypeVar("R", bound=Record)
 LOOKED_AT = 100
@@ -256,7 +339,6 @@ def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stoppe
 
 
 def _share(count: int, rows: int) -> float:
-    """The smallest share in hundredths that allows ``count`` faulty ``rows``."""
     return math.ceil(100 * count / rows) / 100
 
 
@@ -286,3 +368,71 @@ def _filled(value: Any, placeholders: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _filled(item, placeholders) for key, item in value.items()}
     return [_filled(item, placeholders) for item in value] if isinstance(value, list) else value
+
+
+_BLOCK = 1 << 20
+_LINES = (".jsonl", ".ndjson")
+
+
+def count_rows(path: Path, data: SourceConfig) -> int | None:
+    """The number of rows that are read of a source, or slightly more; None if only reading them would tell."""
+    if snapshot_name(path) is not None or data.limit is not None:
+        return None
+    try:
+        counts = [_rows_of(file) for file in files_of(path)]
+    except (OSError, DataError):
+        return None
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _rows_of(file: Path) -> int | None:
+    if file.suffix.lower() in _LINES:
+        return _lines_of(file)
+    if file.suffix.lower() != ".parquet":
+        return None
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return int(read_metadata(file).num_rows)
+    except ArrowException:
+        return None
+
+
+def _lines_of(file: Path) -> int:
+    count, last = 0, b"\n"
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
+
+
+def times_as_many(file: Path, data: DataConfig, record: type[Record], records: int) -> float | None:
+    """How many times as many records as the first ``records`` a stage reads; None if that would need reading them all.
+    A line may give several records, or none."""
+    if data.limit is not None and data.limit <= records:
+        return 1.0
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        lines = sum(1 for _ in stream)
+    every = replace(data, limit=None, on_error=OnError.skip, max_skipped=1.0)
+    try:
+        reading = start(file, every)
+        first = sum(1 for _ in islice(iterate(file, record, every, reading=reading), records))
+    except DataError:  # the stage itself reports it
+        return 1.0
+    times = lines / reading.rows
+    return max(1.0, times if data.limit is None else min(times, data.limit / first))
+
+
+def fewer_of(part: MixedConfig, path: Path, times: float) -> MixedConfig:
+    """Rows that are mixed in, so many ``times`` fewer, for a stage that reads so many times fewer of its own."""
+    if part.share is not None:
+        return part
+    if part.count is not None:
+        return replace(part, count=math.ceil(part.count / times))
+    number = part.limit or count_rows(path, part)
+    return part if number is None else replace(part, limit=math.ceil(number / times))

@@ -177,13 +177,11 @@ class PreferencePair:
 
 
 def _common(example: Example) -> dict[str, Any]:
-    """The fields that nearly all records have."""
     fields = example.fields
     return {"tools": example.tools, "id": fields.label("id"), "task": fields.label("task"), "where": fields.where}
 
 
 def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float] | None:
-    """The scores of two answers, from the answers themselves or from columns of their own."""
     chosen, rejected = better.score, worse.score
     if chosen is None or rejected is None:
         chosen, rejected = (fields.number(name) for name in SCORE_COLUMNS)
@@ -195,8 +193,7 @@ def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledAnswer:
     """An answer to a prompt, and whether it is ``desirable``. Of a pair, the better answer is desirable and the worse
-    one is not. Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label":
-    true}``"""
+    one is not."""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}'
 
@@ -244,8 +241,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """Turns to sample an answer for; a trailing assistant turn in the row is dropped. ``row`` is the whole row, for
-    scorers that read more than the prompt. Example row: ``{"messages": [{"role": "user", "content": "Summarise:
-    …"}]}``"""
+    scorers that read more than the prompt."""
 
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "Summarise: the shop is closed on Monday."}]}'
 
@@ -319,7 +315,6 @@ def _last_answer(example: Example, messages: Sequence[Message]) -> str:
 
 
 def _references(example: Example) -> list[str]:
-    """The reference answer to each turn; a row of the format ``turns`` may list them."""
     fields, num_turns = example.fields, 1 + len(example.later_turns)
     value = fields.row.get("reference")
     if example.field != "turns" or not isinstance(value, list):
@@ -334,8 +329,7 @@ def _references(example: Example) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one. Example row:
-    ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``"""
+    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one."""
 
     EXAMPLE: ClassVar[str] = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}'
 
@@ -373,8 +367,7 @@ class Question:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
     """Text to learn as it is. The text of a conversation is that of its turns and of its best answer; labelled answers
-    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text. Example row:
-    ``{"text": "The shop is closed on Monday."}``"""
+    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text."""
 
     EXAMPLE: ClassVar[str] = '{"text": "The shop is closed on Monday."}'
 

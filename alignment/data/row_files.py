@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,7 +154,6 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _located(error: Exception, where: str) -> tuple[str, str]:
-    """The location of a fault in JSON and its message, with the line of the file and no other number of a line."""
     if not isinstance(error, json.JSONDecodeError):
         return where, str(error)
     text = error.doc.rstrip()
@@ -178,7 +178,6 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:
 
 
 def _refuse_other_unicode(stream: BinaryIO, path: Path) -> None:
-    """Refuses a file whose first bytes mark it as UTF-16 or UTF-32. Raises DataError: it is such a file."""
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if name is not None:
@@ -233,7 +232,6 @@ def _csv(path: Path) -> Iterator[Unparsed]:
 
 
 def _csv_reader(lines: Iterator[str]) -> csv.DictReader[str]:
-    """A reader of the rows below the header, which shows the separator of the file."""
     header = next(lines, "")
     separator = next((mark for mark in _SEPARATORS if mark in header), _SEPARATORS[0])
     return csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)
@@ -336,3 +334,39 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return value
+
+
+TURNS = ("messages", "conversations", "chosen_messages", "rejected_messages")
+"""Columns that are named after turns. In others, such as ``prompt`` or ``chosen``, JSON may be the text itself."""
+_LISTS = (*TURNS, "completions", "choices", "turns", "history")
+_TURNS, _TEXTS = re.compile(r"\s*\[\s*\{"), re.compile(r"\s*\[\s*['\"]")
+
+
+def with_lists(row: Any) -> Any:
+    """The row with lists in place of their JSON; text that is no JSON of a list stays, for a format to refuse."""
+    if not isinstance(row, Mapping):
+        return row
+    lists = {name: listed for name in _LISTS if (listed := _listed(row.get(name))) is not None}
+    if "turns" in lists:  # then the references to them are text too, which elsewhere is one reference
+        references = _listed(row.get("reference"))
+        are_texts = all(value is None or isinstance(value, str) for value in references or ())
+        if references is not None and are_texts and len(references) == len(lists["turns"]):
+            lists["reference"] = references
+    return {**row, **lists} if lists else row
+
+
+def begins_turns(value: Any) -> bool:
+    """Whether ``value`` is text that begins like a list of objects."""
+    return isinstance(value, str) and _TURNS.match(value) is not None
+
+
+def begins_texts(value: Any) -> bool:
+    """Whether ``value`` is text that begins like a list of quoted texts, unlike ``[A] 3 [B] 4``."""
+    return isinstance(value, str) and _TEXTS.match(value) is not None
+
+
+def _listed(value: Any) -> list[Any] | None:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    row = parsed(JsonLine(where="", text=value.encode()))  # with the limits of a line of JSON
+    return row.value if isinstance(row, RawRow) and isinstance(row.value, list) else None

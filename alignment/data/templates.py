@@ -81,7 +81,6 @@ def _options_of(template: str) -> frozenset[str]:
 
 
 def _names(node: nodes.Node) -> Iterator[tuple[str, bool]]:
-    """Each name in the order of evaluation, and whether it is read there or set."""
     if isinstance(node, nodes.Name):
         yield node.name, node.ctx == "load"
     children = (node.node, node.target) if isinstance(node, nodes.Assign) else node.iter_child_nodes()

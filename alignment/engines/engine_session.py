@@ -199,7 +199,6 @@ class EngineSession:
         return self._given_log or self._own_keeper().folder / "server.log"
 
     def _fail(self) -> None:
-        """Keeps the log, which errors name."""
         self._failed = True
         if self._given_log is None and self._keeper is not None and self._log.is_file():
             self._saved_log.parent.mkdir(parents=True, exist_ok=True)

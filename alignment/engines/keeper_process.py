@@ -1,14 +1,11 @@
-"""Keeps servers for as long as their owner lives: ``python -m alignment.engines.keeper_process FOLDER``.
-
-The owner starts it with a pipe as its standard input. When that closes, because the owner closed it or ended in any
-way, even by SIGKILL, the keeper ends the server with all its descendants and removes ``FOLDER``. It detaches from the
-owner's process tree first, so that what ends the owner leaves it the time to clean up. A server cannot outlive the
-keeper: the kernel kills it. While the keeper lives it holds ``FOLDER/keeper.lock``, so a folder that it could not
-remove, because it was killed too, is recognised by the next owner.
-
-``FOLDER/command-1.json`` has the first server's ``argv``, ``environment`` and ``log``. A ``command-2.json`` replaces
-that server by a second one, and so on. When server N ends by itself, its exit code is in ``FOLDER/exit-N``.
-"""
+"""Keeps servers for as long as their owner lives: ``python -m alignment.engines.keeper_process FOLDER``. The owner
+starts it with a pipe as its standard input. When that closes, because the owner closed it or ended in any way, even by
+SIGKILL, the keeper ends the server with all its descendants and removes ``FOLDER``. It detaches from the owner's
+process tree first, so that what ends the owner leaves it the time to clean up. A server cannot outlive the keeper: the
+kernel kills it. While the keeper lives it holds ``FOLDER/keeper.lock``, so a folder that it could not remove, because
+it was killed too, is recognised by the next owner. ``FOLDER/command-1.json`` has the first server's ``argv``,
+``environment`` and ``log``. A ``command-2.json`` replaces that server by a second one, and so on. When server N ends by
+itself, its exit code is in ``FOLDER/exit-N``."""
 
 from __future__ import annotations
 
@@ -111,7 +108,6 @@ def _started(file: Path) -> subprocess.Popen[bytes]:
 
 
 def _before_program() -> None:
-    """Runs in a server's process before its program starts."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)

@@ -43,19 +43,13 @@ def build_rewards(
     run: Computation,
     asking: Asking | None = None,
 ) -> RewardMix:
-    """The weighted sum of these scorers, each named by its field in the configuration.
-
-    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that prompts can be
-    looked up by the index of their row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source
-    ``reward``, if a stage made it and it is already loaded; with None it is loaded here. ``asking`` is for scorers
-    behind HTTP.
-
-    Raises:
-        ConfigError: the key of a server is not set, or its client is not installed.
-        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a function's file cannot be imported.
-    """
+    """The weighted sum of these scorers, each named by its field in the configuration. ``prompts`` are all rows of the
+    stage's data (up to ``data.limit``), too long ones included, so that prompts can be looked up by the index of their
+    row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source ``reward``, if a stage made it and
+    it is already loaded; with None it is loaded here. ``asking`` is for scorers behind HTTP. Raises ConfigError: the
+    key of a server is not set, or its client is not installed; DataError: a row lacks a field that a scorer needs, or a
+    function's file changed since the run was planned; ModelError: a reward model cannot be loaded, or its tokenizer
+    does not fit; RewardError: a function's file cannot be imported."""
     builder = _Builder(
         spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run, asking=asking
     )
@@ -78,8 +72,6 @@ def build_scorer(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Builder:
-    """Builds scorers from the arguments that all scorers of a stage share."""
-
     spec: StageSpec
     tokenizer: Any
     prompts: Sequence[Prompt]
@@ -88,7 +80,6 @@ class _Builder:
     asking: Asking | None
 
     def part(self, field: str, scorer: ScorerConfig) -> Part | Ensemble:
-        """The summand of a total at a field of the configuration."""
         if scorer.source != ENSEMBLE:
             return self._column(field, scorer, weight=scorer.weight)
         assert scorer.ensemble is not None, "the plan refuses an ensemble without members"
@@ -112,7 +103,6 @@ class _Builder:
         )
 
     def scorer(self, field: str, scorer: ScoreSourceConfig) -> Scorer:
-        """The scorer at a field of the configuration."""
         function = function_of(scorer.source)
         if function is not None:
             planned = self.spec.identity.get("code", {}).get(source_field(field))
@@ -131,7 +121,6 @@ class _Builder:
         return self._model(name, source=scorer.source)
 
     def _model(self, name: str, *, source: str) -> Scorer:
-        """The reward model at the stage's input ``name``."""
         if name == REWARD and self.reward_model is not None:
             return TokenScorer(self.reward_model, self.run)
         model_input = self.spec.inputs[name]

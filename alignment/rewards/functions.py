@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +31,31 @@ _imported: dict[Path, dict[str, ModuleType]] = {}
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """While the block runs, modules in ``folder`` can be imported, each once per process; installed modules come first.
-
     If folders of other such files are on the path of Python, they come after ``folder`` meanwhile. What the block puts
-    on the path stays there.
-    """
+    on the path stays there."""
     folder = folder.resolve()
     modules = _imported.setdefault(folder, {})
-    known = {_package(name) for name in dict(sys.modules)}
+    known = set(sys.modules)
     sys.modules.update(modules)
-    before = set(dict(sys.modules))
+    path = list(sys.path)
+    others = [entry for entry in path if Path(entry or ".").resolve() in _imported.keys() - {folder}]
+    sys.path[:] = [*(entry for entry in path if entry not in others), str(folder), *others]
+    before = set(sys.path)
     try:
-        with _in_front_of_others(folder):
-            yield
+        yield
     finally:
-        imported = {name: module for name, module in dict(sys.modules).items() if name not in before}
-        packages = _packages_of(folder, imported) - known
-        modules |= {name: module for name, module in imported.items() if _package(name) in packages}
+        sys.path[:] = [*(entry for entry in sys.path if entry not in before), *path]
+        imported = {name: module for name, module in dict(sys.modules).items() if name not in known}
+        modules |= {name: module for name, module in imported.items() if _is_beside(folder, name, module)}
         for name in modules:
             sys.modules.pop(name, None)
+
+
+def _is_beside(folder: Path, name: str, module: ModuleType) -> bool:
+    """Whether the module, or the package that it is in, stands in ``folder``, by symlinks or not."""
+    file, package = getattr(module, "__file__", None), folder / name.partition(".")[0]
+    paths = (Path(file), Path(file).parent.resolve() / Path(file).name) if file else ()
+    return any(path.with_suffix("") == package or package in path.parents for path in paths)
 
 
 def with_modules_beside(folder: Path, function: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
@@ -62,63 +69,21 @@ def with_modules_beside(folder: Path, function: Callable[_Parameters, _Returned]
     return call
 
 
-@contextmanager
-def _in_front_of_others(folder: Path) -> Iterator[None]:
-    """Puts ``folder`` at the end of the path of Python, and the folders of other files behind it."""
-    own, path = str(folder), list(sys.path)
-    others = [entry for entry in path if Path(entry or ".").resolve() in _imported.keys() - {folder}]
-    sys.path[:] = [*(entry for entry in path if entry not in others), own, *others]
-    try:
-        yield
-    finally:
-        rest = [entry for entry in sys.path if entry not in others]
-        if own in rest:  # unless the user's code has removed it
-            del rest[len(rest) - 1 - rest[::-1].index(own)]
-        for index, entry in enumerate(path):
-            if entry in others:
-                rest.insert(index, entry)
-        sys.path[:] = rest
-
-
-def _packages_of(folder: Path, imported: Mapping[str, ModuleType]) -> set[str]:
-    """The packages, and the modules without one, that were imported from ``folder``, by symlinks or not."""
-    packages = set()
-    for name, module in imported.items():
-        file = getattr(module, "__file__", None)
-        if file is None:
-            continue
-        package, path = folder / _package(name), Path(file)
-        for candidate in (path, path.parent.resolve() / path.name, path.resolve()):
-            if candidate.with_suffix("") == package or package in candidate.parents:
-                packages.add(_package(name))
-    return packages
-
-
-def _package(name: str) -> str:
-    """``"helpers.text"`` → ``"helpers"``."""
-    return name.partition(".")[0]
-
-
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
 
 @dataclass(eq=False)
 class FunctionScorer:
-    """Calls ``function(prompts, completions, rows)`` once per batch.
-
-    ``prompts`` are lists of ``{"role", "content"}`` messages, ``completions`` are texts, ``rows`` the JSON rows of
-    the data file; all are copies, so that a function may change them.
-    """
+    """Calls ``function(prompts, completions, rows)`` once per batch. ``prompts`` are lists of ``{"role", "content"}``
+    messages, ``completions`` are texts, ``rows`` the JSON rows of the data file; all are copies, so that a function may
+    change them."""
 
     source: FunctionSource
     function: Function
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float64: what the function returns.
-
-        Raises:
-            RewardError: it raised, or did not return one usable number per answer; names the line or the row.
-        """
+        """``[answers]`` float64: what the function returns. Raises RewardError: it raised, or did not return one usable
+        number per answer; names the line or the row."""
         return scores_from(self._returned(answers), answers, source=str(self.source))
 
     def optional_scores(self, answers: Answers) -> list[float | None]:
@@ -139,14 +104,9 @@ class FunctionScorer:
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:
     """The function; its file is imported once per process. ``planned`` is the file's SHA-256 when the run was planned.
-
     The file can import modules in its own folder; installed modules come first. The function of another folder's file
-    finds its own, whatever their names.
-
-    Raises:
-        DataError: the file has changed since then.
-        RewardError: the file cannot be imported, or does not define the function.
-    """
+    finds its own, whatever their names. Raises DataError: the file has changed since then; RewardError: the file cannot
+    be imported, or does not define the function."""
     sha256 = file_sha256(source.file)
     if planned is not None and sha256 != planned:
         raise DataError(
@@ -180,15 +140,12 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error, such as a request to stop that arrived meanwhile.
-
-    In a worker no signal raises ``KeyboardInterrupt``, so that one comes from the user's function.
-    """
+    """Whether this package raised the error, such as a request to stop that arrived meanwhile. In a worker no signal
+    raises ``KeyboardInterrupt``, so that one comes from the user's function."""
     return type(error).__module__.startswith("alignment.")
 
 
 def _lacking(error: BaseException, answers: Answers) -> str:
-    """Names the rows without the column that a function looked up, as the end of a sentence."""
     column = error.args[0] if isinstance(error, KeyError) and error.args else None
     lacking = [prompt for prompt in answers.prompts if column not in prompt.row] if isinstance(column, str) else []
     return f"; these rows have no '{column}': {locations_of(lacking)}" if lacking else ""

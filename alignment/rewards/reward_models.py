@@ -1,9 +1,7 @@
-"""Reward models as scorers: a model that a stage made reads the policy's tokens, any other model reads text.
-
-An external model has its own tokenizer and chat template. So the answer is decoded, put after its prompt, rendered
-with that model's template, and scored at the last real token, which is found by length and never by a pad id. A reward
-model that was exported here is scored at the end of the turn, as in its training.
-"""
+"""Reward models as scorers: a model that a stage made reads the policy's tokens, any other model reads text. An
+external model has its own tokenizer and chat template. So the answer is decoded, put after its prompt, rendered with
+that model's template, and scored at the last real token, which is found by length and never by a pad id. A reward model
+that was exported here is scored at the end of the turn, as in its training."""
 
 from __future__ import annotations
 
@@ -65,11 +63,9 @@ class TokenScorer:
 
 
 class TextScorer:
-    """An external sequence-classification model with its own tokenizer and chat template.
-
-    ``prompts`` are all rows of the stage's data. Each is rendered once here, so that a prompt that the template refuses
-    is reported before anything is sampled.
-    """
+    """An external sequence-classification model with its own tokenizer and chat template. ``prompts`` are all rows of
+    the stage's data. Each is rendered once here, so that a prompt that the template refuses is reported before anything
+    is sampled."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], run: Computation, *, source: str
@@ -89,12 +85,8 @@ class TextScorer:
 
     @torch.no_grad()
     def scores(self, answers: Answers) -> Tensor:
-        """The score at the end of each conversation.
-
-        Raises:
-            ModelError: a conversation has more tokens than the model has positions.
-            RewardError: the model's template refuses a conversation.
-        """
+        """The score at the end of each conversation. Raises ModelError: a conversation has more tokens than the model
+        has positions; RewardError: the model's template refuses a conversation."""
         rows = [self.ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
         self._refuse_too_long(rows, answers)
         batches = by_tokens([len(row) for row in rows], self._run.tokens)
@@ -103,11 +95,8 @@ class TextScorer:
             return torch.cat([scalar_scores(self._model, part) for part in parts]).float().cpu()
 
     def ids(self, prompt: Prompt, text: str) -> list[int]:
-        """Token ids of a prompt and an answer, as the model reads the conversation.
-
-        Raises:
-            RewardError: the model's template refuses the conversation.
-        """
+        """Token ids of a prompt and an answer, as the model reads the conversation. Raises RewardError: the model's
+        template refuses the conversation."""
         try:
             parts = encode_parts(self._tokenizer, self._parts(prompt, text))
             return [token for part in parts for token in part]
@@ -117,10 +106,8 @@ class TextScorer:
             ) from error
 
     def _parts(self, prompt: Prompt, answer: str) -> list[str]:
-        """Prompt and answer, rendered with the model's own chat template.
-
-        For a reward model that was exported here, they are two parts that end with the turn, as in its training.
-        """
+        """Prompt and answer, rendered with the model's own chat template. For a reward model that was exported here,
+        they are two parts that end with the turn, as in its training."""
         turn = Message(role="assistant", content=_without(self._control, answer))
         if getattr(self._model.config, AT_TURN_END, False):
             return prompt_and_answers(self._tokenizer, prompt.messages, [turn], prompt.tools)
@@ -166,14 +153,9 @@ def _read(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, 
 
 
 def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, Any]:
-    """A plain transformers sequence-classification model with one label, and its tokenizer.
-
-    Its score layer is float32. ``source`` names the model in errors, as the user wrote it.
-
-    Raises:
-        ModelError: the folder holds no such model, the model has no score layer over its last token, or its tokenizer
-            has no chat template.
-    """
+    """A plain transformers sequence-classification model with one label, and its tokenizer. Its score layer is float32.
+    ``source`` names the model in errors, as the user wrote it. Raises ModelError: the folder holds no such model, the
+    model has no score layer over its last token, or its tokenizer has no chat template."""
     refuse_weights_elsewhere(folder, where=source)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:

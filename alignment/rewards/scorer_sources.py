@@ -1,10 +1,8 @@
-"""The forms of a scorer's ``source``, for the plan that checks it and the worker that builds it.
-
-No user code is imported or run here. A source is ``reward`` (the stage's reward model), a reference to another reward
-model (``stage:NAME``, ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of a user's file,
-or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), ``server``, ``grade``, ``ensemble``, or the name
-of a rule.
-"""
+"""The forms of a scorer's ``source``, for the plan that checks it and the worker that builds it. No user code is
+imported or run here. A source is ``reward`` (the stage's reward model), a reference to another reward model
+(``stage:NAME``, ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of a user's file, or
+``bundled:NAME.py:FUNCTION`` of a file that ships with the project), ``server``, ``grade``, ``ensemble``, or the name of
+a rule."""
 
 from __future__ import annotations
 
@@ -43,10 +41,8 @@ _BUNDLED = "bundled:"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionSource:
-    """A function and its file: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``.
-
-    ``bundled`` is the file's name after ``bundled:`` if it ships with the project, and empty for a user's file.
-    """
+    """A function and its file: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``. ``bundled`` is the
+    file's name after ``bundled:`` if it ships with the project, and empty for a user's file."""
 
     file: Path
     name: str
@@ -59,9 +55,7 @@ class FunctionSource:
 
 def function_of(source: str) -> FunctionSource | None:
     """The function that ``FILE.py:FUNCTION`` or ``bundled:NAME.py:FUNCTION`` names; None for a source of another form.
-
-    A user's file is made absolute.
-    """
+    A user's file is made absolute."""
     file, _, name = source.rpartition(":")
     if is_reference(source) or not file.endswith(".py"):
         return None

@@ -1,9 +1,9 @@
-"""The input and output of scorers, checks of their scores, and rules as scorers."""
+"""The input and output of scorers, checks of their scores, rules as scorers, and scores from scorers to advantages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Protocol
@@ -23,10 +23,8 @@ _REMEDY = f"give one number per answer, from -{LARGEST:g} to {LARGEST:g}, in the
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
     """At least one answer to score, in every form that a scorer may read: token ids, text, and the row of its prompt.
-
-    ``texts`` have no special tokens. ``rows`` are the indices of the prompts in the stage's data.
-    Example: ``Answers(prompt_ids=[[1, 5]], answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
-    """
+    ``texts`` have no special tokens. ``rows`` are the indices of the prompts in the stage's data. Example:
+    ``Answers(prompt_ids=[[1, 5]], answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``."""
 
     prompt_ids: Sequence[Sequence[int]]
     answer_ids: Sequence[Sequence[int]]
@@ -60,11 +58,8 @@ class Scorer(Protocol):
 
 
 def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
-    """Checks that all ``[answers]`` scores are within ±``LARGEST``.
-
-    Raises:
-        RewardError: a score is not; names the scorer by its ``source``, the row and the value.
-    """
+    """Checks that all ``[answers]`` scores are within ±``LARGEST``. Raises RewardError: a score is not; names the
+    scorer by its ``source``, the row and the value."""
     unusable = (~(scores.abs() <= LARGEST)).nonzero()  # NaN compares as false
     if len(unusable):
         index = int(unusable[0])
@@ -72,11 +67,8 @@ def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
 
 
 def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
-    """``[answers]`` float64 from the value that a user's function returned: a list of one number per answer.
-
-    Raises:
-        RewardError: the value is anything else; names the function by its ``source``, the row and the value.
-    """
+    """``[answers]`` float64 from the value that a user's function returned: a list of one number per answer. Raises
+    RewardError: the value is anything else; names the function by its ``source``, the row and the value."""
     pairs = zip(_one_each(given, answers, source), answers.prompts, strict=True)
     scores = [checked_number(value, where=prompt.where, source=source) for value, prompt in pairs]
     return torch.tensor(scores, dtype=torch.float64)
@@ -101,10 +93,7 @@ def _one_each(given: Any, answers: Answers, source: str) -> Sequence[Any]:
 
 def checked_number(value: Any, *, where: str, source: str) -> float:
     """The score of an answer to the row at ``where``, as the scorer ``source`` gave it; 1 for true and 0 for false.
-
-    Raises:
-        RewardError: it is not a number within ±``LARGEST``.
-    """
+    Raises RewardError: it is not a number within ±``LARGEST``."""
     if not isinstance(value, (Real, np.bool)):
         raise _refused(
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source
@@ -131,11 +120,8 @@ def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
 
 
 class RuleScorer:
-    """Scores texts by a rule; ``prompts`` are all rows of the stage's data.
-
-    Raises:
-        DataError: a row lacks what the rule reads.
-    """
+    """Scores texts by a rule; ``prompts`` are all rows of the stage's data. Raises DataError: a row lacks what the rule
+    reads."""
 
     def __init__(self, rule: Rule, prompts: Sequence[Prompt]) -> None:
         self._rule = rule
@@ -145,3 +131,58 @@ class RuleScorer:
         """The rule's score of each answer."""
         pairs = zip(answers.texts, answers.rows, strict=True)
         return torch.tensor([self._rule.score(text, self._expected[row]) for text, row in pairs], dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The score of each answer by each scorer. ``values`` is ``[scorers, answers]`` float32, one row for each of
+    ``names``. Example: ``Scores(names=("regex", "length"), values=torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.25,
+    1.0]]))``."""
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Scores:
+        """From the ``[answers]`` scores of each scorer."""
+        return cls(names=tuple(named), values=torch.stack(list(named.values())).float())
+
+    def by_name(self) -> dict[str, Tensor]:
+        """``[answers]`` scores of each scorer."""
+        return dict(zip(self.names, self.values, strict=True))
+
+    def of_answer(self, index: int) -> dict[str, float]:
+        """The scores of one answer by scorer."""
+        return dict(zip(self.names, self.values[:, index].tolist(), strict=True))
+
+
+def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) -> Scores:
+    """Scores of a whole batch from its shares; ``order`` gives the share of each answer and its index there."""
+    values = torch.stack([shares[share].values[:, index] for share, index in order], dim=1)
+    return Scores(names=shares[0].names, values=values)
+
+
+class Rewards(Protocol):
+    """One or more scorers, and how their scores are combined (``RewardMix``). Each process scores its own share of a
+    rollout batch with ``scores``. Once the shares of all processes are gathered, ``total`` gives each answer one score,
+    the same on every process."""
+
+    def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
+        """The score of each answer by each scorer, on the CPU. ``prompts`` and ``answers`` are token ids of the
+        policy's tokenizer, answers with the end token if it was sampled. ``rows`` are the indices of the prompts in the
+        stage's data. Raises RewardError: a scorer did not give one usable number per answer."""
+
+    def observe(self, scores: Scores) -> None:
+        """Updates the running normalisation with the scores of a whole batch, before its ``total``."""
+
+    def total(self, scores: Scores) -> Tensor:
+        """``[answers]`` float32: the weighted sum of normalised and clipped scores."""
+
+    def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
+        """``[answers]`` of each ensemble, for metrics: its combined score, and how far its members are apart."""
+
+    def state(self) -> dict[str, Any]:
+        """The state to save in a checkpoint, as plain JSON values."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state`` returned."""

@@ -1,9 +1,7 @@
-"""Scorers behind HTTP: a server that gives scores, and a model at a chat endpoint that gives grades.
-
-Each reply is saved as it arrives, by everything that it depends on: the prompt, the answer, and the settings of the
-scorer that count in a fingerprint. So nothing is asked twice, not even by a stage that was killed. What is not a score
-never becomes one: it ends the stage.
-"""
+"""Scorers behind HTTP: a server that gives scores, and a model at a chat endpoint that gives grades. Each reply is
+saved as it arrives, by everything that it depends on: the prompt, the answer, and the settings of the scorer that count
+in a fingerprint. So nothing is asked twice, not even by a stage that was killed. What is not a score never becomes one:
+it ends the stage."""
 
 from __future__ import annotations
 
@@ -31,11 +29,9 @@ from alignment.rewards.server_apis import APIS, Item
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asking:
-    """What the scorers of a process share.
-
-    ``replies`` are those that all attempts of the stage got. ``where`` is the stage's key. ``progress`` is called with
-    each reply, so that a process that waits for a slow server does not count as stuck.
-    """
+    """What the scorers of a process share. ``replies`` are those that all attempts of the stage got. ``where`` is the
+    stage's key. ``progress`` is called with each reply, so that a process that waits for a slow server does not count
+    as stuck."""
 
     replies: SavedReplies
     where: str
@@ -43,11 +39,8 @@ class Asking:
 
 
 class ServerScorer:
-    """Scores by a server; ``field`` is that of the scorer.
-
-    Raises:
-        ConfigError: the client is not installed, or its key is not set.
-    """
+    """Scores by a server; ``field`` is that of the scorer. Raises ConfigError: the client is not installed, or its key
+    is not set."""
 
     def __init__(self, config: ServerConfig, field: str, asking: Asking) -> None:
         self._config = config
@@ -58,11 +51,8 @@ class ServerScorer:
         self._calls = EndpointCalls(config, asking.replies, where=where, role="reward server", failure=RewardError)
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float64: what the server gave, asked once for equal answers to equal prompts.
-
-        Raises:
-            RewardError: a call failed, or gave what is no score; the scores of the other calls are kept.
-        """
+        """``[answers]`` float64: what the server gave, asked once for equal answers to equal prompts. Raises
+        RewardError: a call failed, or gave what is no score; the scores of the other calls are kept."""
         items = [Item(prompt=prompt, answer=text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
         keys = [self._key_of(item) for item in items]
         item_of = dict(zip(keys, items, strict=True))
@@ -93,11 +83,8 @@ class ServerScorer:
 
 
 class GradeScorer:
-    """Scores by the grades of a model; ``field`` is that of the scorer.
-
-    Raises:
-        ConfigError: the client is not installed, or its key is not set.
-    """
+    """Scores by the grades of a model; ``field`` is that of the scorer. Raises ConfigError: the client is not
+    installed, or its key is not set."""
 
     def __init__(self, config: ScorerGraderConfig, field: str, asking: Asking) -> None:
         self._rubric = rubric_of(config)
@@ -108,11 +95,8 @@ class GradeScorer:
         self._endpoint = Endpoint(config.endpoint, asking.replies, where=self._where, without="", failure=RewardError)
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float64: the grade of each, asked once for equal answers to equal prompts.
-
-        Raises:
-            RewardError: a call failed, or a reply has no grade and ``ungraded`` is not set.
-        """
+        """``[answers]`` float64: the grade of each, asked once for equal answers to equal prompts. Raises RewardError:
+        a call failed, or a reply has no grade and ``ungraded`` is not set."""
         prompts = [
             self._rubric.prompt(prompt.messages, text, reference=first_reference(prompt), tools=prompt.tools)
             for prompt, text in zip(answers.prompts, answers.texts, strict=True)

@@ -45,10 +45,8 @@ class Item:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Api:
     """``body`` is posted to ``path``; ``read`` gives a score for each item of the answer, as the server wrote it.
-
     ``read`` raises NoReply for an answer of another form. ``single``: a call has one item. ``labels``: it can score by
-    one class of several.
-    """
+    one class of several."""
 
     path: str
     body: Callable[[ServerConfig, Sequence[Item]], dict[str, Any]]
@@ -156,7 +154,6 @@ def _only(outputs: list[Any]) -> Any:
 
 
 def _in_order(entries: Any, count: int, key: str) -> list[Any]:
-    """The entries, if they are those of the items, in their order."""
     counted = _counted(_listed(entries), count)
     order = [_get(entry, key) for entry in counted]
     if order != list(range(count)) or any(isinstance(number, bool) for number in order):

@@ -1,8 +1,6 @@
-"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight.
-
-The scores of an ensemble's members are combined before that sum. Each member keeps a column of its own in ``Scores``,
-because a running normalisation needs the scores of the whole batch, and people want to see who disagrees.
-"""
+"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight. The scores
+of an ensemble's members are combined before that sum. Each member keeps a column of its own in ``Scores``, because a
+running normalisation needs the scores of the whole batch, and people want to see who disagrees."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ from alignment.algos.preferences import spread
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import generated_text
 from alignment.rewards.scorer_sources import label
-from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scorer, Scores, refuse_unusable
 
 _FLAT = 1e-6
 """A deviation below this share of the mean is float32 rounding: such scores count as all equal."""
@@ -38,11 +35,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ensemble:
-    """Several scorers that enter the total as one; the weights of ``members`` do not count.
-
-    ``combine`` turns the normalised and clipped scores of the members, ``[members, answers]``, into ``[answers]``.
-    These are then normalised and clipped like those of one scorer.
-    """
+    """Several scorers that enter the total as one; the weights of ``members`` do not count. ``combine`` turns the
+    normalised and clipped scores of the members, ``[members, answers]``, into ``[answers]``. These are then normalised
+    and clipped like those of one scorer."""
 
     source: str
     members: Sequence[Part]
@@ -54,10 +49,8 @@ class Ensemble:
 
 @dataclass(eq=False)
 class RunningMoments:
-    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5).
-
-    ``squares`` is the sum of squared distances from the mean.
-    """
+    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5). ``squares`` is the
+    sum of squared distances from the mean."""
 
     count: int = 0
     mean: float = 0.0
@@ -83,10 +76,8 @@ class RunningMoments:
 
 
 class RewardMix:
-    """The reward slot of a stage (``alignment.rewards.scores.Rewards``).
-
-    ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data, by index.
-    """
+    """The reward slot of a stage (``Rewards`` in scorers.py). ``tokenizer`` is the policy's; ``prompts`` are all rows
+    of the stage's data, by index."""
 
     def __init__(self, parts: Sequence[Part | Ensemble], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._parts = dict(zip(_names([part.source for part in parts]), parts, strict=True))
@@ -101,18 +92,12 @@ class RewardMix:
 
     @property
     def names(self) -> list[str]:
-        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``.
-
-        A member of an ensemble is ``ensemble/NAME``.
-        """
+        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``. A member of an ensemble is
+        ``ensemble/NAME``."""
         return list(self._columns)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
-        """The score of each answer by each scorer; no scorer is called for a batch without answers.
-
-        Raises:
-            RewardError: a scorer did not give one usable number per answer; names row, scorer and value.
-        """
+        """The score of each answer by each scorer; no scorer is called for a batch without answers."""
         if not answers:
             return Scores(names=tuple(self._columns), values=torch.empty(len(self._columns), 0))
         seen = Answers(
@@ -171,7 +156,6 @@ class RewardMix:
         return part.combine(self._of_members(name, by_name))
 
     def _of_members(self, name: str, by_name: Mapping[str, Tensor]) -> Tensor:
-        """``[members, answers]``: normalised and clipped scores."""
         return torch.stack([self._rescaled(member, by_name[member].double()) for member in self._members[name]])
 
     def _rescaled(self, name: str, scores: Tensor) -> Tensor:
@@ -184,7 +168,6 @@ class RewardMix:
 
 
 def _members(name: str, ensemble: Ensemble) -> dict[str, Part]:
-    """The members by their names in metrics."""
     names = _names([member.source for member in ensemble.members])
     return {f"{name}/{own}": member for own, member in zip(names, ensemble.members, strict=True)}
 

@@ -20,8 +20,8 @@ from alignment.config.new_recipe import Circumstances, NewStage, Question
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.data.records import Record
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
+from alignment.data.tokens.row_kinds import Limits
 
 
 class LearnsFrom(str, Enum):

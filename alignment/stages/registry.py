@@ -24,8 +24,8 @@ from alignment.config.stage import StageClasses, StageConfig, TrainedConfig
 from alignment.config.typed import stage_from_plain
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, ConfigError
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
+from alignment.data.tokens.row_kinds import Limits
 from alignment.job import StageInput, StageSpec
 from alignment.rewards.scorer_sources import REWARD, is_reference
 from alignment.stages import kind_problems

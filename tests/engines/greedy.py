@@ -42,11 +42,9 @@ def our_answers(model: Any, tokenizer: Any, prompts: Sequence[Ids]) -> list[Ids]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first tokens in which two answers to a prompt differ.
-
-    ``gap`` is how far apart the logits of the two are in float64, and ``others`` how far the likeliest token is ahead
-    of the more likely of the two: 0 if it is one of them.
-    """
+    """The first tokens in which two answers to a prompt differ. ``gap`` is how far apart the logits of the two are in
+    float64, and ``others`` how far the likeliest token is ahead of the more likely of the two: 0 if it is one of
+    them."""
 
     prompt: int
     position: int
@@ -91,8 +89,4 @@ def differences(
 
 def report(engine: str, differing: Sequence[Difference], *, asked: int) -> None:
     """Prints how many answers of those to ``asked`` prompts are equal, and each that is not."""
-    print(
-        f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal",
-        *differing,
-        sep="\n",
-    )
+    print(f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal", *differing, sep="\n")

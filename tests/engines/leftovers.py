@@ -25,11 +25,9 @@ SHARED_MEMORY = "/dev/shm/"
 
 @dataclass
 class Watched:
-    """A command under way: all processes that were ever seen below it, their ports, and their temporary files.
-
-    A process that leaves the command's tree is recognised by a variable, and its descendants by their parents: vLLM
-    writes over the variables of its own.
-    """
+    """A command under way: all processes that were ever seen below it, their ports, and their temporary files. A
+    process that leaves the command's tree is recognised by a variable, and its descendants by their parents: vLLM
+    writes over the variables of its own."""
 
     command: subprocess.Popen[str]
     mark: str

@@ -1,7 +1,5 @@
 """A run whose PPO stage samples with vLLM leaves no process, port or temporary folder, however it ends.
-
-``REPETITIONS=10`` tries each end ten times, half of them while vLLM starts and half while it samples.
-"""
+``REPETITIONS=10`` tries each end ten times, half of them while vLLM starts and half while it samples."""
 
 from __future__ import annotations
 

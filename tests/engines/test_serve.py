@@ -77,11 +77,7 @@ def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path)
         ours = run.answer("dora", messages, limit=8)
         with client(process, "opened") as asked:
             reply = asked.chat.completions.create(
-                model="dora",
-                messages=messages,
-                max_tokens=8,
-                temperature=0,
-                extra_body={"return_token_ids": True},
+                model="dora", messages=messages, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
             )
         assert reply.choices[0].token_ids == ours.ids
         nothing_is_left_after(process, signal.SIGKILL)

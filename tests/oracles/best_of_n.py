@@ -14,11 +14,9 @@ def mean_of_best(scores: Sequence[float], size: int) -> float:
 
 
 def distribution_of_best(policy: Mapping[str, float], reward: Mapping[str, float], n: int) -> dict[str, float]:
-    """The probability of each answer to be the best of ``n``, of equally good ones the first.
-
-    No score above r is drawn with probability F(r)ⁿ, and none from r on with F(r−)ⁿ. Answers that score alike share
-    what is between in the proportion of their own probabilities.
-    """
+    """The probability of each answer to be the best of ``n``, of equally good ones the first. No score above r is drawn
+    with probability F(r)ⁿ, and none from r on with F(r−)ⁿ. Answers that score alike share what is between in the
+    proportion of their own probabilities."""
     best = {}
     for answer, probability in policy.items():
         up_to = sum(p for other, p in policy.items() if reward[other] <= reward[answer])

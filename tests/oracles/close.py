@@ -11,12 +11,8 @@ MAX_ATOL = 1e-4
 
 
 def close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-7) -> None:
-    """Asserts that two tensors or nested lists agree elementwise; shapes must agree, dtypes need not.
-
-    Raises:
-        ValueError: a tolerance that could hide a fault.
-        AssertionError: they differ.
-    """
+    """Asserts that two tensors or nested lists agree elementwise; shapes must agree, dtypes need not. Raises
+    ValueError: a tolerance that could hide a fault; AssertionError: they differ."""
     if rtol > MAX_RTOL or atol > MAX_ATOL:
         raise ValueError(f"rtol {rtol} or atol {atol} is too loose; at most {MAX_RTOL} and {MAX_ATOL}")
     left = torch.as_tensor(actual, dtype=torch.float64, device="cpu")

@@ -1,9 +1,7 @@
-"""RL without a critic, answer by answer and token by token.
-
-Advantages and losses of RLOO (Ahmadian et al. 2024, section 3: an answer is one action), GRPO (Shao et al. 2024, eq. 3
-and 4) and Dr. GRPO (Liu et al. 2025, section 3.2), with the asymmetric clip of DAPO (Yu et al. 2025, eq. 10). Numbers
-may be floats or scalar tensors, so that autograd can give gradients.
-"""
+"""RL without a critic, answer by answer and token by token. Advantages and losses of RLOO (Ahmadian et al. 2024,
+section 3: an answer is one action), GRPO (Shao et al. 2024, eq. 3 and 4) and Dr. GRPO (Liu et al. 2025, section 3.2),
+with the asymmetric clip of DAPO (Yu et al. 2025, eq. 10). Numbers may be floats or scalar tensors, so that autograd can
+give gradients."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Distillation and speculative decoding in float64, number by number, from the papers.
-
-Word-level distillation is Hinton et al. 2015, section 2, on a teacher's own answers (Kim and Rush 2016, section 3).
-Acceptance and speed-up are Leviathan et al. 2023, theorem 3.5, equation 1 and theorem 3.8.
-"""
+"""Distillation and speculative decoding in float64, number by number, from the papers. Word-level distillation is
+Hinton et al. 2015, section 2, on a teacher's own answers (Kim and Rush 2016, section 3). Acceptance and speed-up are
+Leviathan et al. 2023, theorem 3.5, equation 1 and theorem 3.8."""
 
 from __future__ import annotations
 
@@ -51,10 +49,8 @@ def mean_over_answers(values: Sequence[Sequence[float]], learned: Sequence[Seque
 
 
 def tokens_per_step(alpha: float, gamma: int) -> float:
-    """The expected number of tokens of a step: Σ over lengths of length × its probability.
-
-    The first i tokens are accepted with probability α^i, each token independently; one more comes from the target.
-    """
+    """The expected number of tokens of a step: Σ over lengths of length × its probability. The first i tokens are
+    accepted with probability α^i, each token independently; one more comes from the target."""
     expected = 0.0
     for accepted in range(gamma):
         expected += (accepted + 1) * alpha**accepted * (1.0 - alpha)

@@ -1,10 +1,7 @@
 """Truncated importance sampling, answer by answer and token by token (Yao et al. 2025, "Your Efficient RL Framework
-Secretly Brings You Off-Policy RL Training").
-
-The gradient of an answer that μ sampled, while π_old is what the learner computes for the same weights, is
-min(π_old/μ, C) times that of the clipped term of π/π_old. Numbers may be floats or scalar tensors, so that autograd can
-give gradients.
-"""
+Secretly Brings You Off-Policy RL Training"). The gradient of an answer that μ sampled, while π_old is what the learner
+computes for the same weights, is min(π_old/μ, C) times that of the clipped term of π/π_old. Numbers may be floats or
+scalar tensors, so that autograd can give gradients."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Llama (Touvron et al. 2023, section 2.2, with grouped queries) in float64 NumPy, and LoRA (Hu et al. 2021, 4.1).
-
-Without torch, a server with this model starts in a fraction of a second.
-"""
+Without torch, a server with this model starts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -35,11 +33,7 @@ class Llama:
         return cls(config=config, weights=_read(folder / "model.safetensors"))
 
     def with_weights(self, folder: Path) -> Llama:
-        """The same model with the weights of another folder.
-
-        Raises:
-            KeyError: some are missing there.
-        """
+        """The same model with the weights of another folder. Raises KeyError: some are missing there."""
         weights = _read(folder / "model.safetensors")
         tied = {"lm_head.weight"} if self.config["tie_word_embeddings"] else set()
         if missing := set(self.weights) - set(weights) - tied:

@@ -1,8 +1,6 @@
-"""Preference losses of one pair and their gradients, from their papers, in plain numbers.
-
-An answer is the list of its tokens' log-probabilities under the policy and under the reference. The gradient of a loss
-with respect to a token's log-probability is the same for all tokens of an answer, so an answer has one number.
-"""
+"""Preference losses of one pair and their gradients, from their papers, in plain numbers. An answer is the list of its
+tokens' log-probabilities under the policy and under the reference. The gradient of a loss with respect to a token's
+log-probability is the same for all tokens of an answer, so an answer has one number."""
 
 from __future__ import annotations
 

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 
 
 def rotated(head: Sequence[float], position: int, *, theta: float, interleaved: bool) -> list[float]:
-    """One head's vector at a position. Pair i is turned by position · theta^(−2i/d).
-
-    ``interleaved``: its elements are 2i and 2i + 1, as in the paper and in llama.cpp's ``llama``; otherwise i and
-    i + d/2, as in transformers.
-    """
+    """One head's vector at a position. Pair i is turned by position · theta^(−2i/d). ``interleaved``: its elements are
+    2i and 2i + 1, as in the paper and in llama.cpp's ``llama``; otherwise i and i + d/2, as in transformers."""
     width = len(head)
     turned = list(head)
     for pair in range(width // 2):

@@ -17,7 +17,7 @@ from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype, Mo
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
-from alignment.rewards.scores import Rewards, Scores
+from alignment.rewards.scorers import Rewards, Scores
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine import served_engine
 from alignment.stages.ppo.experience import Prompts

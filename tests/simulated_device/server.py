@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from alignment import worker
 from alignment.job import StageSpec
-from alignment.models.forward.decoding_rows import DecodingRows
+from alignment.models.forward.decoding import DecodingRows
 from tests.simulated_device.client import Outcome, outcome_of
 from tests.simulated_device.events import Event, events
 from tests.simulated_device.stages import KINDS, Cell, run_spec, run_stage, spec_of

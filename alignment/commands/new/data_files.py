@@ -29,11 +29,11 @@ from alignment.data.doctor import counted_records
 from alignment.data.fields import SetAside
 from alignment.data.formats import format_of
 from alignment.data.formats.form import Format
-from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.reading import Reader, prepared
 from alignment.data.records import HeldOutPrompt, LabelledAnswer, Prompt, Record
 from alignment.data.row_files import RawRow
+from alignment.data.source_files import snapshot_name, source_rows
 from alignment.pipeline.backends import processes
 
 

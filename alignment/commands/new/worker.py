@@ -23,8 +23,7 @@ from alignment.core.errors import AlignmentError, DataError
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
 from alignment.data.tokens import row_kinds
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import Kind, Limits, Tokenized, tokenized
 from alignment.data.tokens.thoughts import LOSSES, lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 

@@ -19,8 +19,8 @@ from alignment.config.data import SourceConfig
 from alignment.core.terminal import Terminal
 from alignment.data import records as record_types
 from alignment.data.doctor import Diagnosis, examine
+from alignment.data.reading import count_rows
 from alignment.data.records import HeldOutPrompt, Prompt, Record
-from alignment.data.row_count import count_rows
 from alignment.data.source_files import locate
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.sources import data_sources

@@ -49,8 +49,6 @@ def _is_one_of(row: Mapping[str, Any], *labels: str) -> bool:
 
 
 def _labelled_prompt(row: Mapping[str, Any]) -> str | None:
-    """The column with the prompt of a labelled answer, or None if the row has no label or nothing that it applies
-    to."""
     if not holds(row, "label"):
         return None
     return next((column for column, fits in _LABELLED.items() if fits(row)), None)
@@ -93,7 +91,6 @@ _PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
 
 
 def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
-    """A reader for rows with two whole conversations in the columns ``names``."""
 
     def read(fields: Fields) -> Example:
         chosen, rejected = (turns_of(fields, name) for name in names)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
-from alignment.data.list_texts import TURNS, begins_turns
 from alignment.data.records import Answer, Example
+from alignment.data.row_files import TURNS, begins_turns
 from alignment.data.turns import Message, tools_of, turn_of, turns_of
 
 PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
@@ -61,8 +61,7 @@ def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...
 
 def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
     """The turns of a column that holds a prompt, or its text as a turn of the user: to Alpaca's ``instruction`` its
-    ``input`` is appended. Raises DataError: the content is
-    neither text nor turns."""
+    ``input`` is appended. Raises DataError: the content is neither text nor turns."""
     value = fields.row[field]
     if isinstance(value, list):
         return turns_of(fields, field)

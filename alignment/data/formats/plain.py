@@ -17,8 +17,8 @@ from alignment.data.formats.form import (
     is_question,
     with_system,
 )
-from alignment.data.list_texts import begins_texts
 from alignment.data.records import Answer, Example
+from alignment.data.row_files import begins_texts
 from alignment.data.turns import Message, tools_of
 
 _TEXTS = ("text", "content", "response", "completion")

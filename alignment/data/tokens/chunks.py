@@ -25,8 +25,7 @@ from alignment.core.errors import DataError, ModelError, StageError
 from alignment.data.fields import SetAside
 from alignment.data.reading import Reader
 from alignment.data.row_files import JsonLine, Unparsed, parsed
-from alignment.data.tokens.limits import Limits, RowTooLong
-from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import Kind, Limits, RowTooLong, Tokenized, tokenized
 from alignment.records.stages import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Note
 
 CHUNK = 1_000

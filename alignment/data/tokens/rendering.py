@@ -231,8 +231,6 @@ class ConversationText:
 
 
 class _Text:
-    """A text that grows as long as the template keeps what it has rendered."""
-
     def __init__(self) -> None:
         self.rendered = ""
         self.learned: list[int] = []
@@ -240,7 +238,6 @@ class _Text:
         self._last = 0
 
     def add(self, before: str, answer: str, index: int, *, learned: bool) -> None:
-        """Adds the answer in turn ``index``, and what is new in the text ``before`` it."""
         self._segments += [
             Segment(text=before[len(self.rendered) :], learned=False),
             Segment(text=answer, learned=learned),

@@ -29,11 +29,10 @@ from alignment.core.errors import DataError, StageError
 from alignment.core.files import disk_error, parse_json
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
-from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.reading import DATA, NAMED, Reader, nothing, refuse_faults, start
+from alignment.data.source_files import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.tokens.chunks import Chunk, Job, run
-from alignment.data.tokens.limits import Limits, refuse_losses
-from alignment.data.tokens.row_kinds import Kind
+from alignment.data.tokens.row_kinds import Kind, Limits, refuse_losses
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.records.stages import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
 
@@ -245,7 +244,6 @@ def _files(path: Path) -> list[list[str | int]]:
 
 
 def _of_tokenizer(tokenizer: Any) -> list[str]:
-    """Hashes of the whole pipeline: merges, normaliser, prefixes and suffixes, and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = "" if backend is None else backend.to_str()
     return [*tokenizer_hashes(tokenizer).values(), hashlib.sha256(pipeline.encode()).hexdigest()]

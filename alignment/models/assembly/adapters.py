@@ -280,7 +280,6 @@ def is_prefix(folder: Path) -> bool:
 
 
 def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
-    """A stage that continues an adapter changes its weights, not its shape."""
     low_rank = AdapterKind.dora if getattr(saved, "use_dora", False) else AdapterKind.lora
     saved_kind = AdapterKind.prefix if saved.is_prompt_learning else low_rank
     kind = AdapterKind.lora if config.kind is AdapterKind.qlora else config.kind  # LoRA on quantised weights
@@ -305,7 +304,6 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:
-    """The modules' own names, in order: PEFT may save them with those of the modules around them."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 
@@ -335,7 +333,6 @@ def _load(model: PeftModel, folder: Path, name: str) -> None:
 
 
 def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:
-    """The modules that an adapter holds beside its factors, under the names that PEFT saves."""
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

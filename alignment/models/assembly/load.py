@@ -115,7 +115,6 @@ def base_content(spec: StageSpec) -> str | None:
 
 
 def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Path:
-    """The folder of an artifact's base on this machine; the content identifies it, not the name."""
     recorded = manifest.base["content"]
     if recorded is not None and recorded == base_content(spec):
         return spec.base_path
@@ -375,10 +374,8 @@ def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedMode
 
 
 def weights_sha256(lineage: Lineage) -> str:
-    """SHA-256 of the files of a policy's base and adapters, and of how each adapter is applied.
-
-    On shadows, where different results have the same zeros for weights, it is that of the folders' paths.
-    """
+    """SHA-256 of the files of a policy's base and adapters, and of how each adapter is applied. On shadows, where
+    different results have the same zeros for weights, it is that of the folders' paths."""
     folders = [lineage.base, *(saved.path for saved in lineage.adapters)]
     paths = list(map(str, folders)) if on_shadows() else []
     stood = [(saved.merged, saved.nf4) for saved in lineage.adapters]

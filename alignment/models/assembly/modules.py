@@ -21,7 +21,6 @@ def parts_beside_text(model: PreTrainedModel) -> list[str]:
 
 
 def _beside_text_model(model: PreTrainedModel) -> list[str]:
-    """The trunk's modules beside its text model, if this is a part of its own."""
     if model.config.get_text_config() is model.config:
         return []
     text = model.base_model.get_decoder()

@@ -18,8 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from alignment.costs.recorder import is_on_cpu
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.rows import Range, Segment, on_device
-from alignment.models.kernels.row_attention import Row, Scores, attend
-from alignment.models.kernels.sdpa import capped_attention
+from alignment.models.kernels.row_attention import Row, Scores, attend, capped_attention
 
 ATTENTION = "flat"
 SLIDING = "sliding_attention"
@@ -118,7 +117,6 @@ def _with_earlier(
     keys_values: KeysValues | None,
     earlier: KeysValues | None,
 ) -> tuple[Tensor, Tensor, _Ahead]:
-    """A layer's keys and values with those that precede the stream, and the numbers of the latter."""
     ahead = _Ahead()
     if keys_values is not None:
         keys_values.layers[module.layer_idx] = keys.contiguous(), values.contiguous()  # not as views of larger products
@@ -149,7 +147,6 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
-    """The rows that have queries, with their ranges among all keys."""
     first = ((0, ahead.prefix),) if ahead.prefix else ()
     return tuple(
         Row(segment.own, (*first, *map(ahead.shifted, segment.keys)))

@@ -125,6 +125,5 @@ def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
 
 
 def _packed(is_real: Tensor, label_mask: Tensor, labels: Tensor) -> Tensor:
-    """The label mask of rows in the shape of the packed labels, ``[1, tokens - 1]``."""
     first = torch.zeros_like(is_real[:, :1])  # a row's first token is never predicted
     return torch.cat([first, label_mask], dim=-1)[is_real].view_as(labels)[:, 1:]

@@ -100,8 +100,6 @@ class _ChunkedDivergence(torch.autograd.Function):
 
 
 class _Chunks:
-    """Log-probabilities of student and teacher, chunk by chunk, and some rows of a chunk at a time."""
-
     def __init__(
         self, hidden: Tensor, weight: Tensor, teacher_states: Tensor, teacher_weight: Tensor, temperature: float
     ) -> None:
@@ -111,14 +109,12 @@ class _Chunks:
         self._temperature = temperature
 
     def project(self, chunk: slice) -> Tensor:
-        """``[chunk, vocabulary]`` products of the student's states with its head; the teacher's are computed too."""
         states, weight = self._teacher
         self._teacher_memory.project(states[chunk], weight)
         hidden, weight = self._student
         return self._memory.project(hidden[chunk], weight)
 
     def log_shares(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yields rows of a projected chunk, a view of the student's products, and log q and log p."""
         both = zip(self._memory.parts(chunk), self._teacher_memory.parts(chunk), strict=True)
         for (rows, products), (_, teacher_products) in both:
             log_q = _log_softmax(self._memory, products, self._temperature)
@@ -131,12 +127,10 @@ class _Chunks:
         )
 
     def project_back(self, count: int) -> Tensor:
-        """``[count, width]`` products of the student's head with the values that replaced a chunk's products."""
         return self._memory.project_back(count, self._student[1])
 
 
 def _log_softmax(memory: ChunkMemory, products: Tensor, temperature: float) -> Tensor:
-    """``[rows, vocabulary]`` in float32, in memory that the next rows use again."""
     logits = memory.logits[: len(products)].copy_(products)
     if temperature != 1.0:
         logits.div_(temperature)
@@ -145,7 +139,6 @@ def _log_softmax(memory: ChunkMemory, products: Tensor, temperature: float) -> T
 
 
 def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Gradients of hidden states, if they need one, and of the head."""
     hidden, weight, teacher_states, teacher_weight = ctx.saved_tensors
     chunks = _Chunks(hidden, weight, teacher_states, teacher_weight, ctx.temperature)
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

@@ -19,8 +19,7 @@ from alignment.models.assembly.prefix import prefix_of, refuse_too_long
 from alignment.models.forward.attention import ATTENTION, SLIDING, KeysValues
 from alignment.models.forward.rows import FlatRows
 from alignment.models.forward.side_by_side import side_by_side
-from alignment.models.kernels.blocks import fuse_blocks
-from alignment.models.kernels.norms import fuse_norms
+from alignment.models.kernels.blocks import fuse_blocks, fuse_norms
 
 log = logging.getLogger(__name__)
 MULTIPLE = 64
@@ -66,7 +65,7 @@ def has_window(model: PreTrainedModel) -> bool:
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
     """Selects the flat attention function if the model allows it, else warns once; returns whether it did. Norms are
-    fused in either case (models/kernels/norms.py), blocks only with flat attention (models/kernels/blocks.py)."""
+    fused in either case (models/kernels/blocks.py), blocks only with flat attention (models/kernels/blocks.py)."""
     fuse_norms(model)
     if not can_run_flat(model):
         log.warning(
@@ -110,7 +109,6 @@ def trunk_states(
 
 
 def _flat_states(trunk: PreTrainedModel, rows: FlatRows, *, ahead: int = 0, **of_attention: Any) -> Tensor:
-    """``[tokens, width]``; positions begin after ``ahead``, and attention gets the other arguments."""
     tokens = len(rows.input_ids)
     rows = rows.filled_up(_multiple(trunk))
     # The model passes a four-dimensional mask on, instead of building a mask that would never be read.

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from alignment.costs.recorder import counted_times, on_shadows
 from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.decoding import decoding
-from alignment.models.forward.decoding_rows import DecodingRows, WaitingPrompts
+from alignment.models.forward.decoding import DecodingRows, WaitingPrompts, decoding
 from alignment.models.forward.shared_prompts import Reading, shared_beginning
 from alignment.models.kernels.layout import prepacked
 
@@ -126,8 +125,6 @@ def _in_order(uniforms: Tensor, order: Sequence[int]) -> Callable[[slice], Tenso
 
 @dataclass(kw_only=True, slots=True)
 class _Answers:
-    """The answers so far, by the prompts' numbers in the queue, and which of them have ended."""
-
     ids: list[list[int]]
     max_new_tokens: int
     end_ids: frozenset[int]

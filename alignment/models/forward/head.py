@@ -18,7 +18,7 @@ from alignment.costs.recorder import one_of_each
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.flat import MULTIPLE, trunk_states
 from alignment.models.forward.rows import FlatRows, next_multiple
-from alignment.models.forward.two_threads import has_two_threads, in_two_threads
+from alignment.models.forward.side_by_side import has_two_threads, in_two_threads
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
@@ -91,33 +91,13 @@ class TokenStatistics:
     is_top1: Tensor
 
 
-def token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy_gradient: bool = False,
-    cap: float | None = None,
-) -> TokenStatistics:
-    """Statistics of ``labels`` under softmax(z / temperature), with z = hidden @ weight.T or, with a ``cap``,
-    cap·tanh(hidden @ weight.T / cap).
-
-    Args:
-        hidden: ``[tokens, width]`` hidden states, each from the position *before* its label.
-        weight: ``[vocabulary, width]`` the head; it gets a gradient if it requires one.
-        labels: ``[tokens]`` token ids.
-        entropy_gradient: whether the entropies carry gradients; the probabilities are then computed twice.
-    """
-    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature, entropy_gradient, cap)
-    return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
-
-
 def label_statistics(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> TokenStatistics:
-    """``token_statistics`` under the model's own head, whose factor of logits counts as a temperature. Raises
-    ModelError: the head does more."""
+    """Statistics of ``labels [tokens]`` under softmax(z / temperature), with z = hidden @ weight.T of the model's head
+    or, with a cap, cap·tanh(hidden @ weight.T / cap). ``hidden [tokens, width]`` are states from the position *before*
+    each label. A factor of logits counts as a temperature. With ``entropy_gradient`` the entropies carry gradients; the
+    probabilities are then computed twice. Raises ModelError: the head does more."""
     cap, temperature = logit_cap(model), temperature / logit_factor(model)
     fields = through_head(
         model,
@@ -325,7 +305,6 @@ def _log_softmax_slope(shares: Tensor, labels: Tensor) -> Tensor:
 
 
 def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden states and of the head, each if it needs one."""
     hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

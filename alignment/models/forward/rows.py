@@ -215,7 +215,6 @@ def evenly(lengths: Sequence[int], count: int) -> list[range]:
 
 
 def _most_even(lengths: Sequence[int], count: int, limit: int, behind: Sequence[int] | None) -> list[range]:
-    """At most ``count`` ranges, which the ``limit`` allows, with the smallest limit that does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high) // 2
@@ -269,7 +268,6 @@ def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
 
 
 def _common_beginnings(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """For each row, the earlier row with the longest common beginning, and the number of tokens in common."""
     table = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
     for number, row in enumerate(rows):
         table[number, : len(row)] = row

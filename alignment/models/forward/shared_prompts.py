@@ -29,8 +29,7 @@ from alignment.models.forward.rows import (
     on_host,
     stream,
 )
-from alignment.models.forward.side_by_side import can_divide
-from alignment.models.forward.two_threads import THREADS, can_share, each_of
+from alignment.models.forward.side_by_side import THREADS, can_divide, can_share, each_of
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 8192
@@ -138,7 +137,6 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning:
 
 
 def _by_span(lengths: Sequence[int], model: PreTrainedModel, function: Callable[[range], _Output]) -> list[_Output]:
-    """The function of each range of texts that are read or scored at once, in order."""
     if can_divide(model.base_model):
         count = len(by_tokens(lengths, READ_TOKENS // THREADS))
         spans = evenly(lengths, next_multiple(count, THREADS))
@@ -149,14 +147,12 @@ def _by_span(lengths: Sequence[int], model: PreTrainedModel, function: Callable[
 
 
 def _right_aligned(rows: FlatRows) -> Tensor:
-    """``[rows, columns]`` indices in the stream, with each row's last token in the last column."""
     columns = rows.index.shape[1]
     shifted = torch.arange(columns, device=rows.index.device) - (columns - rows.is_real.sum(-1, keepdim=True))
     return rows.index.gather(1, shifted.clamp(min=0))
 
 
 def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], texts: list[Sequence[int]]) -> list[float]:
-    """Sums of log-probabilities of texts that continue the rows ``which`` of a batch."""
 
     def sums_of(span: range) -> list[float]:
         span_texts, after = texts[span.start : span.stop], which[span.start : span.stop]

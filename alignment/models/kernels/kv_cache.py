@@ -19,7 +19,7 @@ from alignment.core.errors import ModelError
 from alignment.costs.recorder import CACHE, memory_for
 from alignment.models.assembly.modules import products_dtype
 from alignment.models.forward.attention import KeysValues
-from alignment.models.kernels.sdpa import capped_attention
+from alignment.models.kernels.row_attention import capped_attention
 
 ATTENTION = "decoding"
 ROOM = 64
@@ -235,7 +235,6 @@ def decoding_attention(
 
 @functools.lru_cache(maxsize=2)  # all layers ask for the same, or those with a window and those without
 def _summand(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[rows · key heads, 1, columns]`` from a mask of ``[rows, 1, 1, columns]``, boolean or additive."""
     if mask.dtype == torch.bool:  # of a prompt whose last token alone enters the later layers, as in Gemma 4
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     return mask.to(dtype).expand(-1, heads, -1, -1).reshape(-1, 1, mask.shape[-1])

@@ -99,7 +99,6 @@ def _way(model: nn.Module, rows: int) -> _Way:
 
 
 def _function_of(module: nn.Module, way: _Way) -> Forward | None:
-    """The layer as a function, or None if it is not a linear layer or would not become faster."""
     if _has_layout(module) or (way.few_calls and way.copies and isinstance(module, (LoraLinear, Nf4Linear))):
         joint = _joint((module,), way)
         if joint is not None:
@@ -115,7 +114,6 @@ def _function_of(module: nn.Module, way: _Way) -> Forward | None:
 
 
 def _joint(layers: Sequence[nn.Module], way: _Way) -> Products | None:
-    """Layers of one input as one function, or None if a layer is not plain or would not become faster."""
     if all(map(_has_layout, layers)) and all(map(_is_stackable, layers)):
         return _with_layout(_stacked(layers), way.rows)
     if way.few_calls and way.copies and all(map(_is_stackable, layers)):
@@ -130,7 +128,6 @@ def _base_of(layer: nn.Module) -> Any:
 
 
 def _is_stackable(layer: nn.Module) -> bool:
-    """Whether it is a plain linear layer, with or without low-rank adapters beside it."""
     base = _base_of(layer)
     if is_hooked(layer) or not (isinstance(base, Nf4Linear) or _is_whole(base)):
         return False
@@ -175,7 +172,6 @@ def _stacked(layers: Sequence[nn.Module]) -> _Stacked:
 
 
 def _concatenated(vectors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
-    """One vector, with zeros for layers that have none."""
     if all(vector is None for vector in vectors):
         return None
     return torch.cat(
@@ -285,7 +281,6 @@ def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _product(module: nn.Linear, bias: Tensor | None) -> Forward:
-    """The linear layer as a function on its weight in the dtype of the product."""
     dtype = computes_in(module)
     held = frozen_weight(module, dtype).detach()
     return lambda states: nn.functional.linear(states.to(dtype), held, bias)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignment.models.forward.rows import Range, next_multiple, on_device
 
@@ -92,7 +94,6 @@ class _Group:
     hidden: Tensor
 
     def of_queries(self, lines: Tensor, width: int) -> Tensor:
-        """``[matrices, queries · parts, width]``: all query heads under one key head."""
         return lines[self.queries].view(self.matrices, -1, width)
 
     def of_keys(self, lines: Tensor) -> Tensor:
@@ -340,7 +341,6 @@ def _spread(lines: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
-    """softmax(scores), ``[matrices, queries · parts, keys]``; ``hidden`` is ``[1 or rows, queries, keys]``."""
     rows, queries, keys = hidden.shape
     shape = -1, rows, queries, query.shape[1] // queries, keys
     if scores.cap is not None:
@@ -353,7 +353,6 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor, scores: Scores) -> Tens
 
 
 def _bounded(query: Tensor, key: Tensor, scores: Scores) -> Tensor:
-    """tanh(scale·q kᵀ / cap), ``[matrices, queries · parts, keys]``."""
     assert scores.cap is not None, "only capped scores are bounded"
     return torch.bmm(query, key.transpose(1, 2)).mul_(scores.scale / scores.cap).tanh_()
 
@@ -387,3 +386,40 @@ def _long(query: Tensor, key: Tensor, value: Tensor, row: Row, hidden: Tensor | 
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )[0]
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, cap: float
+) -> Tensor:
+    """``[rows, tokens, heads, value width]``; scores and weights are rounded to the keys' dtype.
+
+    Args:
+        query: ``[rows, heads, tokens, width]``.
+        key: ``[rows, key heads, columns, width]``.
+        value: ``[rows, key heads, columns, value width]``.
+        mask: ``[rows or 1, 1, tokens, columns]``, False or −∞ where a token does not see a column, else True or 0;
+            without one, each token sees the columns up to its own. The result for a token that sees none, such as
+            padding, is finite.
+        scaling: 1/√width if None.
+    """
+    rows, heads, columns, width = key.shape
+    tokens = query.shape[2]
+    queries = query.to(key.dtype).reshape(rows, heads, -1, tokens, width)
+    scale = width**-0.5 if scaling is None else scaling
+    scores = (queries @ key[:, :, None].transpose(-1, -2) * (scale / cap)).tanh() * cap
+    if mask is None:
+        mask = torch.ones(1, 1, tokens, columns, dtype=torch.bool, device=query.device).tril(columns - tokens)
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    scores = scores.masked_fill(~seen[:, :, None], torch.finfo(scores.dtype).min)
+    attended = torch.softmax(scores, dim=-1) @ value[:, :, None]
+    return attended.flatten(1, 2).transpose(1, 2)
+
+
+ORDER = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention takes the first kernel of ``ORDER`` that can serve a call. Outside CUDA this has no effect."""
+    with sdpa_kernel(list(ORDER), set_priority=True):
+        yield

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core.errors import DataError
-from alignment.data.hub_rows import content_of
-from alignment.data.source_files import locate
+from alignment.data.source_files import content_of, locate
 from alignment.pipeline.sources import hub
 from alignment.pipeline.sources.model_sources import remembered_sha256
 

@@ -1,8 +1,6 @@
-"""The rules ``instructions_strict`` and ``instructions_loose``: IFEval's checks (Zhou et al. 2023), by ``lm_eval``.
-
-The library's checks draw what a row leaves open, guess languages at random, and fetch data for splitting sentences when
-they are imported. So a row has to give every argument, the guesses are seeded, and nothing is fetched here.
-"""
+"""The rules ``instructions_strict`` and ``instructions_loose``: IFEval's checks (Zhou et al. 2023), by ``lm_eval``. The
+library's checks draw what a row leaves open, guess languages at random, and fetch data for splitting sentences when
+they are imported. So a row has to give every argument, the guesses are seeded, and nothing is fetched here."""
 
 from __future__ import annotations
 
@@ -30,10 +28,8 @@ _SENTENCES = "tokenizers/punkt_tab"
 
 
 class Instructions:
-    """1 for an answer that follows all of its row's instructions, else 0: IFEval's accuracy by prompt.
-
-    ``loose`` also accepts an answer that follows them without its first or last line, or without asterisks.
-    """
+    """1 for an answer that follows all of its row's instructions, else 0: IFEval's accuracy by prompt. ``loose`` also
+    accepts an answer that follows them without its first or last line, or without asterisks."""
 
     def __init__(self, *, loose: bool) -> None:
         checks = _checks()
@@ -43,11 +39,8 @@ class Instructions:
         self._example: Callable[..., Any] = checks.InputExample
 
     def expected(self, record: HasRow) -> Any:
-        """The row's instructions, as the library takes them.
-
-        Raises:
-            DataError: they are missing, unknown, lack an argument, or need data that is not on this machine.
-        """
+        """The row's instructions, as the library takes them. Raises DataError: they are missing, unknown, lack an
+        argument, or need data that is not on this machine."""
         ids, arguments = record.row.get(IDS), record.row.get(ARGUMENTS)
         if not isinstance(ids, list) or not ids:
             lacking(record, IDS, _EXAMPLE)
@@ -64,7 +57,6 @@ class Instructions:
 
 
 def _problem(name: Any, given: Any) -> str:
-    """What is wrong with an instruction and its arguments; empty if nothing is."""
     known = _checks().instructions_registry.INSTRUCTION_DICT
     if not isinstance(name, str) or name not in known:
         return f"has {name!r:.60}, which is not an instruction; {suggestion(str(name), list(known))}"
@@ -86,7 +78,6 @@ def _problem(name: Any, given: Any) -> str:
 
 
 def _question(record: HasRow) -> str:
-    """The text of the prompt, which some instructions ask to repeat."""
     messages = getattr(record, "messages", ())
     return str(messages[-1].content) if messages else ""
 

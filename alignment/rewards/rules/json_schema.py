@@ -18,23 +18,17 @@ _REMEDY = f'give the metric a {SCHEMA}, or each row one: {{"{SCHEMA}": {{"type":
 
 
 class JsonSchema:
-    """1 for an answer that is one JSON value which the schema accepts, else 0.
-
-    White space around the value is allowed; a code fence, words before it, NaN and Infinity are not, and neither is a
-    number that is too large for the schema's arithmetic. The schema is that of the row, or else the metric's; without
-    ``$schema`` it is read as the newest draft. ``format`` is not checked, and a ``$ref`` to another document is never
-    fetched.
-    """
+    """1 for an answer that is one JSON value which the schema accepts, else 0. White space around the value is allowed;
+    a code fence, words before it, NaN and Infinity are not, and neither is a number that is too large for the schema's
+    arithmetic. The schema is that of the row, or else the metric's; without ``$schema`` it is read as the newest draft.
+    ``format`` is not checked, and a ``$ref`` to another document is never fetched."""
 
     def __init__(self, schema: Mapping[str, Any] | None) -> None:
         self._default = None if schema is None else _validator(schema)
 
     def expected(self, record: HasRow) -> Any:
-        """The validator of the row's schema.
-
-        Raises:
-            DataError: neither row nor metric has a schema, or the row's is not valid.
-        """
+        """The validator of the row's schema. Raises DataError: neither row nor metric has a schema, or the row's is not
+        valid."""
         schema = record.row.get(SCHEMA)
         if isinstance(schema, str):
             schema = _parsed(schema, record)
@@ -84,10 +78,8 @@ def _validator(schema: Mapping[str, Any]) -> Any:
 
 
 def _references(schema: Any, document: Mapping[str, Any]) -> set[tuple[str, bool]]:
-    """All references anywhere in a schema, each with whether ``document`` holds what it refers to.
-
-    The document is the whole schema, or the part around the reference that has an ``$id`` of its own.
-    """
+    """All references anywhere in a schema, each with whether ``document`` holds what it refers to. The document is the
+    whole schema, or the part around the reference that has an ``$id`` of its own."""
     if isinstance(schema, list):
         return set().union(*(_references(part, document) for part in schema))
     if not isinstance(schema, Mapping):

@@ -16,11 +16,7 @@ class Rule(Protocol):
     """Scores texts. What it expects of an answer may differ from row to row."""
 
     def expected(self, record: HasRow) -> Any:
-        """What the rule reads in a row.
-
-        Raises:
-            DataError: the row lacks it; names file and line.
-        """
+        """What the rule reads in a row. Raises DataError: the row lacks it; names file and line."""
 
     def score(self, text: str, expected: Any) -> float:
         """The score of an answer to the row that ``expected`` comes from."""
@@ -41,12 +37,9 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuleKind:
-    """A rule as the plan and the docs see it.
-
-    ``build`` makes the rule from its settings, of which it ``needs`` one, or ``takes`` one that may be missing.
-    ``fault`` says what is wrong with that setting, beyond its type; empty if nothing is. Answers are compared with the
-    field of their row that ``reads`` names, if any.
-    """
+    """A rule as the plan and the docs see it. ``build`` makes the rule from its settings, of which it ``needs`` one, or
+    ``takes`` one that may be missing. ``fault`` says what is wrong with that setting, beyond its type; empty if nothing
+    is. Answers are compared with the field of their row that ``reads`` names, if any."""
 
     build: Callable[[ScoreSourceConfig], Rule]
     needs: str | None = None

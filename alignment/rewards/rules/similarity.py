@@ -23,18 +23,15 @@ class _Words:
     """Cuts a text into words of letters, their marks, and digits. In scripts without spaces each character is one."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words in lower case."""
         lower = unicodedata.normalize("NFC", unified(text.lower()))
         return divided("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
 
 
 class RougeL:
-    """ROUGE-L's F1: the longest common subsequence of words, against the reference (Lin 2004).
-
-    It is that of ``rouge-score``, without a stemmer: lower case, letters and digits only. That library knows only the
-    letters a to z, so texts are cut into words here; for ASCII these are the library's. Of several references the best
-    counts. A metric is its mean over prompts.
-    """
+    """ROUGE-L's F1: the longest common subsequence of words, against the reference (Lin 2004). It is that of
+    ``rouge-score``, without a stemmer: lower case, letters and digits only. That library knows only the letters a to z,
+    so texts are cut into words here; for ASCII these are the library's. Of several references the best counts. A metric
+    is its mean over prompts."""
 
     def __init__(self) -> None:
         from rouge_score.rouge_scorer import RougeScorer
@@ -51,11 +48,9 @@ class RougeL:
 
 
 class ChrF:
-    """chrF of each answer: an F2 of character n-grams up to six, against the reference (Popović 2015).
-
-    It is the sentence score of ``sacrebleu``, divided by 100. A metric is its mean over prompts, which differs from the
-    corpus score that papers report.
-    """
+    """chrF of each answer: an F2 of character n-grams up to six, against the reference (Popović 2015). It is the
+    sentence score of ``sacrebleu``, divided by 100. A metric is its mean over prompts, which differs from the corpus
+    score that papers report."""
 
     def __init__(self) -> None:
         from sacrebleu.metrics import CHRF as CharacterScore
@@ -72,11 +67,9 @@ class ChrF:
 
 
 def first_reference(prompt: Prompt) -> str:
-    """The reference answer to a prompt, of several the first; empty without one.
-
-    A column of references comes before an answer that ends the conversation, as in ``references_of``. Each turn of a
-    row that asks several has its own, so the column of such a row is not looked at.
-    """
+    """The reference answer to a prompt, of several the first; empty without one. A column of references comes before an
+    answer that ends the conversation, as in ``references_of``. Each turn of a row that asks several has its own, so the
+    column of such a row is not looked at."""
     own = str(getattr(prompt, REFERENCE, ""))
     if getattr(prompt, "later_turns", ()):
         return own
@@ -84,11 +77,8 @@ def first_reference(prompt: Prompt) -> str:
 
 
 def references_of(record: HasRow) -> list[str]:
-    """The reference answers of a row: those of its column, or the answer that ends its conversation.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The reference answers of a row: those of its column, or the answer that ends its conversation. Raises DataError:
+    there is none."""
     references = texts_in(record.row, REFERENCE)
     if references is None and record.row.get(REFERENCE) is None and (ending := getattr(record, REFERENCE, "")):
         return [ending]
@@ -136,11 +126,8 @@ def final_number(completion: str) -> str:
 
 
 def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
-    """The number after ``####`` in a row's ``answer``, or the field itself if it is a number.
-
-    Raises:
-        DataError: there is no such number, or more than one.
-    """
+    """The number after ``####`` in a row's ``answer``, or the field itself if it is a number. Raises DataError: there
+    is no such number, or more than one."""
     answer = row.get(ANSWER)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)

@@ -55,18 +55,13 @@ REFUSAL = OfText(lambda text: float(is_refusal(text)))
 
 
 class KeyFacts:
-    """The share of its row's ``facts`` that the answer contains (recall).
-
-    A fact is a text, or a list of wordings of which one is enough. It is contained if its words stand in the answer one
-    after another, as whole words. Case, punctuation and compatibility forms of characters (Unicode's NFKC) are ignored.
-    """
+    """The share of its row's ``facts`` that the answer contains (recall). A fact is a text, or a list of wordings of
+    which one is enough. It is contained if its words stand in the answer one after another, as whole words. Case,
+    punctuation and compatibility forms of characters (Unicode's NFKC) are ignored."""
 
     def expected(self, record: HasRow) -> list[list[str]]:
-        """The wordings of each fact, as words with single spaces.
-
-        Raises:
-            DataError: the row has no facts, or one that has no words.
-        """
+        """The wordings of each fact, as words with single spaces. Raises DataError: the row has no facts, or one that
+        has no words."""
         facts = record.row.get(FACTS)
         if not isinstance(facts, list) or not facts:
             lacking(record, FACTS, _FACTS_EXAMPLE)
@@ -83,7 +78,6 @@ class KeyFacts:
 
 
 def _wordings(fact: Any) -> list[str]:
-    """Empty unless the fact is text, or a list of texts, with words in each."""
     texts = [fact] if isinstance(fact, str) else fact
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return []
@@ -110,11 +104,7 @@ class OfOneTurn:
     field: str
 
     def expected(self, record: HasRow) -> Any:
-        """What the rule reads in a row.
-
-        Raises:
-            DataError: the row lacks it, or asks several turns.
-        """
+        """What the rule reads in a row. Raises DataError: the row lacks it, or asks several turns."""
         if getattr(record, "later_turns", ()) and record.row.get(self.field) is not None:
             raise DataError(
                 f"'{self.source}' compares every answer with the row's '{self.field}', but the row asks several turns",

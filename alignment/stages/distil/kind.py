@@ -18,8 +18,7 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import PROMPTS
+from alignment.data.tokens.row_kinds import PROMPTS, Limits
 from alignment.records.interval import Interval
 from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.stages import base

@@ -12,7 +12,7 @@ from torch import Tensor
 from alignment.algos.ppo import k1, of_each_token, of_overlong
 from alignment.core.errors import StageError
 from alignment.costs.recorder import on_shadows
-from alignment.rewards.scores import Rewards
+from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.experience import Answers, Partition, ScoredBatch, response_mask, stack
 from alignment.stages.ppo.kind import LENGTH, OVERLONG

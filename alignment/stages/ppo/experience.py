@@ -12,7 +12,7 @@ from torch import Tensor
 from alignment.models.forward.answers import micro_batches_of
 from alignment.models.forward.rows import sent
 from alignment.records.training import MetricsLog
-from alignment.rewards.scores import Scores, gathered_scores
+from alignment.rewards.scorers import Scores, gathered_scores
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import as_many_as_most
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from alignment.config.scoring import GuardConfig
 from alignment.records.training import MetricsLog
-from alignment.rewards.scores import Rewards
+from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo.experience import Prompts, Rollout
 from alignment.stages.ppo.rollouts import Rollouts
 from alignment.stages.ppo.step_metrics import UpdateMetrics

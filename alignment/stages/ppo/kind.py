@@ -17,8 +17,7 @@ from alignment.config.run import RunConfig
 from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS, Limits
 from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages import base
 from alignment.stages.ppo import checks

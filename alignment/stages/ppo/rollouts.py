@@ -15,7 +15,7 @@ from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.kernels.nf4 import reused_norms
-from alignment.rewards.scores import Rewards
+from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo.engine import RolloutEngine, SampledAnswers
 from alignment.stages.ppo.experience import (
     Answers,

@@ -14,8 +14,7 @@ from alignment.config.optim import tokens_of
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS, Limits
 from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
 from alignment.models.assembly.load import refuse_other_tokenizer

@@ -29,7 +29,7 @@ from alignment.config.launch import Engine
 from alignment.core.errors import StageError
 from alignment.models.assembly.modules import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
-from alignment.rewards.scores import Rewards
+from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo import learn
 from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig

@@ -12,7 +12,7 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles, build_roles
 from alignment.rewards.scorer_sources import REWARD
-from alignment.rewards.scores import Rewards
+from alignment.rewards.scorers import Rewards
 from alignment.stages.ppo.checks import size_faults
 from alignment.stages.ppo.config import Advantage, KlConfig, KlControl, KlTerm, PpoConfig
 from alignment.stages.ppo.engine import PolicyEngine, RolloutEngine

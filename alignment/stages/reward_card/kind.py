@@ -14,8 +14,7 @@ from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import REWARD_CARD
 from alignment.data.records import PreferencePair
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import PAIRS
+from alignment.data.tokens.row_kinds import PAIRS, Limits
 from alignment.rewards.rules.all_rules import RULES
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
 from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind

@@ -17,8 +17,7 @@ from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.core.typed_json import to_json
 from alignment.data.overlap import asked, asked_too
 from alignment.data.records import PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits, refuse_losses
-from alignment.data.tokens.row_kinds import PAIRS, PROMPT
+from alignment.data.tokens.row_kinds import PAIRS, PROMPT, Limits, refuse_losses
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import grouped
 from alignment.evaluation.bag_of_words import BagOfWords, fit

@@ -19,7 +19,7 @@ from alignment.records.stages import COUNTS, BestOf, Sampling
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import in_list
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Scores
 from alignment.stages.sample.kind import SampleConfig
 from alignment.stages.sample.selected_rows import EMPTY, NO_END, REPEATED, Candidate, OfPrompt, no_rows, rows_of_prompt
 from alignment.stages.shared.answer_sampling import (

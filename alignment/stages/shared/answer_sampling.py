@@ -20,8 +20,7 @@ from alignment.core.files import parse_json, write_text
 from alignment.core.fingerprint import digest
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import PROMPTS
+from alignment.data.tokens.row_kinds import PROMPTS, Limits
 from alignment.data.tokens.tokenize import end_ids
 from alignment.engines.completions import SEEDS, Asked, Generation
 from alignment.models.assembly.load import Lineage

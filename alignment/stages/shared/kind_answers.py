@@ -13,8 +13,7 @@ from alignment.config.launch import Engine, LaunchConfig, SamplingConfig
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import REWARD_MODEL, read_manifest
 from alignment.data.records import PreferencePair
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
+from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS, Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.engines.engine_environment import interpreter
 from alignment.evaluation.paired_scores import labels

@@ -13,8 +13,7 @@ from datasets import Dataset
 from alignment.config.data import DataConfig, ValidationConfig
 from alignment.config.optim import OptimConfig
 from alignment.core.errors import DataError
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import PROMPT, Kind
+from alignment.data.tokens.row_kinds import PROMPT, Kind, Limits
 from alignment.models.forward.causal import IGNORED
 from alignment.stages.shared.kind_answers import LimitedConfig, limits_of_parts, pair_rows
 from alignment.stages.shared.stage_rows import WHERE, token_rows

@@ -19,12 +19,10 @@ from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
 from alignment.core.wording import counted
 from alignment.data.mix import Indices, mixed, subset
-from alignment.data.reading import iterate, refuse_faults, start
+from alignment.data.reading import count_rows, iterate, refuse_faults, start
 from alignment.data.records import Record
-from alignment.data.row_count import count_rows
 from alignment.data.tokens.chunks import CHUNK, note_of_error, notes_of
-from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import Kind, Limits, RowTooLong, Tokenized, refuse_losses, tokenized
 from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
 from alignment.records.stages import CUT, LOST, TOO_LONG

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -24,7 +23,6 @@ from tests.living import is_living, wait_until
 
 
 def busy(lock: Path) -> Busy:
-    """The error of another holder of a lock."""
     with pytest.raises(Busy) as caught, held(lock, wait=False):
         pytest.fail("two hold one lock")
     return caught.value
@@ -70,22 +68,6 @@ def test_whoever_only_looks_keeps_nobody_out_and_a_look_that_does_not_end_is_not
         busy(lock)
 
 
-def test_a_wait_for_a_lock_shows_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_POLL_SECONDS", 0.01)
-    calls: list[int] = []
-    with ExitStack() as other:
-        other.enter_context(held(tmp_path / "lock", wait=False))
-
-        def waiting() -> None:
-            calls.append(len(calls))
-            if len(calls) == 3:
-                other.close()
-
-        with held(tmp_path / "lock", wait=True, waiting=waiting):
-            assert is_held(tmp_path / "lock")
-    assert calls == [0, 1, 2]
-
-
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_named_with_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -101,21 +83,6 @@ def test_a_file_system_without_locks_is_named_with_a_way_out(
     assert "output=FOLDER" in caught.value.remedy
     with pytest.raises(ConfigError, match="locks"):
         is_held(tmp_path / "lock")
-
-
-def test_a_lock_that_may_only_be_read_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = tmp_path / "lock"
-    real = os.open
-
-    def read_only(path: Path, flags: int, *mode: int) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path, flags, *mode)
-
-    with held(lock, wait=False):
-        monkeypatch.setattr(os, "open", read_only)
-        assert is_held(lock)
-    assert not is_held(lock)
 
 
 @pytest.mark.parametrize("command", ["sleep 60", ""])
@@ -144,19 +111,6 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
     assert f"although {taker.pid}," in error.message
     assert error.remedy.endswith(f"; `ps -fp {heir}` shows it, `kill {heir}` stops it")
     wait_until(lambda: not is_held(lock))
-
-
-@pytest.mark.parametrize(
-    ("statements", "ending"),
-    [
-        ("atexit.register(lambda: 1 / 0); print('written')", (0, "written\n")),
-        ("atexit.register(lambda: sys.exit(3)); print('written')", (0, "written\n")),
-        ("sys.stdout.close()", (4, "")),
-    ],
-)
-def test_neither_a_handler_nor_output_that_fails_changes_an_exit_code(statements: str, ending: tuple[int, str]) -> None:
-    imports = "import atexit, sys\nfrom alignment.core.child_processes import end_process\n"
-    assert ended(f"{imports}{statements}\nend_process({ending[0]})\n") == ending
 
 
 @pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "a pipe"])
@@ -198,7 +152,6 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @pytest.fixture
 def family() -> Iterator[tuple[int, int]]:
-    """The ids of a child and of its child."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         yield parent.pid, int(parent.stdout.readline())

@@ -76,8 +76,6 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     ("change", "field_name", "words"),
     [
         ({"rows": True}, "rows", "True is not a whole number"),
-        ({"rows": 3.5}, "rows", "3.5 is not a whole number"),
-        ({"judged": 1}, "judged", "1 is not true or false"),
         ({"setting": []}, "setting", "[] is not text"),
         ({"arms": 3}, "arms", "3 is not a list"),
         ({"arms": [{"name": "a"}, {"name": 3}]}, "arms[1].name", "3 is not text"),
@@ -85,7 +83,6 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ({"arms": [{"name": "a", "gold": {"low": 1}}]}, "arms[0].gold.mean", "missing"),
         ({"arms": [{"name": "a", "from": 10**400}]}, "arms[0].from", "1000"),
         ({"arms": [{"name": "a", "figures": {"x": []}}]}, "arms[0].figures.x", "[] is not an object"),
-        ({"arms": [{"name": "a", "figures": []}]}, "arms[0].figures", "[] is not an object"),
     ],
 )
 def test_what_has_another_form_is_refused_by_name(
@@ -99,7 +96,7 @@ def test_what_has_another_form_is_refused_by_name(
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "[" * 100_000, '{"rows": NaN'])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(ArtifactError, match="unreadable"):
@@ -137,10 +134,7 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
     }
     assert parts(raw, Table, CLEANING) == Table(
         rows=3,
-        arms=[
-            Arm(name="sft", gold=Interval(mean=0.5)),
-            Arm(name="dpo", figures={"A": Interval(mean=1.0)}),
-        ],
+        arms=[Arm(name="sft", gold=Interval(mean=0.5)), Arm(name="dpo", figures={"A": Interval(mean=1.0)})],
         setting="TEXT",
     )
     assert parts({"rows": "x"}, Table) is None
@@ -148,8 +142,6 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
 
 
 class Colour(Enum):
-    """An enum whose value is no text."""
-
     red = 1
 
 

@@ -10,14 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.config.model import Dtype
-from alignment.costs import op_times
-from alignment.costs.devices import DEVICES, seconds_on
 from alignment.costs.live_memory import ALIGNMENT, Heap
-from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, alike, bytes_of, flop_of, seconds_of
+from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, bytes_of, flop_of, seconds_of
 from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for, one_of_each
 from alignment.costs.shadows import Operation, Shadow, ShadowMode, zeros
 from alignment.models.assembly.load import frozen_copy
@@ -138,24 +135,6 @@ def test_a_file_that_is_read_counts_beside_the_weights_in_its_phase_alone() -> N
     assert recorder.phases["training"].resident < SQUARE + SQUARE // 2
 
 
-def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
-    recorder = Recorder()
-    with recorder.recording():
-        layer = nn.Linear(WIDTH, WIDTH, bias=False)
-        recorder.phase("training")
-        states = torch.empty(WIDTH, WIDTH)
-        states.exp()
-        recorder.begin_steps(2, layer, period=1)
-        for _ in range(2):
-            states.sin()
-            recorder.end_period(tokens=1)
-        states.exp()
-        states.cos()
-    outside = recorder.operations_outside_steps("training")
-    names = [recorder.examples[key].func.__name__.split(".")[0] for key in outside.elements()]
-    assert sorted(name for name in names if name != "empty") == ["cos", "exp", "exp"]
-
-
 def test_the_reference_of_many_rows_is_planned_on_few() -> None:
     """As many operations as there would be, on a number of micro-batches that does not grow with the rows."""
     counts, memory = [], []
@@ -263,70 +242,9 @@ SLACK = 2 * ALIGNMENT + 64
 """Bytes of a block beyond what was asked for, at most."""
 
 
-PRODUCTS = 395.6e12
-"""FLOP of an H100 in a second: 40% of the 989e12 that its maker publishes."""
-MEMORY = 2.345e12
-"""Bytes that it moves in a second: 70% of the 3.35e12 that its maker publishes."""
-
-
-@pytest.mark.parametrize(
-    ("products", "memory", "seconds"), [(3.0, 1.0, 3.0), (1.0, 2.0, 2.0)], ids=["by products", "by memory"]
-)
-def test_an_operation_takes_as_long_as_the_slower_of_its_products_and_its_memory(
-    products: float, memory: float, seconds: float
-) -> None:
-    taken = seconds_on(DEVICES["h100"], flop=products * PRODUCTS, moved=memory * MEMORY)
-    assert taken == pytest.approx(seconds, rel=1e-12)
-
-
-CACHES_OF_A_CORE = 8 << 20
-"""Bytes; the second-level caches of the processors that are sold for servers have up to 2 MB, laptops' up to 4."""
-
-
-class Written(TorchDispatchMode):
-    """Notes, in order, the runs of ``torch.mm`` and the bytes that other operations write in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[int | str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mm.default:
-            self.events.append("mm")
-        elif func is torch.ops.aten.fill_.Scalar:
-            self.events.append(args[0].nbytes)
-        return func(*args, **(kwargs or {}))
-
-
 def operation(func: Any, *shapes: tuple[int, ...]) -> Operation:
     args = tuple(torch.empty(shape, device="meta") for shape in shapes)
     return Operation(func=func, args=args, kwargs={}, results=())
-
-
-def test_more_than_the_caches_hold_is_written_before_each_timed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)  # on a busy machine, a first run may take long
-    with Written() as written:
-        seconds_of([(operation(torch.ops.aten.mm.default, (4, 4), (4, 4)), NEAR_BYTES)])
-    before_a_run = [before for before, event in zip(written.events, written.events[1:], strict=False) if event == "mm"]
-    _, *before_a_timed_run = before_a_run
-    assert len(before_a_timed_run) == RUNS
-    assert all(isinstance(size, int) and size > CACHES_OF_A_CORE for size in before_a_timed_run)
-
-
-@pytest.mark.parametrize(
-    ("func", "shape", "other", "counts_as_alike"),
-    [
-        (torch.ops.aten.mm.default, (400, 64), (401, 64), True),
-        (torch.ops.aten.mm.default, (400, 64), (800, 64), False),
-        (torch.ops.aten.mm.default, (1, 64), (2, 64), False),
-        (torch.ops.aten.view.default, (400, 64), (8, 16), True),
-    ],
-)
-def test_nearly_equal_products_and_all_views_are_timed_once(
-    func: Any, shape: tuple[int, ...], other: tuple[int, ...], *, counts_as_alike: bool
-) -> None:
-    forms = [alike(operation(func, each, (64, 64))) for each in (shape, other)]
-    assert (forms[0] == forms[1]) == counts_as_alike
 
 
 def test_operations_that_cannot_run_have_no_time_and_the_others_have_theirs() -> None:
@@ -337,30 +255,6 @@ def test_operations_that_cannot_run_have_no_time_and_the_others_have_theirs() ->
     large = operation(run, (MOST_BYTES // 4 + 1,))
     seconds = seconds_of([(each, NEAR_BYTES) for each in (other, fitting, large, fitting)])
     assert [each > 0 for each in seconds] == [False, True, False, True]
-
-
-def test_operations_share_what_is_written_before_them_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)
-    product = operation(torch.ops.aten.mm.default, (4, 4), (4, 4))
-    monkeypatch.setattr(op_times, "TOGETHER_BYTES", 2 * 2 * 4 * 4 * 4)
-    with Written() as written:
-        seconds_of([(product, NEAR_BYTES)] * 3)
-    runs = [
-        event if event == "mm" else "swept" for event in written.events if event == "mm" or event > CACHES_OF_A_CORE
-    ]
-    assert runs == ["mm", "mm", *["swept", "mm", "mm"] * RUNS, "mm", *["swept", "mm"] * RUNS]
-
-
-def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in sampling: a run on other tensors comes after the caches were emptied and before the one that is timed."""
-    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)
-    seen: list[int] = []
-    with Written() as written:
-        seconds_of([(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), NEAR_BYTES - 1)])
-    assert len(seen) == 2 * (RUNS + 1)
-    assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
-    assert seen[0] != seen[1]
-    assert sum(isinstance(event, int) and event > CACHES_OF_A_CORE for event in written.events) == RUNS
 
 
 @pytest.mark.usefixtures("mode")
@@ -392,42 +286,3 @@ def test_one_part_of_each_size_counts_for_all_of_that_size() -> None:
     }
     assert by_rows == {4: 2, 2: 1}
     assert list(one_of_each(parts, lambda part: part.stop - part.start)) == parts, "outside of an estimate"
-
-
-@pytest.mark.usefixtures("mode")
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x.t(),
-        lambda x: x[3:, 1::2],
-        lambda x: x.split(16, dim=1),
-        lambda x: x.mul_(2),
-        lambda x: x.max(-1, keepdim=True),
-        lambda x: torch.exp(x, out=torch.empty_like(x)),
-        lambda x: torch.zeros(64).add_(x[0]),
-    ],
-)
-def test_an_operation_returns_the_same_again_for_arguments_of_the_same_shape(function: Any) -> None:
-    """The second and third time nothing is computed on the meta device, and a view starts elsewhere in its memory."""
-    wholes = [torch.empty(96, 64) for _ in range(3)]
-    inputs = [whole[first : first + 64] for whole, first in zip(wholes, (0, 0, 16), strict=True)]
-    forms = []
-    for x in inputs:
-        result = function(x)
-        parts = list(result) if isinstance(result, (list, tuple)) else [result]
-        forms.append(
-            [
-                (
-                    type(part),
-                    part.dtype,
-                    part.shape,
-                    part.stride(),
-                    part is x,
-                    isinstance(part, Shadow)
-                    and part.data_ptr() == x.data_ptr()
-                    and part.storage_offset() - x.storage_offset(),
-                )
-                for part in parts
-            ]
-        )
-    assert forms[0] == forms[1] == forms[2]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from alignment.costs.remedies import Choice, Levels, Way, cheapest, with_remedy,
 from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
-from alignment.pipeline.execute.estimates import choices
 from alignment.records.cost import PhaseCost, StageCost
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.kto.kind import KtoConfig
@@ -51,8 +49,6 @@ STATES = {"full": (40, 40, 80), "bare": (20, 20, 40), "lora": (20, 1, 2), "qlora
 
 @dataclass
 class Stage:
-    """A stage of which it is known what everything takes; it counts its estimates."""
-
     fails: tuple[str, ...] = ()
     estimated: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -80,18 +76,15 @@ EVERY = list(itertools.product(*(range(depth + 1) for depth in DEPTHS)))
 
 
 def every_set() -> Iterator[set[Levels]]:
-    """Every set of levels that might fit, with those whose choices free nothing or take memory."""
     for chosen in itertools.product((False, True), repeat=len(EVERY)):
         yield set(itertools.compress(EVERY, chosen))
 
 
 def is_freeing(fitting: set[Levels]) -> bool:
-    """Whether what fits still fits if a choice is taken further."""
     return all(other in fitting for levels in fitting for other in EVERY if all(map(int.__ge__, other, levels)))
 
 
 def chosen_of(fitting: set[Levels]) -> tuple[Levels | None, int]:
-    """What is chosen if these levels fit, and how often that was asked."""
     asked: list[Levels] = []
 
     def fits(levels: Levels) -> bool:
@@ -111,16 +104,6 @@ def test_of_all_levels_that_fit_those_that_cost_least_are_chosen() -> None:
         chosen, asked = chosen_of(fitting)
         assert chosen == min(fitting, key=lambda levels: levels[::-1], default=None)
         assert asked <= 9
-
-
-def test_whatever_a_choice_takes_or_frees_each_that_is_chosen_is_needed() -> None:
-    for fitting in every_set():
-        chosen, _ = chosen_of(fitting)
-        if chosen is None:
-            continue
-        assert chosen in fitting
-        fewer = [(*chosen[:number], 0, *chosen[number + 1 :]) for number, level in enumerate(chosen) if level]
-        assert fitting.isdisjoint(fewer)
 
 
 @pytest.mark.parametrize(
@@ -163,37 +146,16 @@ def test_settings_inside_others_are_replaced_and_no_others() -> None:
     assert (config.optim.micro_batch_tokens, config.precompute_reference) == (2048, False)
 
 
-def test_ways_are_read_as_they_were_written() -> None:
-    for way in WAYS:
-        assert Way.from_plain(json.loads(json.dumps(asdict(way)))) == way
-
-
 FULL, PROPOSALS_LORA = (AdapterConfig(kind=kind) for kind in (AdapterKind.full, AdapterKind.lora))
 REFERENCE = "reference log-probabilities"
-SIZE = "optim.micro_batch_tokens"
-AS_LORA = "adapter@stages.dpo.adapter=lora"
 
 
 class Untimed(Timer):
-    """A device on which no operation may be timed."""
-
     def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
         raise AssertionError("an operation was timed")
 
 
-def ways_of(spec: StageSpec) -> list[Way]:
-    """Training all weights and LoRA, without sizes of micro-batches, to save estimates."""
-    own: tuple[str, ...] = ()
-    ways = []
-    for overrides, adapter in ((own, FULL), ((AS_LORA,), PROPOSALS_LORA)):
-        offered = choices(as_adapter(spec, adapter).config, divides_weights=False)
-        others = tuple(choice for choice in offered if choice.field != SIZE)
-        ways.append(Way(overrides=overrides, file=adapter.kind.value, choices=others))
-    return ways
-
-
 def combinations(way: Way) -> list[tuple[int, ...]]:
-    """Every level of every choice."""
     levels: list[tuple[int, ...]] = [()]
     for choice in way.choices:
         levels = [(*before, level) for before in levels for level in range(len(choice.values) + 1)]
@@ -210,7 +172,6 @@ Estimate = Callable[[Way, Mapping[str, Any]], StageCost]
 
 @pytest.fixture
 def estimate(stage: StageSpec) -> Estimate:
-    """Estimates each combination once."""
     costs: dict[Any, StageCost] = {}
 
     def cost(way: Way, settings: Mapping[str, Any]) -> StageCost:
@@ -224,32 +185,6 @@ def estimate(stage: StageSpec) -> Estimate:
         return costs[key]
 
     return cost
-
-
-@pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
-def test_without_any_setting_of_a_proposal_the_stage_does_not_fit(stage: StageSpec, estimate: Estimate) -> None:
-    ways = ways_of(stage)
-    own, lora = ways
-    peaks = {
-        frozenset(way.all_overrides("dpo", levels)): estimate(way, way.settings(levels)).peak
-        for way in ways
-        for levels in combinations(way)
-    }
-    assert len(peaks) == 6
-    unchanged, most = estimate(own, {}), peaks[frozenset(lora.all_overrides("dpo", (1,)))]
-    proposals = set()
-    for memory in sorted({*peaks.values(), *(peak - 1 for peak in peaks.values())}):
-        cost = with_remedy(unchanged, ways, memory, estimate)
-        remedy = frozenset(cost.remedy)
-        assert remedy or not most <= memory < unchanged.peak
-        if remedy:
-            assert cost.remedy_peak == peaks[remedy] <= memory
-            proposals.add(remedy)
-        for setting in remedy:
-            assert peaks[remedy - {setting}] > memory, f"{setting} is not needed for {memory} bytes"
-    assert {len(remedy) for remedy in proposals} == {1, 2}
-    for setting in ("stages.dpo.precompute_reference=true", AS_LORA):
-        assert any(setting in remedy for remedy in proposals)
 
 
 @pytest.mark.parametrize("kind", [DpoConfig, KtoConfig])
@@ -290,7 +225,6 @@ def test_what_cannot_be_estimated_is_not_proposed() -> None:
 
 
 def peak_with(overrides: list[str]) -> int:
-    """What the stage takes with these settings."""
     way = next((way for way in WAYS if way.overrides and set(way.overrides) <= set(overrides)), OWN)
     settings = {
         choice.field: value
@@ -299,14 +233,6 @@ def peak_with(overrides: list[str]) -> int:
         if choice.override("dpo", level) in overrides
     }
     return Stage().estimate(way, settings).peak
-
-
-def test_settings_that_free_too_little_are_not_estimated() -> None:
-    """Fewer activations cannot make room for the weights, gradients and moments of a stage that trains all weights."""
-    stage = Stage()
-    assert stage.remedied(82).remedy == [SHORT["M1024"], SHORT["LORA"]]
-    sizes = [("lora", {TOKENS.field: size}) for size in (512, 1024)]
-    assert stage.estimated == [("bare", {}), ("lora", {}), *sizes]
 
 
 def test_every_setting_of_a_proposal_is_needed() -> None:

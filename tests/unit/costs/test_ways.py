@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig
 
-from alignment import estimate as estimation
 from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.core.fingerprint import file_sha256
-from alignment.costs import storing
-from alignment.costs.devices import DEVICES, THIS
-from alignment.costs.op_times import bytes_of, flop_of
-from alignment.costs.shadows import Operation
+from alignment.costs.devices import DEVICES
 from alignment.estimate import Timer, cost_of
-from alignment.job import StageInput, StageSpec
+from alignment.job import StageSpec
 from alignment.records.cost import StageCost
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -56,7 +50,6 @@ def timer() -> Timer:
 
 
 def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
-    """A stage of eight pairs, four a step, on a base without weights."""
     rows = folder / "pairs.jsonl"
     pairs = [
         {
@@ -88,27 +81,6 @@ def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
     return replace(spec, config=replace(spec.config, adapter=adapter))
 
 
-class AsExpected(Timer):
-    """This machine, on which every operation takes as long as it is expected to."""
-
-    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
-        return [
-            flop_of(operation) / estimation.EXPECTED_FLOPS + bytes_of(operation) / estimation.EXPECTED_BANDWIDTH
-            for operation, _ in operations
-        ]
-
-
-def test_operations_that_are_not_timed_take_as_long_as_those_that_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec_of(tmp_path, SftConfig)
-    every = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
-    monkeypatch.setattr(estimation, "TIMED_SHARE", 0.5)
-    some = cost_when_whole(spec, AsExpected(THIS)).phases["training"]
-    assert some.flop == every.flop
-    assert some.seconds == pytest.approx(every.seconds, rel=0.01)
-
-
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
 def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, timer: Timer) -> None:
     chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
@@ -124,26 +96,6 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     assert thrice.steps == 3 * once.steps
     assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
-
-
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
-def test_only_learning_from_sampled_answers_leaves_holes_in_the_heap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
-    ppo = chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers))
-    specs = [ppo, spec_of(tmp_path, SftConfig)]
-    usual = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
-    monkeypatch.setattr(estimation, "HOLES", 0.0)
-    without = [cost_of(spec, AsExpected(THIS), publishes=False) for spec in specs]
-    held = [{name: phase.held for name, phase in cost.phases.items()} for cost in (*usual, *without)]
-    changing = max(
-        sum(phase.parts.get(part, 0) for part in ("activations", "cache", "logits"))
-        for phase in usual[0].phases.values()
-    )
-    assert held[0]["loading"] == held[2]["loading"]
-    assert held[0]["saving"] - held[2]["saving"] == pytest.approx(changing / 4, abs=1)
-    assert held[1].items() >= held[3].items()  # rows are tokenised once
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
@@ -171,39 +123,6 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
     cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
     assert "http://127.0.0.1:1/v1" in cost.error
     assert cost.phases == {}
-
-
-def evaluation(folder: Path, *, batch_size: int, max_new_tokens: int = 40) -> StageSpec:
-    """An evaluation of a base without weights on 64 prompts, in a folder without answers of another one."""
-    folder.mkdir()
-    rows = folder / "prompts.jsonl"
-    prompts = [{"prompt": f"When is shop {n} closed?"} for n in range(10, 74)]
-    rows.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
-    base = save_tiny_model(folder / "base", hidden_size=64)
-    config = EvaluateConfig(
-        data=DataConfig(source=f"path:{rows}"),
-        arms=["base"],
-        reward=None,
-        reference="base",
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-    )
-    of_base = StageInput(ref="base", path=None)
-    return tiny_spec(
-        folder, config, base_path=base, data_path=rows, arms={"base": of_base}, inputs={"reference": of_base}
-    )
-
-
-def test_steps_of_sampling_that_are_taken_as_one_count_as_often_and_fill_the_cache(
-    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    some, all_steps = (evaluation(tmp_path / name, batch_size=16, max_new_tokens=120) for name in ("few", "every"))
-    few = cost_of(some, timer, publishes=False).phases["answering"]
-    monkeypatch.setattr("alignment.models.forward.generate.STEPS_ALIKE", 1)
-    every = cost_of(all_steps, timer, publishes=False).phases["answering"]
-    assert few.peak == pytest.approx(every.peak, rel=0.05)
-    assert few.flop == pytest.approx(every.flop, rel=0.05)
-    assert few.seconds == pytest.approx(every.seconds, rel=0.05)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alone", "with rows mixed in"])
@@ -297,23 +216,6 @@ def test_what_is_offloaded_is_on_the_host(
     assert cost.host == max(sizes) > 0
 
 
-def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, sizes = iter([3.0, 10.0]), list[int]()
-
-    def hashed(path: Path) -> str:
-        sizes.append(path.stat().st_size)
-        return file_sha256(path)
-
-    monkeypatch.setattr(storing, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(storing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(storing, "file_sha256", hashed)
-    assert storing.seconds_a_byte(tmp_path) == 7.0 / (1000 * storing.PIECES)
-    assert sizes == [1000 * storing.PIECES]
-    assert not list(tmp_path.iterdir())
-
-
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -335,8 +237,6 @@ Estimate = Callable[..., StageCost]
 
 @pytest.fixture
 def estimate(tmp_path: Path) -> Estimate:
-    """The cost on an H100 of a stage that learns from two rows of some words."""
-
     def cost(
         model: PreTrainedConfig,
         adapter: AdapterConfig,
@@ -367,13 +267,6 @@ def estimate(tmp_path: Path) -> Estimate:
     return cost
 
 
-class FreeOperations(Timer):
-    """A device on which operations take no time."""
-
-    def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
-        return [0.0] * len(operations)
-
-
 def _row(words: int) -> dict[str, Any]:
     turn = {"role": "user", "content": "the keys " * (words // 2)}
     return {"messages": [turn, {"role": "assistant", "content": "the hall " * (words // 2)}]}
@@ -401,14 +294,3 @@ def test_qlora_on_eight_billion_weights_fits_on_a_card_of_24_gb(estimate: Estima
     assert parts["weights"] == pytest.approx(linear * 4.127 / 8 + others * 2, rel=0.02)
     assert cost.host > 2 * WEIGHTS_OF_8B
     assert 7e9 < cost.peak < DEVICES["4090"].memory
-
-
-def test_python_between_operations_takes_time_on_a_cpu_only(estimate: Estimate) -> None:
-    """Two layers forward and backward are hundreds of operations, each with at least 10 microseconds of Python."""
-    full = AdapterConfig(kind=AdapterKind.full)
-    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    on_cpu = estimate(small, full, words=40, timer=FreeOperations(THIS))
-    on_gpu = estimate(small, full, words=40, timer=FreeOperations("h100"))
-    assert on_cpu.error == on_gpu.error == ""
-    assert 100e-5 < on_cpu.phases["training"].seconds / on_cpu.steps < 2000e-5
-    assert on_gpu.phases["training"].seconds == 0

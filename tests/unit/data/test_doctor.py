@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.data import near_duplicates
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
+from alignment.data.reading import fewer_of, times_as_many
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
-from alignment.data.row_count import count_rows, fewer_of, times_as_many
 from alignment.data.turns import Message
 
 RNG = random.Random(0)
@@ -85,12 +81,8 @@ def _share(learned: str, held_out: str) -> float:
         (f"Please note: {TEXT.upper()}!", TEXT, 1.0),
         ("Two plus two", "two plus two?", 1.0),
         ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。", 1.0),
-        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร", 1.0),
-        ("दुकान कब खुलती है?", "दुकान कब खुलती है", 1.0),
         ("Where is İstanbul?", "where is istanbul", 1.0),
         (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT, 0.0),
-        ("Two plus three", "two plus two?", 0.0),
-        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。", 0.0),
         ("खाली", "खुला", 0.0),  # words that differ only in their vowel signs
         ("?", "!", 0.0),
     ],
@@ -99,13 +91,6 @@ def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(
     learned: str, held_out: str, share: float
 ) -> None:
     assert _share(learned, held_out) == share
-
-
-def test_half_of_a_text_is_enough_and_the_first_of_equal_ones_is_named() -> None:
-    assert 0.5 <= _share(" ".join(TEXT.split()[:16]), TEXT) < 1.0
-    held_out = HeldOut(LocatedText(where=f"eval:{number}", text=TEXT) for number in range(100, 140))
-    (overlap,) = held_out.overlaps([LocatedText(where="train:1", text=TEXT)])
-    assert overlap.held_out == "eval:100"
 
 
 def _asking(*texts: str) -> list[Prompt]:
@@ -172,19 +157,6 @@ def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) ->
     assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == lines
 
 
-def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Path) -> None:
-    lines = tmp_path / "lines"
-    lines.mkdir()
-    (lines / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    (lines / "b.ndjson").write_text('{"text": "c"}\n{"text": "d"}')
-    pq.write_table(pa.table({"text": ["e", "f", "g"]}), lines / "c.parquet")
-    assert count_rows(lines, ALL) == 7
-    assert count_rows(lines, DataConfig(source="", limit=3)) is None
-    (lines / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "h"}\n'))
-    (lines / "e.parquet").write_text("no such file")
-    assert [count_rows(path, ALL) for path in (lines, lines / "e.parquet", tmp_path / "none.jsonl")] == [None] * 3
-
-
 RANKED = {"prompt": "2 + 2?", "completions": [{"text": f"{score}.", "score": score} for score in (4, 5, 6)]}
 HALF_BAD = {"messages": [*ASKED, {"role": "assistant", "content": "5."}], "label": False}
 
@@ -235,53 +207,9 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("stage", "good", "bad"),
-    [
-        ("evaluate", {"messages": ASKED, "reference": "4."}, {"messages": []}),
-        ("forgetting", {"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}, {"choices": ["4"]}),
-    ],
-)
-def test_the_doctor_knows_what_measuring_stages_refuse(tmp_path: Path, stage: str, good: Any, bad: Any) -> None:
-    diagnosis = _examined(tmp_path, [good, good | bad, good])
-    assert stage in diagnosis.meant_for
-    assert diagnosis.uses[stage].records == 2
-    assert [Path(fault.where).name for fault in diagnosis.faults] == ["a.jsonl:2"]
-
-
-def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:
-    tie = {"messages": ASKED, "answers": {"x": "b", "y": "c"}, "preferred": "tie"}
-    transcript = "\n\nHuman: {}\n\nAssistant: yes."
-    apart = {"chosen": transcript.format("a"), "rejected": transcript.format("b")}
-    for row in (tie, apart):
-        code, printed = _diagnosed(_write(tmp_path / "a.jsonl", [row]))
-        assert "  set aside    1 row, in " in printed
-        assert "  to use it    no stage can use it\n" in printed
-        assert code == 3
-
-
-@pytest.mark.parametrize(
-    ("more", "labels"),
-    [
-        ({"good": True}, ["good"]),
-        ({"good": "False"}, ["good"]),
-        ({"good": "yes"}, []),
-        ({"good": True, "label": "x"}, []),
-        ({"good": None}, []),
-    ],
-)
-def test_a_column_of_true_and_false_beside_an_answer_may_be_its_label(
-    tmp_path: Path, more: dict[str, Any], labels: list[str]
-) -> None:
-    rows = [{"prompt": f"{number}?", "completion": "Yes.", "good": "true"} | more for number in range(3)]
-    assert _examined(tmp_path, rows).likely_labels == labels
-    assert ("columns={label: good}" in _diagnosed(tmp_path / "a.jsonl")[1]) == bool(labels)
-
-
-@pytest.mark.parametrize(
     ("row", "form", "code", "column"),
     [
         ({"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}, "preference", 3, "{chosen: choosen}"),
-        ({"prompt": "a", "completon": "b"}, "prompt_completion", 3, "{completion: completon}"),
         ({"prompt": "a", "completion": "b", "sytem": "c"}, "", 0, "{system: sytem}"),
         ({"prompt": "a", "Zzz": "b"}, "", 0, ""),
     ],
@@ -361,18 +289,6 @@ def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path:
     twice = _examined(tmp_path, [*rows, voted("ada", "stage:sft", texts[0]), voted("ada", "stage:dpo", texts[1])])
     assert _lines_of(twice.repeats.exact) == [(9, 1)], "one person, the same vote"
     assert _lines_of(twice.repeats.contradictions) == [(10, 3)], "and the opposite"
-
-
-def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = [some_text(30) for _ in range(6)]
-    monkeypatch.setattr(near_duplicates, "TEXTS", 5)
-    rows = [*texts[:3], changed(texts[0], 9), *texts[3:], changed(texts[1], 9)]
-    near = _examined(tmp_path, [{"text": text} for text in rows]).near_duplicates
-    assert _lines_of(near.pairs) == [(4, 1)]
-    assert (near.looked_at, near.passed_over) == (5, 3)
-    assert "only the first 5 distinct rows were compared" in _diagnosed(tmp_path / "a.jsonl")[1]
 
 
 def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:

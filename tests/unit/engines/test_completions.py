@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from alignment.config.launch import Engine, SamplingConfig
-from alignment.core.errors import StageError
 from alignment.engines import completions
 from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation, WrongReply, checked
 from tests.engine_server import COMPLETIONS, Failure, FakeEngine, engine_server
@@ -28,7 +26,6 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def reply() -> dict[str, Any]:
-    """What a server gives: one answer of the full length, and one that ends."""
     first = {
         "index": 0,
         "token_ids": [4, 7, 8],
@@ -86,7 +83,6 @@ def test_a_wrong_reply_is_refused(fault: str) -> None:
 
 @contextmanager
 def asking(base: Path, *, key: str = "", **changes: Any) -> Iterator[tuple[FakeEngine, EngineClient]]:
-    """A server, and a client of it."""
     with engine_server(base, key=key) as engine:
         config = replace(SamplingConfig(engine=Engine.vllm, timeout=5.0, retries=0), **changes)
         with closing(EngineClient(config, engine.url, key, where=WHERE)) as client:
@@ -123,17 +119,6 @@ def test_a_call_asks_for_tokens_as_they_were_sampled(base: Path) -> None:
     }
 
 
-def test_log_probabilities_are_the_models_at_the_temperature(base: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32).eval()
-    with asking(base) as (_, client):
-        ((answer, _),) = answers_of(client, ASKED, generation=replace(GENERATION, temperature=0.7))
-    logits = model(torch.tensor([[5, 9, *answer.ids]])).logits[0, 1:-1].double() / 0.7
-    expected = [row.log_softmax(-1)[token].item() for row, token in zip(logits, answer.ids, strict=True)]
-    assert answer.logprobs == pytest.approx(expected, abs=1e-5)
-
-
 def test_long_groups_are_cut_in_calls_whose_seeds_go_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Asked(prompt=[5, 9], answers=7, seed=100), Asked(prompt=[8], answers=1, seed=50)]
     with asking(base) as (engine, client):
@@ -167,15 +152,6 @@ def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base:
     assert seen == [2] * len(asked), "of each reply, its answers"
 
 
-def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:
-    with asking(base) as (engine, client):
-        engine.edit = lambda reply: reply | {"model": "other"}
-        with pytest.raises(StageError, match="the engine's reply came from the weights 'other', not 'base'") as raised:
-            answers_of(client, ASKED)
-    assert raised.value.where == WHERE
-    assert "it was not used for training" in raised.value.remedy
-
-
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
@@ -202,12 +178,3 @@ def test_a_key_is_sent_and_never_shown(base: Path) -> None:
         with closing(stranger), pytest.raises(CallFailed, match=r"/v1/models: .*401"):
             stranger.models()
     assert "secret" not in str(raised.value)
-
-
-@pytest.mark.parametrize("content", [{"data": [{}]}, {"weight": 1}])
-def test_a_server_of_another_kind_is_a_call_that_failed(base: Path, content: Any) -> None:
-    with asking(base) as (engine, client):
-        engine.failing = lambda path, number: Failure(status=200, content=content)
-        for call in (client.models, client.weights_version):
-            with pytest.raises(CallFailed, match="lacks what a vLLM server returns"):
-                call()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ REPLACING = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Weights]:
-    """Two adapters that do something, and not the same."""
     folder = tmp_path_factory.mktemp("adapters")
     weights = []
     for number in range(2):
@@ -72,7 +70,6 @@ def session_with(
 
 @contextmanager
 def at_url(base: Path, folder: Path, **settings: Any) -> Iterator[tuple[FakeEngine, EngineSession]]:
-    """A session with a server that runs already."""
     with engine_server(base) as engine, session_with(folder, url=f"{engine.url}/v1/", **settings) as session:
         session.start(options(base))
         yield engine, session
@@ -80,14 +77,12 @@ def at_url(base: Path, folder: Path, **settings: Any) -> Iterator[tuple[FakeEngi
 
 @contextmanager
 def started(base: Path, folder: Path, planted: Planted, **settings: Any) -> Iterator[EngineSession]:
-    """A session with a server of its own."""
     with session_with(folder, python=str(interpreter_of(folder, planted)), **settings) as session:
         session.start(options(base))
         yield session
 
 
 def servers_under(folder: Path) -> list[psutil.Process]:
-    """Servers whose temporary files are in ``folder``."""
     named = []
     for process in psutil.process_iter(["environ", "status"]):
         alive = process.info["status"] != psutil.STATUS_ZOMBIE
@@ -97,23 +92,12 @@ def servers_under(folder: Path) -> list[psutil.Process]:
 
 
 def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAnswer]]:
-    """What an undisturbed engine gives."""
     with at_url(base, folder) as (_, session):
         session.use(weights)
         return session.answers(weights, ASKED, GENERATION)
 
 
 # ---- its memory -----------------------------------------------------------------------------------------------------
-
-
-def test_the_memory_of_a_server_of_its_own_is_measured_when_it_ends(base: Path, tmp_path: Path) -> None:
-    peaks: list[float] = []
-    with started(base, tmp_path, Planted(), on_peak=peaks.append) as session:
-        assert peaks == []
-        session.start(options(base))
-        assert len(peaks) == 1, "the first server was replaced"
-    assert len(peaks) == 2
-    assert all(20e6 < peak < 1e9 for peak in peaks), "a process of Python with numpy"
 
 
 # ---- weights follow -------------------------------------------------------------------------------------------------
@@ -139,46 +123,6 @@ def test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_f
     first, second = (weights.name for weights in adapters)
     assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first), (UNLOAD, second)], "loaded before forgotten"
     assert given[0] != given[1] != given[2]
-
-
-def test_an_adapter_that_was_loaded_although_the_reply_was_lost_is_used(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    with at_url(base, tmp_path, retries=1) as (engine, session):
-        lost = Failure(drops=True, after=True)
-        engine.failing = lambda path, number: lost if (path, number) == (LOAD, 0) else None
-        session.use(adapters[0])
-        assert len(engine.paths(LOAD)) == 2, "the second call was refused"
-        assert session.answers(adapters[0], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[0])
-
-
-def test_a_server_that_failed_is_not_waited_for_again_at_the_end(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    with at_url(base, tmp_path, timeout=1.0) as (engine, session):
-        session.use(adapters[0])
-        engine.failing = lambda path, number: Failure(hangs=True)
-        with pytest.raises(StageError, match="timed out"):
-            session.answers(adapters[0], ASKED, GENERATION)
-        calls = len(engine.calls)
-        session.close()
-        assert len(engine.calls) == calls
-
-
-def test_a_log_of_its_own_stays_only_after_a_failure(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = SamplingConfig(engine=Engine.vllm, python=str(interpreter_of(tmp_path, Planted())))
-    folder = tmp_path / "cache/alignment/engines"
-    for model, logs in ((base, 0), (tmp_path / "nowhere", 1)):
-        with suppress(StageError), EngineSession(config, where=WHERE) as session:
-            session.start(options(model))
-            assert list(folder.glob("*.log")) == [], "a process that is killed leaves none"
-        assert len(list(folder.glob("*.log"))) == logs
-    with EngineSession(config, where=WHERE) as session, pytest.raises(StageError) as raised:
-        session.start(options(tmp_path / "nowhere"))
-    assert [file for file in folder.glob("*.log") if str(file) in raised.value.remedy and file.read_text()]
 
 
 def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, tmp_path: Path) -> None:
@@ -208,20 +152,6 @@ def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, t
         with pytest.raises(
             StageError, match="the engine answers with the weights 'policy-6-abcd' instead of 'policy-7"
         ):
-            session.answers(weights, ASKED, GENERATION)
-
-
-def test_weights_that_are_replaced_while_answers_are_sampled_are_noticed(base: Path, tmp_path: Path) -> None:
-    weights = Weights(name="policy-7-abcd", folder=tmp_path, whole=True)
-    with at_url(base, tmp_path) as (engine, session):
-        engine.version = weights.name
-
-        def edit(reply: dict[str, Any]) -> dict[str, Any]:
-            engine.version = "policy-8-abcd"
-            return reply
-
-        engine.edit = edit
-        with pytest.raises(StageError, match="the engine answers with the weights 'policy-8-abcd'"):
             session.answers(weights, ASKED, GENERATION)
 
 
@@ -275,26 +205,6 @@ def test_a_server_that_dies_is_started_again_with_the_weights_that_it_had(
     assert servers_under(folder) == []
 
 
-def test_a_server_that_dies_between_two_adapters_goes_on_with_the_new_one(
-    base: Path, tmp_path: Path, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The new server never had the old adapter, which is to be forgotten."""
-    with started(base, tmp_path, Planted()) as session:
-        session.use(adapters[0])
-        load = session._load
-
-        def load_and_die(weights: Weights) -> None:
-            load(weights)
-            monkeypatch.undo()
-            for server in servers_under(session.folder):
-                server.kill()
-
-        monkeypatch.setattr(session, "_load", load_and_die)
-        session.use(adapters[1])
-        assert (tmp_path / "engine.log").read_text().count("listening") == 2, "it was started again"
-        assert session.answers(adapters[1], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[1])
-
-
 def test_a_server_that_always_dies_is_given_up(base: Path, tmp_path: Path) -> None:
     with started(base, tmp_path, Planted(dies_at=1)) as session:
         with pytest.raises(StageError, match="vLLM ended with exit code 3") as raised:
@@ -303,19 +213,6 @@ def test_a_server_that_always_dies_is_given_up(base: Path, tmp_path: Path) -> No
     assert (tmp_path / "engine.log").read_text().count("listening") == 1 + RESTARTS
     assert str(tmp_path / "engine.log") in raised.value.remedy
     assert not folder.exists()
-
-
-def test_a_server_that_dies_while_it_gets_its_weights_again_is_given_up_too(
-    base: Path, tmp_path: Path, adapters: list[Weights]
-) -> None:
-    folder = tmp_path / "policy"
-    shutil.copytree(str(adapters[0].folder), folder)
-    weights = replace(adapters[0], folder=folder)
-    with started(base, tmp_path, Planted(dies_at=1)) as session:
-        session.use(weights)
-        shutil.rmtree(folder)  # so the new server cannot load it
-        with pytest.raises(StageError, match=LOAD):
-            session.answers(weights, ASKED, GENERATION)
 
 
 def test_a_hanging_server_is_not_started_again(base: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from alignment.core.child_processes import RANKS
 from alignment.core.errors import StageError
 from alignment.core.locks import is_held
-from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
+from alignment.engines.keeper_process import lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 from tests.living import is_living, wait_until
 
@@ -71,27 +69,22 @@ keeper_process.main(Path(sys.argv[1]))
 
 
 def command(folder: Path) -> ServerCommand:
-    """The server above."""
     return ServerCommand(name="the server", argv=[sys.executable, "-c", PARENT, PORT, str(folder), KEY])
 
 
 def started(keeper: Keeper, folder: Path) -> ServerProcess:
-    """It, once it answers."""
     return ServerProcess(keeper, command(folder), log=folder / "log", where="sampling", start_timeout=30)
 
 
 def program(text: str) -> ServerCommand:
-    """A server that ends at once."""
     return ServerCommand(name="the server", argv=[sys.executable, "-c", text], smaller="lower sampling.cache_gb")
 
 
 def pids(folder: Path) -> list[int]:
-    """The server's process and its child's."""
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
 def gone(folder: Path) -> bool:
-    """Whether both have ended."""
     return not any(is_living(pid) for pid in pids(folder))
 
 
@@ -142,31 +135,6 @@ def test_what_a_killed_keeper_left_is_removed_by_the_next_one(tmp_path: Path, mo
             assert left == {folder.name for folder in (living.folder, recent, foreign, third.folder)}
 
 
-def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
-    with Keeper() as keeper:
-        started(keeper, tmp_path)
-        server = psutil.Process(pids(tmp_path)[0])
-        parent = server.parent()
-        parent.kill()
-        wait_until(lambda: not is_living(server))
-        os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
-        assert not keeper.is_alive
-    assert not keeper.folder.exists()
-
-
-@pytest.mark.parametrize("argv", [[sys.executable, "-c", "raise SystemExit(3)"], ["/nowhere/server"]])
-def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
-    """The owner polls for the file, so it would read an empty one as soon as it is opened for writing."""
-    with Keeper() as keeper:
-        appears = exit_file(keeper.folder, 1)
-        appears.write_text("0")
-        os.link(appears, tmp_path / "first inode")
-        keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
-        wait_until(lambda: appears.read_text() != "0")
-        assert (tmp_path / "first inode").read_text() == "0", "the file was replaced, not written over"
-        assert keeper.exit_code(1) == (3 if argv[0] == sys.executable else NOT_STARTED)
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -181,15 +149,6 @@ def test_a_server_that_ends_says_why(tmp_path: Path, text: str, reason: str) -> 
     assert raised.value.where == "stages.ppo.sampling"
     assert str(tmp_path / "log") in raised.value.remedy
     assert ("cache_gb" in raised.value.remedy) == ("memory" in reason)
-
-
-def test_a_server_whose_share_is_too_small_is_not_told_to_take_less(tmp_path: Path) -> None:
-    words = "No available memory for the cache blocks. Try increasing gpu_memory_utilization"
-    command = replace(program(f"raise ValueError({words!r})"), larger="raise sampling.gpu_share")
-    with Keeper() as keeper, pytest.raises(StageError, match="leaves no memory for keys and values") as raised:
-        ServerProcess(keeper, command, log=tmp_path / "log", where="sampling", start_timeout=30)
-    assert raised.value.remedy.startswith("raise sampling.gpu_share; ")
-    assert "lower" not in raised.value.remedy
 
 
 def test_a_port_that_was_taken_meanwhile_is_tried_again(tmp_path: Path) -> None:
@@ -250,28 +209,3 @@ def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
     assert not is_living(int(pid))
     assert not SHARED_MEMORY.joinpath(memory).exists()
     assert not keeper.folder.exists()
-
-
-def test_a_server_is_not_one_of_its_owner_s_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage of several processes asks servers too; a server with its rank would wait for the others."""
-    for name in RANKS:
-        monkeypatch.setenv(name, "1")
-    prints = f"import os; print(sorted(name for name in {RANKS} if name in os.environ))"
-    with Keeper() as keeper:
-        assert keeper.run(ServerCommand(name="", argv=[sys.executable, "-c", prints]), log=tmp_path / "log") == 0
-    assert (tmp_path / "log").read_text() == "[]\n"
-
-
-def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
-    nowhere = ServerCommand(name="the server", argv=[str(tmp_path / "nowhere")], smaller="lower sampling.cache_gb")
-    with Keeper() as keeper, pytest.raises(StageError, match=r"the server cannot be started: .*nowhere") as raised:
-        ServerProcess(keeper, nowhere, log=tmp_path / "log", where="sampling", start_timeout=30)
-    assert "cache_gb" not in raised.value.remedy
-
-
-def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:
-    with Keeper() as keeper:
-        psutil.Process(int((keeper.folder / "pid").read_text())).kill()
-        wait_until(lambda: not keeper.is_alive)
-        with pytest.raises(StageError, match="the process that supervises servers was killed"):
-            started(keeper, tmp_path)

@@ -65,7 +65,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wheel(folder: Path, name: str) -> Path:
-    """A wheel of a package that holds nothing."""
     path = folder / f"{name}-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/__init__.py", "")
@@ -83,22 +82,6 @@ def test_an_environment_has_its_engine_and_not_what_does_not_fit(cache: Path, tm
     assert python == cache / "alignment/engines/vllm/bin/python"
     for name, code in (("vllm", 0), ("torchaudio", 1)):
         assert subprocess.run([python, "-c", f"import {name}"], check=False, capture_output=True).returncode == code
-
-
-def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert engine_environment.main(["vllm", "--requirements", "none.txt"]) == 2
-    error = capsys.readouterr().err
-    assert "--requirements: no file none.txt\n  → the shipped files are llama-cpp, vllm, vllm-cpu" in error
-    assert not (cache / "alignment").exists()
-
-
-def test_what_cannot_be_built_is_named(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.executable", "false")
-    assert engine_environment.main(["llama-cpp"]) == 2
-    folder = cache / "alignment/engines/llama-cpp"
-    assert f"false -m venv {folder}: failed with exit code 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("tool", "name"), [("/usr/bin/nvidia-smi", "vllm.txt"), (None, "vllm-cpu.txt")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,17 +13,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import varlen
-from transformers import DynamicCache, LlamaConfig
+from transformers import LlamaConfig
 
 from alignment.core.errors import ModelError
 from alignment.models.forward import attention
 from alignment.models.forward.attention import KeysValues, flat_attention
-from alignment.models.forward.decoding import decoding, may_see_room
-from alignment.models.forward.rows import FlatRows, behind, stream
+from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.kernels import row_attention
-from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention
+from alignment.models.kernels.kv_cache import RowsCache, decoding_attention
 from alignment.models.kernels.row_attention import Row, Scores, attend
-from tests.tiny import tiny_config, tiny_model
 from tests.unit.models.conftest import ROWS, relative
 
 SHAPES = {
@@ -93,16 +90,6 @@ def test_values_and_gradients_are_those_of_the_definition(
             torch.testing.assert_close(part, exact.float(), atol=1e-5, rtol=1e-5, msg=f"differs with {limits}")
 
 
-def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
-    lengths = [90, 100, 30, 95, 28, 300, 33]
-    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
-    rows = tuple(Row((end - length, end), ((end - length, end),)) for length, end in zip(lengths, ends, strict=True))
-    plan = row_attention._plan(rows, 3, torch.bfloat16, torch.device("cpu"))
-    assert sorted(group.hidden.shape[1] for group in plan.stored) == [48, 112], "padded to a multiple of 16"
-    assert sorted(group.matrices for group in plan.stored) == [9, 9]
-    assert [row.queries for row, _ in plan.long] == [300]
-
-
 def test_what_is_no_number_stays_in_its_row() -> None:
     states = [torch.ones(2, 10, 8) for _ in range(3)]
     states[1][:, 0] = states[2][:, 0] = math.nan
@@ -153,34 +140,6 @@ def _rows(name: str, device: str) -> FlatRows:
     return stream([[*prompt, *answer] for prompt, answer in ROWS[name]], torch.device(device))
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"dtype": torch.float16, "width": 256, "value": 256, "capability": (12, 0)}, True),
-        ({"device": "cpu"}, False),
-        ({"dtype": torch.float32}, False),
-        ({"width": 12, "value": 12}, False),
-        ({"capability": (7, 5)}, False),
-        ({"hip": "6.4"}, False),
-    ],
-)
-def test_the_kernel_is_asked_for_what_it_has(
-    changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limits that FlashAttention 2 documents."""
-    usual = {"width": 64, "value": 64, "dtype": torch.bfloat16, "device": "cuda", "capability": (8, 0), "hip": None}
-    machine = usual | changes
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
-    monkeypatch.setattr(torch.version, "hip", machine["hip"])
-    device = torch.device(machine["device"])
-    query, value = (
-        SimpleNamespace(shape=(1, HEADS, 7, machine[name]), dtype=machine["dtype"], device=device)
-        for name in ("width", "value")
-    )
-    assert attention._has_kernel(query, value) is expected  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
@@ -197,29 +156,6 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
     assert not kernel.called
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     attended, _ = flat_attention(layer, query, key, value, None, **asked)
-    assert kernel.called
-    assert relative(attended, expected) < 1e-5
-
-
-@pytest.mark.parametrize("virtual", [0, 3])
-def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts behind prompts of another stream, with a prefix before both or none."""
-    kernel = mock.Mock(side_effect=_slow_varlen)
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    start = list(range(10, 30))
-    read = stream([[*start, 5], [*start, 6, 7], [8, 9]], torch.device("cpu"))
-    rows = behind(read, [1, 0, 2, 2], [[4, 4], [3], [5, 6, 7], [2]])
-    earlier = KeysValues()
-    layer: Any = torch.nn.Identity()
-    layer.layer_idx = 0
-    query, key, value = _states(read, "cpu", torch.float32)
-    prefix = torch.randn(2, KEY_HEADS, virtual, key.shape[-1]) if virtual else None
-    flat_attention(layer, query, key, value, None, segments=read.segments, keys_values=earlier)
-    query, key, value = _states(rows, "cpu", torch.float32)
-    options: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
-    expected, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
-    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
-    attended, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
     assert kernel.called
     assert relative(attended, expected) < 1e-5
 
@@ -256,60 +192,6 @@ def _cache_states(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, tor
     rng = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, rows, CACHE_HEADS, columns, CACHE_WIDTH, generator=rng)
     return keys, values
-
-
-@pytest.mark.parametrize("shows_room", [True, False])
-@pytest.mark.parametrize("room", [0, 1, 3, 64])
-def test_columns_are_kept_in_order_whatever_the_room(room: int, shows_room: bool) -> None:
-    rows_cache = RowsCache(tiny_config("llama"), room=room, shows_room=shows_room)
-    dynamic_cache = DynamicCache(config=tiny_config("llama"))
-    for step, new in enumerate([5, 1, 1, 1, 2, 1]):
-        assert rows_cache.get_seq_length() == dynamic_cache.get_seq_length()
-        for layer in range(2):
-            states = _cache_states(3, new, seed=10 * step + layer)
-            expected_columns, _ = rows_cache.get_mask_sizes(new, layer)
-            updated, expected = rows_cache.update(*states, layer), dynamic_cache.update(*states, layer)
-            for tensor, reference in zip(updated, expected, strict=True):
-                assert tensor.shape[2] == expected_columns >= reference.shape[2]
-                assert tensor.shape[2] - reference.shape[2] <= (room if shows_room else 0)
-                assert torch.equal(tensor[:, :, : reference.shape[2]], reference)
-                assert not tensor[:, :, reference.shape[2] :].any()
-
-
-def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
-    whole, part = (RowsCache(tiny_config("llama"), room=room) for room in (2, 0))
-    for layer in range(2):
-        part.update(*_cache_states(2, 3, seed=layer), layer)
-    whole.write(part, torch.tensor([1, 1, 0]), at=torch.tensor([1, 2, 3]), rows=4, length=5)
-    assert whole.get_seq_length() == 5
-    keys = whole.layers[1].keys
-    source = part.layers[1].keys
-    assert keys.shape == (4, CACHE_HEADS, 7, CACHE_WIDTH)
-    for row, origin in ((1, 1), (2, 1), (3, 0)):
-        assert torch.equal(keys[row, :, 2:5], source[origin])
-    assert not keys[0].any()
-    assert not keys[:, :, :2].any()
-    assert not keys[:, :, 5:].any()
-
-
-@pytest.mark.parametrize("shows_room", [True, False])
-@pytest.mark.parametrize(("columns", "after"), [(1, 0), (2, 1), (3, 2), (6, 0)])
-def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: int, shows_room: bool) -> None:
-    """No memory is allocated for the next column, whether those allocated ahead are shown or hidden."""
-    cache = RowsCache(tiny_config("llama"), room=2, shows_room=shows_room)
-    before = [cache.update(*_cache_states(3, 7, seed=layer), layer) for layer in range(2)]
-    expected = [torch.cat([states[:, :, :after], states[:, :, after + columns : 7]], 2) for states in before[1]]
-    memory = cache.layers[1].keys.data_ptr()
-    cache.drop(columns, after=after)
-    assert cache.get_seq_length() == 7 - columns
-    shown = 9 if shows_room else 8 - columns
-    assert cache.get_mask_sizes(1, 1) == (shown, 0)
-    new = _cache_states(3, 1, seed=9)
-    updates = cache.update(*new, 1)
-    for updated, remaining, own in zip(updates, expected, new, strict=True):
-        assert updated.shape[2] == shown
-        assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
-    assert updates[0].data_ptr() == memory
 
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
@@ -359,64 +241,9 @@ def test_attention_of_one_new_token_equals_the_formula_in_float64(
     torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
-@TYPES
-@pytest.mark.parametrize("groups", [1, 3])
-def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: torch.dtype, tolerance: float) -> None:
-    rows, columns, tokens = 3, 7, 5
-    keys, values = (states.to(dtype) for states in _cache_states(rows, columns, seed=0))
-    common = tuple(states[0].to(dtype) for states in _cache_states(1, tokens, seed=2))
-    query = torch.randn(rows, CACHE_HEADS * groups, 1, CACHE_WIDTH, generator=torch.Generator().manual_seed(1)).to(
-        dtype
-    )
-    mask = torch.zeros(rows, 1, 1, columns)
-    mask[0, ..., :2] = mask[1, ..., -3:] = float("-inf")
-    layer = nn.Module()
-    layer.layer_idx = 1
-    options = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
-    attended, _ = decoding_attention(layer, query, keys, values, mask, **options)
-    whole = [
-        torch.cat([shared.expand(rows, -1, -1, -1), states], 2)
-        for shared, states in zip(common, (keys, values), strict=True)
-    ]
-    seen = torch.cat([torch.ones(rows, 1, 1, tokens, dtype=torch.bool), mask == 0], -1)
-    expected = _decoded(query, *whole, seen, lambda scores: scores * 0.7)  # type: ignore[misc]
-    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
-
-
 @pytest.mark.parametrize("changed", [{"softcap": 1.0}, {"query": torch.zeros(1, CACHE_HEADS, 2, CACHE_WIDTH)}])
 def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[str, Any]) -> None:
     keys, values = _cache_states(1, 7, seed=0)
     arguments = {"query": torch.zeros(1, CACHE_HEADS, 1, CACHE_WIDTH), "beginning": KeysValues(), **changed}
     with pytest.raises(ValueError, match="Module does not support rows that share a beginning"):
         decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **arguments)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    model.set_attn_implementation(implementation)
-    before = {name: vars(module).get("forward") for name, module in model.named_modules()}
-    assert may_see_room(model)
-    with suppress(KeyboardInterrupt), decoding(model):
-        assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
-        raise KeyboardInterrupt
-    assert model.config._attn_implementation == implementation
-    assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_capped_scores_are_those_of_the_formula_in_float64(tokens: int, masked: bool) -> None:
-    """c·tanh(s / c), for one new token with a summand and for several with a boolean mask."""
-    rows, columns, groups, cap = 2, 5, 2, 0.7
-    keys, values = _cache_states(rows, columns, seed=0)
-    query = torch.randn(rows, CACHE_HEADS * groups, tokens, CACHE_WIDTH, generator=torch.Generator().manual_seed(1))
-    causal = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
-    seen = causal.expand(rows, 1, -1, -1).clone()
-    mask = None
-    if masked:
-        seen[1, ..., :2] = False
-        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if tokens == 1 else seen
-    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, softcap=cap)
-    expected = _decoded(query, keys, values, seen, lambda scores: cap * torch.tanh(scores * CACHE_WIDTH**-0.5 / cap))
-    torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-6)

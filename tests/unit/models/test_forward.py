@@ -11,14 +11,7 @@ from peft import TaskType
 
 from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
-from alignment.models.forward import flat
-from alignment.models.forward.answers import (
-    answer_statistics,
-    answer_stream,
-    answer_values,
-    scalar_scores,
-    unwrapped,
-)
+from alignment.models.forward.answers import answer_statistics, answer_stream, answer_values, scalar_scores, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal, install_scalar
 from alignment.models.forward.flat import use_flat_attention
@@ -106,18 +99,6 @@ def test_a_common_beginning_is_computed_once(rows: str, computed: int) -> None:
     assert lengths == [computed]
 
 
-@pytest.mark.parametrize("multiple", [2, 16, 64])
-@pytest.mark.parametrize("rows", ["ragged", "pairs of one prompt"])
-def test_filling_of_the_stream_changes_nothing(monkeypatch: pytest.MonkeyPatch, rows: str, multiple: int) -> None:
-    model = tiny_model()
-    reference = twin(model)
-    install_causal(model)
-    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
-    lengths = _stream_lengths(model)
-    assert_learns_alike(model, reference, padded(ROWS[rows]))
-    assert lengths[0] % multiple == 0
-
-
 def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(attention_dropout=0.1)
     with caplog.at_level(logging.WARNING):
@@ -144,18 +125,6 @@ def test_a_batch_without_labelled_tokens_has_loss_zero_and_no_gradient() -> None
     assert loss.item() == 0.0
     loss.backward()
     assert all(gradient.abs().sum() == 0 for gradient in gradients(model).values())
-
-
-@pytest.mark.parametrize(("architecture", "side"), [("llama", "right"), ("gemma2", "left")])
-def test_other_calls_of_the_model_are_unchanged(architecture: str, side: str) -> None:
-    """Left padding sees nothing. Under a cap, as NaN, it would reach every row through the next layer's values."""
-    model = model_of(architecture) if architecture in CONFIGS else tiny_model(architecture)
-    reference = twin(model)
-    install_causal(model)
-    batch = padded(ROWS["ragged"], side=side)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    is_real = batch.attention_mask.bool()
-    assert relative(model(**inputs).logits[is_real], reference(**inputs).logits[is_real]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -239,23 +208,6 @@ def test_under_autocast_gradients_stay_close_to_those_of_the_plain_forward(
             torch.cat([g.flatten() for n, g in gradients(policy).items() if name in n]) for policy in (model, reference)
         )
         assert relative(of_model, of_reference) < 0.15, name
-
-
-BATCHES = ["pairs of one prompt", "ragged", "answers to one prompt", "one-token completions"]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rows", BATCHES)
-def test_answers_behind_a_shared_prompt_learn_like_padded_rows(architecture: str, rows: str) -> None:
-    model, reference = tiny_model(architecture), twin(tiny_model(architecture))
-    use_flat_attention(model)
-    prompts, answers = zip(*ROWS[rows], strict=True)
-    loss = -answer_statistics(model, answer_stream(prompts, answers, CPU)).logprobs.mean()
-    expected = plain(reference, padded(ROWS[rows])).loss
-    loss.backward()
-    expected.backward()
-    assert relative(loss, expected) < 1e-5
-    assert_same_gradients(model, reference)
 
 
 PROMPTS = [prompt for name in ROWS for prompt, _ in ROWS[name]]

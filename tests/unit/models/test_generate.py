@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,43 +11,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
-from alignment.models.forward import decoding_rows
-from alignment.models.forward import generate as generate_module
+from alignment.models.forward import decoding
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
-from alignment.models.forward.decoding import sampled_tokens
-from alignment.models.forward.decoding_rows import DecodingRows, WaitingPrompts
+from alignment.models.forward.decoding import DecodingRows, sampled_tokens
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate, reading_order
-from alignment.models.forward.shared_prompts import shared_beginning
 from alignment.models.kernels import kv_cache
-from alignment.models.kernels import kv_cache as cache_module
-from alignment.models.kernels.sdpa import without_cudnn
 from tests.oracles import logprobs as oracle
-from tests.tiny import ARCHITECTURES, tiny_model
-from tests.unit.models.conftest import LORA, PROMPTS, adapted
-from tests.unit.models.test_architectures import CONFIGS, model_of
+from tests.tiny import tiny_model
+from tests.unit.models.conftest import LORA, PROMPTS, adapted, greedy
+from tests.unit.models.test_architectures import model_of
 
 END = 2
-
-
-def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=ends,
-        pad_token_id=0,
-    )
-    return generated[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(params=["flat", "padded"])
@@ -64,44 +44,6 @@ def made(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox", "gpt2", "mistral with a window", "gemma2"])
-def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str, batch_size: int) -> None:
-    """The last three are read padded; their positions, windows and caps are the model's own."""
-    model, reference = (model_of(architecture) if architecture in CONFIGS else tiny_model(architecture) for _ in "ab")
-    if architecture in (*ARCHITECTURES, "gpt_neox"):
-        use_flat_attention(model)
-    else:
-        model.set_attn_implementation("eager")
-    free = [_own_greedy(reference, prompt, ends=[], limit=12) for prompt in PROMPTS]
-    ends = [free[0][2], free[2][5]]
-    answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=ends, batch_size=batch_size)
-    assert answers == [_own_greedy(reference, prompt, ends=ends, limit=12) for prompt in PROMPTS]
-    assert len({len(answer) for answer in answers}) > 1, "rows should finish at different steps"
-
-
-@functools.cache
-def _forty_tokens(architecture: str) -> tuple[dict[str, int], list[int], list[list[int]]]:
-    changes = {"sliding_window": 6} if architecture == "mistral" else {}
-    reference = tiny_model(architecture, **changes)
-    free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
-    ends = [free[0][9], free[3][20]]
-    return changes, ends, [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize(("name", "value"), [("ROOM", 0), ("ROOM", 3), ("FULL_ENOUGH", 0.0), ("FULL_ENOUGH", 1.0)])
-def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
-    made: Callable[..., Any], architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit of 40 tokens is beyond what is allocated at first."""
-    changes, ends, expected = _forty_tokens(architecture)
-    model = made(architecture, **changes)
-    monkeypatch.setattr(cache_module if name == "ROOM" else generate_module, name, value)
-    assert generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5) == expected
-    assert len({len(answer) for answer in expected}) > 1, "rows should finish at different steps"
 
 
 def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Callable[..., Any]) -> None:
@@ -125,7 +67,7 @@ def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Callable
 def test_an_adapter_that_is_active_counts(made: Callable[..., Any]) -> None:
     model, merged = adapted(made(), LORA).eval(), adapted(tiny_model(), LORA).eval().merge_and_unload()
     answers = generate(unwrapped(model), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-    assert answers == [_own_greedy(merged, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    assert answers == [greedy(merged, prompt, limit=10, ends=[END]) for prompt in PROMPTS]
     assert answers != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
 
 
@@ -245,7 +187,7 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
     name: str, prompts: list[list[int]], batch_size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows enter and leave at different steps, columns are dropped, and the cache grows."""
-    monkeypatch.setattr(decoding_rows, "DROPPED", 2)
+    monkeypatch.setattr(decoding, "DROPPED", 2)
     monkeypatch.setattr(kv_cache, "ROOM", 3)
     monkeypatch.setattr(reading_module, "FEWEST_TOKENS", 16)
     monkeypatch.setattr(reading_module, "FEWEST_ROWS", 1)
@@ -275,70 +217,6 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         logprobs = torch.tensor(steps.logprobs[number][: len(answer)], dtype=torch.float64)
         torch.testing.assert_close(logprobs, expected, rtol=0.0, atol=1e-5)
-
-
-def test_equal_prompts_leave_the_queue_together_unless_they_are_too_many() -> None:
-    queue = WaitingPrompts(prompts=[[5, 6]] * 3 + [[7]] * 3 + [[4]], uniforms=None)
-    assert list(queue.next(2).numbers) == [0, 1]
-    assert list(queue.next_group(3).numbers) == [2], "the next three would be parted"
-    assert list(queue.next_group(2).numbers) == [3, 4], "three do not fit, so two of them have to do"
-    assert queue.waiting == 2
-    assert list(queue.next_group(9).numbers) == [5, 6]
-    assert queue.waiting == 0
-
-
-def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
-    model = tiny_model()
-    prompts = [[*range(70), 5, 6], [*range(70), 5], [*range(70), 9]]
-    assert shared_beginning(model, prompts, 8) is None, "its attention is not flat"
-    use_flat_attention(model)
-    beginning = shared_beginning(model, prompts, 8)
-    assert beginning is not None
-    assert beginning.tokens == 70
-    assert {keys.shape[1] for keys, _ in beginning.keys_values.layers.values()} == {70}
-    assert shared_beginning(model, prompts, 7) is None, "few rows"
-    assert shared_beginning(model, [*prompts, [*range(63), 99, 98]], 8) is None, "few tokens"
-    repeated = shared_beginning(model, [list(range(70))] * 3, 8)
-    assert repeated is not None
-    assert repeated.tokens == 69, "each prompt has a token of its own"
-    for name in ("mistral with a window", "gemma2"):
-        model = model_of(name)
-        use_flat_attention(model)
-        assert shared_beginning(model, prompts, 8) is None, "windows, caps"
-
-
-def _choice() -> list[SDPBackend]:
-    enabled = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-    }
-    order = list(torch._C._get_sdp_priority_order())
-    return sorted(
-        (backend for backend, taken in enabled.items() if taken), key=lambda backend: order.index(int(backend))
-    )
-
-
-@pytest.mark.parametrize("cudnn", [True, False])
-def test_every_step_prefers_flash_attention_without_cudnn_and_leaves_the_callers_choice(
-    made: Callable[..., Any], cudnn: bool
-) -> None:
-    model = made()
-    during: list[list[SDPBackend]] = []
-    model.register_forward_pre_hook(lambda *_: during.append(_choice()))
-    original = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    try:
-        before = _choice()
-        with without_cudnn():  # inside of another
-            generate(model, PROMPTS, max_new_tokens=3, end_ids=[], batch_size=2)
-        assert _choice() == before
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(original)
-    assert len(during) >= 2 * 3
-    ours = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    assert all(choice == ours for choice in during)
 
 
 def test_answers_on_shapes_are_long_but_not_equally_long() -> None:

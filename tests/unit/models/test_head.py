@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignment.models.forward import head
 from alignment.models.forward.divergence import Divergence, Teaching, divergence_from
-from alignment.models.forward.head import token_statistics
+from alignment.models.forward.head import TokenStatistics, label_statistics
 from tests.oracles import distillation
 from tests.oracles import logprobs as slow_logprobs
 from tests.oracles.close import close
@@ -26,6 +26,15 @@ def numbers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = torch.randint(0, VOCABULARY, (7,), generator=rng)
     labels[0] = (hidden[0] @ weight.T).argmax()
     return hidden, weight, labels
+
+
+def token_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, cap: float | None = None, **options: Any
+) -> TokenStatistics:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=cap))
+    head = SimpleNamespace(weight=weight, bias=None)
+    model: Any = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
+    return label_statistics(model, hidden, labels, **options)
 
 
 def bounded(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

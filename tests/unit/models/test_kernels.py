@@ -12,18 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.models.assembly.modules import checkpoint_activations, recompute
-from alignment.models.kernels import blocks, norms, products
-from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels import blocks, products
+from alignment.models.kernels.blocks import fuse_blocks, fuse_norms
 from alignment.models.kernels.nf4 import quantize_trunk
-from alignment.models.kernels.norms import fuse_norms
 from alignment.models.kernels.products import fuse_adapters
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import CPU, DORA, LORA, QLORA, adapted, assert_same_gradients, gradients, relative
@@ -84,49 +81,6 @@ def test_of_a_feed_forward_block_the_gate_and_the_other_factor_are_stored(adapte
     assert len(wide) == (2 + of_dora) * model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
-def test_results_of_norms_are_not_stored(adapter: AdapterConfig | None, autocast: bool) -> None:
-    model = _model(adapter, fused=True)
-    results: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm) and module is not model.get_decoder().norm:
-            module.register_forward_hook(lambda *arguments: results.append(arguments[2]))
-    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(input_ids=IDS)
-    of_first_layer = 0 if adapter is None else 1  # whose input has no gradient, and is not stored
-    results = [result for result in results if result.requires_grad]
-    assert len(results) == 2 * model.config.num_hidden_layers - of_first_layer
-    numbers = [tensor.float().flatten() for tensor in tensors.values()]
-    for result in results:
-        copies = [
-            own for own in numbers if own.shape == result.flatten().shape and relative(own, result.flatten()) < 0.01
-        ]
-        assert not copies
-
-
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
-def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
-    adapter: AdapterConfig | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = _model(adapter, fused=True)
-    checkpoint_activations(model if adapter is None else model.get_base_model())
-    recompute(model)
-    inside: list[StorageWeakRef] = []
-    plain = blocks._gated
-
-    def seen(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
-        inside.extend(StorageWeakRef(states.untyped_storage()) for states in (gate, up))
-        return plain(gate, up, act)
-
-    monkeypatch.setattr(blocks, "_gated", seen)
-    logits = model(input_ids=IDS).logits
-    assert len(inside) == 2 * model.config.num_hidden_layers
-    assert all(states.expired() for states in inside)
-    logits.square().mean().backward()
-    _assert_same_bits(gradients(model), _learn(_model(adapter, fused=True), autocast=False))
-
-
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True)])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("adapter", [None, LORA, DORA, QLORA], ids=["whole", "lora", "dora", "qlora"])
@@ -134,7 +88,7 @@ def test_gradients_are_the_same_bits_as_with_all_stored(
     adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of whole layers also if each layer is computed alone."""
-    monkeypatch.setattr(norms, "_MANY", 0)  # as for many numbers
+    monkeypatch.setattr(blocks, "_MANY", 0)  # as for many numbers
     again = _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast)
     monkeypatch.setattr(products, "origin_of", lambda _: None)
     _assert_same_bits(again, _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast))
@@ -151,26 +105,6 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> N
             weights.requires_grad = frozen not in parameter
         assert not any(frozen in parameter for parameter in _learn(model, autocast=False))
     assert_same_gradients(*models)
-
-
-@pytest.mark.parametrize("how", ["hook", "forward"])
-def test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called(how: str) -> None:
-    model = _model(fused=True)
-    calls: list[nn.Module] = []
-
-    def noted(module: nn.Linear, x: Tensor) -> Tensor:
-        calls.append(module)
-        return nn.functional.linear(x, module.weight, module.bias)
-
-    layer = model.model.layers[0]
-    modules = [layer.self_attn.q_proj, layer.mlp.down_proj]
-    for module in modules:
-        if how == "hook":
-            module.register_forward_hook(lambda module, *_: calls.append(module))
-        else:
-            module.forward = functools.partial(noted, module)
-    _learn(model)
-    assert calls == modules
 
 
 def _grads(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:

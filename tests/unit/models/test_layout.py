@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.layout import prepacked
 from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, refuse_mostly_whole, reused_norms, round_trunk
 from alignment.models.kernels.products import JOINT, fuse_adapters
-from tests.chained import Chained, config_of
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model
-from tests.unit.models.conftest import CPU, DORA, LORA, QLORA, adapted, assert_same_gradients, gradients, relative
+from tests.unit.models.conftest import CPU, LORA, adapted, assert_same_gradients, gradients, relative
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
 
@@ -47,20 +45,6 @@ def test_prepacked_weights_give_the_same_products(bias: bool, packed: bool, monk
             output = layer(states)
     assert output.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected.float(), rtol=2**-7, atol=2**-7)
-
-
-def test_layers_of_another_kind_and_products_in_float32_are_left_alone() -> None:
-    class Special(nn.Linear):
-        pass
-
-    patched, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
-    patched.forward = lambda states: states  # type: ignore[method-assign]
-    sharded.weight = nn.Parameter(torch.empty(0))
-    layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
-    for model in (layers, tiny_model()):
-        before = _held(model)
-        with prepacked(model, 2):
-            assert _held(model) == before
 
 
 def _held(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -119,53 +103,6 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
     bound = 0.03 if adapter is not None and adapter.kind is AdapterKind.dora else 0.02  # it rounds once more
     assert relative(logits, truth) < bound
     assert relative(expected, truth) < bound
-
-
-def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
-    model = _fused("llama", AdapterConfig(rank=4))
-    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    for most, rows, copied, joined in (
-        (2 * numbers, layout.FEW_ROWS, True, True),
-        (2 * numbers - 1, layout.FEW_ROWS, False, True),
-        (2 * numbers, layout.FEW_ROWS + 1, False, False),
-    ):
-        monkeypatch.setattr(layout, "COPIED_BYTES", most)
-        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model, rows):
-            functions = [vars(module)[JOINT].__qualname__ for module in model.modules() if JOINT in vars(module)]
-        assert bool(functions) is joined
-        assert any("_in_one_product" in name for name in functions) is copied
-
-
-@pytest.mark.parametrize("active", [["default"], ["default", "second"]])
-def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_prepacked(active: list[str]) -> None:
-    config = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"k_proj": 7, "up_proj": 1}, use_rslora=True)
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model().to(torch.bfloat16), config)
-    model.add_adapter("second", LoraConfig(r=5, lora_alpha=20, target_modules=["v_proj", "up_proj", "o_proj"]))
-    model.base_model.set_adapter(active)
-    liven(model)
-    fuse_blocks(model)
-    model.eval()
-    with torch.no_grad():
-        truth = copy.deepcopy(model).float()(IDS).logits
-        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model.get_base_model(), 8):
-            logits = model(IDS).logits.float()
-        model.base_model.set_adapter("default" if len(active) == 2 else "second")
-        other = model(IDS).logits.float()
-    assert relative(logits, truth) < 0.02 < 0.1 < relative(other, truth)
-
-
-def test_four_bits_are_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    quantize_trunk(model, CPU)
-    model = adapted(model, QLORA).eval()
-    fuse_blocks(model)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(IDS).logits.float()
-        with prepacked(model, 8):
-            monkeypatch.setattr(Nf4Linear, "dense", None)  # from here on nobody may ask
-            assert relative(model(IDS).logits.float(), expected) < 0.02
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
@@ -349,18 +286,3 @@ def test_each_norm_is_computed_once_in_a_block_and_a_later_one_sees_what_changed
             changed = model(input_ids=PASSES[0]).logits
     assert torch.equal(changed, expected)
     assert not torch.equal(changed, before)
-
-
-@pytest.mark.parametrize("kind", ["sft", "ppo"])
-def test_more_micro_batches_compute_no_more_norms(tmp_path: Path, computed: list[Any], kind: str) -> None:
-    counts = []
-    for tokens in (1 << 16, 1):
-        chained = Chained(tmp_path / str(tokens))
-        if kind == "ppo":
-            chained.run("reward", DORA)
-        config: Any = config_of(kind, DORA)
-        config = replace(config, optim=replace(config.optim, micro_batch_tokens=tokens))
-        computed.clear()
-        chained.run(kind, DORA, config=config)
-        counts.append(len(computed))
-    assert counts[0] == counts[1] > 0

@@ -274,21 +274,6 @@ def test_calls_compute_with_copies_and_leave_nothing(tmp_path: Path, dtype: torc
     assert all(weight.requires_grad for weight in mapped.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_copies_are_what_is_loaded_otherwise(tmp_path: Path, dtype: torch.dtype) -> None:
-    """In memory of their own, also where they have the file's dtype."""
-    lineage = _stored(tmp_path / "base", dtype)
-    whole, mapped = load_policy(lineage, torch.float32), load_policy(lineage, torch.float32, mapped=True)
-    assert all(is_mapped(weight) for weight in mapped.parameters())
-    before = {weight.data_ptr() for weight in mapped.parameters()}
-    copy_weights(mapped.parameters())
-    assert not before & {weight.data_ptr() for weight in mapped.parameters()}
-    assert not any(is_mapped(weight) for weight in mapped.parameters())
-    for (name, copied), expected in zip(mapped.named_parameters(), whole.parameters(), strict=True):
-        assert copied.dtype is torch.float32, name
-        assert torch.equal(copied, expected), name
-
-
 NORMS = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}
 
 
@@ -309,15 +294,6 @@ def test_it_has_the_states_after_these_layers_under_the_same_norm_and_head(
     with torch.no_grad():
         close(saved(IDS).logits, expected, atol=1e-5)
         close(whole(IDS).logits, expected, atol=1e-5)
-
-
-def test_what_is_listed_for_each_layer_is_cut_too_and_other_models_are_refused() -> None:
-    model = tiny_model("qwen2", num_hidden_layers=4)
-    assert keep_first_layers(model, 3).config.layer_types == ["full_attention"] * 3
-    model = tiny_model()
-    model.base_model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.base_model.layers)})
-    with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its 2 layers in one list"):
-        keep_first_layers(model, 1)
 
 
 STACK, CONTINUED = AdapterConfig(rank=4, chain=Chain.stack), AdapterConfig(rank=4, chain=CONTINUE)
@@ -394,14 +370,6 @@ def test_an_architecture_whose_score_takes_more_than_a_layer_is_refused(
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_config", with_more)
     with pytest.raises(ModelError, match=r"^path:tiny: Llama\w+ makes its score .* it also has dense\.weight\n"):
         load_scalar(base, torch.float32)
-
-
-def test_base_and_plain_folders_are_lineages_without_adapters(tmp_path: Path, base: Lineage) -> None:
-    spec = tiny_spec(tmp_path, SftConfig())
-    assert lineage(spec, StageInput(ref="base", path=None)) == base
-    other = save_tiny_model(tmp_path / "other", seed=3)
-    plain = lineage(spec, StageInput(ref=f"path:{other}", path=other))
-    assert plain == Lineage(source=f"path:{other}", base=other, adapters=())
 
 
 def test_a_frozen_copy_stays_in_the_file_and_becomes_what_it_is_otherwise(tmp_path: Path) -> None:

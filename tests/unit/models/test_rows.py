@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from typing import Any
 
 import pytest
 import torch
@@ -123,14 +121,6 @@ def test_a_turn_that_all_rows_share_is_computed_in_both_parts(share: bool, token
     _assert_same_tokens(whole, division)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_every_token_is_found_again(rows: str) -> None:
-    whole = stream([[*prompt, *answer] for prompt, answer in ROWS[rows]], CPU)
-    division = divided(whole)
-    if division is not None:
-        _assert_same_tokens(whole, division)
-
-
 READING_START = list(range(10, 30))
 PROMPTS = [[*READING_START, 5, 6], [*READING_START, 5, 6], [*READING_START, 7], [9, 4, 4, 8, 8], [3]]
 """Two alike, three with a beginning that is long enough to be computed once, and one of a single token."""
@@ -176,32 +166,6 @@ def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, m
     options = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
     assert answer_batch(model, prompts, **options, reading=read(model, prompts)) == plain
     assert len({tuple(answer) for answer in plain}) > 2
-
-
-@pytest.mark.parametrize(
-    ("lengths", "limit", "batches"),
-    [
-        ([12] * 8, 40, [1] * 8),  # together no more than the limit at once
-        ([10] * 3, 40, [3]),  # what cannot be divided evenly
-        ([6] * 5, 1 << 14, [3, 2]),  # few tokens
-    ],
-)
-def test_two_threads_divide_what_they_read(
-    lengths: list[int], limit: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading_module, "READ_TOKENS", limit)
-    torch.set_num_threads(2)
-    threads: list[str] = []
-    compute = reading_module.trunk_states
-
-    def watched(*inputs: Any, **options: Any) -> torch.Tensor:
-        threads.append(threading.current_thread().name.partition("_")[0])
-        return compute(*inputs, **options)
-
-    monkeypatch.setattr(reading_module, "trunk_states", watched)
-    reading = read(_readable(), [[number] * length for number, length in enumerate(lengths, start=3)])
-    assert [len(batch.rows.lengths) for batch in reading.batches] == batches
-    assert set(threads) == {"MainThread" if len(batches) == 1 else "part"}
 
 
 def test_models_whose_attention_is_not_flat_or_whose_logits_are_changed_cannot_read() -> None:

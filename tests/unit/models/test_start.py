@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from peft import PeftModel, PeftModelForCausalLM, TaskType
 
 from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype
 from alignment.core.errors import ConfigError, ModelError
-from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_in_order
+from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.roles import load_start, turn_off_dropout
-from alignment.models.forward import decoding_rows
+from alignment.models.forward import decoding
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal
@@ -165,15 +164,6 @@ def test_dora_does_not_stay_beside_weights_in_four_bits(tmp_path: Path, base: Li
     _start(saved, _adapter(AdapterKind.qlora))
 
 
-def test_what_was_trained_on_four_bits_does_not_stay_beside_whole_weights(tmp_path: Path, base: Lineage) -> None:
-    """Beside others than it learned on, the adapter makes another policy."""
-    expected, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.qlora))
-    for chain in (Chain.stack, CONTINUE):
-        message = rf"was trained on weights in four bits, .* '{chain.value}'\n  → set it to m"
-        _refused(saved, replace(LORA, chain=chain), message)
-    close(_logits(_start(saved, LORA)), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_an_adapter_keeps_its_shape_when_it_is_continued(tmp_path: Path, base: Lineage) -> None:
     _refused(base, replace(LORA, chain=CONTINUE), r"adapter\.chain: there is no adapter to continue")
     _, saved = _first_stage(tmp_path, base, LORA)
@@ -270,19 +260,6 @@ def test_modules_that_do_not_exist_or_take_no_adapter_are_refused(
     assert remedy in str(caught.value)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: int) -> None:
-    """PEFT writes a set, whose order is another one in each process."""
-    wrapped = add_adapter(tiny_model(), AdapterConfig(target_modules=["v_proj", "q_proj"]), TaskType.CAUSAL_LM)
-    wrapped.save_pretrained(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"][::order]}, indent=2, sort_keys=True))
-    put_in_order(tmp_path)
-    assert json.loads(file.read_text()) == settings | {"target_modules": ["q_proj", "v_proj"]}
-    assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True)
-
-
 def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage) -> None:
     _, saved = _first_stage(tmp_path, base, replace(LORA, modules_to_save=["embed_tokens"]))
     for chain in (Chain.stack, CONTINUE):
@@ -352,7 +329,7 @@ def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypat
 
     In a batch of two, prompts enter behind others, and columns are dropped.
     """
-    monkeypatch.setattr(decoding_rows, "DROPPED", 1)
+    monkeypatch.setattr(decoding, "DROPPED", 1)
     wrapped = _wrapped(architecture)
     base = wrapped.get_base_model()
     prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]

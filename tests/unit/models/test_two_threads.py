@@ -8,62 +8,34 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import TaskType
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
 
 from alignment.config.launch import DIVIDE_ROWS
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.core.errors import ConfigError
-from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
 from alignment.models.assembly.roles import load_start
-from alignment.models.forward import flat, side_by_side, two_threads
+from alignment.models.forward import flat, side_by_side
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
-from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
+from alignment.models.forward.side_by_side import can_share, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
-from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, relative, twin
+from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, twin
 
 
 @pytest.fixture(autouse=True)
 def _two_threads(_one_thread: None) -> None:
     torch.set_num_threads(2)
-
-
-@pytest.mark.parametrize(
-    ("costs", "expected"),
-    [
-        ((5, 4, 3, 2, 1), ([0, 3, 4], [1, 2])),  # 5 + 2 + 1 and 4 + 3
-        ((1, 9), ([1], [0])),
-        ((7,), ([0], [])),
-        ((2, 2, 2, 2), ([0, 2], [1, 3])),
-    ],
-)
-def test_the_largest_goes_first_to_whom_has_less(costs: tuple[int, ...], expected: tuple[list[int], list[int]]) -> None:
-    assert balanced(costs) == expected
-
-
-def test_results_come_in_order_from_two_threads() -> None:
-    threads = {}
-
-    def work(number: int) -> int:
-        threads[number] = threading.current_thread().name
-        time.sleep(0.01)
-        return number * number
-
-    assert each_of([1, 2, 3, 4], work, [10, 20, 30, 10]) == [1, 4, 9, 16]
-    assert threads[2] == threads[1] != threads[3]  # 30 and 20, then 10 each
-    assert threads[3] == threads[4]
 
 
 @pytest.mark.parametrize(
@@ -177,19 +149,6 @@ def test_values_and_gradients_are_those_of_the_plain_forward(
     assert rows != "equal rows" or trained_passes == APART
 
 
-@torch.no_grad()
-def test_states_without_gradients_are_in_the_order_of_the_whole_stream(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    rows = [([7, 8, 9], [4] * length) for length in (20, 3, 11, 9, 4)]
-    apart = _states(model, rows)
-    assert [name for name, _ in passes] == ["part", "part"]
-    torch.set_num_threads(1)
-    whole = _states(model, rows)
-    assert passes[2:] == [("MainThread", 5)]
-    assert not apart.requires_grad
-    assert relative(apart, whole) < 1e-6
-
-
 def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(
     trained_passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,21 +209,6 @@ def test_models_that_draw_numbers_or_make_weights_for_a_call_are_never_divided(
     assert passes == expected
 
 
-@pytest.mark.parametrize("where", ["autocast", "one thread", "three threads", "several processes", "a plan"])
-def test_work_is_divided_only_on_two_threads_of_one_process(
-    where: str, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under autocast each part would convert the weights; a plan has no numbers."""
-    if where.endswith("processes"):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    torch.set_num_threads({"one thread": 1, "three threads": 3}.get(where, 2))
-    with Recorder().recording() if where == "a plan" else nullcontext():
-        model = tiny_model()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
-            _states(model)
-    assert passes == ALONE
-
-
 @pytest.mark.parametrize("types", ["longrope", {"full_attention": "default", "sliding_attention": "longrope"}])
 def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
     model = tiny_model()
@@ -287,7 +231,7 @@ def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple
 
 
 def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, calls, ended = two_threads.wait, [], []
+    wait, calls, ended = side_by_side.wait, [], []
 
     def interrupted(futures: list[object]) -> None:
         calls.append(len(futures))
@@ -299,28 +243,7 @@ def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         ended.append(number)
 
-    monkeypatch.setattr(two_threads, "wait", interrupted)
+    monkeypatch.setattr(side_by_side, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         in_two_threads(work, [0, 1])
     assert sorted(ended) == [0, 1]
-
-
-@torch.no_grad()
-def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
-    with pytest.raises(IndexError):
-        _states(model, beyond)
-    assert _states(model).shape[0] == 6 * 14
-    assert passes == [*APART, *APART]
-
-
-@pytest.mark.parametrize("active", [0, 1])
-def test_adapters_that_are_switched_off_get_no_gradients(active: int, trained_passes: list[tuple[str, int]]) -> None:
-    model = unwrapped(_lora())
-    for number, module in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
-        module._disable_adapters = number >= active
-    _states(model).sum().backward()
-    assert trained_passes == APART
-    learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    assert len(learned) == 2 * active, "a layer's factors"

@@ -15,13 +15,11 @@ from tests.tiny import tiny_tokenizer
 
 
 def prompt(text: str = "When is the shop closed?", *, line: int = 1, **fields: Any) -> Prompt:
-    """A prompt of one turn whose row has more fields."""
     row = {"messages": [{"role": "user", "content": text}], **fields}
     return Prompt(messages=(Message(role="user", content=text),), row=row, where=f"rows.jsonl:{line}")
 
 
 def answers_to(prompts: Sequence[Prompt], texts: Sequence[str]) -> Answers:
-    """One answer to each prompt, as a scorer sees it."""
     tokenizer = tiny_tokenizer()
     return Answers(
         prompt_ids=[tokenizer(question.messages[-1].content)["input_ids"] for question in prompts],
@@ -34,7 +32,6 @@ def answers_to(prompts: Sequence[Prompt], texts: Sequence[str]) -> Answers:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models of width 32 gain nothing from threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

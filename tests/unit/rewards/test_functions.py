@@ -25,7 +25,6 @@ ANSWERS = answers_to(PROMPTS, ["Hello there.", "No."])
 
 
 def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANSWERS) -> list[float]:
-    """What a function with this body makes of answers."""
     file = folder / "score.py"
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
     scores: list[float] = scorer_of(file, "brevity").scores(answers).tolist()
@@ -73,7 +72,6 @@ IN_FRONT = "import os, sys; sys.path.insert(0, os.path.dirname(__file__)); "
 
 
 def constant_of(folder: Path, value: float, *, imports: str = "from helper import VALUE", lazily: bool = False) -> Any:
-    """A scorer that gives every answer the ``value`` in a package beside its file, behind a symlink."""
     (folder / "package").mkdir(parents=True)
     (folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
     (folder / "package/constants.py").write_text(f"VALUE = {value}\n")
@@ -86,9 +84,9 @@ def constant_of(folder: Path, value: float, *, imports: str = "from helper impor
     return scorer_of(folder / "score.py")
 
 
-@pytest.mark.parametrize("on_path", [False, True], ids=["", "on the path of Python"])
-@pytest.mark.parametrize("before", ["", IN_FRONT], ids=["", "puts itself on the path"])
-@pytest.mark.parametrize("lazily", [False, True], ids=["at the top of the file", "in the function"])
+@pytest.mark.parametrize(
+    ("lazily", "before", "on_path"), [(False, "", False), (True, "", True), (True, IN_FRONT, False)]
+)
 def test_files_of_different_folders_may_have_modules_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool, before: str, on_path: bool
 ) -> None:
@@ -108,30 +106,6 @@ def test_files_of_different_folders_may_have_modules_of_the_same_name(
         assert second.scores(ANSWERS).tolist() == [2.0, 2.0]
     assert sys.path == path or before, "what a file itself puts on the path stays"
     assert {name for name in set(sys.modules) - modules if not name.startswith("_reward_")} == set()
-
-
-def test_folders_that_the_user_puts_on_the_path_stay_where_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared, front = tmp_path / "shared", tmp_path / "front"
-    for folder, module, value in ((shared, "reward_shared", 3.0), (front, "reward_front", 4.0)):
-        folder.mkdir()
-        (folder / f"{module}.py").write_text(f"VALUE = {value}\ndef constant(*_): return [0, 0]\n")
-        scorer_of(folder / f"{module}.py")
-    monkeypatch.setattr(sys, "path", [str(shared), *sys.path])
-    user = constant_of(tmp_path / "user", 2.0, imports="from reward_shared import VALUE", lazily=True)
-    assert user.scores(ANSWERS).tolist() == [3.0, 3.0]
-    top = f"import sys; sys.path.insert(0, {str(front)!r})\nfrom reward_front import VALUE"
-    assert constant_of(tmp_path / "vendor", 2.0, imports=top).scores(ANSWERS).tolist() == [4.0, 4.0]
-    assert set(sys.path[:2]) == {str(front), str(shared)}
-
-
-def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
-    (tmp_path / "counting.py").write_text("calls = []\n")
-    body = "import counting; counting.calls.append(1); return [len(counting.calls), 0]"
-    (tmp_path / "score.py").write_text(f"def constant(prompts, completions, rows):\n    {body}\n")
-    scorer = scorer_of(tmp_path / "score.py")
-    assert [scorer.scores(ANSWERS).tolist()[0] for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
 BAD = [

@@ -13,8 +13,7 @@ import torch
 
 from alignment.algos import preferences
 from alignment.core.errors import RewardError
-from alignment.rewards.scorers import Answers
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scores
 from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
 from tests.oracles import ensembles as ensembles_oracle
 from tests.tiny import tiny_tokenizer
@@ -25,14 +24,11 @@ PROMPTS = [prompt(line=number + 1) for number in range(4)]
 
 
 class FixedScorer:
-    """Gives what it was told to give, and remembers what it was asked."""
-
     def __init__(self, scores: Sequence[float] = ()) -> None:
         self._scores = scores
         self.asked: list[Answers] = []
 
     def scores(self, answers: Answers) -> torch.Tensor:
-        """The scores, whatever the answers."""
         self.asked.append(answers)
         return torch.tensor(self._scores)
 
@@ -56,7 +52,6 @@ def scores_of(**scores: Sequence[float]) -> Scores:
 
 
 def learned(slot: RewardMix, scores: Scores) -> torch.Tensor:
-    """The total as training takes it: after the running means have taken the scores in."""
     slot.observe(scores)
     return slot.total(scores)
 
@@ -155,7 +150,6 @@ def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
 
 
 def cautious(**changes: float | bool) -> RewardMix:
-    """A rule, and twice the lower bound of two members, of which the first is normalised and the second clipped."""
     members = [
         Part(source="stage:first", scorer=FixedScorer([5.0, 7.0]), normalize=True),
         Part(source="stage:second", scorer=FixedScorer([-9.0, 1.0]), clip=2.0, weight=100.0),
@@ -198,18 +192,3 @@ def test_what_is_combined_is_normalised_and_clipped_in_its_turn() -> None:
         scores = scores_of(**{"rule": [0.0] * 4, "ensemble/first": of_first, "ensemble/second": of_second})
         expected = [2.0 * max(-0.5, min(0.5, s)) for s in ensembles_oracle.standardised(bounds[-4:], bounds)]
         assert learned(slot, scores).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_a_restored_ensemble_goes_on_as_the_straight_one() -> None:
-    raw_scores = [
-        scores_of(**{"rule": batch, "ensemble/first": batch, "ensemble/second": [x / 1e3 for x in batch]})
-        for batch in batches(5, 4)
-    ]
-    straight, first, resumed = (cautious(normalize=True) for _ in range(3))
-    expected = [learned(straight, raw).tolist() for raw in raw_scores]
-    given = [learned(first, raw).tolist() for raw in raw_scores[:3]]
-    resumed.restore(json.loads(json.dumps(first.state())))
-    given += [learned(resumed, raw).tolist() for raw in raw_scores[3:]]
-    assert given == expected
-    assert sorted(straight.state()) == ["ensemble", "ensemble/first"]
-    assert resumed.state() == straight.state()

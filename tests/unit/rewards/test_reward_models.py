@@ -24,8 +24,7 @@ from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
-from alignment.rewards.scorers import Answers
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Answers, Scores
 from alignment.rewards.weighted_sum import RewardMix
 from alignment.stages.ppo.config import PpoConfig
 from tests.in_memory import without_collections
@@ -50,7 +49,6 @@ TEXTS = ["On Monday.", "", "It is closed on Monday, and the keys are with the ca
 
 
 def tokenizer_of_another_family() -> PreTrainedTokenizerFast:
-    """Other ids for the same text, another template, pad equal to the token that ends a turn."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["shop", "Monday", "keys"])
     tokenizer.chat_template = TEMPLATE
@@ -58,7 +56,6 @@ def tokenizer_of_another_family() -> PreTrainedTokenizerFast:
 
 
 def external(folder: Path, architecture: str = "llama", *, template: str = "", **changes: Any) -> Path:
-    """A reward model as a hub has them; ``template`` stands in front of its own."""
     tokenizer = tokenizer_of_another_family()
     tokenizer.chat_template = template + TEMPLATE
     tiny_scorer(architecture, vocab_size=len(tokenizer), seed=3, **changes).save_pretrained(str(folder))
@@ -73,13 +70,11 @@ def scorer(folder: Path, *, tokens: int = 1000, prompts: Sequence[Prompt] = PROM
 
 
 def conversation(question: Prompt, answer: str) -> str:
-    """What the template says, written by hand."""
     return f"[user] {question.messages[-1].content} {END}[assistant] {answer} {END}"
 
 
 @torch.no_grad()
 def expected(folder: Path, question: Prompt, answer: str) -> float:
-    """The score of the last token, by the plain model on this row alone."""
     model = AutoModelForSequenceClassification.from_pretrained(str(folder), attn_implementation="eager")
     ids = torch.tensor([load_tokenizer(folder)(conversation(question, answer), add_special_tokens=False)["input_ids"]])
     return float(model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1])
@@ -221,7 +216,6 @@ MEMBERS = [MemberConfig(source="length", target=4), MemberConfig(source="regex",
 
 @pytest.fixture
 def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
@@ -233,7 +227,6 @@ def slot(
     fields: Sequence[str] = FIELDS,
     **changes: Any,
 ) -> RewardMix:
-    """The scorers at these fields of a stage as one reward."""
     spec = tiny_spec(tmp_path, PpoConfig(), **changes)
     named = dict(zip(fields, scorers, strict=False))
     return build_rewards(named, spec, load_tokenizer(spec.base_path), TWO_PROMPTS, reward_model, RUN)
@@ -245,7 +238,6 @@ def scored(mix: RewardMix, base: Lineage) -> Scores:
 
 
 def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
-    """Each scorer's scores."""
     return {name: values.tolist() for name, values in scored(mix, base).by_name().items()}
 
 
@@ -253,28 +245,6 @@ def ids_of_rows(base: Lineage) -> tuple[list[list[int]], list[list[int]]]:
     tokenizer = load_tokenizer(base.base)
     prompts = [tokenizer(question.messages[-1].content)["input_ids"] for question in TWO_PROMPTS]
     return prompts, [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TWO_TEXTS]
-
-
-def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Lineage) -> None:
-    file = tmp_path / "score.py"
-    file.write_text("def brevity(prompts, completions, ids_of_rows): return [-len(text) for text in completions]\n")
-    scorers = [
-        ScorerConfig(source="exact_answer"),
-        ScorerConfig(source="regex", pattern=r"at \d", weight=2.0),
-        ScorerConfig(source="length", target=5),
-        ScorerConfig(source=f"{file}:brevity", weight=0.1, clip=10.0),
-        ScorerConfig(source="regex", pattern="^They"),
-    ]
-    mix = slot(tmp_path, scorers)
-    scores = scored(mix, base)
-    assert {name: values.tolist() for name, values in scores.by_name().items()} == {
-        "exact_answer": [1.0, 0.0],
-        "regex": [1.0, 0.0],
-        "length": [1.0, 1.0],
-        "brevity": [-18.0, -21.0],
-        "regex#2": [0.0, 1.0],
-    }
-    assert mix.total(scores).tolist() == pytest.approx([1 + 2 + 1 - 1 + 0, 0 + 0 + 1 - 1 + 1])
 
 
 @pytest.mark.parametrize("kind", list(AdapterKind))

@@ -183,7 +183,6 @@ FIELD = "scorers[0]"
 
 
 def length_scores(body: dict[str, Any], _: int = 0) -> Response:
-    """Each answer's number of characters."""
     scores = [{"id": item["id"], "score": len(item["answer"]) / 2} for item in body["items"]]
     return Response(body=json.dumps({"scores": scores}))
 
@@ -340,18 +339,6 @@ def test_what_was_scored_is_asked_again_only_if_what_counts_has_changed(tmp_path
         assert again.requests[-1]["items"][0]["messages"][0]["content"] == "Question 100?"
 
 
-def test_scorers_for_two_labels_of_one_classifier_share_no_score(tmp_path: Path) -> None:
-    def classes(body: dict[str, Any], _: int) -> Response:
-        data = [{"index": index, "probs": [0.25, 0.75]} for index, _ in enumerate(body["input"])]
-        return Response(body=json.dumps({"data": data}))
-
-    shared = asking(tmp_path)
-    with listening(classes) as served:
-        for label, score in (("0", 0.25), ("1", 0.75)):
-            config = settings(served.url, api=ServerApi.vllm_classify, label=label)
-            assert ServerScorer(config, f"scorers[{label}]", shared).scores(answers(["a", "b"])).tolist() == [score] * 2
-
-
 def grader(url: str, **changes: Any) -> ScorerGraderConfig:
     endpoint = ScorerEndpointConfig(base_url=url, model="m", timeout=5.0, retries=0, concurrency=2)
     return ScorerGraderConfig(endpoint=endpoint, **changes)
@@ -372,14 +359,3 @@ def test_a_reply_without_a_grade_ends_the_stage_unless_its_score_is_set(tmp_path
     assert caught.value.exit_code == 9
     assert f"1 of 1 calls to the grader at {served.url} failed" in caught.value.message
     assert caught.value.where == "stages.ppo.scorers[0].grader.endpoint"
-
-
-def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp_path: Path) -> None:
-    def reply(body: dict[str, Any], _: int) -> Response:
-        score = {"wrong": "null", "true": "true"}.get(body["items"][0]["answer"], "2.5")
-        return Response(body=f'{{"scores": [{{"id": 0, "score": {score}}}]}}')
-
-    failing(tmp_path, reply, ["wrong", "true", "ccc"], batch_size=1)
-    with listening(length_scores) as served:
-        assert ask(tmp_path, served, ["wrong", "true", "ccc"], batch_size=1) == [2.5, 1.0, 2.5]
-    assert [item["answer"] for request in served.requests for item in request["items"]] == ["wrong"]

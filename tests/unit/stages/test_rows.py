@@ -17,8 +17,7 @@ from datasets import Dataset
 from alignment.config.data import DataConfig, MixedConfig, OnError, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, LABELLED_ANSWERS, PROMPTS
+from alignment.data.tokens.row_kinds import CONVERSATIONS, LABELLED_ANSWERS, PROMPTS, Limits
 from alignment.data.turns import Message
 from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig

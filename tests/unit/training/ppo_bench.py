@@ -17,7 +17,7 @@ from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfi
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
-from alignment.rewards.scores import Rewards, Scores
+from alignment.rewards.scorers import Rewards, Scores
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.ppo.experience import Prompts
 from alignment.stages.ppo.trainer import PpoTrainer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignment.algos.ppo import truncated_importance
 from alignment.records.training import MetricsLog
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Scores
 from alignment.stages.ppo.experience import (
     Answers,
     Readings,

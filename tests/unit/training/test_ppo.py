@@ -22,7 +22,7 @@ from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.models.forward.generate import generate
 from alignment.records.training import METRICS, MetricsLog
 from alignment.records.worker import Progress
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Scores
 from alignment.stages.ppo import engine
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig
 from alignment.stages.ppo.experience import Experience

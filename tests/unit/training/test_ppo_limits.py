@@ -19,7 +19,7 @@ from alignment.config.scoring import GuardConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
-from alignment.rewards.scores import Scores
+from alignment.rewards.scorers import Scores
 from alignment.stages.ppo.collect import warn_of_equal_scores
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.experience import Prompts, Samples

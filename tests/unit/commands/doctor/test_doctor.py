@@ -22,7 +22,7 @@ from alignment.commands.doctor import UNREAD, source_of
 from alignment.commands.shared.diagnoses import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.data import doctor
-from alignment.data.objections import READ, written
+from alignment.data.reading import READ, written
 from alignment.pipeline.plan.compose import tree_of
 from tests.running import Clock
 

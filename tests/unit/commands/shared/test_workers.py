@@ -29,8 +29,7 @@ from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import Busy, ConfigError, ModelError, StageError
 from alignment.core.locks import held
 from alignment.data.records import Conversation, PlainText
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, tokenized
+from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, Limits, tokenized
 from alignment.data.turns import Message
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.training import METRICS, MetricsLog
