@@ -63,8 +63,7 @@ ABSENT = "–"
 
 
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
-    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError:
-    there are fewer than two runs, a run does not exist, or ``html`` cannot be written."""
+    """Prints differing settings, arms side by side, and paired differences from the first run. Raises ConfigError."""
     page = None if html is None else Path(html).expanduser().absolute()
     if page is not None and len(runs) > MOST_RUNS:
         raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
@@ -107,10 +106,7 @@ def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
 
 
 def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """Yields every setting that differs between the runs that have it, with the value in each run.
-
-    For a stage that some runs lack, it yields which runs have it.
-    """
+    """Yields every setting that differs between the runs that have it, with the value in each run."""
     flattened = [flat(settings) for settings in settings_of_runs]
     stages = {name for settings in settings_of_runs for name in settings["stages"]}
     lacking = {name for name in stages if any(name not in settings["stages"] for settings in settings_of_runs)}

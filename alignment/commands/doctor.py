@@ -85,8 +85,7 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
 
 
 def against_of(source: str | None, *, split: str | None, subset: str | None) -> SourceConfig | None:
-    """The source to compare with; None if there is none. Raises ConfigError: a split or subset is chosen of no
-    source."""
+    """The source to compare with; None if there is none. Raises ConfigError."""
     if source is not None:
         return SourceConfig(source=source, split=split or SourceConfig().split, subset=subset or None)
     chosen = [name for name, value in (("split", split), ("subset", subset)) if value]
@@ -110,18 +109,10 @@ _CONTRADICTS = {PreferencePair: "prefers the answer that {} rejects", LabelledAn
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: SourceConfig | None = None) -> int:
-    """Prints what the file is, and which of its rows are also in the source ``against``; returns 0 or 3.
-
-    It returns 3 if rows are faulty, if no stage can use the file, or if a column is misspelt in every row, so that the
-    file is read in a format that it is not meant for.
-
-    A hub's data set that is not on this machine is downloaded. After Ctrl-C it prints what it knows of the rows so far,
-    and returns 130.
-
-    Raises:
-        ConfigError: the settings are invalid.
-        DataError: the file cannot be fetched or read at all.
-    """
+    """Prints what the file is, and which of its rows are also in the source ``against``; returns 0 or 3. It returns 3
+    if rows are faulty, if no stage can use the file, or if a column is misspelt in every row, so that the file is read
+    in a format that it is not meant for. A hub's data set that is not on this machine is downloaded. After Ctrl-C it
+    prints what it knows of the rows so far, and returns 130. Raises ConfigError, DataError."""
     of_other = [] if against is None else list(settings.source_faults(against, AGAINST))
     refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA"), *of_other])
 

@@ -62,13 +62,7 @@ def show(
     """Prints the plan and trains nothing; with ``cost`` or another ``device``, also what the stages would need on
     ``device``, and with ``trade``, what every way of training them would need. The jobs that a run would submit to
     Slurm are written to the new folder ``scripts``, if one is given. Results to reuse are compared with their hashes if
-    ``verified``, otherwise with their sizes.
-
-    Raises:
-        AlignmentError: a fault in the plan, or sizes that no machine can combine.
-        ConfigError: ``device`` is not known, or there can be no ``scripts``.
-        ModelError: a model is not on this machine, so there is no configuration for its cost.
-    """
+    ``verified``, otherwise with their sizes. Raises AlignmentError, ConfigError, ModelError."""
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     cost = estimates.is_wanted(cost=cost, device=device)
     plan = estimates.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
@@ -102,10 +96,8 @@ _SHOWN = 0.005 * _GB
 
 def show_cost(console: Console, cost: RunCost, *, free: float | None = None, is_earlier: bool = False) -> None:
     """A line for each stage: memory, the size of its result, work, time, and what holds the memory at its peak.
-
     ``free`` are the bytes of the disk that results go to. If the cost ``is_earlier``, settings that need less were
-    sought for the memory of then.
-    """
+    sought for the memory of then."""
     table = _table("stage", "trains", "memory", "disk", "steps", "tokens", "FLOP", "time", "at the peak, in GB")
     for stage in cost.stages:
         table.add_row(*_cells(stage))

@@ -41,15 +41,8 @@ _OF_EVERY_REPOSITORY = frozenset({".gitattributes"})
 
 
 def push(console: Console, folder: str, *, to: str, public: bool, replace: bool) -> None:
-    """Uploads all files of an exported folder; a reader sees all of them or none.
-
-    The token is that of the environment (``HF_TOKEN``) or of ``hf auth login``.
-
-    Raises:
-        ConfigError: ``folder`` was not exported, ``to`` is no repository's name, there is no token, the repository has
-            files and ``replace`` is False, or it is public and ``public`` is False.
-        StoreError: the hub cannot be reached or refuses.
-    """
+    """Uploads all files of an exported folder; a reader sees all of them or none. The token is that of the environment
+    (``HF_TOKEN``) or of ``hf auth login``. Raises ConfigError, StoreError."""
     exported = _exported(folder)
     if _REPOSITORY.fullmatch(to) is None:
         raise ConfigError(f"{to!r} is not a repository", where="--to", remedy="OWNER/NAME")

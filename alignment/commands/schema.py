@@ -46,8 +46,7 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
 
 
 def show_schema(console: Console, file: str, *, beside: str | None = None) -> int:
-    """Prints the schema of a ``recipe`` or a ``sweep``; returns the exit code. Raises ConfigError: there is no folder
-    ``beside``, or a sweep is asked for, which chooses no files."""
+    """Prints the schema of a ``recipe`` or a ``sweep``; returns the exit code. Raises ConfigError."""
     folders = []
     if beside is not None:
         if file != "recipe":

@@ -85,10 +85,7 @@ POLL_SECONDS = 0.5
 
 def follow(console: Console, output: Path, run: str | None) -> None:
     """Shows a run, or the one that goes on, until it has ended, and then its results. Ctrl-C does not end the run.
-
-    Raises:
-        ConfigError, ArtifactError: there is no such run, or its record cannot be read.
-    """
+    Raises ConfigError, ArtifactError."""
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     folder = current_run(output) if run is None else run_folder(output, run)
     followed = FollowedRun(folder)
@@ -98,7 +95,7 @@ def follow(console: Console, output: Path, run: str | None) -> None:
     except KeyboardInterrupt:
         say(f"{folder.name} continues; `align status {folder.name}` shows its progress")
         return
-    for line in (f"{folder.name}: {last.state}", *followed.explanation(last)):
+    for line in (f"{folder.name}: {last.state}", *explanation(folder, last.record)):
         say(line)
     record = RunRecord.read(folder)
     show_results(console, folder, record)
@@ -107,10 +104,7 @@ def follow(console: Console, output: Path, run: str | None) -> None:
 
 
 def _to_the_end(display: Display, run: FollowedRun) -> RunView:
-    """Shows the run until it has ended; returns what was shown last.
-
-    If it cannot be seen whether the run has ended, this is said once, and the run is followed.
-    """
+    """Shows the run until it has ended; returns what was shown last."""
     ended = set[tuple[str, str]]()
     was_known = True
     while True:
@@ -123,7 +117,7 @@ def _to_the_end(display: Display, run: FollowedRun) -> RunView:
         if not run.goes_on(view.state):
             return view
         if view.state == UNKNOWN and was_known:
-            for line in run.explanation(view):
+            for line in explanation(run.folder, view.record):
                 display.note(line)
         was_known = view.state != UNKNOWN
         time.sleep(POLL_SECONDS)

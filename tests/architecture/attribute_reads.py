@@ -12,8 +12,6 @@ READS: set[tuple[str, str, str]] = set()
 
 
 class Noting(Plugin):
-    """Changes no type."""
-
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         """mypy asks at every access of an attribute, for each member of a union by itself."""
         owner, _, name = fullname.rpartition(".")
@@ -31,5 +29,4 @@ class Noting(Plugin):
 
 
 def plugin(version: str) -> type[Plugin]:
-    """What mypy looks for."""
     return Noting

@@ -44,7 +44,6 @@ def _kinds_in_fields(kind: Any) -> list[type]:
 
 
 def described(name: str, value: Any) -> Iterator[str]:
-    """The lines of a public name."""
     if inspect.isfunction(value):
         yield f"{name}{_signature(value)}"
         return

@@ -75,7 +75,6 @@ def source(path: Path, text: str | None = None) -> BuildSource:
 
 @pytest.fixture(scope="module")
 def read() -> Reads:
-    """By the package as it is."""
     return attributes_read([source(path) for path in sorted(PACKAGE.rglob("*.py"))])
 
 

@@ -17,7 +17,6 @@ PATH = re.compile(r"`((?:alignment|conf|docs|tests)/[\w/.]+)`")
 
 
 def has(path: str, name: str) -> bool:
-    """Whether a file has the name as a whole word."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", (ROOT / path).read_text(encoding="utf-8")) is not None
 
 

@@ -22,14 +22,12 @@ They count where a kind is asked for.
 
 
 def outside(kind: str) -> list[Path]:
-    """The modules to which the kind is somebody else's."""
     own = PACKAGE / "stages" / kind
     return [path for path in sorted(PACKAGE.rglob("*.py")) if own not in path.parents and path != REGISTRY]
 
 
 @functools.cache
 def parsed(path: Path) -> ast.Module:
-    """The module at a path, read once for all kinds."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 

@@ -59,19 +59,16 @@ def question(model: str, item: dict[str, Any]) -> str:
 
 
 def asked(served: Served) -> Counter[str]:
-    """How often each answer was asked for."""
     return Counter(question(request["model"], item) for request in served.requests for item in request["items"])
 
 
 def content(artifact: Path) -> dict[str, bytes]:
-    """The weights, and what was scored."""
     files = sorted(path for path in artifact.rglob("*") if path.suffix == ".safetensors" or path.name == "guard.jsonl")
     return {str(path.relative_to(artifact)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Counter[str]]:
-    """What one process makes of it, and what it asks."""
     with listening(scores) as served:
         spec = stage(tmp_path_factory.mktemp("undisturbed"), served.url)
         assert on_processes(spec, world_size=1) == [0], logs(spec)

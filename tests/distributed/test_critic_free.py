@@ -56,7 +56,6 @@ def scorer_in(folder: Path, body: str) -> Path:
 
 
 def both(folder: Path, config: PpoConfig, sharding: Sharding) -> list[StageSpec]:
-    """The stage on one process and on two."""
     launches = enumerate((Sharding.none, sharding), 1)
     chains = [(size, shared, Chained(folder / str(size))) for size, shared in launches]
     return [
@@ -128,7 +127,6 @@ def run(
     sharding: Sharding = Sharding.none,
     **sampling: Any,
 ) -> StageSpec:
-    """The stage in ``folder`` on so many processes."""
     own = RolloutSamplingConfig(engine=Engine.vllm, url=engine.url, retries=0, **sampling)
     how = sharding if world_size > 1 else Sharding.none
     spec = shared_out(Chained(folder), "ppo", config.adapter, how, config=replace(config, sampling=own))
@@ -136,7 +134,6 @@ def run(
 
 
 def served(folder: Path, adapter: AdapterConfig) -> Path:
-    """What the server starts from."""
     base = Chained(folder / "model").base
     start = Lineage(source=BASE_SOURCE, base=base, adapters=())
     return write_base(start, adapter, torch.float32, folder / "untied")

@@ -26,7 +26,6 @@ def measuring(tmp_path_factory: pytest.TempPathFactory) -> Measuring:
 
 
 def made(spec: StageSpec, *, world_size: int) -> dict[str, bytes]:
-    """What the processes make of a stage."""
     assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
     return files(spec.artifact)
 
@@ -125,7 +124,6 @@ def test_a_judge_is_asked_by_the_first_process_alone(measuring: Measuring) -> No
 
 
 def asked(served: Served) -> Counter[str]:
-    """How often each prompt was sent."""
     prompts: list[Any] = [request["messages"][0]["content"] for request in served.requests]
     return Counter(prompts)
 
@@ -144,7 +142,6 @@ def content(artifact: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process makes."""
     return content(sampled(tmp_path_factory.mktemp("alone"), batch_size=8))
 
 

@@ -28,8 +28,6 @@ def _group_of_one() -> Iterator[None]:
 
 
 class Pair(nn.Module):
-    """Two models, called one after the other."""
-
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
         self.first, self.second = first, second

@@ -49,7 +49,6 @@ def shared_out(chained: Chained, kind: str, adapter: AdapterConfig, sharding: Sh
 
 
 def run_on(spec: StageSpec, world_size: int = 2) -> StageSpec:
-    """The stage, once so many processes have made it."""
     assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
     return spec
 
@@ -196,7 +195,6 @@ TRAINED = ("lora_", "score", "prompt_e")
 
 
 def weights_in(checkpoint: Path, sharding: Sharding) -> set[str]:
-    """The names of the weights in a checkpoint."""
     if sharding is FSDP:
         metadata = FileSystemReader(checkpoint / "pytorch_model_fsdp_0").read_metadata()
         return set(metadata.state_dict_metadata)

@@ -77,7 +77,6 @@ def content(spec: StageSpec) -> dict[str, bytes]:
 
 
 def untimed(spec: StageSpec) -> list[dict[str, float]]:
-    """The lines of its metrics without the time."""
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(spec)]
 
 

@@ -60,12 +60,10 @@ class Block:
 
     @property
     def id(self) -> str:
-        """``docs/running.md:3``."""
         return f"{self.page}:{self.line}"
 
     @property
     def needs(self) -> list[str]:
-        """Why it is not executed; empty if it is."""
         return [need.strip() for need in self.comments.get("needs", "").split(",") if need.strip()]
 
 
@@ -79,7 +77,6 @@ class Span:
 
     @property
     def id(self) -> str:
-        """``docs/running.md:12 align plan``."""
         return f"{self.page}:{self.line} {self.text}"
 
 
@@ -95,7 +92,6 @@ class Table:
 
     @property
     def id(self) -> str:
-        """``docs/adapters.md:17``."""
         return f"{self.page}:{self.line}"
 
 
@@ -127,14 +123,12 @@ def all_blocks() -> list[Block]:
 
 
 def spans(page: Path) -> Iterator[Span]:
-    """What stands in backticks outside blocks."""
     for number, line in prose(page):
         for match in re.finditer(r"(`+)(.+?)\1", line):
             yield Span(page=name_of(page), line=number, text=match[2].strip())
 
 
 def tables(page: Path) -> list[Table]:
-    """The tables of a page."""
     numbered = prose(page)
     lines = dict(numbered)
     page_tables, taken = [], set[int]()
@@ -172,7 +166,6 @@ def stray_comments(page: Path) -> list[str]:
 
 
 def name_of(page: Path) -> str:
-    """The page relative to the root."""
     return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
@@ -210,7 +203,6 @@ def _parsed(text: str) -> tuple[str, str] | None:
 
 
 def prose(page: Path) -> list[tuple[int, str]]:
-    """The lines outside blocks, by their numbers."""
     lines = page.read_text(encoding="utf-8").splitlines()
     inside = {number for first, last, *_ in _fences(lines) for number in range(first, last + 1)}
     return [(number + 1, line) for number, line in enumerate(lines) if number not in inside]

@@ -113,7 +113,6 @@ def made_commands(words: list[str]) -> list[list[str]]:
 
 
 def check_make(words: list[str]) -> None:
-    """The target exists and so does every variable."""
     for word in words[1:]:
         name, equals, _ = word.partition("=")
         assert name in (_VARIABLES if equals else _TARGETS), f"the Makefile has no {name}"
@@ -161,7 +160,6 @@ def check_script(block: Block, _: Captured) -> None:
 
 
 def check_none(block: Block, _: Captured) -> None:
-    """A block without a language is a drawing."""
     assert "drawing" in block.comments, f"{block.id}: say what it is: a language, 'drawing' or 'checked by: FILE'"
 
 

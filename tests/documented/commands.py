@@ -21,7 +21,6 @@ class Command:
 
     @property
     def program(self) -> str:
-        """The first word, without its folder."""
         return self.words[0].rpartition("/")[2]
 
 

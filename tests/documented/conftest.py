@@ -16,7 +16,6 @@ Enter = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files that the documentation names."""
     return workplace.build(tmp_path_factory.mktemp("files"))
 
 

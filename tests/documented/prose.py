@@ -148,7 +148,6 @@ def _path_faults(text: str) -> Iterator[str]:
 
 
 def _setting_faults(text: str) -> Iterator[str]:
-    """``KEY: VALUE`` as in a recipe, to any depth."""
     try:
         tree = yaml.safe_load(re.sub(r",? *…(?= *[}\]])", "", text))
     except yaml.YAMLError:
@@ -173,7 +172,6 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _choice_faults(text: str) -> Iterator[str]:
-    """``stage@stages.NAME: KIND``, as in ``defaults``."""
     for choice in re.findall(r"stage@stages\.\w+: (\w+)", text):
         if not (conf_folder() / "stage" / f"{choice}.yaml").is_file() and not _PLACEHOLDER.fullmatch(choice):
             yield f"no choice {choice} of stage"

@@ -53,7 +53,6 @@ def _is_enum(hint: Any) -> bool:
 
 @cache
 def ending_in(path: str) -> list[str]:
-    """The full paths that are this path or end in it."""
     return [known for known in defaults() if known == path or known.endswith(f".{path}")]
 
 
@@ -78,14 +77,12 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 @cache
 def options_of(verb: str) -> frozenset[str]:
-    """``--rows`` and the like."""
     parser = argparse.ArgumentParser()
     cli.load(verb).add_arguments(parser)
     return frozenset(name for action in parser._actions for name in action.option_strings if name.startswith("--"))
 
 
 def all_options() -> frozenset[str]:
-    """Those of every verb."""
     return frozenset().union(*(options_of(verb) for verb in cli.VERBS), {"--help", "--version"})
 
 

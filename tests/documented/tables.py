@@ -26,7 +26,6 @@ _LITERAL = re.compile(r"`([^`]+)`|(-?[\d,]*\.?\d+)|(true|false|null|none|–)", 
 
 
 def faults(table: Table) -> Iterator[str]:
-    """What is wrong with the table, by row."""
     assert table.settings is not None
     if table.settings.startswith("align "):
         yield from _option_faults(table, table.settings.removeprefix("align "))

@@ -1,4 +1,4 @@
-"""Code inside prose and tables: verbs, options, settings, choices and defaults that the pages name are there."""
+"""Blocks of the pages do what they say; verbs, options, settings, choices and defaults that they name are there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from alignment.config.run import recipe_names
 from alignment.core import errors
 from alignment.costs.devices import DEVICES
 from tests.documented import prose, tables
-from tests.documented.blocks import PAGES, ROOT, all_blocks, name_of, spans
+from tests.documented.blocks import PAGES, ROOT, Block, all_blocks, name_of, spans, stray_comments
 from tests.documented.blocks import prose as prose_of
 from tests.documented.blocks import tables as tables_of
+from tests.documented.checks import Captured, check
+from tests.documented.conftest import Enter
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TABLES = [table for page in PAGES for table in tables_of(page) if table.settings]
@@ -77,3 +79,17 @@ def test_what_pip_is_told_to_install_is_what_the_package_asks_for() -> None:
     for requirement in installed:
         name, _, extra = requirement.rstrip("]").partition("[")
         assert extra in extras if name == PROJECT["name"] else requirement in asked, requirement
+
+
+BLOCKS = all_blocks()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.id)
+def test_a_block_is_as_the_page_says(block: Block, enter: Enter, capsys: Captured) -> None:
+    enter(block.page)
+    check(block, capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_comment_stands_before_what_it_is_about(page: Path) -> None:
+    assert stray_comments(page) == []

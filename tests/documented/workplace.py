@@ -27,7 +27,6 @@ CAPITALS = [("Norway", "Oslo", "Bergen"), ("Kenya", "Nairobi", "Mombasa"), ("Per
 
 
 def build(folder: Path) -> Path:
-    """Fills the folder; returns it."""
     for name, source in {
         "conversations.jsonl": "quickstart/conversations.jsonl",
         "pairs.jsonl": "quickstart/preferences.jsonl",
@@ -105,7 +104,6 @@ def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _vote(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """The vote of the page, on another prompt."""
     messages = [{"role": "user", "content": f"2 + {number}?"}]
     return {**row, "messages": messages, "pair": pair_key(messages, row["answers"])}
 

@@ -101,7 +101,6 @@ class Align:
         return "\n".join(f"{p}:\n{p.read_text()[-3000:]}" for p in sorted(self.output.glob("runs/*/*/log.txt")))
 
     def on(self, verb: str, *words: str, code: int = 0) -> str:
-        """As a call, for a command about runs that exist."""
         assert self.forked is not None
         ended, printed = self.forked.run([verb, *words, "--output", str(self.output)])
         assert ended == code, printed
@@ -117,7 +116,6 @@ class Align:
         return {name: stage["state"] for name, stage in self.stages(run).items()}
 
     def rows(self, stage: str, name: str = "metrics.jsonl", *, run: str | None = None) -> list[dict[str, Any]]:
-        """A JSON Lines file of a stage's result."""
         file = Path(self.stages(run)[stage]["artifact"]) / name
         return [json.loads(line) for line in file.read_text().splitlines()]
 

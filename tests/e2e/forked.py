@@ -26,8 +26,6 @@ KILLED = "ALIGNMENT_TEST_KILLED"
 
 
 class Forked:
-    """The other end: the process that forks."""
-
     def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.e2e.forked"],
@@ -64,7 +62,6 @@ class Forked:
         return answer["code"], answer["printed"]
 
     def close(self) -> None:
-        """Ends it."""
         with self._process:
             pass
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from alignment.commands.judge.ballots import Ballots, Choice
+from alignment.commands.judge.verb import Ballots, Choice
 from alignment.core.artifacts import verify
 from alignment.evaluation.answer_pairs import pairs_of_samples
 from alignment.pipeline.sweeps.objectives import of_stage

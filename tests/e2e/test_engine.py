@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import pytest
 from alignment.config.launch import Engine, RolloutSamplingConfig
 from alignment.config.model import Critic
 from alignment.config.scoring import ScorerConfig
-from alignment.evaluation.verdicts import verdict_of
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat
 from alignment.stages.ppo.config import Advantage, PpoConfig
@@ -32,7 +31,6 @@ from tests.distributed.test_sharding import logs
 from tests.e2e.conftest import Align
 from tests.engine_server import COMPLETIONS, SCRATCH, Failure, Planted, engine_server, interpreter_of
 from tests.living import wait_until
-from tests.transformers_server import missing, model_served
 
 UPDATES = 3
 
@@ -180,65 +178,3 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     assert 20e6 < manifest["usage"]["peak_engine_bytes"] < 1e9
     align("run", *settings)
     assert align.states()["ppo"] == "reused"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """URL and name of the shipped model behind ``transformers serve``."""
-    if reason := missing():
-        pytest.skip(reason)
-    with model_served(tmp_path_factory.mktemp("server")) as url_and_name:
-        yield url_and_name
-
-
-@pytest.mark.slow
-def test_a_served_model_judges_in_both_orders(served: tuple[str, str], new_forked: Callable[[], Align]) -> None:
-    """A model of 135 million parameters is a poor judge; what it says is counted, and no silence becomes a verdict."""
-    url, model = served
-    align = new_forked()
-    printed = align(
-        "run",
-        *(f"~stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo")),
-        "stages.evaluate.arms=[base,base+prompt,base+few-shot]",
-        "stages.evaluate.few_shot.count=1",
-        "stages.evaluate.reference=base",
-        "stages.evaluate.reward=null",
-        "stages.evaluate.judge.kind=endpoint",
-        "stages.evaluate.judge.max_prompts=2",
-        "stages.evaluate.judge.pairs=[{arm: base+few-shot, against: base}]",
-        f"stages.evaluate.judge.endpoint={{base_url: '{url}', model: '{model}', max_tokens: 24}}",
-    )
-    evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
-    calls = align.rows("evaluate", "judgements.jsonl")
-    assert [call["shown_first"] for call in calls] == ["base+few-shot", "base"] * 2
-    for call in calls:
-        assert call["text"], "it answered"
-        assert call["verdict"] == verdict_of(call["text"]).value
-    (pair,) = evaluation["judge"]["pairs"]
-    assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)
-    assert pair["verdict"] in printed
-
-
-@pytest.mark.slow
-def test_a_served_model_grades_the_answers_that_ppo_learns_from(
-    served: tuple[str, str], new_forked: Callable[[], Align]
-) -> None:
-    """Its replies are seldom grades; what is none has the score that the recipe names for it, and never another."""
-    url, model = served
-    align = new_forked()
-    grader = f"{{endpoint: {{base_url: '{url}', model: '{model}', max_tokens: 12}}, ungraded: -1}}"
-    align(
-        "run",
-        *(f"~stages.{stage}" for stage in ("reward", "dpo", "evaluate", "report")),
-        "stages.ppo.reward=null",
-        "stages.ppo.updates=1",
-        "stages.ppo.num_minibatches=1",
-        "stages.ppo.optim.batch_size=4",
-        f"stages.ppo.scorers=[{{source: grade, grader: {grader}}}, {{source: length, target: 4, weight: 0.5}}]",
-    )
-    samples = align.rows("ppo", "samples.jsonl")
-    assert samples
-    for sample in samples:
-        assert sample["scorers"]["grade"] in {-1.0, *map(float, range(1, 11))}
-    (figures,) = align.rows("ppo")
-    assert -1.0 <= figures["score/grade"] <= 10.0

@@ -59,7 +59,6 @@ class Reader:
         (info / "entry_points.txt").write_text(f"[alignment.stages]\n{lines}", encoding="utf-8")
 
     def align(self, *words: str, code: int = 0) -> str:
-        """What a command prints. The model is a tiny one."""
         more = [f"model.source=path:{self.model}"] if words[0] in ("plan", "run") else []
         ended, printed = self._forked.run([*words, *more], installed=self.folder, folder=self.folder)
         assert ended == code, printed
@@ -73,7 +72,6 @@ class Reader:
         return (self.folder / "runs/words/report.html").read_text(encoding="utf-8")
 
     def change(self, name: str, old: str, new: str) -> None:
-        """Replaces a text in a file of the package."""
         file = self.folder / self.package / name
         text = file.read_text(encoding="utf-8")
         assert text.count(old) == 1

@@ -35,7 +35,6 @@ def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tldr_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As in trl-lib/tldr and trl-lib/tldr-preference."""
     post = f"SUBREDDIT: r/dogs\n\nTITLE: Dog number {number}\n\nPOST: {'It barks. ' * number}\n\nTL;DR:"
     good, bad = f" Dog {number} barks, what to do?", f" I have {number} dogs."
     return {"prompt": post, "completion": good}, {"prompt": post, "chosen": good, "rejected": bad}

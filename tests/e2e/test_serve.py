@@ -42,7 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 @pytest.fixture(scope="module")
 def served(run: ServedRun) -> Iterator[Serving]:
-    """The three policies behind one address."""
     arms = [word for arm in ARMS for word in ("--arm", arm)]
     with serving(run, *arms) as process:
         yield process

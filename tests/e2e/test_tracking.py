@@ -61,7 +61,6 @@ def _repository(folder: Path) -> Path:
 
 
 def _program(folder: Path) -> Path:
-    """``align``, as an installation puts it on the path."""
     folder.mkdir()
     program = folder / "align"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m alignment.cli "$@"\n')

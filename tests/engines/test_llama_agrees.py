@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.commands.export.gguf_form.gguf_file import file_metadata, model_metadata, write_file
+from alignment.commands.export.gguf_form.gguf_file import file_metadata, model_metadata, vocabulary, write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import ask
-from alignment.commands.export.gguf_form.vocabulary import vocabulary
 from tests.engines.greedy import TOKENS, stop_ids
 
 pytestmark = pytest.mark.engines

@@ -11,9 +11,8 @@ from tokenizers import pre_tokenizers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.exported import exported_result, logprobs
 from alignment.commands.export.gguf_form import gguf_file
-from alignment.commands.export.gguf_form.gguf_file import file_metadata, model_metadata, write_file
+from alignment.commands.export.gguf_form.gguf_file import file_metadata, model_metadata, vocabulary, write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import ask, check_by_llama
-from alignment.commands.export.gguf_form.vocabulary import vocabulary
 from alignment.commands.export.worker import export
 from alignment.core.artifacts import verify
 from alignment.core.errors import ModelError

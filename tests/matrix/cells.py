@@ -86,8 +86,6 @@ class CellFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """What is tried."""
-
     stage: str
     adapter: str
     launcher: str
@@ -95,7 +93,6 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """The kind of the stage."""
         return KINDS.get(self.stage, self.stage)
 
 
@@ -166,7 +163,6 @@ class Bench:
         return self.folder / cell.dtype / "model"
 
     def artifact(self, cell: Cell) -> Path:
-        """The folder of a cell's result."""
         record = self._output(cell) / "runs" / cell.stage / "run.json"
         return Path(json.loads(record.read_text(encoding="utf-8"))["stages"][cell.stage]["artifact"])
 

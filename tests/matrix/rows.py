@@ -15,7 +15,6 @@ _TEXT = ("the", "note", "says", "that", "the", "keys", "are", "with", "the", "ca
 
 
 def write_rows(folder: Path) -> None:
-    """The three files."""
     asked = [{"role": "user", "content": f"{row}: {_words(words)}"} for row, words in enumerate(QUESTIONS)]
     answers = [_words(2 + number % 3) + "." for number in range(len(QUESTIONS))]
     conversations = [

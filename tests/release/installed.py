@@ -30,7 +30,6 @@ class Installed:
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
         return self.folder / "bin" / "python"
 
     def call(self, *argv: str | Path, timeout: float = 1200.0) -> subprocess.CompletedProcess[str]:
@@ -48,12 +47,10 @@ class Installed:
         )
 
     def pip(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Calls pip with the versions that were tested."""
         options = ("--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt"))
         return self.call(self.python, "-m", "pip", "install", *options, *words)
 
     def align(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Calls the command that was installed."""
         return self.call(self.folder / "bin" / "align", *words)
 
     def wrong_commands(self) -> list[str]:
@@ -66,12 +63,10 @@ class Installed:
         return wrong
 
     def where(self) -> Path:
-        """The folder that the package is imported from."""
         return Path(self.call(self.python, "-c", "import alignment; print(alignment.__path__[0])").stdout.strip())
 
 
 def new_environment(folder: Path, python: str = sys.executable) -> Installed:
-    """An environment with nothing but pip."""
     work = folder / "work"
     work.mkdir(parents=True)
     subprocess.run([python, "-m", "venv", str(folder / "environment")], check=True)

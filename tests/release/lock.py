@@ -51,7 +51,6 @@ def pins(path: Path = CONSTRAINTS) -> dict[str, str]:
 
 
 def locked(text: str) -> dict[str, Locked]:
-    """The entries of a lock."""
     entries = re.findall(r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:\S+(?: \\)?\n)+)", text, re.MULTILINE)
     return {
         name: Locked(version=version, hashes=set(re.findall(r"sha256:(\S+)", lines)))
@@ -84,7 +83,6 @@ def chosen_files(python: str) -> Mapping[str, tuple[str, str]]:
 
 
 def write(entries: Mapping[str, Locked], *, version: str, torch: str) -> str:
-    """The text of a lock."""
     lines = [HEAD.format(pythons=", ".join(PYTHONS), version=version, torch=torch)]
     for name, entry in sorted(entries.items()):
         hashes = " \\\n".join(f"    --hash=sha256:{value}" for value in sorted(entry.hashes))

@@ -37,7 +37,6 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 
 def tracked(*folders: str) -> set[str]:
-    """Files that git has, or would take."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {path for path in printed.splitlines() if (ROOT / path).is_file()}

@@ -77,7 +77,6 @@ class Cluster:
         }
 
     def start(self) -> None:
-        """Returns when all machines take jobs."""
         self._write_configuration()
         self._named("slurmstepd")
         self._named("slurmctld")
@@ -89,7 +88,6 @@ class Cluster:
         self.wait_for(lambda: self.call(*idle, check=False).strip() == str(len(self.nodes)), "idle nodes")
 
     def stop(self) -> None:
-        """Ends all jobs and both daemons."""
         self.call("scancel", f"--user={getpass.getuser()}", check=False)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
@@ -107,7 +105,6 @@ class Cluster:
         self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def bring_back(self, node: str) -> None:
-        """Starts a lost node again."""
         self._start_node(node)
         self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
@@ -116,7 +113,6 @@ class Cluster:
         self._daemons[node] = self._run(f"slurmd-{node}", "slurmd", *arguments)
 
     def call(self, *argv: str, check: bool = True) -> str:
-        """What one of Slurm's commands prints."""
         done = subprocess.run(
             argv, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60, check=False
         )
@@ -124,7 +120,6 @@ class Cluster:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """``PENDING``, ``RUNNING``, …"""
         return self.call("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
 
     def start_soon(self, job: str) -> None:
@@ -142,7 +137,6 @@ class Cluster:
             time.sleep(0.05)
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
         return "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
 
     def _plugins(self) -> Path:

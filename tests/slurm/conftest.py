@@ -12,12 +12,10 @@ from tests.slurm.cluster import Cluster, commands_of, running
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Slurm on this machine."""
     with running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def new_align(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
-    """Makes a command."""
     return commands_of(cluster, tmp_path_factory)

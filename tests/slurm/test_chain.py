@@ -26,14 +26,12 @@ SLURM = (
 
 @pytest.fixture(scope="session")
 def undisturbed(new_align: Callable[[], Align]) -> Align:
-    """A run that nothing interrupted."""
     align = new_align()
     align("run", *SLURM)
     return align
 
 
 def jobs(align: Align) -> dict[str, str]:
-    """Stage → job of the last submission."""
     submitted: dict[str, str] = json.loads((align.output / "runs/sft_dpo/jobs.json").read_text())
     return submitted
 
@@ -126,7 +124,6 @@ def started(align: Align, overrides: Sequence[str] = SLURM) -> subprocess.Popen[
 
 
 def status(align: Align) -> str:
-    """What ``align status`` prints."""
     argv = [sys.executable, "-m", "alignment.cli", "status", align.recipe, "--output", str(align.output)]
     return subprocess.run(argv, capture_output=True, text=True, check=True, env=align.environment).stdout
 
@@ -137,5 +134,4 @@ def checkpoints(align: Align) -> list[Path]:
 
 
 def cluster_states(align: Align, cluster: Cluster) -> list[str]:
-    """How Slurm's jobs of the run stand, in their order."""
     return [cluster.state(job) for job in jobs(align).values()]

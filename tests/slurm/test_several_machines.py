@@ -32,7 +32,6 @@ SLURM = (
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two machines, played by two daemons."""
     with running(tmp_path_factory.mktemp("pair"), "first", "second") as cluster:
         yield cluster
 
@@ -45,7 +44,6 @@ def make(pair: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[]
 
 @pytest.fixture(scope="module")
 def undisturbed(make: Callable[[], Align]) -> Align:
-    """A run of four processes of one machine."""
     align = make()
     align("run", *SFT, "launch.num_processes=4")
     return align
@@ -87,13 +85,11 @@ def test_interrupted_it_is_queued_again_and_ends_the_same(
 
 
 def weights_of(align: Align) -> torch.Tensor:
-    """All weights of the trained adapter in one row."""
     (file,) = align.artifact("sft").glob("adapters/*/adapter_model.safetensors")
     weights = load_file(file)
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
 def log_of(align: Align) -> str:
-    """What the drivers of all attempts printed."""
     job = jobs(align)["sft"]
     return Path(align.output / f"runs/sft_dpo/sft/slurm-{job}.log").read_text()

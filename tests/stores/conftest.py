@@ -45,7 +45,6 @@ class Machine:
 
     @property
     def output(self) -> Path:
-        """Its folder of runs and artifacts."""
         return self.align.output
 
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
@@ -53,16 +52,13 @@ class Machine:
         return self.align(verb, f"artifacts=s3://{BUCKET}/{self.prefix}", *overrides, code=code)
 
     def align_status(self) -> str:
-        """What ``align status`` prints of the run."""
         argv = [sys.executable, "-m", "alignment.cli", "status", self.align.recipe, "--output", str(self.output)]
         return subprocess.run(argv, capture_output=True, text=True, env=self.align.environment, check=True).stdout
 
     def through(self, variables: dict[str, str]) -> Machine:
-        """The same machine with other variables."""
         return Machine(replace(self.align, variables={**self.align.variables, **variables}), self.prefix)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """Starts ``align run``."""
         argv = self.align.argv("run", f"artifacts=s3://{BUCKET}/{self.prefix}", *words)
         return subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.align.environment
@@ -90,13 +86,11 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model for all machines."""
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def new_output(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes an empty folder."""
     return lambda: tmp_path_factory.mktemp("output")
 
 
@@ -140,5 +134,4 @@ def undisturbed(tiny_model: Path, new_output: Callable[[], Path]) -> Align:
 
 @pytest.fixture(scope="session")
 def undisturbed_long(tiny_model: Path, new_output: Callable[[], Path]) -> Align:
-    """A long run without a store that nothing disturbed."""
     return _undisturbed(tiny_model, new_output(), LONG)

@@ -23,7 +23,6 @@ class HoldingProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Ends all connections."""
         self._listener.close()
         for each in self._sockets:
             with suppress(OSError):

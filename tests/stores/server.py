@@ -54,7 +54,6 @@ class S3Server:
         return environment_for(f"http://127.0.0.1:{self.port}")
 
     def start(self) -> None:
-        """Starts it and makes the bucket."""
         allowed = {"credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]}
         config = self._folder / "identities.json"
         config.write_text(json.dumps({"identities": [{"name": "tests", **allowed}]}))
@@ -76,7 +75,6 @@ class S3Server:
         self._wait()
 
     def stop(self) -> None:
-        """Ends it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -35,18 +35,15 @@ def held_at(server: S3Server, *, pattern: bytes, holds: str, letting: int = 3000
 
 
 def steps(align: Align, stage: str) -> list[int]:
-    """The steps of a stage's log."""
     lines = (align.artifact(stage) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
 
 def states(machine: Machine) -> dict[str, str]:
-    """Stage → state in the run's record."""
     return {name: stage["state"] for name, stage in machine.align.stages().items()}
 
 
 def everything_in(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """All files of a folder."""
     return ((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
 
 

@@ -40,15 +40,9 @@ tokens that rows may contain)"""
 
 
 def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str, in_text: bool = False) -> int:
-    """Writes the folder ``to``; returns the exit code. ``source`` is what ``model.source`` takes.
-
-    The tokens are control tokens, or with ``in_text`` tokens that the text of rows may contain.
-
-    Raises:
-        ConfigError: ``to`` exists already.
-        ModelError: there is no such model.
-        StageError: the process was killed.
-    """
+    """Writes the folder ``to``; returns the exit code. ``source`` is what ``model.source`` takes. The tokens are
+    control tokens, or with ``in_text`` tokens that the text of rows may contain. Raises ConfigError, ModelError,
+    StageError."""
     target = new_folder(to)
     model = model_sources.resolve(source, where="MODEL")
     if not model.ready:

@@ -45,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_tokens(folder: Path, to: Path, tokens: Sequence[str], *, in_text: bool = False) -> str:
     """Writes the folder ``to`` in one rename; returns a message about it. ``in_text``: texts may contain the tokens.
-
-    Raises:
-        ConfigError: a token exists already, or is given twice.
-        ModelError: the model cannot be read, or lacks its new tokens when it is read again.
-    """
+    Raises ConfigError, ModelError."""
     partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)
     earlier = _added_before(folder)

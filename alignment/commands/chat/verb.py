@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
-    """Talks until the user ends it; returns the exit code. Raises ConfigError: an option has no effect, or the arms
-    cannot talk."""
+    """Talks until the user ends it; returns the exit code. Raises ConfigError."""
     if arguments.engine != "vllm" and arguments.engine_python is not None:
         remedy = "leave it out, or use --engine vllm"
         raise ConfigError("only vLLM has this option", where="--engine-python", remedy=remedy)
@@ -79,15 +78,10 @@ def chat(
     engine: Mapping[str, Any] | None,
     output: Path,
 ) -> int:
-    """Runs a chat until the user ends it; returns the exit code.
-
-    ``result`` is a run under ``output``, or a result that ``align export`` takes. ``arms`` are stages of that run,
-    ``base``, or such results; by default it is the run's last finished policy. ``options`` are the fields of
-    ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
-
-    Raises:
-        ConfigError: an option is invalid, there are more than two arms, or as ``PolicyFinder.policies``.
-        ModelError, StageError: the process was killed, as in ``run_worker``."""
+    """Runs a chat until the user ends it; returns the exit code. ``result`` is a run under ``output``, or a result that
+    ``align export`` takes. ``arms`` are stages of that run, ``base``, or such results; by default it is the run's last
+    finished policy. ``options`` are the fields of ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``;
+    None if the policies answer themselves. Raises ConfigError, ModelError, StageError."""
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
         remedy = "name one or two"

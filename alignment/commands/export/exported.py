@@ -42,19 +42,10 @@ RELOADED = 1e-4
 """Maximum difference of log-probabilities after a reload: equal weights, but computed by other code."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gap:
-    """The difference of two models on the same rows: mean KL per token from the first, and the largest change of a
-    log-probability, both in nats."""
-
-    mean_kl: float
-    largest: float
-
-
-def gap_between(before: Tensor, after: Tensor) -> Gap:
-    """The gap between ``[tokens, vocabulary]`` log-probabilities."""
+def gap_between(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """The mean KL per token and the largest change of ``[tokens, vocabulary]`` log-probabilities, in nats."""
     kl = (before.exp() * (before - after)).sum(-1)
-    return Gap(mean_kl=float(kl.mean()), largest=float((before - after).abs().max()))
+    return float(kl.mean()), float((before - after).abs().max())
 
 
 @torch.no_grad()
@@ -154,13 +145,10 @@ def merged_policy(
     expected = logprobs(merged, result.rows)
     if not result.lineage.adapters:
         return merged, expected, []
-    gap = gap_between(_logprobs_as_trained(result), expected)
+    mean_kl, largest = gap_between(_logprobs_as_trained(result), expected)
     widened = ", and computing in float32 where training computed in bfloat16," if dtype != DTYPES[result.dtype] else ""
-    note = (
-        f"merging{widened} changed log-probabilities by at most {gap.largest:.3g}, {gap.mean_kl:.2g} nats of KL per "
-        "token"
-    )
-    if gap.mean_kl > max_gap:
+    note = f"merging{widened} changed log-probabilities by at most {largest:.3g}, {mean_kl:.2g} nats of KL per token"
+    if mean_kl > max_gap:
         message = f"{note}; --max-gap allows {max_gap:g}"
         remedy = "export it as an adapter, or allow more with --max-gap"
         raise ModelError(message, where=str(result.lineage.adapters[-1].path), remedy=remedy)
@@ -178,7 +166,6 @@ def _logprobs_as_trained(result: ExportedResult) -> torch.Tensor:
 
 
 def refuse_prefix(lineage: Lineage) -> None:
-    """A prefix is keys and values in front of a text, which no weight can hold. Raises ModelError: an adapter is a
-    prefix."""
+    """A prefix is keys and values in front of a text, which no weight can hold. Raises ModelError."""
     if any(is_prefix(adapter.path) for adapter in lineage.adapters):
         raise ModelError("a prefix cannot be merged into weights", remedy="export it as an adapter (--as adapter)")

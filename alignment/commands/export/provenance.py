@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
@@ -42,41 +42,32 @@ class Step:
     data: list[str] = field(default_factory=list)
 
 
-Arm = TypeVar("Arm")
-Record = TypeVar("Record")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured(Generic[Arm, Record]):
-    """A result that has this artifact as one of its arms, and what it says of that arm."""
+class Measured:
+    """A result with this artifact as one of its arms: an ``ArmResult`` of an ``Evaluation``, an ``ArmForgetting`` of a
+    ``Forgetting``, or the arm's name and the tables that another kind brings."""
 
-    arm: Arm
-    record: Record
+    arm: Any
+    record: Any
     manifest: Manifest
 
 
-Judged: TypeAlias = Measured[ArmResult, Evaluation]
-Remembered: TypeAlias = Measured[ArmForgetting, Forgetting]
-Tabled: TypeAlias = Measured[str, list[ResultTable]]
-"""A result of another kind, with the arm's name and the tables that the kind brings."""
 Store: TypeAlias = Mapping[str, tuple[Path, Manifest]]
 """Artifacts by fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are missing.
-
-    ``own`` are the tables of the artifact itself. ``command`` made the run, without the machine's folders; it is empty
-    if no run is known. ``profile`` is that run's profile, or empty.
-    """
+    """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are missing. ``own`` are
+    the tables of the artifact itself. ``command`` made the run, without the machine's folders; it is empty if no run is
+    known. ``profile`` is that run's profile, or empty."""
 
     steps: list[Step]
     lost: list[str] = field(default_factory=list)
     own: list[ResultTable] = field(default_factory=list)
-    evaluation: Judged | None = None
-    forgetting: Remembered | None = None
-    others: list[Tabled] = field(default_factory=list)
+    evaluation: Measured | None = None
+    forgetting: Measured | None = None
+    others: list[Measured] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     profile: str = ""
 
@@ -196,10 +187,9 @@ def _measured(
     manifest: Manifest,
     store: Store,
     run: RunRecord | None,
-    read: Callable[[str, Path, Manifest], tuple[Arm | None, Record]],
-) -> Measured[Arm, Record] | None:
-    """The result of this kind with the artifact among its arms: the run's own one, or else the newest. ``read`` reads
-    it for the arm of a name; None if it cannot be read."""
+    read: Callable[[str, Path, Manifest], tuple[Any, Any]],
+) -> Measured | None:
+    """The result of this kind with the artifact among its arms: the run's own one, or else the newest."""
     own = _artifacts(run) if run else {}
     results = []
     for folder, candidate in store.values():

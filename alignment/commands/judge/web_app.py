@@ -12,8 +12,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from alignment.commands.judge.ballots import Ballots, Choice, Refused, annotator_name
-from alignment.commands.shared.guarded_app import assets, guarded
+from alignment.commands.judge.verb import Ballots, Choice, Refused, annotator_name
+from alignment.commands.shared.page_server import assets, guarded
 from alignment.core.errors import DataError
 from alignment.report.kit.pages import environment
 from alignment.report.kit.text import prose
@@ -105,8 +105,7 @@ class _Pages:
 
 
 async def _form(request: Request) -> Mapping[str, str]:
-    """The fields of a form; of a field that is repeated, the last. Raises ValueError: it is too long, or has too many
-    fields."""
+    """The fields of a form; of a field that is repeated, the last."""
     body = b""
     async for chunk in request.stream():
         body += chunk

@@ -32,9 +32,7 @@ _FULL_BYTES = 16
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
     """``folder`` holds at least its configuration and tokenizer; ``weights`` is None if they are not on this machine.
-
-    ``positions`` is the longest sequence that it reads.
-    """
+    ``positions`` is the longest sequence that it reads."""
 
     source: str
     folder: Path
@@ -75,8 +73,7 @@ def _number_of_weights(folder: Path) -> int | None:
 
 
 def free_bytes(device: str | None) -> tuple[float, str]:
-    """The memory to train in, and its name. Raises ConfigError: there is no such device, or this machine has a GPU,
-    whose memory is not looked at."""
+    """The memory to train in, and its name. Raises ConfigError."""
     names = ", ".join(DEVICES)
     if device is None and hardware.count_devices():
         raise ConfigError("what GPU does this machine have?", where="--device", remedy=f"one of {names}")
@@ -119,8 +116,7 @@ def questions(circumstances: Circumstances) -> list[Question]:
 
 
 def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
-    """The stages of the recipe, by the names of their kinds. Raises ConfigError: no stage uses a file, or the
-    scorer."""
+    """The stages of the recipe, by the names of their kinds. Raises ConfigError."""
     stages: dict[str, NewStage] = {}
     for kind in kinds().values():
         stage = kind.proposals.stage(circumstances)

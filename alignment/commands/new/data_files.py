@@ -17,10 +17,11 @@ from typing import IO, Any
 from rich.console import Console
 
 from alignment.commands.shared.diagnoses import best_use, examined, path_of
+from alignment.commands.shared.stored_policy import written_error
 from alignment.config.data import SourceConfig
 from alignment.config.new_recipe import Lengths, Rows
 from alignment.core.artifacts import write_json
-from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, StageError
+from alignment.core.errors import ConfigError, DataError, StageError
 from alignment.core.terminal import visible
 from alignment.core.wording import counted
 from alignment.data import records as record_types
@@ -38,11 +39,9 @@ from alignment.pipeline.backends import processes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataFile:
-    """A file, and the ``record`` that it is most of all meant for.
-
-    ``source`` is what a recipe writes. ``number`` are its records, ``prompts`` the keys of its different prompts.
-    ``faulty`` is the share of its rows that stages leave out. ``columns`` maps a format's columns to the file's.
-    """
+    """A file, and the ``record`` that it is most of all meant for. ``source`` is what a recipe writes. ``number`` are
+    its records, ``prompts`` the keys of its different prompts. ``faulty`` is the share of its rows that stages leave
+    out. ``columns`` maps a format's columns to the file's."""
 
     name: str
     source: str
@@ -122,8 +121,7 @@ class CountedRow:
 
 
 def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, str] | None = None) -> DataFile:
-    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError: it
-    cannot be read, or no stage can use it."""
+    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own. Raises DataError."""
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -294,9 +292,6 @@ def _line(row: Any) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-_ERRORS = {error.exit_code: error for error in (DataError, ModelError)}
-
-
 def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | None) -> list[Lengths]:
     """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder. It raises as
     ``measured`` of the worker does; StageError: its process failed."""
@@ -307,11 +302,9 @@ def measured_lengths(files: Sequence[DataFile], folder: Path, template: str | No
         question, answer = Path(temporary) / "asked.json", Path(temporary) / "answer.json"
         write_json(question, {"folder": str(folder), "template": template, "files": described})
         code = processes.call([sys.executable, "-m", "alignment.commands.new.worker", str(question), str(answer)])
+        if error := written_error(answer.with_name("error.json")):
+            raise error
         if code or not answer.is_file():
             remedy = "its output is above; a chat template that runs forever is stopped"
             raise StageError(f"the process that counts tokens ended with {code}", where="new", remedy=remedy)
-        content = json.loads(answer.read_text(encoding="utf-8"))
-    if fault := content.get("error"):
-        kind = _ERRORS.get(fault["code"], AlignmentError)
-        raise kind(fault["message"], where=fault["where"], remedy=fault["remedy"])
-    return [Lengths(**lengths) for lengths in content["lengths"]]
+        return [Lengths(**lengths) for lengths in json.loads(answer.read_text(encoding="utf-8"))]

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from alignment.commands.shared.stored_policy import write_error
 from alignment.commands.shared.worker_process import run_as_program, silence_libraries
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.model import TemplateChoice
@@ -43,27 +44,21 @@ _KINDS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answers one request; an error is a part of the answer. Returns exit code 0."""
+    """Answers one request, or writes ``error.json`` beside it. Returns exit code 0."""
     asked, answer = map(Path, arguments)
     silence_libraries()
     try:
         lengths = measured(json.loads(asked.read_text(encoding="utf-8")))
     except AlignmentError as error:
-        fault = {"message": error.message, "where": error.where, "remedy": error.remedy, "code": error.exit_code}
-        write_json(answer, {"error": fault})
+        write_error(answer.with_name("error.json"), error)
         return 0
-    write_json(answer, {"lengths": [asdict(of_file) for of_file in lengths]})
+    write_json(answer, [asdict(of_file) for of_file in lengths])
     return 0
 
 
 def measured(asked: Mapping[str, Any]) -> list[Lengths]:
     """The lengths of each file's records: ``asked`` has the ``folder`` of a model, a chat ``template`` or None, and
-    ``files`` with their ``path``, ``record`` and ``columns``.
-
-    Raises:
-        ModelError: there is no usable tokenizer.
-        DataError: no record of a file can be rendered.
-    """
+    ``files`` with their ``path``, ``record`` and ``columns``. Raises ModelError, DataError."""
     tokenizer = load_tokenizer(Path(asked["folder"]), TemplateChoice(source=asked["template"]))
     return [_lengths(tokenizer, Path(file["path"]), _KINDS[file["record"]], file["columns"]) for file in asked["files"]]
 

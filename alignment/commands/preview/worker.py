@@ -162,8 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOut | None = None) -> None:
-    """Prints the first records of each of a stage's sources, and a summary of all. Raises DataError: no row can be
-    read, or no row can be tokenised."""
+    """Prints the first records of each of a stage's sources, and a summary of all. Raises DataError."""
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)

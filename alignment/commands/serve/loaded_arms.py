@@ -1,4 +1,4 @@
-"""Policies as plain models of transformers that end answers where they learned to."""
+"""Policies as plain models of transformers that end answers where they learned to, and as files for a vLLM server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.loaded_policies import generation_settings, parts_of
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from alignment.data.templates import reads_tools
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
+from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.models.assembly.adapters import saved_config
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
@@ -36,8 +39,7 @@ class LoadedArm:
 
 
 def load_arms(policies: Sequence[StoredPolicy]) -> list[LoadedArm]:
-    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError: an artifact is
-    damaged, a model cannot be loaded, or a policy has no usable chat template."""
+    """Loads the policies on this process's device. Raises ArtifactError, ModelError, DataError."""
     arms = []
     for policy in policies:
         lineage, tokenizer = lineage_and_tokenizer(policy)
@@ -58,16 +60,11 @@ def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
 
 
 def merged(lineage: Lineage, tokenizer: Any, dtype: str) -> PreTrainedModel:
-    """The policy's model with all adapters merged, which generates as ``generation_config`` says."""
+    """The policy's model with all adapters merged, which ends answers at every token that ends one in training."""
     model = load_policy(lineage, DTYPES[Dtype(dtype)])
     model.config.use_cache = True
-    model.generation_config = generation_config(tokenizer)
+    model.generation_config = generation_settings(end_ids(tokenizer), tokenizer.pad_token_id)
     return model
-
-
-def generation_config(tokenizer: Any) -> GenerationConfig:
-    """Ends answers at every token that ends one in training; see ``generation_settings``."""
-    return generation_settings(end_ids(tokenizer), tokenizer.pad_token_id)
 
 
 _A, _B = "lora_A.weight", "lora_B.weight"
@@ -75,8 +72,7 @@ _FACTOR = re.compile(r"(.*)\.(lora_[AB]\.weight)")
 
 
 def write_sum(folders: Sequence[Path], to: Path) -> None:
-    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError: an adapter holds something else than
-    factors."""
+    """Writes the sum of saved LoRA adapters in PEFT's form. Raises ModelError."""
     configs = [saved_config(folder) for folder in folders]
     ranks = [config.r for config in configs]
     scales = [config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) for config in configs]
@@ -112,3 +108,44 @@ def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise ModelError(f"holds {name}, which is not a factor", where=str(folder))
         factors.setdefault(match[1], {})[match[2]] = tensor.float()
     return factors
+
+
+_REFUSE_TOOLS = (
+    "{%- if tools %}{{- raise_exception('tools: the chat template of this policy has no place for them') }}"
+    "{%- endif %}\n"
+)
+
+
+def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
+    """Writes the tokenizer, the generation config, merged weights of a single policy, and sums of adapters. Raises
+    ConfigError, ModelError, ArtifactError, DataError."""
+    layout = vllm_layout(policies)
+    loaded = [lineage_and_tokenizer(policy) for policy in policies]
+    lineage, tokenizer = loaded[0]
+    for policy, (_, other) in zip(policies[1:], loaded[1:], strict=True):
+        _refuse_other_tokenizer(policies[0], tokenizer, policy, other)
+    if layout.weights is None:
+        merged(lineage, tokenizer, policies[0].dtype).save_pretrained(str(files.merged))
+    for arm in layout.arms:
+        if len(arm.folders) > 1:
+            write_sum(arm.folders, files.adapter(arm))
+    if not reads_tools(tokenizer.chat_template):
+        own = tokenizer.chat_template  # refuses the tools that it would leave out; vLLM passes the reason on
+        tokenizer.chat_template = (
+            _REFUSE_TOOLS + own if isinstance(own, str) else {name: _REFUSE_TOOLS + text for name, text in own.items()}
+        )
+    tokenizer.save_pretrained(str(files.tokenizer))
+    generation_settings(end_ids(tokenizer), tokenizer.pad_token_id).save_pretrained(str(files.generation))
+
+
+def _refuse_other_tokenizer(first: StoredPolicy, tokenizer: Any, policy: StoredPolicy, other: Any) -> None:
+    hashes, others = tokenizer_hashes(tokenizer), tokenizer_hashes(other)
+    for name, differs in (
+        ("vocabulary", hashes["tokenizer_sha256"] != others["tokenizer_sha256"]),
+        ("chat template", hashes["chat_template_sha256"] != others["chat_template_sha256"]),
+        ("set of tokens that end an answer", end_ids(tokenizer) != end_ids(other)),
+    ):
+        if differs:
+            message = f"{policy.name} has a different {name} than {first.name}, and one vLLM server can have only one"
+            remedy = "use --engine transformers, or serve one arm at a time"
+            raise ModelError(message, where="--arm", remedy=remedy)

@@ -36,11 +36,9 @@ _WITH_CALLS: Any = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
 
 def answer_reader(tokenizer: Any, model: PreTrainedModel, end_ids: Iterable[int], *, with_tools: bool) -> Any:
     """A copy of the tokenizer that divides answers in the form of this kind of model, if transformers knows it.
-
     ``with_tools``: where it knows none, calls are read in the form that the chat template writes. By itself,
     transformers knows the ends of the kind's first models, and returns any other as text. Of several texts, such as
-    those before and after a call, it keeps the last. Without a form, an answer is all text.
-    """
+    those before and after a call, it keeps the last. Without a form, an answer is all text."""
     reader = copy.copy(tokenizer)
     form = serving.get_response_template(tokenizer, model)
     if form is None and with_tools:
@@ -170,11 +168,7 @@ class PolicyGeneration:
         self, prompt: str, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = (), *, is_chat: bool
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer to a conversation that the chat template rendered, which ``Ended`` divides into
-        content, thoughts and calls, or to any other text. Closing the iterator ends the work.
-
-        Raises:
-            RequestError: the prompt is empty, or leaves no room for an answer (400), or the model failed (500).
-        """
+        content, thoughts and calls, or to any other text. Closing the iterator ends the work. Raises RequestError."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         is_left = threading.Event()
 

@@ -6,16 +6,17 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from alignment.config.faults import suggestion
 from alignment.core.errors import AlignmentError
-from alignment.core.files import parse_json
+from alignment.data import turns
+from alignment.data.fields import Fields
 from alignment.data.templates import options_of as options_of_template
 from alignment.data.templates import reads_tools, with_options
 from alignment.data.tokens.rendering import Tools, render
-from alignment.data.turns import ROLES_OPENAI, THOUGHTS, Message
+from alignment.data.turns import THOUGHTS, Message
 
 MOST_STOPS = 4
 """As many as OpenAI takes."""
@@ -24,7 +25,7 @@ COLDEST, HOTTEST = 0.01, 100.0
 _BIAS = 100.0
 _SEEDS = 2**63
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
-Fields = tuple[Sequence[str], Mapping[str, Sequence[str]]]
+KnownFields = tuple[Sequence[str], Mapping[str, Sequence[str]]]
 """The fields that are read or change nothing, and the values (as JSON) of others that ask for no more than absence
 does."""
 
@@ -61,7 +62,7 @@ _OF_TOOLS = ("tool_choice", "parallel_tool_calls")
 """Fields that mean nothing without tools."""
 _NOTHING = ("0", "0.0", "false", '""', "[]", "{}")
 _COMMON = {"n": ("1",), "presence_penalty": _NOTHING, "frequency_penalty": _NOTHING}
-CHAT: Fields = (
+CHAT: KnownFields = (
     (*_OPTIONS, *_IGNORED, "messages", "tools", "chat_template_kwargs", "max_completion_tokens"),
     {
         **_COMMON,
@@ -75,15 +76,14 @@ CHAT: Fields = (
         "web_search_options": ("false",),
     },
 )
-COMPLETION: Fields = (
+COMPLETION: KnownFields = (
     (*_OPTIONS, *_IGNORED, "prompt"),
     {**_COMMON, "best_of": ("1",), "echo": _NOTHING, "logprobs": ("false",), "suffix": _NOTHING},
 )
 
 
 def body_of(raw: bytes) -> dict[str, Any]:
-    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs. Raises RequestError: the body
-    is something else."""
+    """The fields of a JSON object without NaN, infinities and halves of surrogate pairs. Raises RequestError."""
     try:
         body = json.loads(raw, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -106,9 +106,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def refuse_unsupported(body: Mapping[str, Any], fields: Fields) -> None:
-    """Checks the names of the fields, and that those which have no effect ask for nothing. Raises RequestError: a field
-    asks for what is not supported, or is unknown."""
+def refuse_unsupported(body: Mapping[str, Any], fields: KnownFields) -> None:
+    """Checks the names of the fields, and that those which have no effect ask for nothing. Raises RequestError."""
     known, others = fields
     for name, value in body.items():
         if value is None or name in known or (name in _OF_TOOLS and not body.get("tools")):
@@ -120,8 +119,7 @@ def refuse_unsupported(body: Mapping[str, Any], fields: Fields) -> None:
 
 
 def options_of(body: Mapping[str, Any], vocabulary: int) -> AnswerOptions:
-    """The options of an answer by a policy with so many token ids. Raises RequestError: an option has a value that it
-    cannot have."""
+    """The options of an answer by a policy with so many token ids. Raises RequestError."""
     limits = [_count(body, name) for name in ("max_completion_tokens", "max_tokens")]
     temperature = _number(body, "temperature", 1.0, 0.0, HOTTEST)
     if 0 < temperature < COLDEST:
@@ -204,15 +202,11 @@ _TEXTS = ("name", "tool_call_id", *THOUGHTS)
 
 def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_calls: bool) -> str:
     """The text of the conversation, ready for an answer. The context has so many ``positions``. ``reads_calls``: calls
-    in an answer can be recognised.
-
-    Raises:
-        RequestError: a part of the conversation has a wrong form, or the template cannot render it.
-    """
-    tools = tools_of(body.get("tools"))
-    turns = turns_of(body.get("messages"))
-    if len(turns) > positions:  # refused before they are rendered, while other requests wait
-        raise RequestError(f"{len(turns)} messages do not fit into the context of this policy", param="messages")
+    in an answer can be recognised. Raises RequestError."""
+    tools = tools_of(body)
+    messages = turns_of(body)
+    if len(messages) > positions:  # refused before they are rendered, while other requests wait
+        raise RequestError(f"{len(messages)} messages do not fit into the context of this policy", param="messages")
     template = tokenizer.get_chat_template(tools=list(tools) or None)
     if tools and not reads_tools(template):
         raise RequestError("the chat template of this policy has no place for tools; leave them out", param="tools")
@@ -222,7 +216,7 @@ def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_
     options = _template_options(body.get("chat_template_kwargs"), template)
     try:
         templates = with_options(template, options)
-        return render(tokenizer, turns, answering=True, tools=tools, templates=templates)
+        return render(tokenizer, messages, answering=True, tools=tools, templates=templates)
     except AlignmentError as error:
         raise RequestError(error.message, param="messages") from error
 
@@ -242,72 +236,42 @@ def _template_options(value: Any, template: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def tools_of(value: Any) -> Tools:
+def tools_of(body: Mapping[str, Any]) -> Tools:
     """The tools of a request for chat templates. Raises RequestError if they are not functions with names."""
-    if value is not None and not isinstance(value, list):
-        raise RequestError("tools is not a list", param="tools")
-    for number, tool in enumerate(value or ()):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not (isinstance(function.get("name"), str) and function["name"]):
-            raise RequestError("a tool is an object with a function, which has a name", param=f"tools[{number}]")
-    return [{"type": "function", "function": tool["function"]} for tool in value or ()]
+    return turns.tools_of(_RequestFields(body, where="", example=""))
 
 
-def turns_of(messages: Any) -> Sequence[Message]:
+def turns_of(body: Mapping[str, Any]) -> Sequence[Message]:
     """The messages of a request. Raises RequestError if one has a form that no chat template reads."""
+    messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages, or it is empty", param="messages")
-    return [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    fields = _RequestFields(body, where="", example="")
+    return [_turn(fields, message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
-def _turn(message: Any, where: str) -> Message:
+class _RequestFields(Fields):
+    """Refuses a field of a request as a row's is refused."""
+
+    def fail(self, field: str, problem: str) -> NoReturn:
+        raise RequestError(f"{field} {problem}", param=field)
+
+
+def _turn(fields: Fields, message: Any, where: str) -> Message:
+    """As in rows of training, except that a content may be empty, and any turn may have the name of who speaks."""
     if not isinstance(message, dict):
-        raise RequestError("a message is an object with a role and a content", param=where)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES_OPENAI:
-        raise RequestError(f"the role is none of {', '.join(ROLES_OPENAI)}", param=f"{where}.role")
+        fields.fail(where, "is not an object with a role and a content")
     for name, value in message.items():
         if name not in _FIELDS and value not in (None, "", [], {}):
-            raise RequestError(f"a message has no field {name!r} here; leave it out", param=f"{where}.{name}")
+            fields.fail(f"{where}.{name}", "does not exist here; leave it out")
         if name in _TEXTS and not isinstance(value, (str, type(None))):
-            raise RequestError(f"{name} is not a text", param=f"{where}.{name}")
-    calls = message.get("tool_calls")
-    if calls is not None and not isinstance(calls, list):
-        raise RequestError("tool_calls is not a list", param=f"{where}.tool_calls")
-    return Message(
-        role=ROLES_OPENAI[role],
-        content=_content(message.get("content"), f"{where}.content", may_be_absent=role == "assistant"),
-        tool_calls=tuple(_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls or ())),
-        thought=next((message[name] for name in THOUGHTS if message.get(name)), ""),
-        call_id=message.get("tool_call_id") or "",
-        name=message.get("name") or "",
-    )
-
-
-def _content(content: Any, where: str, *, may_be_absent: bool) -> str:
-    """The text; texts of several parts are joined as in rows of training."""
-    if isinstance(content, str):
-        return content
-    if content is None and may_be_absent:
-        return ""
-    parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise RequestError("the content is neither a text nor a list of parts of the type text", param=where)
-    return "".join(map(str, texts))
-
-
-def _call(call: Any, where: str) -> Mapping[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RequestError("a call has a function with a name", param=where)
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments)
-        except ValueError as error:
-            raise RequestError(f"the arguments are not JSON: {error}", param=f"{where}.function.arguments") from error
-    if not isinstance(arguments, dict):
-        raise RequestError("the arguments are not a JSON object", param=f"{where}.function.arguments")
-    called_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**called_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+            fields.fail(f"{where}.{name}", "is not a text")
+    content, calls = turns.text_and_calls(fields, f"{where}.content", message.get("content"))
+    if calls or not isinstance(content, (str, type(None))) or (content is None and message.get("role") != "assistant"):
+        fields.fail(f"{where}.content", "is neither a text nor a list of parts of the type text")
+    turn = turns.turn_of(fields, where, {**message, "content": content or "…"})
+    for number, call in enumerate(turn.tool_calls):
+        if not isinstance(call["function"]["arguments"], dict):
+            fields.fail(f"{where}.tool_calls[{number}]", "has arguments that are not a JSON object")
+    name, call_id = (message.get(field) or "" for field in ("name", "tool_call_id"))
+    return replace(turn, content=content or "", name=name, call_id=call_id)

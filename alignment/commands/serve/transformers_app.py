@@ -26,8 +26,8 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 from alignment.commands.serve import request_checks as checks
 from alignment.commands.serve.loaded_arms import LoadedArm
 from alignment.commands.serve.policy_generation import Ended, Piece, PolicyGeneration
-from alignment.commands.serve.request_checks import AnswerOptions, Fields, RequestError
-from alignment.commands.shared.guarded_app import HOSTS
+from alignment.commands.serve.request_checks import AnswerOptions, KnownFields, RequestError
+from alignment.commands.shared.page_server import HOSTS
 from alignment.engines.server_process import HOST
 
 _OBJECTS = {
@@ -125,7 +125,7 @@ class PolicyApp:
         body = await _body(request)
         policy, options = self._checked(body, checks.CHAT)
         text = checks.prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
-        pieces = policy.pieces(text, options, checks.tools_of(body.get("tools")), is_chat=True)
+        pieces = policy.pieces(text, options, checks.tools_of(body), is_chat=True)
         return await _reply(request, pieces, options, Reply(body["model"], is_chat=True))
 
     async def _completion(self, request: Request) -> Response:
@@ -136,7 +136,7 @@ class PolicyApp:
         pieces = policy.pieces(body["prompt"], options, is_chat=False)
         return await _reply(request, pieces, options, Reply(body["model"], is_chat=False))
 
-    def _checked(self, body: Mapping[str, Any], fields: Fields) -> tuple[PolicyGeneration, AnswerOptions]:
+    def _checked(self, body: Mapping[str, Any], fields: KnownFields) -> tuple[PolicyGeneration, AnswerOptions]:
         name = body.get("model")
         if not isinstance(name, str):
             raise RequestError("model: name the policy", param="model")

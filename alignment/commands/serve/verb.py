@@ -15,11 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout, written_error
+from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
 from alignment.commands.shared.listening import listening, refuse_without_page_libraries
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.commands.shared.stored_policy import StoredPolicy, written_error
 from alignment.core import hardware
 from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import write_text
@@ -83,17 +83,8 @@ class Options:
 
 
 def serve(console: Console, result: str, arms: Sequence[str], *, options: Options, output: Path) -> int:
-    """Serves until Ctrl-C; returns the exit code.
-
-    Raises:
-        ConfigError: there is no such run, stage or result; a result is not a policy; an option or a library does not
-            fit the engine; or one vLLM server cannot hold these arms.
-        ArtifactError: a stage has no result yet, or an artifact is damaged.
-        ModelError: a base is missing, or a policy has a prefix.
-        DataError: a policy has no usable chat template.
-        Busy: another program listens on the port.
-        StageError: the server did not start, or ended.
-    """
+    """Serves until Ctrl-C; returns the exit code. Raises ConfigError, ArtifactError, ModelError, DataError, Busy,
+    StageError."""
     python = _environment(options)
     policies = PolicyFinder(console, result, output).policies(arms)
     names = [policy.name for policy in policies]
@@ -157,7 +148,7 @@ def _command(
     key = api_key(options.api_key_env, where=KEY_WHERE, without=_WITHOUT)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)
-    if error := written_error(keeper.folder):
+    if error := written_error(keeper.folder / "error.json"):
         raise error
     if code != 0:
         raise StageError(f"the files for vLLM could not be written (exit code {code})", where=WHERE, remedy=_LOOK)
@@ -173,7 +164,7 @@ def _start(keeper: Keeper, command: ServerCommand, log: Path, port: int | None) 
     try:
         return ServerProcess(keeper, command, log=log, where=WHERE, start_timeout=START_SECONDS, port=port, look=_LOOK)
     except StageError as error:
-        raise (written_error(keeper.folder) or error) from error
+        raise (written_error(keeper.folder / "error.json") or error) from error
 
 
 def _introduce(

@@ -6,7 +6,6 @@ stacked adapters still stands on its bare base (loaded_arms.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.core import errors
 from alignment.core.artifacts import Manifest, inside, read_manifest
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, ModelError
 from alignment.core.files import parse_json
 from alignment.engines.server_process import BASE, RANKS
 
@@ -32,11 +30,8 @@ class VllmArm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmLayout:
-    """What the server loads.
-
-    ``weights`` is the folder of the weights that it calls ``weights_name``. It is None if there is a single policy
-    whose adapters have to be merged first. ``arms`` are the other policies.
-    """
+    """What the server loads. ``weights`` is the folder of the weights that it calls ``weights_name``. It is None if
+    there is a single policy whose adapters have to be merged first. ``arms`` are the other policies."""
 
     weights: Path | None
     weights_name: str
@@ -57,8 +52,7 @@ class VllmFiles:
 
 
 def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
-    """How these policies are served. Raises ConfigError: there are several, and they are not all LoRA adapters on the
-    same weights."""
+    """How these policies are served. Raises ConfigError."""
     if len(policies) == 1:
         (policy,) = policies
         is_merged = policy.artifact is not None and bool(_manifest_of(policy).adapters)
@@ -136,25 +130,3 @@ def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
     return configs
-
-
-_FILE = "error.json"
-_KINDS = {
-    kind.exit_code: kind
-    for kind in (ConfigError, errors.DataError, ModelError, errors.StageError, errors.DiskError, ArtifactError)
-}
-
-
-def write_error(folder: Path, error: AlignmentError) -> None:
-    """Writes an error for the driver."""
-    written = {"code": error.exit_code, "message": error.message, "where": error.where, "remedy": error.remedy}
-    (folder / _FILE).write_text(json.dumps(written), encoding="utf-8")
-
-
-def written_error(folder: Path) -> AlignmentError | None:
-    """The error that was written, if there was one."""
-    file = folder / _FILE
-    if not file.is_file():
-        return None
-    written = json.loads(file.read_text(encoding="utf-8"))
-    return _KINDS[written["code"]](written["message"], where=written["where"], remedy=written["remedy"])

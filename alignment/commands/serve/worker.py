@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from alignment.commands.serve.loaded_arms import load_arms
-from alignment.commands.serve.vllm_layout import VllmFiles, write_error
-from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.commands.serve.vllm_layout import VllmFiles
+from alignment.commands.shared.stored_policy import StoredPolicy, write_error
 from alignment.commands.shared.worker_process import reported, run_as_program, silence_libraries
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_libraries()
     try:
         if settings["engine"] == "vllm":
-            from alignment.commands.serve.vllm_files import write_files
+            from alignment.commands.serve.loaded_arms import write_files
 
             with explained(folder):
                 write_files(policies, VllmFiles(folder=folder))
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             serve(load_arms(policies), int(port))
     except AlignmentError as error:
         with suppress(OSError):  # the driver shows what is in the log
-            write_error(folder, error)
+            write_error(folder / "error.json", error)
         raise
     return 0
 

@@ -61,10 +61,8 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
 
 def runs_of(arguments: argparse.Namespace, *named: str) -> tuple[Path, list[str]]:
     """The folder that contains ``runs/``, and the names of runs that are given by name, or by the path of the recipe
-    from which ``align run`` named them: ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``.
-
-    The folder is ``--output``, else the ``output`` of the recipe, else the current one. Raises ConfigError: a recipe
-    does not compose, or the recipes have different folders."""
+    from which ``align run`` named them: ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``. The
+    folder is ``--output``, else the ``output`` of the recipe, else the current one. Raises ConfigError."""
     located = [_run_of(argument) for argument in named]
     runs = [run for run, _ in located]
     if arguments.output is not None:
@@ -104,12 +102,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run_worker(argv: Sequence[str], *, verb: str) -> int:
-    """The exit code of a worker of ``align VERB``, which has printed its own errors.
-
-    Raises:
-        ModelError: it was killed because a chat template did not end.
-        StageError: it was killed otherwise, so it printed nothing.
-    """
+    """The exit code of a worker of ``align VERB``, which has printed its own errors. Raises ModelError, StageError."""
     code = processes.call(argv)
     if code == -KILLED_BY:
         message = f"the chat template ran for more than {KILLED_SECONDS:g} s in one step"

@@ -40,10 +40,8 @@ Clock = Callable[[], float]
 
 class RowProgress:
     """Shows the number of rows read, the pace, and how long the rest takes if ``total`` knows the number of all rows:
-    ``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``.
-
-    ``total`` is called once, when there is something to show.
-    """
+    ``3,120,000 of 10,000,000 rows, 21,400 rows/s, 5 min 22 s left``. ``total`` is called once, when there is something
+    to show."""
 
     def __init__(self, console: Console, total: Callable[[], int | None], clock: Clock = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -132,8 +130,7 @@ def best_use(diagnosis: Diagnosis) -> tuple[str, type[Record]] | None:
 
 
 def path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
-    """The file or folder of a source; a hub's data set that is not on this machine is downloaded. Raises DataError:
-    there is no such file, or it cannot be fetched."""
+    """The file or folder of a source; a hub's data set that is not on this machine is downloaded. Raises DataError."""
     if not source.startswith("hub:"):
         return locate(source if ":" in source else f"path:{source}", where=where)
     path = data_sources.fetch(data_sources.resolve(source, where=where), announce=announce).path
@@ -147,8 +144,7 @@ def progress_of(console: Console, path: Path, data: SourceConfig) -> RowProgress
 
 
 def examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosis, bool]:
-    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row. Raises DataError: the
-    file cannot be read at all, or no known format has its columns."""
+    """What the rows are, and whether all have been read; Ctrl-C ends the reading after a row. Raises DataError."""
     progress = progress_of(console, path, data)
     try:
         with stop_after_row() as is_stopped:

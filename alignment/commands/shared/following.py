@@ -11,8 +11,8 @@ from alignment.config.faults import suggestion
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
-from alignment.pipeline.execute.run_state import LiveJobs, as_it_is, explanation
-from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN, RunReader, RunView, StageView
+from alignment.pipeline.execute.run_state import LiveJobs, as_it_is
+from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN, RunReader, StageView
 from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Status
 from alignment.report import doubts
@@ -33,8 +33,7 @@ def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
 
 
 def current_run(output: Path) -> Path:
-    """The folder of the run that was started last, among those that go on if there are any. Raises ConfigError: there
-    is no run."""
+    """The folder of the run that was started last, among those that go on if there are any. Raises ConfigError."""
     candidates = []
     for folder in (output / "runs" / name for name in run_names(output)):
         with suppress(ArtifactError):  # another run may be readable
@@ -74,10 +73,6 @@ class FollowedRun:
         """Stage → its job in words, for jobs that wait."""
         self._ask()
         return {stage: job for stage, job in self._states.items() if " PENDING" in job}
-
-    def explanation(self, view: RunView) -> list[str]:
-        """What is known about a run that was stopped or killed, or cannot be seen from here; empty for others."""
-        return explanation(self.folder, view.record)
 
     def _jobs(self, _: Path) -> Mapping[str, str] | None:
         self._ask()

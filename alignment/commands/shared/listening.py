@@ -30,12 +30,7 @@ _LARGEST_PORT = 65535
 
 @contextmanager
 def listening(port: int) -> Iterator[socket.socket]:
-    """A socket that listens on a port of this machine; 0 is any free one.
-
-    Raises:
-        ConfigError: there is no such port, or this user may not take it.
-        Busy: another program listens there.
-    """
+    """A socket that listens on a port of this machine; 0 is any free one. Raises ConfigError, Busy."""
     where = "--port"
     if not 0 <= port <= _LARGEST_PORT:
         raise ConfigError(f"{port} is not a port", where=where, remedy=f"give a port from 1 to {_LARGEST_PORT}, or 0")

@@ -16,8 +16,7 @@ from alignment.models.assembly.load import Lineage, saved_adapters
 
 def parts_of(artifact: Path | None, base: Path | None, template: TemplateChoice) -> tuple[Lineage, Any]:
     """The lineage and the tokenizer of a stage's result on its base (None if it contains its own), or of a bare base.
-    Raises ArtifactError, ModelError, DataError: the artifact is damaged, there is no usable tokenizer, or the chat
-    template cannot be read."""
+    Raises ArtifactError, ModelError, DataError."""
     if artifact is None:
         assert base is not None, "without an artifact there must be a base"
         return Lineage(source="base", base=base, adapters=()), load_tokenizer(base, template)

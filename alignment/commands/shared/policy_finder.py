@@ -38,12 +38,7 @@ class PolicyFinder:
 
     def policies(self, arms: Sequence[str]) -> list[StoredPolicy]:
         """The policies that ``arms`` name, or without any the last finished one of the run, or the result itself.
-
-        Raises:
-            ConfigError: there is no such run, stage or result, or it is not a policy.
-            ArtifactError: a stage has no result yet.
-            ModelError: a base is missing on this machine.
-        """
+        Raises ConfigError, ArtifactError, ModelError."""
         return [self._policy(arm) for arm in arms or [self._default()]]
 
     def _default(self) -> str:

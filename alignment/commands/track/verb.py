@@ -38,12 +38,8 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
 
 
 def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int:
-    """Sends the run of this name under ``output``; returns the exit code. An empty ``url`` is that of the run.
-
-    Raises:
-        ConfigError: there is no such run, or the tracker cannot be used here.
-        StageError: the process was killed.
-    """
+    """Sends the run of this name under ``output``; returns the exit code. An empty ``url`` is that of the run. Raises
+    ConfigError, StageError."""
     folder = run_folder(output, run)
     if not TRACKING_URL.holds(url):
         raise ConfigError(f"not an address of a server; allowed: {TRACKING_URL.allowed}", where="--url")

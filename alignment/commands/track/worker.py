@@ -39,12 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def send_run(folder: Path, tracker: str, url: str) -> None:
-    """Sends all stages of a run that were made by it, and prints a line about each.
-
-    Raises:
-        Busy: a stage is running, and sends its steps itself.
-        StageError: the tracker did not take everything.
-    """
+    """Sends all stages of a run that were made by it, and prints a line about each. Raises Busy, StageError."""
     label, num_sent, num_left_out = LABELS[tracker], 0, 0
     for name, entry in RunRecord.read(folder).stages.items():
         file, artifact = folder / name / "stage.yaml", artifact_folder(folder, name, entry)

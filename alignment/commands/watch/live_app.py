@@ -10,8 +10,8 @@ import hashlib
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 from starlette.requests import Request
@@ -20,9 +20,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from alignment.commands.shared.following import FollowedRun
-from alignment.commands.shared.guarded_app import assets, guarded
+from alignment.commands.shared.page_server import assets, guarded
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, time_taken
+from alignment.pipeline.execute.run_state import explanation
 from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps
 from alignment.pipeline.execute.run_view import KILLED, StageView, work_folder
 from alignment.records.run import FILE, RunRecord
@@ -46,19 +47,6 @@ def application(folder: Path, token: str) -> ASGIApp:
     routes = [Route("/", pages.page), Route("/status", pages.status)]
     routes += assets(_PACKAGE, "watch.css", "watch.js", stacked)
     return guarded(routes, token, command="align watch")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageRow:
-    """A stage as the page shows it; ``share`` is how much of its steps is done, from 0 to 1."""
-
-    name: str
-    state: str
-    words: str
-    share: float | None = None
-    figure: str = ""
-    curve: str = ""
-    speed: str = ""
 
 
 class _LivePages:
@@ -98,7 +86,7 @@ class _LivePages:
         html = self._templates.get_template(template).render(
             run=self._folder.name,
             view=view,
-            explanation=self._run.explanation(view),
+            explanation=explanation(self._folder, view.record),
             rows=[_row(stage) for stage in view.stages],
             revision=revision,
             is_over=is_over,
@@ -125,22 +113,23 @@ def _stamp(file: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def _row(stage: StageView) -> StageRow:
+def _row(stage: StageView) -> dict[str, Any]:
+    """A stage as the page shows it; ``share`` is how much of its steps is done, from 0 to 1."""
+    row = {"name": stage.name, "state": stage.state, "share": None, "figure": "", "curve": "", "speed": ""}
     progress = stage.progress
     if progress is None:
         waits = f"waits: {stage.blocked}" if stage.blocked else stage.waits_for
-        return StageRow(name=stage.name, state=stage.state, words=waits or time_taken(stage.seconds, stage.attempts))
+        return {**row, "words": waits or time_taken(stage.seconds, stage.attempts)}
     words = [progress.phase, steps(progress)]
     if stage.seconds is not None:
         words.append(f"{clock_face(stage.seconds)} elapsed")
     if stage.seconds_left is not None:
         words.append(f"{clock_face(stage.seconds_left)} left")
-    return StageRow(
-        name=stage.name,
-        state=stage.state,
-        words=" · ".join(filter(None, words)),
-        share=min(1.0, progress.step / progress.total) if progress.total else None,
-        figure=figure(stage),
-        curve="" if stage.curve is None else sparkline(stage.curve.values, _CURVE_CELLS),
-        speed=speed(stage),
-    )
+    return {
+        **row,
+        "words": " · ".join(filter(None, words)),
+        "share": min(1.0, progress.step / progress.total) if progress.total else None,
+        "figure": figure(stage),
+        "curve": "" if stage.curve is None else sparkline(stage.curve.values, _CURVE_CELLS),
+        "speed": speed(stage),
+    }

@@ -60,12 +60,7 @@ def watch(
     until_done: bool = False,
 ) -> int:
     """Serves the page of a run, or of the one that goes on, until Ctrl-C or until the run ends; returns the exit code.
-
-    Raises:
-        ConfigError: a library is missing, there is no such run, or the port is not valid.
-        ArtifactError: the run's record is damaged.
-        Busy: the port is taken.
-    """
+    Raises ConfigError, ArtifactError, Busy."""
     refuse_without_page_libraries(where="align watch", needs="the page needs")
     from alignment.commands.shared.page_server import PageServer
     from alignment.commands.watch.live_app import application

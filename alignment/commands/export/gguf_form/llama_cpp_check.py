@@ -29,12 +29,7 @@ rotation, fewer than half are; with eight bits of a small model, more than 0.95.
 
 
 def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
-    """The reply of ``llama_script.py``, run by ``python``, about a GGUF file.
-
-    Raises:
-        ConfigError: that interpreter has no llama-cpp-python.
-        ModelError: llama.cpp cannot load the file, or does not answer in time.
-    """
+    """The reply of ``llama_script.py``, run by ``python``, about a GGUF file. Raises ConfigError, ModelError."""
     complete = {"rows": [], "prompts": [], "texts": [], "stops": [], "max_new_tokens": 0, "wide_cache": True, **request}
     complete |= {"model": str(model), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,11 +59,10 @@ def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
 def check_by_llama(
     python: Path, file: Path, result: ExportedResult, expected: Tensor, *, adds_bos: bool, max_gap: float
 ) -> list[str]:
-    """Compares tokens, ends and the likeliest next tokens with ours; returns notes.
-
-    ``expected`` is ``[tokens, vocabulary]``, the log-probabilities of the result's rows. A token that is at most
-    ``max_gap`` nats less likely than the likeliest is no other prediction: a model in training may be nearly
-    indifferent. It raises as ``ask``, and ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
+    """Compares tokens, ends and the likeliest next tokens with ours; returns notes. ``expected`` is ``[tokens,
+    vocabulary]``, the log-probabilities of the result's rows. A token that is at most ``max_gap`` nats less likely than
+    the likeliest is no other prediction: a model in training may be nearly indifferent. It raises as ``ask``, and
+    ModelError: llama.cpp cuts texts, or predicts tokens, otherwise."""
     texts = [*TEXTS]
     if result.tokenizer.chat_template:  # a text with control tokens, as a chat has them
         texts.append(prompt_text(result.tokenizer, [Message(role="user", content=TEXTS[1])]))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.core.errors import DataError, ModelError
@@ -45,58 +46,34 @@ class ChatParts:
         turns = [message.content.join(self.turns[message.role]) for message in messages]
         return "".join([self.begin, default, *turns, self.answer])
 
-    def without_start(self, start: str) -> ChatParts:
-        """The parts of a template that does not write ``start`` in front of a conversation. Raises Inexpressible: this
-        one does not begin every conversation with it."""
-        if self.begin.startswith(start):
-            return replace(self, begin=self.begin[len(start) :])
-        where = "at the beginning"
-        before, after = self.turns.get("system", ("", ""))
-        turns = {**self.turns, "system": (_behind(before, start, where), after)}
-        return replace(self, default_system=_behind(self.default_system, start, where), turns=turns)
-
 
 def conversation(*roles: str) -> list[Message]:
     """Turns of these roles, whose contents are different words that no template contains."""
     return [Message(role=role, content=f"Probe{index}{role}Content") for index, role in enumerate(roles)]
 
 
-def chat_parts(tokenizer: Any) -> ChatParts:
-    """The parts of the tokenizer's chat template. Raises Inexpressible: the texts around a content depend on more than
-    its role."""
+def chat_parts(tokenizer: Any, *, bos: str) -> ChatParts:
+    """The parts of the tokenizer's chat template, without ``bos`` in front of a conversation. They write what it writes
+    only if the texts around a content depend on nothing but its role, which the caller checks."""
     _, user_after = _around(tokenizer, "user")
     start, user_to_answer, answer_to_user, _, answer_after = _around(tokenizer, *("user", "assistant") * 2)
-    before_answer = _behind(user_to_answer, user_after, "between a user's turn and an answer")
-    before_user = _behind(answer_to_user, answer_after, "between an answer and a user's turn")
-    start = _ahead(start, before_user, "in front of the first user's turn")
-    turns = {"user": (before_user, user_after), "assistant": (before_answer, answer_after)}
-    _, to_answer = _around(tokenizer, "user", answering=True)
-    answer = _behind(to_answer, user_after, "after the last user's turn")
-    system = _system(tokenizer, before_user, answer_after)
-    if system is None:
-        return ChatParts(begin=start, default_system="", turns=turns, answer=answer)
-    begin, before, after = system
+    before_user = answer_to_user.removeprefix(answer_after)
+    turns = {"user": (before_user, user_after), "assistant": (user_to_answer.removeprefix(user_after), answer_after)}
+    start, begin = start.removesuffix(before_user), ""
+    with suppress(DataError):  # the template refuses a system turn
+        before, to_user, _ = _around(tokenizer, "system", "user")
+        with suppress(DataError, Inexpressible):  # a later system turn shows where its opening begins
+            opening = _around(tokenizer, "user", "assistant", "system", "user")[2].removeprefix(answer_after)
+            if before.endswith(opening):
+                begin, before = before.removesuffix(opening), opening
+        turns["system"] = (before.removeprefix("" if begin else bos), to_user.removesuffix(before_user))
+    default_system = start.removeprefix(begin) if "system" in turns else ""
     return ChatParts(
-        begin=begin,
-        default_system=_behind(start, begin, "at the beginning"),
-        turns={"system": (before, after), **turns},
-        answer=answer,
+        begin=(begin if "system" in turns else start).removeprefix(bos),
+        default_system=default_system.removeprefix("" if begin else bos),
+        turns=turns,
+        answer=_around(tokenizer, "user", answering=True)[1].removeprefix(user_after),
     )
-
-
-def _system(tokenizer: Any, before_user: str, answer_after: str) -> tuple[str, str, str] | None:
-    """What begins a conversation, and the texts around a system turn's content; None if the template refuses one."""
-    try:
-        start, to_user, _ = _around(tokenizer, "system", "user")
-    except DataError:
-        return None
-    after = _ahead(to_user, before_user, "between a system turn and a user's turn")
-    try:  # a later system turn shows where its opening begins
-        _, _, opening, _, _ = _around(tokenizer, "user", "assistant", "system", "user")
-        before = _behind(opening, answer_after, "in front of a later system turn")
-        return _ahead(start, before, "in front of the first system turn"), before, after
-    except (DataError, Inexpressible):
-        return "", start, after
 
 
 def _around(tokenizer: Any, *roles: str, answering: bool = False) -> list[str]:
@@ -113,18 +90,6 @@ def _around(tokenizer: Any, *roles: str, answering: bool = False) -> list[str]:
     if any(turn.content in text for turn in turns for text in texts):
         raise Inexpressible("the content of a turn is repeated or moved")
     return texts
-
-
-def _behind(text: str, start: str, where: str) -> str:
-    if not text.startswith(start):
-        raise Inexpressible(f"{where} it writes {text!r}, which does not begin with {start!r}")
-    return text[len(start) :]
-
-
-def _ahead(text: str, end: str, where: str) -> str:
-    if not text.endswith(end):
-        raise Inexpressible(f"{where} it writes {text!r}, which does not end with {end!r}")
-    return text[: len(text) - len(end)]
 
 
 def template_of(parts: ChatParts) -> str:
@@ -147,10 +112,8 @@ def _inside(opening: str, body: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """The text as it is; as a quoted string if the template or the Modelfile would read it otherwise.
-
-    A Modelfile loses characters that Go does not call printable, and ends a text at three quotation marks.
-    """
+    """The text as it is; as a quoted string if the template or the Modelfile would read it otherwise."""
+    # A Modelfile loses characters that Go does not call printable, and ends a text at three quotation marks.
     if not text or (all(letter.isprintable() or letter == "\n" for letter in text) and not re.search('[{}"]', text)):
         return text
     escaped = (
@@ -211,7 +174,7 @@ def modelfile(
 def ollama_template(tokenizer: Any, *, bos: str) -> tuple[str, list[str]]:
     """The chat template in Ollama's language, and notes about what it leaves out, as it does ``bos``, which llama.cpp
     puts in front of a prompt. Raises Inexpressible: it would write other prompts than the chat template."""
-    parts = chat_parts(tokenizer).without_start(bos)
+    parts = chat_parts(tokenizer, bos=bos)
     has_system = "system" in parts.turns
     for turns in _conversations(has_system=has_system):
         wanted = render(tokenizer, turns, answering=True)

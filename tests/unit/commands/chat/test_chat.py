@@ -15,9 +15,8 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.commands.chat import worker
-from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.commands.chat.verb import chat
-from alignment.commands.chat.worker import Screen, converse
+from alignment.commands.chat.worker import ChatSession, GenerationOptions, Screen, converse, load_session
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, DataError

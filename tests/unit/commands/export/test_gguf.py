@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment.commands.export import forms
+from alignment.commands.export import worker
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.exported import TEXTS, exported_result, logprobs
 from alignment.commands.export.gguf_form import gguf_file, llama_cpp_check
@@ -55,7 +55,6 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _read(folder: Path, dtype: str = "f32") -> torch.Tensor:
-    """What plain transformers computes with the file."""
     file = f"model-{dtype}.gguf"
     return _logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32))
 
@@ -235,9 +234,9 @@ def test_what_was_written_wrong_is_not_exported(
     message: str,
 ) -> None:
     _, saved, base = policy
-    write, quantize = forms.write_file, gguf.quantize
+    write, quantize = worker.write_file, gguf.quantize
     monkeypatch.setattr(
-        forms, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
+        worker, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
     )
     monkeypatch.setattr(gguf, "quantize", lambda values, kind: quantize(factor * values, kind))
     with pytest.raises(ModelError, match=message):
@@ -256,8 +255,8 @@ def test_a_full_disk_is_named(
         writer.state = gguf.gguf_writer.WriterState.EMPTY
 
     monkeypatch.setattr(gguf.GGUFWriter, "open_output_file", open_full)
-    arguments = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "gguf"]
-    assert main(arguments) == 12
+    request = {"artifact": str(saved.path), "base": str(base.base), "to": str(tmp_path / "out"), "run": None}
+    assert main([json.dumps({**request, "options": {"form": "gguf"}})]) == 12
     assert "no space left on the device" in capsys.readouterr().err
     assert not list(tmp_path.glob("*out*"))
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):

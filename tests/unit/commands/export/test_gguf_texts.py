@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from alignment.commands.export.gguf_form.gguf_file import pre_tokenizer, vocabulary
 from alignment.commands.export.gguf_form.modelfile import Inexpressible, chat_parts, modelfile, ollama_template
-from alignment.commands.export.gguf_form.vocabulary import pre_tokenizer, vocabulary
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.tokenize import end_ids
@@ -41,7 +41,6 @@ PARAMETER repeat_penalty 1
 
 
 def _turns(*turns: str) -> list[Message]:
-    """``user: Hi.`` and so on."""
     return [Message(role=role, content=content) for role, _, content in (turn.partition(": ") for turn in turns)]
 
 
@@ -68,7 +67,7 @@ def test_the_template_writes_what_the_models_own_writes(style: str) -> None:
     """Without the BOS that llama.cpp adds, where the template writes one."""
     tokenizer = styled_tokenizer(style)
     for bos in ("", tokenizer.bos_token) if style != "qwen" else ("",):
-        parts = chat_parts(tokenizer).without_start(bos)
+        parts = chat_parts(tokenizer, bos=bos)
         for turns in CONVERSATIONS:
             assert bos + parts.rendered(turns) == render(tokenizer, turns, answering=True)
 
@@ -101,7 +100,7 @@ END = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for message in messages %}{{ loop.index ~ '<|im_end|>' + message.content }}{% endfor %}", "writes"),
+        ("{% for message in messages %}{{ loop.index ~ '<|im_end|>' + message.content }}{% endfor %}", "of user is"),
         ("{% for message in messages[-1:] %}" + TURN + END, "is left out"),
         (FOR + TURN + TURN + END, "repeated or moved"),
         # only the last question counts as one, so that earlier turns read otherwise
@@ -120,10 +119,10 @@ def test_a_template_that_computes_is_refused(template: str, message: str) -> Non
 
 
 def test_what_cannot_be_left_out_or_moved_is_refused() -> None:
-    with pytest.raises(Inexpressible, match="at the beginning"):
+    with pytest.raises(Inexpressible, match="a conversation of"):
         ollama_template(styled_tokenizer("chatml"), bos="<s>")
     # Mistral writes a system text inside the user's turn
-    with pytest.raises(ModelError, match=r"between a system turn and .*\n.*--no-modelfile"):
+    with pytest.raises(ModelError, match=r"a conversation of .*\n.*--no-modelfile"):
         modelfile("m.gguf", styled_tokenizer("mistral"), stops=["</s>"], context=512, adds_bos=True)
 
 
@@ -131,7 +130,7 @@ def test_a_later_system_turn_that_the_template_refuses_does_not_matter() -> None
     tokenizer = styled_tokenizer("chatml")
     only_first = "{% if message.role == 'system' and not loop.first %}{{ raise_exception('only first') }}{% endif %}"
     tokenizer.chat_template = FOR + only_first + TURN + END
-    assert chat_parts(tokenizer).turns["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
+    assert chat_parts(tokenizer, bos="").turns["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
     assert ollama_template(tokenizer, bos="")[1] == []
 
 

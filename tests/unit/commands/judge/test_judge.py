@@ -25,9 +25,8 @@ import pytest
 from rich.console import Console
 from starlette.testclient import TestClient
 
-from alignment.commands.judge import ballots as ballots_module
-from alignment.commands.judge.ballots import Ballots, Choice, Refused, annotator_name
-from alignment.commands.judge.verb import judge
+from alignment.commands.judge import verb as judge_verb
+from alignment.commands.judge.verb import Ballots, Choice, Refused, annotator_name, judge
 from alignment.commands.judge.web_app import application
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
@@ -251,7 +250,7 @@ def test_what_cannot_be_stored_is_refused_and_earlier_votes_stay(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(ballots_module, "append_vote", full)
+        patched.setattr(judge_verb, "append_vote", full)
         answer = client.post("vote", data=form)
     assert (answer.status_code, "No space left on device" in answer.text) == (507, True)
     assert "0 of 3 judged" in client.get("judge?annotator=ada").text

@@ -19,8 +19,7 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.commands.new import base_model, verb, worker
-from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
-from alignment.commands.new.verb import Options, new_recipe
+from alignment.commands.new.verb import Options, comment_lines, flow, group_lines, new_recipe
 from alignment.commands.new.worker import measured
 from alignment.commands.schema import recipe_schema
 from alignment.config import yaml_file

@@ -27,8 +27,6 @@ FILES = {
 
 
 class Hub(ThreadingHTTPServer):
-    """Holds repositories: name → private, and its files."""
-
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, Any]] = {}

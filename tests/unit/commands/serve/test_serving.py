@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -19,24 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from alignment import cli
 from alignment.commands.serve import verb, worker
-from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms, write_sum
-from alignment.commands.serve.verb import Options, serve, vllm_command, worker_command
-from alignment.commands.serve.vllm_files import write_files
+from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms, write_files, write_sum
+from alignment.commands.serve.verb import Options, serve, vllm_command
 from alignment.commands.serve.vllm_layout import (
     VllmArm,
     VllmFiles,
     VllmLayout,
     refuse_prefix,
     vllm_layout,
-    write_error,
-    written_error,
 )
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.commands.shared.stored_policy import StoredPolicy, write_error, written_error
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError
 from alignment.core.fingerprint import digest
@@ -66,7 +59,6 @@ def policies(run: ServedRun, *arms: str, of: str = "mine") -> list[StoredPolicy]
 
 
 def folder(run: ServedRun, stage: str, adapter: str) -> Path:
-    """That of an adapter in a policy's artifact."""
     return Path(run.artifacts[stage].path or "") / "adapters" / adapter
 
 
@@ -110,53 +102,20 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     assert (caught.value.exit_code, caught.value.where.endswith(where)) == (code, True)
 
 
-@pytest.mark.usefixtures("_nothing_starts")
-def test_missing_libraries_and_engines_are_named(
-    run: ServedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "starlette" else find(name))
-    with pytest.raises(AlignmentError) as caught:
-        serve(Console(), "mine", [], options=Options(port=0), output=run.output)
-    assert (caught.value.where, caught.value.remedy) == ("align serve", "pip install 'starlette>=1,<2'")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["serve", "mine", "--engine", "ollama"])
-    assert "invalid choice: 'ollama'" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("_nothing_starts")
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_vllm_without_a_gpu_is_advised_against(run: ServedRun, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    monkeypatch.setattr(verb, "interpreter", lambda *_, **__: Path("python"))
-    monkeypatch.setattr(hardware, "count_devices", lambda: gpus)
-    console = Console(record=True, file=io.StringIO())
-    with pytest.raises(AssertionError, match="a process was started"):
-        serve(console, "mine", ["dpo"], options=Options(engine="vllm", port=0), output=run.output)
-    assert ("default engine" in console.export_text()) is (gpus == 0)
-
-
-def test_the_printed_command_is_quoted_for_a_shell() -> None:
-    assert verb._curl("http://127.0.0.1:8000", "it's/dpo", "KEY") == (
-        "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
-        '-H "Authorization: Bearer $KEY" -d \'{"model": "it\'"\'"\'s/dpo", '
-        '"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}\''
-    )
-
-
 def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
 
-    assert written_error(tmp_path) is None
+    assert written_error(tmp_path / "error.json") is None
     for kind in (ConfigError, DataError, ModelError, ArtifactError):
-        write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
-        error = written_error(tmp_path)
+        write_error(tmp_path / "error.json", kind("it is damaged", where="there", remedy="mend it"))
+        error = written_error(tmp_path / "error.json")
         assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
-    monkeypatch.setattr("alignment.commands.serve.vllm_files.write_files", full)
+    monkeypatch.setattr("alignment.commands.serve.loaded_arms.write_files", full)
     settings = tmp_path / "serve.json"
     settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
     assert worker.main([str(settings), "0"]) == DiskError.exit_code
-    error = written_error(tmp_path)
+    error = written_error(tmp_path / "error.json")
     assert (type(error), error.where) == (DiskError, str(tmp_path / "merged"))
 
 
@@ -180,15 +139,6 @@ def test_the_base_of_a_result_has_the_template_that_the_result_was_trained_with(
     (artifact / MANIFEST).write_text(json.dumps(manifest))
     _, tokenizer = lineage_and_tokenizer(*policies(run, "base", of=str(artifact)))
     assert tokenizer.chat_template == text
-
-
-def test_a_policy_without_a_template_is_named(run: ServedRun, tmp_path: Path) -> None:
-    tokenizer = tokenizer_with_tools()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(str(tmp_path))
-    with pytest.raises(DataError, match="no chat template") as refused:
-        load_arms([replace(policies(run, "base")[0], base=str(tmp_path))])
-    assert refused.value.where == "base"
 
 
 def test_the_files_of_vllm_have_template_ends_and_merged_weights(run: ServedRun, tmp_path: Path) -> None:
@@ -379,9 +329,3 @@ def test_a_merged_policy_has_no_adapters_and_may_have_a_key(run: ServedRun, monk
     assert command.environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(argv), "other users of this machine see arguments"
     assert "VLLM_CPU_KVCACHE_SPACE" not in command.environment
-
-
-def test_the_worker_is_offline() -> None:
-    command = worker_command("transformers serve", Path("/there/serve.json"))
-    assert list(command.argv)[1:] == ["-m", "alignment.commands.serve.worker", "/there/serve.json", "{port}"]
-    assert command.environment["HF_HUB_OFFLINE"] == "1"

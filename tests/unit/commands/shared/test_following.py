@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import os
 import re
@@ -12,7 +13,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -144,17 +144,9 @@ def page(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     return TestClient(application(run.folder, "token"), base_url="http://127.0.0.1:8000/token/")
 
 
-class Text(HTMLParser):
-    """The text of a page, with one space for any white space."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self._pieces: list[str] = []
-        self.feed(page)
-        self.text = " ".join("".join(self._pieces).split())
-
-    def handle_data(self, data: str) -> None:
-        self._pieces.append(data)
+def text_of(page: str) -> str:
+    """With one space for any white space."""
+    return " ".join(html.unescape(re.sub("<[^>]*>", "", page)).split())
 
 
 def revision(page: str) -> str:
@@ -167,7 +159,7 @@ def test_the_page_follows_a_run_to_its_end(run: RunFolder, page: TestClient) -> 
     rows = [{"step": n, "seconds": 2.0 * n, "num_tokens": 500 * n, "rewards/accuracies": 0.5} for n in (9, 10)]
     run.steps("dpo", *rows)
     first = page.get("").text
-    text = Text(first).text
+    text = text_of(first)
     assert "This run is not finished (running): 0 of 4 stages have a result." in text
     assert "dpo running training · 10/40" in text
     assert "accuracy 0.5 ▄▄ 250 tokens/s" in text
@@ -178,7 +170,7 @@ def test_the_page_follows_a_run_to_its_end(run: RunFolder, page: TestClient) -> 
     run.progress("dpo", "training", 20, 40, loss=0.7)
     run.steps("dpo", {"step": 20, "seconds": 40.0, "num_tokens": 10_000, "rewards/accuracies": 0.75})
     status = page.get("status").text
-    assert "training · 20/40" in Text(status).text
+    assert "training · 20/40" in text_of(status)
     assert revision(status) != revision(first), "there is another report to take over"
     assert 'aria-label="dpo, Accuracy: from 0.500 to 0.750"' in page.get("").text
 
@@ -186,7 +178,7 @@ def test_the_page_follows_a_run_to_its_end(run: RunFolder, page: TestClient) -> 
         run.stage(stage, "done", seconds=1.0)
     run.run(state="done")
     last = page.get("").text
-    assert "done, 4 of 4 stages done the run has ended" in Text(last).text
+    assert "done, 4 of 4 stages done the run has ended" in text_of(last)
     assert "not finished" not in last
     assert "http-equiv" not in last
     assert 'data-over="yes"' in page.get("status").text
@@ -197,7 +189,7 @@ def test_a_run_that_was_killed_is_not_shown_as_one_that_runs(
 ) -> None:
     run.stage("sft", "running")
     monkeypatch.setattr(run_state, "is_held", lambda _: False)
-    text = Text(page.get("").text).text
+    text = text_of(page.get("").text)
     assert "mine killed, 0 of 4 stages done the run has ended sft killed" in text
     assert "mine ended without recording how; the last sign of life was " in text
     assert "The run is not complete: sft (killed), reward (waiting)" in text
