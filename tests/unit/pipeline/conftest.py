@@ -48,7 +48,6 @@ _composed: dict[Any, Any] = {}
 
 @pytest.fixture(autouse=True)
 def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the time of these tests would go into the same files; test_compose composes them every time."""
     if request.path.stem == "test_compose":
         return
     files = composing._files
@@ -68,13 +67,11 @@ def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypat
 
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that multiplies in bfloat16, so that plans say the same on every machine."""
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
 
 
 @pytest.fixture
 def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run on a model folder and data of its own, in a folder of its own."""
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "model"
     model.mkdir()
@@ -93,12 +90,10 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def plan(overrides: list[str]) -> MakePlan:
-    """Plans the quickstart with more overrides."""
     return lambda *more: make_plan("quickstart", [*overrides, *more])
 
 
 def leave_artifact(stage: PlannedStage, **usage: float) -> None:
-    """Publishes what a worker would, with nothing in it but a file."""
     content = stage.work / "content"
     content.mkdir(parents=True)
     (content / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -115,20 +110,17 @@ def leave_artifact(stage: PlannedStage, **usage: float) -> None:
 
 
 def leave_all(plan: Plan) -> None:
-    """Publishes what the workers of all stages would."""
     for stage in plan.stages:
         leave_artifact(stage)
 
 
 def write(file: Path, text: str) -> str:
-    """Writes a file in a folder that need not exist; returns its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return str(file)
 
 
 def write_rows(file: Path, *rows: object) -> str:
-    """Writes a file of JSON lines; returns its path."""
     return write(file, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
@@ -141,18 +133,15 @@ def fingerprints(plan: Plan) -> dict[str, str]:
 
 
 def changed(before: Plan, after: Plan) -> list[str]:
-    """The stages of the later plan whose fingerprint is another."""
     return [name for name, value in fingerprints(after).items() if fingerprints(before)[name] != value]
 
 
 def screened(plan: Plan, *, width: int = 200) -> list[str]:
-    """The lines of a plan on the screen."""
     screen = StringIO()
     show_plan(Console(file=screen, width=width), plan)
     return screen.getvalue().splitlines()
 
 
 def faulty_keys(error: AlignmentError) -> list[str]:
-    """Where each of the faults is that an error lists."""
     listed = [line.strip().partition(": ")[0] for line in error.message.splitlines() if line.startswith("  ")]
     return [error.where] if error.where else listed

@@ -42,7 +42,6 @@ Benchmark = Callable[..., Plan]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one task of our own."""
     write(tmp_path / "tasks/sums.yaml", TASK)
     write(tmp_path / "tasks/sums.jsonl", ROWS)
     return tmp_path / "tasks"
@@ -50,7 +49,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def benchmark(tmp_path: Path, overrides: list[str], folder: Path) -> Benchmark:
-    """Plans the recipe above with the folder's task and more settings of the stage."""
     recipe = write(tmp_path / "benchmark.yaml", RECIPE)
     given = [text for text in overrides if text.startswith(("output", "model", "stages.sft"))]
     given += ["stages.benchmark.tasks=[sums]", f"stages.benchmark.task_folders=['{folder}']"]
@@ -72,20 +70,16 @@ def refused(benchmark: Benchmark, *settings: str) -> str:
 
 
 def add(folder: Path, name: str, text: str, *, base: str = "") -> None:
-    """Another file beside the task's; ``base`` includes the task's own."""
     write(folder / f"{name}.yaml", (f"include: {base}\n" if base else "") + text)
 
 
 @pytest.mark.parametrize(
     ("setting", "where", "word"),
     [
-        ("tasks=[]", "tasks", "is empty"),
         ("task_folders=[]", "task_folders", "harness:"),
         ("tasks=[sumz]", "tasks[0]", "'sums'"),
         ("tasks=[sums,sums]", "tasks[1]", "list it only once"),
-        ("task_folders=['harness:nowhere']", "task_folders[0]", "no folder "),
         ("arms=['base+prompt']", "arms[0]", "'base+prompt'"),
-        ("num_fewshots=3", "num_fewshots", "'num_fewshot'"),
     ],
 )
 def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: str, where: str, word: str) -> None:
@@ -97,10 +91,8 @@ def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: 
     ("change", "words"),
     [
         ("class: !function tasks.Mine", "(class)"),
-        ("test_split: null", "test_split or validation_split"),
         ("metric_list: [{metric: bleurt, hf_evaluate: true}]", "'bleurt' from a hub"),
         ("generation_kwargs: {do_sample: true, temperature: 0.7}", "samples its answers"),
-        ("dataset_path: null", "does not name its data"),
         ("dataset_kwargs: {data_files: {test: hf://datasets/org/name/rows.jsonl}}", "download the file"),
         ("dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}", "data set org/name"),
     ],
@@ -123,7 +115,6 @@ def test_data_that_is_missing_is_an_error_of_data(benchmark: Benchmark, folder: 
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    """Has this version of the harness, or none."""
     installed = metadata.version
 
     def version_of(package: str) -> str:
@@ -136,18 +127,15 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     monkeypatch.setattr(metadata, "version", version_of)
 
 
-@pytest.mark.parametrize("version", [None, "0.4.9.1", "0.4.130"])
+@pytest.mark.parametrize("version", [None, "0.4.130"])
 def test_without_the_harness_s_release_the_plan_says_what_to_install(
     benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     install(monkeypatch, version)
     message = refused(benchmark)
     assert message.startswith("stages.benchmark.kind: lm-evaluation-harness ")
-    words = [f"has version {version}" if version else "is not installed", "pip install 'lm_eval>=0.4.13,<0.4.14'"]
-    assert [word for word in words if word not in message] == []
-
-
-# ---- groups, tags and includes ---------------------------------------------------------------------------------------
+    assert (version or "is not installed") in message
+    assert "pip install 'lm_eval>=0.4.13,<0.4.14'" in message
 
 
 def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: Benchmark, folder: Path) -> None:
@@ -174,9 +162,6 @@ def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: Benchmark, folder: P
 def test_a_group_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path, text: str, message: str) -> None:
     add(folder, "all", text)
     assert message in refused(benchmark, "tasks=[all]")
-
-
-# ---- what a result covers --------------------------------------------------------------------------------------------
 
 
 def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(

@@ -74,7 +74,6 @@ def test_a_trade_offers_no_adapter_that_another_setting_replaces(
 
 
 def remembered(planned: Plan, costs: Mapping[str, StageCost], *, memory: float) -> None:
-    """Leaves what an earlier call estimated of some stages with this much memory."""
     for stage in planned.stages:
         if stage.name in costs:
             file = estimates._file(planned, stage, THIS)
@@ -126,8 +125,6 @@ def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path
         estimates._clear(tmp_path)
         assert list(tmp_path.iterdir()) == [living]
 
-
-# ---- choices and ways -----------------------------------------------------------------------------------------------
 
 SMALLER = Choice(field="optim.micro_batch_tokens", values=(1024, 512))
 AGAIN = Choice(field="optim.activation_checkpointing", values=(True,))

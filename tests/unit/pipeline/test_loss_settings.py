@@ -44,9 +44,6 @@ def test_settings_that_a_loss_cannot_use_are_named_exactly(
     assert all(expected is not None and expected[1] in fault.message for fault in problems)
 
 
-# ---- margins --------------------------------------------------------------------------------------------------------
-
-
 def scored(folder: Path, *scores: dict[str, Any]) -> str:
     rows = [
         {**ROWS["preferences"], "messages": [{**TURN, "content": f"When is {day}?"}], "score_a": 2, "score_b": 1.5}
@@ -88,9 +85,6 @@ def test_a_row_whose_scores_are_of_no_use_is_named(plan: MakePlan, tmp_path: Pat
     plan(f"stages.dpo.data={{{data}")
     skipping = plan("stages.dpo.margin=1", f"stages.dpo.data={{on_error: skip, max_skipped: 0.1, {data}")
     assert stage_of(skipping, "dpo").seen["data"].rows == 29, "the stage leaves it out"
-
-
-# ---- charts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

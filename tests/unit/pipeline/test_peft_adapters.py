@@ -24,13 +24,11 @@ Replan = Callable[..., Plan]
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """The folder of a LoRA adapter, whose base is in ``base`` beside it."""
     return Chained(tmp_path).adapter_from_outside(target_modules=["q_proj", "v_proj"])
 
 
 @pytest.fixture
 def replan(tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> Replan:
-    """Plans a DPO stage that starts from the adapter."""
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "mine.yaml").write_text(
         "defaults: [base, {stage@stages.dpo: dpo}, _self_]\n"
@@ -68,10 +66,8 @@ def test_a_base_that_is_not_here_is_the_model_of_the_recipe_if_its_shapes_fit(
     _change(outside, base_model_name_or_path=name)
     plan = replan(_named(tmp_path / "base"))
     assert any("shapes" in note for note in notes.of_plan(plan))
-    save_tiny_model(tmp_path / "wide", hidden_size=64)
-    save_tiny_model(tmp_path / "shallow", num_hidden_layers=1)
-    save_tiny_model(tmp_path / "other", architecture="gpt2")
-    for misfit in ("wide", "shallow", "other"):
+    for misfit, change in (("wide", {"hidden_size": 64}), ("other", {"architecture": "gpt2"})):
+        save_tiny_model(tmp_path / misfit, **change)
         with pytest.raises(ModelError, match=r"stages\.dpo\.init: .* does not fit .*\n.*model\.source"):
             replan(_named(tmp_path / misfit))
 
@@ -170,14 +166,12 @@ def _with(**settings: Any) -> Callable[[Path], None]:
         _without_weights,
         lambda outside: (outside / ADAPTER_CONFIG).write_text("[" * 100_000),
         _with(peft_type="IA3"),
-        _with(task_type="SEQ_CLS"),
         _with(trainable_token_indices=[3]),
         _with(bias="all"),
         _with(rank_pattern={"q_proj": 8}),
         _with(init_lora_weights="pissa"),
         _with(r=None),
         _with_weight("model.embed_tokens.weight"),
-        _with_weight("model.embed_tokens.lora_embedding_A"),
         _with_weight("lm_head.lora_A.weight"),
     ],
 )

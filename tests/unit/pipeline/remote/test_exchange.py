@@ -46,7 +46,6 @@ class Machine:
         return screen.getvalue()
 
     def leave_all(self) -> None:
-        """All results as workers leave them, but none in the store."""
         leave_all(self.plan(stored=False))
 
 
@@ -57,14 +56,12 @@ def machines(overrides: list[str], tmp_path: Path, url: str) -> tuple[Machine, M
 
 @pytest.fixture
 def without_report(machines: tuple[Machine, Machine]) -> tuple[Machine, Machine]:
-    """Machines whose results are files that no driver has to read."""
     for machine in machines:
         machine.overrides.append("~stages.report")
     return machines
 
 
 def beside_artifacts(url: str) -> list[str]:
-    """What a store holds but results."""
     return [key for key in connected(url).sizes("") if not key.startswith("artifacts/")]
 
 
@@ -158,10 +155,17 @@ def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_dow
     assert beside_artifacts(url) == []
 
 
-def test_a_damaged_result_is_refused_and_never_counts(without_report: tuple[Machine, Machine], url: str) -> None:
+def test_a_damaged_result_is_refused_and_never_counts(
+    without_report: tuple[Machine, Machine], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = without_report
     first.leave_all()
     first.run()
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(first.output)._replace(free=10)
+        full.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(DiskError, match="must be downloaded, but only 10 bytes are free"):
+            second.run()
     store = connected(url)
     file = next(key for key in store.sizes("artifacts") if "sft-" in key and "metrics.jsonl" in key)
     content = store.read(file)
@@ -185,23 +189,6 @@ def test_a_damaged_result_is_refused_and_never_counts(without_report: tuple[Mach
     assert (second.actions()["dpo"], second.actions()["ppo"]) == ("run", "fetch"), "without a manifest it is none"
 
 
-def test_a_result_that_does_not_fit_on_the_disk_is_refused_before_the_download(
-    without_report: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = without_report
-    first.leave_all()
-    first.run()
-    usage = shutil.disk_usage(first.output)._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskError, match="must be downloaded, but only 10 bytes are free") as refused:
-        second.run()
-    assert refused.value.exit_code == 12
-    assert not list(second.output.glob("artifacts/*/manifest.json"))
-
-
-# ---- errors of a store are in words, and without credentials --------------------------------------------------------
-
-
 class EndpointConnectionError(ConnectionError):
     """As botocore names it."""
 
@@ -217,7 +204,6 @@ class NoCredentialsError(Exception):
         (NoCredentialsError("none"), "no credentials for this store: none"),
         (FileNotFoundError("x"), "there is no such bucket"),
         (EndpointConnectionError("http://a"), "cannot be reached: http://a"),
-        (OSError(errno.ECONNREFUSED, "refused"), "cannot be reached"),
         (OSError(errno.EBUSY, "slow down"), "it answered: [Errno 16] slow down"),
     ],
 )
@@ -240,12 +226,8 @@ def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_secret_endpoint()
 
 
-def test_an_unknown_kind_of_store_is_refused() -> None:
+def test_an_unknown_kind_of_store_is_refused_and_a_bug_stays_what_it_is() -> None:
     with pytest.raises(AlignmentError, match="stores of the kind ftpx:// are not supported"):
         ObjectStore("ftpx://bucket/prefix")
-
-
-def test_a_bug_and_an_error_for_the_user_stay_what_they_are() -> None:
-    for error in (KeyError("x"), ConfigError("y")):
-        with pytest.raises(type(error)), explained("s3://b/p"):
-            raise error
+    with pytest.raises(KeyError), explained("s3://b/p"):
+        raise KeyError("x")
