@@ -6,20 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, ClassVar
 
-from alignment.config.rules import (
-    AT_LEAST_ONE,
-    FILLED,
-    NOT_NEGATIVE,
-    PART,
-    PORT,
-    POSITIVE,
-    SLURM_MEMORY,
-    SLURM_TIME,
-    SLURM_WORD,
-    URL,
-    VARIABLE,
-    ZERO_OR_ONE,
-)
+from alignment.config import rules
 from alignment.core.fingerprint import IF_SET
 
 
@@ -41,10 +28,10 @@ class MachinesBackend:
     """
 
     kind: str = "machines"
-    num_machines: Annotated[int, POSITIVE] = 2
-    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
-    main_address: Annotated[str, FILLED] = "127.0.0.1"
-    main_port: Annotated[int, PORT] = 29400
+    num_machines: Annotated[int, rules.POSITIVE] = 2
+    machine_rank: Annotated[int, rules.NOT_NEGATIVE] = 0
+    main_address: Annotated[str, rules.FILLED] = "127.0.0.1"
+    main_port: Annotated[int, rules.PORT] = 29400
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,18 +48,18 @@ class SlurmBackend:
 
     kind: str = "slurm"
     submit: bool = True
-    num_machines: Annotated[int, POSITIVE] = 1
-    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
-    main_address: Annotated[str, FILLED] = "127.0.0.1"
-    main_port: Annotated[int, PORT] = 29400
-    partition: Annotated[str | None, SLURM_WORD] = None
-    account: Annotated[str | None, SLURM_WORD] = None
-    qos: Annotated[str | None, SLURM_WORD] = None
-    time: Annotated[str | None, SLURM_TIME] = None
-    gpus: Annotated[int, NOT_NEGATIVE] = 0
-    cpus: Annotated[int | None, POSITIVE] = None
-    memory: Annotated[str | None, SLURM_MEMORY] = None
-    signal_seconds: Annotated[int, POSITIVE] = 300
+    num_machines: Annotated[int, rules.POSITIVE] = 1
+    machine_rank: Annotated[int, rules.NOT_NEGATIVE] = 0
+    main_address: Annotated[str, rules.FILLED] = "127.0.0.1"
+    main_port: Annotated[int, rules.PORT] = 29400
+    partition: Annotated[str | None, rules.SLURM_WORD] = None
+    account: Annotated[str | None, rules.SLURM_WORD] = None
+    qos: Annotated[str | None, rules.SLURM_WORD] = None
+    time: Annotated[str | None, rules.SLURM_TIME] = None
+    gpus: Annotated[int, rules.NOT_NEGATIVE] = 0
+    cpus: Annotated[int | None, rules.POSITIVE] = None
+    memory: Annotated[str | None, rules.SLURM_MEMORY] = None
+    signal_seconds: Annotated[int, rules.POSITIVE] = 300
     wait: bool = True
 
 
@@ -148,11 +135,11 @@ class LaunchConfig:
     kind: LauncherKind = LauncherKind.auto
     sharding: Sharding = Sharding.none
     offload: Offload = Offload.none
-    num_processes: Annotated[int, NOT_NEGATIVE] = 1
-    threads: Annotated[int, NOT_NEGATIVE] = 0
+    num_processes: Annotated[int, rules.NOT_NEGATIVE] = 1
+    threads: Annotated[int, rules.NOT_NEGATIVE] = 0
     divide_rows: bool = True
-    grace_seconds: Annotated[int, POSITIVE] = 120
-    hang_seconds: Annotated[int, NOT_NEGATIVE] = 600
+    grace_seconds: Annotated[int, rules.POSITIVE] = 120
+    hang_seconds: Annotated[int, rules.NOT_NEGATIVE] = 600
     backend: Backend = field(default_factory=LocalBackend)
 
     @property
@@ -187,14 +174,14 @@ class SamplingConfig:
 
     engine: Engine = Engine.own
     python: str | None = field(default=None, metadata=_NOT_IDENTITY)
-    url: Annotated[str | None, URL] = field(default=None, metadata=_NOT_IDENTITY)
-    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata=_NOT_IDENTITY)
-    cache_gb: Annotated[float, POSITIVE] = field(default=1.0, metadata=_NOT_IDENTITY)
-    gpu_share: Annotated[float, PART] = field(default=0.3, metadata=_NOT_IDENTITY)
-    start_timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
-    timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
-    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
-    concurrency: Annotated[int, POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
+    url: Annotated[str | None, rules.URL] = field(default=None, metadata=_NOT_IDENTITY)
+    api_key_env: Annotated[str | None, rules.VARIABLE] = field(default=None, metadata=_NOT_IDENTITY)
+    cache_gb: Annotated[float, rules.POSITIVE] = field(default=1.0, metadata=_NOT_IDENTITY)
+    gpu_share: Annotated[float, rules.PART] = field(default=0.3, metadata=_NOT_IDENTITY)
+    start_timeout: Annotated[float, rules.POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    timeout: Annotated[float, rules.POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    retries: Annotated[int, rules.NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
+    concurrency: Annotated[int, rules.POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,6 +195,6 @@ class RolloutSamplingConfig(SamplingConfig):
     differ by more than ``gap_bound`` nats are counted.
     """
 
-    importance_cap: Annotated[float | None, AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
-    max_staleness: Annotated[int, ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
-    gap_bound: Annotated[float, POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)
+    importance_cap: Annotated[float | None, rules.AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
+    max_staleness: Annotated[int, rules.ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
+    gap_bound: Annotated[float, rules.POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)

@@ -20,11 +20,6 @@ def is_name(value: str) -> bool:
     return _NAME.fullmatch(value) is not None
 
 
-def is_url(value: str) -> bool:
-    """Whether ``value`` is empty or the address of a server, without a user, a password or a key in it."""
-    return _URL.fullmatch(value) is not None
-
-
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)

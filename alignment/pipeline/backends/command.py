@@ -106,7 +106,10 @@ def of_stage(
     kind = chosen_launcher(launch, num_devices=len(devices))
     argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
-    own = {DIVIDE_ROWS: str(int(launch.divide_rows)), **_devices_of_processes(devices, launch.num_processes)}
+    # No more visible GPUs than processes: without a rank of a launcher, a process with several would spread each batch
+    # over all of them (transformers' DataParallel).
+    own = {DEVICE: "cuda", **hardware.only_visible(devices[: launch.num_processes])} if devices else {DEVICE: "cpu"}
+    own |= {DIVIDE_ROWS: str(int(launch.divide_rows))}
     return Command(argv=argv, environment=of_worker(threads, pythonpath) | own)
 
 
@@ -120,14 +123,6 @@ def here(launch: LaunchConfig, stage_file: Path) -> Command:
         num_cores=hardware.count_cores(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
     )
-
-
-def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[str, str]:
-    """The device for each process, and no more visible GPUs than processes: without a launcher's rank, a process that
-    sees several GPUs would spread every batch over all of them (transformers' DataParallel)."""
-    if not devices:
-        return {DEVICE: "cpu"}
-    return {DEVICE: "cuda", **hardware.only_visible(devices[:num_processes])}
 
 
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
@@ -200,13 +195,8 @@ def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes)]
 
 
-def _direct(_: LaunchConfig, __: int) -> list[str]:
-    """A single process needs none of a launcher's variables, and importing accelerate twice takes two seconds."""
-    return []
-
-
 _LAUNCHERS = {
-    LauncherKind.direct: _direct,
+    LauncherKind.direct: lambda _, __: [],  # importing accelerate twice would take two seconds
     LauncherKind.accelerate: _accelerate,
     LauncherKind.torchrun: _torchrun,
 }

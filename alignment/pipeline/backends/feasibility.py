@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, LocalBackend, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.core.hardware import TRAINING_LIBRARIES
@@ -65,7 +65,10 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
         refuse_missing_keys(stage.config, f"stages.{stage.name}")
         if (trained := as_trained(stage.config)) is not None:
             faults += _size_faults(stage, own.world_size)
-            faults += _page_faults(trained, f"stages.{stage.name}.optim", num_devices=num_devices)
+            # bitsandbytes itself would only log this and continue without paging.
+            if trained.optim.moments is Moments.paged_eight_bit and not num_devices:
+                message = "paging needs a GPU, but there is none; use eight_bit"
+                faults.append(Fault(where=f"stages.{stage.name}.optim.moments", message=message))
     refuse(faults)
 
 
@@ -106,9 +109,3 @@ def _refuse_missing_package(launch: LaunchConfig) -> None:
             where="launch.sharding",
             remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp",
         )
-
-
-def _page_faults(config: TrainedConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
-    # bitsandbytes itself would only log this and continue without paging.
-    if config.optim.moments is Moments.paged_eight_bit and not num_devices:
-        yield Fault(where=f"{where}.moments", message="paging needs a GPU, but there is none; use eight_bit")

@@ -70,9 +70,7 @@ class ForkServer:
     """A server, and its environment."""
 
     def __init__(self, process: subprocess.Popen[bytes], client: socket.socket, environment: Mapping[str, str]) -> None:
-        self._process = process
-        self._client = client
-        self._environment = environment
+        self._process, self._client, self._environment = process, client, environment
 
     def start(
         self, command: Command, *, output: int, keep_open: Sequence[int], gives_up: Callable[[], bool]

@@ -49,17 +49,13 @@ def call(argv: Sequence[str]) -> int:
         tree.kill()
 
 
-def _nothing(_: BaseException) -> None:
-    """Ignores an interruption."""
-
-
 def execute(
     command: Command,
     *,
     log: Path,
     on_poll: Callable[[], None],
     grace_seconds: float,
-    on_stop: Callable[[BaseException], None] = _nothing,
+    on_stop: Callable[[BaseException], None] = lambda _: None,
     keep_open: Sequence[int] = (),
     server: ForkServer | None = None,
 ) -> int:
@@ -145,8 +141,7 @@ class _ProcessTree:
     """A process and its descendants. If it is a launcher, its children are workers, found even after it died."""
 
     def __init__(self, leader: psutil.Process, *, is_launcher: bool) -> None:
-        self._leader = leader
-        self._is_launcher = is_launcher
+        self._leader, self._is_launcher = leader, is_launcher
         self._known: dict[int, psutil.Process] = {}
 
     def look(self) -> None:

@@ -99,8 +99,7 @@ class Display:
     """Shows the files of a run on a screen, and what is not in them."""
 
     def __init__(self, reader: RunReader, screen: ChangeLines | _LiveScreen) -> None:
-        self._reader = reader
-        self._screen = screen
+        self._reader, self._screen = reader, screen
         self._blocked: dict[str, str] = {}
 
     def note(self, text: str) -> None:

@@ -36,15 +36,8 @@ from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
-WAYS = {
-    "full": "full",
-    "full without masters": "full_without_masters",
-    "lora": "lora",
-    "dora": "dora",
-    "qlora": "qlora",
-    "prefix": "prefix",
-}
-"""Ways of training, by the name of their group in conf/adapter."""
+WAYS = ("full", "full without masters", "lora", "dora", "qlora", "prefix")
+"""Ways of training, each a file of conf/adapter."""
 SMALLEST_MICRO_BATCH = 512
 """Tokens of the smallest micro-batch that is proposed."""
 
@@ -81,7 +74,7 @@ def ways_with_less(name: str, config: Any) -> Iterator[Overrides]:
 
 def way_of_training(name: str, way: str) -> str:
     """The override that trains the stage ``name`` in one of ``WAYS``."""
-    return f"adapter@stages.{name}.adapter={WAYS[way]}"
+    return f"adapter@stages.{name}.adapter={way.replace(' ', '_')}"
 
 
 _FOLDER = ".cost"
@@ -187,7 +180,6 @@ def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple
 
 
 def _launch_of(plan: Plan, stage: PlannedStage) -> LaunchConfig:
-    """The launch of a stage; one process for each GPU counts as one."""
     launch = replace(plan.config.launch, num_processes=max(1, plan.config.launch.num_processes))
     return feasibility.of_stage(launch, stage.config, num_devices=launch.num_processes)
 

@@ -19,7 +19,7 @@ from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.job import memory_key
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.execute.stored_results import not_reused
-from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
+from alignment.pipeline.plan import gate_checks, references, settings, validation_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
@@ -31,17 +31,6 @@ from alignment.report.kit import text
 from alignment.rewards.scorer_sources import GRADE, REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.registry import as_trained, kind_of
-
-
-def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
-    """What the stage will do about its size, as the end of a sentence that begins with its name; empty for others."""
-    if not is_automatic(stage.config):
-        return
-    key = memory_key(stage.config, stage.identity, stage.inputs)
-    sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
-    chosen = [f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes]
-    yield f"will choose optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"
-
 
 HIGH_RATE = 1e-2
 """Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""
@@ -77,7 +66,7 @@ def _adapters_from_outside(plan: Plan) -> Iterator[str]:
 def _unread(plan: Plan) -> Iterator[str]:
     for path in plan.unread_files:
         yield f"{path} is not read: a shipped file has its name; to use yours, rename it"
-    yield from unread.sentences(plan.unread_settings)
+    yield from settings.unread_sentences(plan.unread_settings)
 
 
 def advice(plan: Plan) -> list[str]:
@@ -125,7 +114,13 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     ]
     remarks += [f"reads the rows of {maker}, which has no result yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
-    return [*remarks, *lines(plan, stage), *required]
+    if is_automatic(stage.config):
+        key = memory_key(stage.config, stage.identity, stage.inputs)
+        sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
+        chosen = "; ".join(f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes)
+        remark = "will choose optim.micro_batch_tokens before its first step"
+        remarks.append(f"{remark}: so far {chosen}" if chosen else remark)
+    return [*remarks, *required]
 
 
 def cautions(plan: Plan) -> list[str]:
@@ -231,7 +226,6 @@ def _near_held_out(stage: PlannedStage) -> Iterator[str]:
 
 
 def _shared_prompts(plan: Plan) -> Iterator[str]:
-    """Notes on evaluated prompts that are also trained on, or choose a step, among the rows that a plan compares."""
     for evaluation in plan.stages:
         if kind_of(evaluation.config).produces != EVALUATION or "data" not in evaluation.seen:
             continue

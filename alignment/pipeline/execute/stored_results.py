@@ -159,10 +159,12 @@ def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
         names = _with_upstream(plan, only)
         plan = with_models(plan, announce, stages=[stage for stage in plan.stages if stage.name in names])
     if missing := _missing(plan, only):
+        verify = ["--verify"] if plan.verified else []
+        command = shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", missing[0], *verify])
         raise ConfigError(
             f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
             where="--stage",
-            remedy=f"first run: {_command_of(plan, missing[0])}; or leave out --stage to run all stages",
+            remedy=f"first run: {command}; or leave out --stage to run all stages",
         )
     return plan
 
@@ -185,11 +187,6 @@ def _with_upstream(plan: Plan, only: str) -> list[str]:
     for name in names:  # which grows meanwhile
         names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
     return names
-
-
-def _command_of(plan: Plan, stage: str) -> str:
-    verify = ["--verify"] if plan.verified else []
-    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage, *verify])
 
 
 def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:

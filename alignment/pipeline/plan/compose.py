@@ -28,7 +28,7 @@ from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices
-from alignment.pipeline.plan.choices import ChosenFile, chosen_files, copy_groups, passes_reference
+from alignment.pipeline.plan.choices import chosen_files, copy_groups, passes_reference
 from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
 from alignment.pipeline.plan.overrides import leaves, parse
 from alignment.pipeline.plan.profile import Profile
@@ -118,7 +118,7 @@ class _Files:
 
     tree: DictConfig
     profile: Profile | None
-    chosen: list[ChosenFile]
+    chosen: dict[str, Mapping[str, Any]]
     unread: tuple[Path, ...]
     faults: list[Fault]
 
@@ -231,7 +231,6 @@ def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, A
 
 
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
-    """Applies one override to the tree; the typed check reports keys that do not exist."""
     key = override.key_or_group
     copy_groups(tree, key)
     if override.is_delete():
@@ -265,7 +264,6 @@ def _gated(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
-    """The tree as plain values with its interpolations resolved, and the faults in them."""
     written: Any = _written(tree)
     faults = list(hostile(written, where=""))
     if not faults:

@@ -145,7 +145,9 @@ class _CheckedFiles(FileConfigSource):
         state = path.stat()
         key = (self.provider, path, state.st_ino, state.st_size, state.st_mtime_ns)
         if key not in _READ:
-            refuse_hostile_defaults(path, yaml_file.read(path))
+            content = yaml_file.read(path)
+            faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
+            refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
             _READ[key] = super().load_config(str(path))
         return copy.deepcopy(_READ[key])  # Hydra changes what it gets
 
@@ -169,13 +171,6 @@ def composing(recipe: Path) -> Iterator[Files]:
             version.version_base = version_base
             instance.hydra = hydra
             GlobalHydra.set_instance(instance)  # Hydra put a copy in its place
-
-
-def refuse_hostile_defaults(path: Path, content: Any) -> None:
-    """Raises ConfigError if a defaults list would read anything from outside the configuration; it names the
-    entries."""
-    faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
-    refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
 
 
 def _included(path: Path) -> set[str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any
 
 from alignment.config.data import DataConfig, SourceConfig
@@ -21,23 +20,12 @@ from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import Reader, prepared
 from alignment.data.row_files import RawRow
 from alignment.pipeline.plan import scorer_checks
-from alignment.pipeline.plan.row_counts import Seen
 from alignment.stages.base import DataSlot, MadeRows, Slot
 from alignment.stages.registry import kind_of
 
 DATA = "data"
 """The field of a stage's main data."""
 _STAGE = "stage:"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowsOfStages:
-    """The data of a stage that other stages make: its files by field, a summary of those that exist, and the names of
-    the stages that have yet to make theirs."""
-
-    paths: Mapping[str, Path]
-    seen: Mapping[str, Seen]
-    unmade: tuple[str, ...]
 
 
 def stage_named(source: str) -> str | None:
@@ -83,7 +71,6 @@ def faults(stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
 
 
 def _problem(row: str, slot: DataSlot) -> str:
-    """Why a row, given as JSON, is of no use to a slot, or nothing."""
     value, where = json.loads(row), slot.data.source
     try:
         form = FORMATS.get(slot.data.format or "") or detect(
@@ -99,7 +86,6 @@ def _problem(row: str, slot: DataSlot) -> str:
 
 
 def _advice(rows: MadeRows, slot: DataSlot) -> str:
-    """Settings of the stage that makes the rows with which they would fit."""
     maker = slot.data.source.removeprefix(_STAGE)
     fitting = [setting for setting, row in rows.others.items() if not _problem(row, slot)]
     if not fitting:
@@ -123,11 +109,9 @@ def with_left_out(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
     sources: list[DataConfig] = []
     for data in (DataConfig(**{name: getattr(part, name) for name in names}) for part in evaluated):
         sources += [] if data in sources else [data]
-    return {name: _leaving_out(stage, sources) for name, stage in stages.items()}
-
-
-def _leaving_out(stage: Any, sources: list[DataConfig]) -> Any:
-    field = kind_of(stage).leaves_out
-    if not field or getattr(stage, field):
-        return stage
-    return replace(stage, **{field: sources})
+    completed: dict[str, Any] = dict(stages)
+    for name, stage in completed.items():
+        setting = kind_of(stage).leaves_out
+        if setting and not getattr(stage, setting):
+            completed[name] = replace(stage, **{setting: sources})
+    return completed

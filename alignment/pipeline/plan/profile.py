@@ -150,7 +150,6 @@ def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> d
 
 
 def _merged_where_named(tree: Mapping[str, Any], keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the values merged into the group that has the data at these keys, if these name a source."""
     first, *rest = keys
     group = tree.get(first)
     if not isinstance(group, Mapping):

@@ -33,16 +33,13 @@ OWN_FILE = "lease.json"
 
 
 class Lease:
-    """A lease that is held: ``lost`` is set once another machine has taken it."""
+    """A lease that is held, and renewed until its ``end``: ``lost`` is set once another machine has taken it."""
 
     def __init__(self, store: ObjectStore, key: str, record: LeaseRecord) -> None:
         self.lost = threading.Event()
         self._store, self._key, self._record = store, key, record
         self._ends = threading.Event()
         self._renewing = threading.Thread(target=self._renew, daemon=True)
-
-    def begin(self) -> None:
-        """Renews the lease from now on."""
         self._renewing.start()
 
     def end(self) -> None:
@@ -91,7 +88,6 @@ def leased(
             announced = True
         time.sleep(POLL_SECONDS)
     lease = Lease(store, key, record)
-    lease.begin()
     try:
         yield lease
     finally:

@@ -21,16 +21,10 @@ from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, St
 from alignment.core.files import disk_error
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_CREDENTIALS = frozenset(
-    {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "ProfileNotFound",
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-    }
-)
+_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+    *("TokenRetrievalError", "UnauthorizedSSOTokenError"),
+}
 """Classes of botocore for credentials that it cannot find or read."""
 _UNREACHABLE = frozenset({"HTTPClientError", "ConnectionError", "TimeoutError", "ClientConnectorError"})
 _NETWORK = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT})
@@ -125,7 +119,8 @@ _STREAMS = 4
 
 class ObjectStore:
     """The objects under ``url``, by key relative to it. Threads may share it. Every method raises StoreError if the
-    store cannot be reached or refuses."""
+    store cannot be reached or refuses. ``refuses_existing`` says whether ``create`` is atomic here, as
+    ``check_writable`` has noticed."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -133,7 +128,7 @@ class ObjectStore:
         with explained(self.url):
             self._files, root = _file_system(self.url)
         self._root = root.rstrip("/")
-        self._refuses_existing = False
+        self.refuses_existing = False
 
     def check(self) -> None:
         """Asks for the first object, so that a wrong address, bucket or credential is noticed."""
@@ -152,13 +147,8 @@ class ObjectStore:
             try:
                 self._files.pipe_file(self._path(key), b"second", mode="create")
             except (OSError, NotImplementedError) as error:
-                self._refuses_existing = is_about_existing(error)
+                self.refuses_existing = is_about_existing(error)
             self._files.rm_file(self._path(key))
-
-    @property
-    def refuses_existing(self) -> bool:
-        """Whether ``create`` is atomic here, as ``check_writable`` has noticed."""
-        return self._refuses_existing
 
     def read(self, key: str) -> bytes | None:
         """The content of an object, or None if there is none."""
@@ -176,7 +166,7 @@ class ObjectStore:
     def create(self, key: str, content: bytes) -> bool:
         """Writes an object unless there is one; returns whether it did. Atomic only where the store offers that."""
         with explained(self.url):
-            if not self._refuses_existing:
+            if not self.refuses_existing:
                 if self._files.exists(self._path(key)):
                     return False
                 self._files.pipe_file(self._path(key), content)

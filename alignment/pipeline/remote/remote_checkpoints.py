@@ -60,17 +60,18 @@ def download_files(store: ObjectStore, base: str, folder: Path, files: Listed) -
     folder.mkdir(parents=True, exist_ok=True)
     for parent in {inside(folder, name).parent for name in files}:
         remove_leftovers(parent)  # of a download that was killed
-    _refuse_without_room(folder, sum(listed["size"] for listed in missing.values()))
+    needed, free = sum(listed["size"] for listed in missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
+            where=str(folder),
+            remedy="free space and run again; files that are already here are not downloaded again",
+        )
     for name, listed in missing.items():
         path = inside(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=True) as temporary:
             _download(store, _key(base, name, listed), temporary, listed)
-
-
-def keys_of(base: str, files: Listed) -> set[str]:
-    """The keys of the objects that hold these files."""
-    return {_key(base, name, listed) for name, listed in files.items()}
 
 
 def _download(store: ObjectStore, key: str, file: Path, listed: Mapping[str, Any]) -> None:
@@ -87,16 +88,6 @@ def _is_here(path: Path, listed: Mapping[str, Any]) -> bool:
 
 def _key(base: str, name: str, listed: Mapping[str, Any]) -> str:
     return f"{base}/{name}/{listed['sha256']}"
-
-
-def _refuse_without_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskError(
-            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
-            where=str(folder),
-            remedy="free space and run again; files that are already here are not downloaded again",
-        )
 
 
 DOWNLOAD = "download"
@@ -300,7 +291,8 @@ class RemoteCheckpoints:
             self._store.delete(key)
 
     def _objects(self, checkpoints: list[StoredCheckpoint]) -> set[str]:
-        return set().union(*(keys_of(self.folder, as_listed(checkpoint.files)) for checkpoint in checkpoints))
+        files = [item for checkpoint in checkpoints for item in as_listed(checkpoint.files).items()]
+        return {_key(self.folder, name, listed) for name, listed in files}
 
 
 def _names(work: Path, here: LocalWork) -> Iterator[str]:
@@ -389,7 +381,6 @@ class CheckpointUploads:
                 return
 
     def _upload(self, on_bytes: Callable[[int], None]) -> bool:
-        """Uploads how far the stage is, if that is new; returns False after a fault of the store or the disk."""
         here, started = local_work(self._work).progress, time.monotonic()
         if here <= self._uploaded:
             return True

@@ -151,7 +151,6 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
 
 
 def _shared_arms(evaluation: str, own: str, plans: Sequence[Plan]) -> tuple[str, ...]:
-    """The arms of an evaluation, apart from the objective's ``own``, that have one fingerprint in all plans."""
     first, *others = (stage for plan in plans for stage in plan.stages if stage.name == evaluation)
     return tuple(
         arm

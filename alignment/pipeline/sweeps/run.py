@@ -143,7 +143,6 @@ def _complete(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, co
 
 
 def _print(console: Console, words: str, more: str) -> None:
-    """Prints ``words``, which may contain markup, and ``more`` as it is."""
     console.print(words, end="", highlight=False)
     console.print(more, markup=False, highlight=False, soft_wrap=True)
 
@@ -155,8 +154,7 @@ class _SeparateTrial:
     """A running trial in a separate process, and its watched curve."""
 
     def __init__(self, trial: Any, wanted: Sweep, share: Share, console: Console) -> None:
-        self.trial = trial
-        self.share = share
+        self.trial, self.share = trial, share
         self.pruned_at: int | None = None
         self._name = f"trial {number_of(trial)}"
         self._console = console

@@ -34,8 +34,7 @@ class LatestMedian(BasePruner):  # type: ignore[misc]  # optuna has no types her
     models start near it, so a trial that becomes worse than its start would never be pruned."""
 
     def __init__(self, *, startup_trials: int, warmup_steps: int) -> None:
-        self._startup_trials = startup_trials
-        self._warmup_steps = warmup_steps
+        self._startup_trials, self._warmup_steps = startup_trials, warmup_steps
 
     def prune(self, study: OptunaStudy, trial: Any) -> bool:
         """Whether the trial should be stopped at the last step that it reported."""

@@ -21,7 +21,7 @@ from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
 from alignment.data.source_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
-from alignment.pipeline.plan import unread
+from alignment.pipeline.plan import settings
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
@@ -101,7 +101,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         profile=plan.profile,
         cautions=(
             *([f"every trial is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []),
-            *unread.sentences(without_effect),
+            *settings.unread_sentences(without_effect),
             *objectives.cautions(resolved, plan.config.stages),
         ),
     )
@@ -160,7 +160,6 @@ def _with_path(path: Path, faults: Iterator[Fault]) -> list[Fault]:
 
 
 def _faults(config: SweepConfig) -> Iterator[Fault]:
-    """Faults in the file that do not depend on the recipe."""
     if not config.parameters:
         yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
@@ -186,7 +185,6 @@ def _faults(config: SweepConfig) -> Iterator[Fault]:
 
 
 def _faults_beside(config: SweepConfig, launch: LaunchConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """Faults that depend on the recipe."""
     yield from objectives.faults(config.objective, stages)
     submission, prunes = slurm.submission(launch), config.pruning.pruner is not Pruner.none
     if submission is not None and prunes:

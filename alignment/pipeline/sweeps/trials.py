@@ -75,8 +75,7 @@ class Running:
 
     def __init__(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> None:
         """Starts the trial. ``argv`` is a recipe and its overrides."""
-        self._run_folder = run_folder
-        self._log = log
+        self._run_folder, self._log = run_folder, log
         self._outcome = log.with_suffix(".json")
         self._outcome.unlink(missing_ok=True)
         devices = {} if share.devices is None else hardware.only_visible(share.devices)
@@ -188,7 +187,6 @@ class Curve:
                 yield row["step"], float(value)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, which is in the work folder until the stage is done."""
         artifact = self._entry().artifact
         for folder in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):

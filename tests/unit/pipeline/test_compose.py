@@ -88,14 +88,6 @@ def test_an_adapter_means_the_same_however_it_is_chosen() -> None:
         assert stages("quickstart", text.format("dpo"))["sft"].adapter.kind == "lora"
 
 
-def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tmp_path: Path) -> None:
-    write(tmp_path / "model/mine.yaml", "source: path:/models/mine\n")
-    recipe = own(tmp_path, "name: mine\nseed: 7", name="my recipe", base="quickstart, {override model: mine}")
-    config = composed(recipe)
-    assert (config.name, config.seed, config.model.source) == ("mine", 7, "path:/models/mine")
-    assert composed(recipe, "model=smollm2_135m").model.source == "bundled:smollm2-135m"
-
-
 def test_a_file_beside_the_recipe_never_replaces_a_shipped_one(tmp_path: Path) -> None:
     unrelated = {"base": "hello: 1", "stage/sft": "kind: dpo", "profile/smoke": "{}", "launch/ddp": "hello: 1"}
     files = {name: Path(write(tmp_path / f"{name}.yaml", text)) for name, text in unrelated.items()}

@@ -179,7 +179,6 @@ def printed(*, width: int = 200, reference: str | None = None, **changes: Any) -
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"judge": Judge(name="m", pairs=[WINS])}, "by m, dpo wins 0.66 (0.52 to 0.79) against sft: better\n"),
         (
             {"judge": Judge(name="m", pairs=[WINS, INVALID])},
             "by m, dpo against sft: nothing can be concluded (40% of the verdicts are invalid)",
@@ -189,10 +188,6 @@ def printed(*, width: int = 200, reference: str | None = None, **changes: Any) -
             "by people, dpo wins 0.66 (0.52 to 0.79) against sft: better (over 16 of 17 prompts: 13 judged, "
             "3 with identical answers; 20 votes, annotators: 2, Krippendorff's α 0.61); brevity prefers the same arm "
             "on 31% of 13 prompts with different answers (κ -0.20)\n",
-        ),
-        (
-            {"comparisons": [replace(LESS, adjusted_p=0.38)]},
-            "dpo against sft: -0.100 (-0.200 to -0.050), adjusted p 0.38, no real difference",
         ),
         (
             {"gradings": [Grading(metric="brevity", model="m", num_prompts=2, invalid={"stage:dpo": 0.4},

@@ -31,7 +31,7 @@ from alignment.pipeline.backends import command, feasibility, machines, processe
 from alignment.pipeline.backends.command import Command, idle_threads, with_processes
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
-from alignment.pipeline.plan.compatibility import faults
+from alignment.pipeline.plan.settings import combination_faults
 from alignment.stages.benchmark.kind import BenchmarkConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
@@ -228,7 +228,7 @@ def test_a_stage_that_measures_runs_on_all_processes_without_sharding_and_others
 
 def compatibility(stage: StageConfig, **launch: Any) -> dict[str, str]:
     run = RunConfig(name="r", stages={"s": stage}, launch=LaunchConfig(**launch))
-    return {fault.where: fault.message for fault in faults(run)}
+    return {fault.where: fault.message for fault in combination_faults(run)}
 
 
 def adapter(kind: str, **more: Any) -> SftConfig:

@@ -162,15 +162,6 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_leaves_out_what_matte
     assert drawn(36)[3:5] == ["▶ dpo       training  60/150", "            accuracy 0.795"]
 
 
-def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
-    stages = [replace(DONE, name=f"done{number}") for number in range(9)]
-    stages += [DPO, *(replace(LAST, name=f"waits{number}") for number in range(9))]
-    lines = [line.split()[1:3] for line in drawn(60, stages, rows=9)]
-    hidden = ["7", "stages"]
-    assert [lines[1], lines[-1]] == [hidden, hidden]
-    assert [word for word, _ in lines[2:-1]] == ["done7", "done8", "dpo", "0.795", "waits0", "waits1"]
-
-
 @pytest.mark.parametrize(
     ("values", "width", "line"),
     [([], 8, ""), ([2.0, 2.0], 8, "▄▄"), ([0.0, float("nan"), 1.0], 8, "▁ █"), (list(range(16)), 8, "▁▂▃▄▅▆▇█")],
@@ -320,9 +311,12 @@ def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, r
     assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
 
 
-def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
+def test_no_line_is_wider_than_the_terminal_nor_padded_to_it_and_a_low_one_has_stages_around_the_running_one() -> None:
     for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
         for width in range(20, 140, 7):
             lines = drawn(width, stages)
             assert (len(lines), max(map(len, lines)) <= width) == (7, True)
             assert [line for line in lines if line != line.rstrip()] == []
+    done, waits = ([replace(stage, name=f"{stage.state}{n}") for n in range(9)] for stage in (DONE, LAST))
+    words = [line.split()[1] for line in drawn(60, [*done, DPO, *waits], rows=9)]
+    assert words[1:] == ["7", "done7", "done8", "dpo", "0.795", "waiting0", "waiting1", "7"]

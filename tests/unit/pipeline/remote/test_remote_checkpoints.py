@@ -294,7 +294,7 @@ def test_a_lost_machine_s_lease_is_taken_once_it_is_old_and_by_its_own_folder_at
 def test_of_many_at_once_one_gets_it(
     store: ObjectStore, machines: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
 ) -> None:
-    store._refuses_existing = atomic
+    store.refuses_existing = atomic
     write, by_turns = store._files.pipe_file, threading.Lock()
 
     def write_by_turns(*args: Any, **kwargs: Any) -> None:
