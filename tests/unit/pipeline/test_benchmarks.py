@@ -97,9 +97,7 @@ def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: 
         ("dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}", "data set org/name"),
     ],
 )
-def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
-    benchmark: Benchmark, folder: Path, change: str, words: str
-) -> None:
+def test_a_task_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path, change: str, words: str) -> None:
     add(folder, "changed", f"task: changed\n{change}\n", base="sums.yaml")
     message = refused(benchmark, "tasks=[changed]")
     assert message.startswith(f"stages.benchmark.tasks[0]: 'changed' ({folder / 'changed.yaml'}) ")
@@ -128,7 +126,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
 
 
 @pytest.mark.parametrize("version", [None, "0.4.130"])
-def test_without_the_harness_s_release_the_plan_says_what_to_install(
+def test_without_the_harness_the_plan_says_what_to_install(
     benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     install(monkeypatch, version)
@@ -164,9 +162,7 @@ def test_a_group_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path,
     assert message in refused(benchmark, "tasks=[all]")
 
 
-def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
-    benchmark: Benchmark, folder: Path, tmp_path: Path
-) -> None:
+def test_a_result_depends_on_what_the_files_hold(benchmark: Benchmark, folder: Path, tmp_path: Path) -> None:
     before = stage(benchmark()).fingerprint
     moved = shutil.copytree(folder, tmp_path / "moved")
     write(moved / "__pycache__/words.cpython-311.pyc", "compiled")
@@ -183,9 +179,7 @@ def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
 
 
 @pytest.mark.parametrize("changed", ["shared/common.yaml", "shared/clean.py", "tasks/.rows.jsonl"])
-def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, changed: str
-) -> None:
+def test_what_a_task_reads_beside_its_folder_is_covered_too(benchmark: Benchmark, tmp_path: Path, changed: str) -> None:
     common = TASK.removeprefix("task: sums\n").replace("sums.jsonl", "../tasks/.rows.jsonl")
     write(tmp_path / "shared/common.yaml", f"{common}process_docs: !function clean.rows\n")
     write(tmp_path / "shared/clean.py", CLEAN)
@@ -198,9 +192,7 @@ def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_t
     assert stage(benchmark()).fingerprint != planned.fingerprint
 
 
-def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
-    benchmark: Benchmark, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_worker_gets_absolute_folders(benchmark: Benchmark, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     config: Any = stage(benchmark("task_folders=[tasks]")).config
     assert config.task_folders == [str(folder)]
@@ -212,7 +204,7 @@ def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
 
 
 @pytest.mark.parametrize("init", ["base", "path:{}"], ids=["the run's base", "another base"])
-def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
+def test_tasks_are_tried_before_training(
     benchmark: Benchmark, folder: Path, tmp_path: Path, started: Commands, init: str
 ) -> None:
     shutil.copytree(tmp_path / "model", tmp_path / "other")
@@ -225,9 +217,7 @@ def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
     assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "benchmark"]]
 
 
-def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_elsewhere_is_covered_too(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write(tmp_path / "elsewhere.jsonl", ROWS)
     write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
     planned = stage(benchmark())

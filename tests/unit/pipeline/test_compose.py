@@ -274,7 +274,7 @@ stages: {sft: {adapter: {kind: full}}, dpo: {adapter: {rank: 4}}}
         (["profile=smoke", "adapter=full"], "", ""),
     ],
 )
-def test_a_file_that_is_chosen_but_replaced_by_the_recipe_s_own_values_is_refused(
+def test_a_chosen_file_that_has_no_effect_is_refused(
     tmp_path: Path, overrides: list[str], where: str, remedy: str
 ) -> None:
     problems = faults(*overrides, recipe=own(tmp_path, OF_ITS_OWN))
@@ -473,9 +473,7 @@ def included(folder: Path, text: str) -> str:
         pytest.param("{a: 1, 'a': 2}", "occurs twice", id="a key that occurs twice"),
     ],
 )
-def test_a_file_that_is_no_yaml_or_becomes_a_long_one_is_refused_wherever_it_is_read(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_yaml_or_too_long_is_refused_anywhere(text: str, message: str, tmp_path: Path) -> None:
     plain = write_bytes(tmp_path / "plain.yaml", "defaults: [quickstart, _self_]\n")
     write_bytes(tmp_path / "profile/foreign.yaml", text)
     for file, recipe, overrides in (
@@ -518,7 +516,7 @@ def test_interpolations_that_double_are_refused(tmp_path: Path, monkeypatch: pyt
         "defaults: [{/adapter: ['${oc.decode:${oc.env:CANARY}}']}]\n",
     ],
 )
-def test_the_defaults_of_an_included_file_never_read_the_environment(
+def test_included_defaults_never_read_the_environment(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hydra resolves them while it composes, and its errors name what they became."""

@@ -60,9 +60,7 @@ def test_every_way_has_the_choices_that_a_plan_allows(
 
 
 @pytest.mark.parametrize("in_recipe", [True, False])
-def test_a_trade_offers_no_adapter_that_another_setting_replaces(
-    overrides: list[str], tmp_path: Path, in_recipe: bool
-) -> None:
+def test_a_trade_offers_no_adapter_that_is_replaced(overrides: list[str], tmp_path: Path, in_recipe: bool) -> None:
     body = "stages: {dpo: {adapter: {kind: full}}}\n" if in_recipe else ""
     recipe = write(tmp_path / "own.yaml", f"defaults: [quickstart, _self_]\nname: own\n{body}")
     planned = make_plan(recipe, overrides if in_recipe else [*overrides, "stages.dpo.adapter.kind=full"])
@@ -81,9 +79,7 @@ def remembered(planned: Plan, costs: Mapping[str, StageCost], *, memory: float) 
             RunCost(device=THIS, memory=memory, startup=4.0, stages=[costs[stage.name]]).write(file)
 
 
-def test_a_stage_with_other_settings_than_those_that_were_estimated_is_not_left_out(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_was_not_estimated_is_not_left_out(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "free_memory", lambda: 8e9)
     names = ("sft", "reward", "dpo", "ppo", "evaluate")
     phases = {"training": PhaseCost(peak=10**9, seconds=5.0)}
@@ -134,9 +130,7 @@ def sft(kind: AdapterKind, *, checkpoints: bool = False, tokens: Automatic | int
         (DpoConfig(adapter=AdapterConfig(kind=AdapterKind.full), precompute_reference=True), [SMALLER, AGAIN]),
     ],
 )
-def test_what_a_stage_has_not_yet_is_tried_and_first_what_takes_little_time(
-    config: SftConfig | DpoConfig, expected: list[Choice]
-) -> None:
+def test_what_takes_little_time_is_tried_first(config: SftConfig | DpoConfig, expected: list[Choice]) -> None:
     assert list(choices(config, divides_weights=False)) == expected
 
 

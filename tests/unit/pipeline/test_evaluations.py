@@ -129,9 +129,7 @@ def own_votes(tmp_path: Path) -> Path:
     return tmp_path / "out/runs/quickstart/evaluate/votes.jsonl"
 
 
-def test_the_content_of_the_votes_counts_and_their_place_does_not(
-    evaluated: Evaluated, own_votes: Path, tmp_path: Path
-) -> None:
+def test_the_votes_content_counts_and_no_place(evaluated: Evaluated, own_votes: Path, tmp_path: Path) -> None:
     without = evaluated(PEOPLE)
     assert "files" not in without.identity
     leave_artifact(without)

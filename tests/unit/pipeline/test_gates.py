@@ -118,9 +118,7 @@ def test_the_whole_interval_has_to_lie_above_the_margin_and_the_difference_to_be
 
 
 @pytest.mark.parametrize(("metric", "met"), [("total", True), ("errors", False)])
-def test_a_gate_on_a_pair_that_the_evaluation_compares_takes_its_verdict(
-    plan: MakePlan, metric: str, met: bool
-) -> None:
+def test_a_gate_on_a_compared_pair_takes_its_verdict(plan: MakePlan, metric: str, met: bool) -> None:
     """That by the metric of the gate: only the difference in ``total`` is real."""
     made = left(gated(plan, entry(metric=metric)), [0.25] * 10, errors=[-0.25])
     artifact = stage_of(made, "evaluate").artifact
@@ -169,7 +167,7 @@ def reused(plan: MakePlan) -> None:
 
 @pytest.mark.usefixtures("reused")
 @pytest.mark.parametrize("backend", ["local", "slurm"])
-def test_a_run_of_reused_results_ends_and_is_recorded_with_the_gates(
+def test_a_run_of_reused_results_ends_with_its_gates(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     sbatch = tmp_path / "bin/sbatch"
@@ -207,9 +205,7 @@ def forgetting(tmp_path: Path, overrides: list[str]) -> Gate:
 BOTH = "['stage:sft','stage:ppo']"
 
 
-def test_questions_and_texts_are_checked_while_planning_and_part_of_the_result(
-    forgetting: Gate, tmp_path: Path
-) -> None:
+def test_questions_and_texts_are_checked_and_part_of_the_result(forgetting: Gate, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     source, question = f"stages.forgetting.questions.source=path:{file}", {"question": "2 + 2?", "choices": ["3", "4"]}
     write_rows(file, {**question, "answer": "5"})

@@ -222,9 +222,7 @@ SERVER = "source: server, server: {base_url: 'http://localhost:1/v1', model: rm,
         ((), "launch.offload=optimizer"),
     ],
 )
-def test_a_setting_without_effect_is_noted_and_changes_nothing(
-    plan: MakePlan, others: tuple[str, ...], setting: str
-) -> None:
+def test_a_setting_without_effect_changes_nothing(plan: MakePlan, others: tuple[str, ...], setting: str) -> None:
     key, (number, item) = setting.partition("=")[0], (".0.", "[0].")
     planned, without = plan(*others, setting), plan(*others)
     assert key.replace(number, item) in {noted.where for noted in planned.unread_settings}

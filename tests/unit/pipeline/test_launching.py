@@ -337,9 +337,7 @@ def following(shared: Shared) -> Iterator[threading.Thread]:
     assert codes == [0]
 
 
-def test_an_attempt_is_answered_once_and_another_one_again(
-    shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_attempt_is_answered_once(shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     execute = mock.Mock(side_effect=processes.execute)
     monkeypatch.setattr(processes, "execute", execute)
     with following(shared):
@@ -368,9 +366,7 @@ def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: S
 
 
 @pytest.mark.parametrize(("state", "code"), [("preempted", 75), ("interrupted", 130)])
-def test_it_ends_as_the_first_machine_does(
-    shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_ends_as_the_first_does(shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     remaining = iter(("running", state))
     monkeypatch.setattr(machines, "_state", lambda _: next(remaining))
     assert shared.follow() == code
@@ -388,9 +384,7 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
     assert shared.follow() == code
 
 
-def test_a_machine_that_would_make_something_else_is_refused(
-    shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_with_another_plan_is_refused(shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lives, is_refused = machines.showing_life(shared.plan.run_folder, LAUNCH), "produces a different result"
     with machines.announced(folder, LAUNCH, "1" * 64), lives, pytest.raises(ConfigError, match=is_refused):
         shared.follow()
@@ -411,9 +405,7 @@ def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
     assert not (shared.plan.run_folder.parent / machines.LIFE).exists(), "there is no other machine"
 
 
-def test_with_a_store_other_machines_wait_until_the_first_has_uploaded(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_machines_wait_until_the_first_has_uploaded(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher may end the first one soon after another has ended."""
     shared.publish()
     shared.says("running")

@@ -101,9 +101,7 @@ def test_the_loss_has_a_guide_where_it_starts_at_a_constant(settings: dict[str, 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "doubted"), [(-0.7, -0.7, True), (-0.7, -0.69, False), (-9.0, 1.0, False)]
 )
-def test_a_fall_of_both_answers_is_doubted_once_they_are_half_as_likely(
-    chosen: float, rejected: float, doubted: bool
-) -> None:
+def test_a_fall_of_both_answers_by_half_is_doubted(chosen: float, rejected: float, doubted: bool) -> None:
     metrics = {"logps/chosen_change": chosen, "logps/rejected_change": rejected}
     assert bool(KIND.outcome.doubts(metrics)) is doubted
     assert not KIND.outcome.doubts({"loss": 1.0}), "a result of an earlier version"

@@ -111,16 +111,14 @@ ROWS_LIKE = "'stage:sample' makes rows like"
         (["stages.sample.scorers=[{source: reward}]"], ["'reward' needs the model in stages.sample.reward"]),
     ],
 )  # fmt: skip
-def test_rows_and_settings_of_a_sampling_stage_that_cannot_be_used_are_refused(
+def test_useless_rows_and_settings_of_sampling_are_refused(
     plan: MakePlan, settings: list[str], words: list[str]
 ) -> None:
     message = refusal(plan, *settings)
     assert [word for word in words if word not in message] == []
 
 
-def test_the_evaluation_s_prompts_are_left_out_unless_others_are_named(
-    plan: MakePlan, tmp_path: Path, prompts: str
-) -> None:
+def test_the_evaluation_s_prompts_are_left_out_by_default(plan: MakePlan, tmp_path: Path, prompts: str) -> None:
     first = plan()
     assert stage_of(first, "sample").extra_data == {"leave_out[0]": tmp_path / "held.jsonl"}
     mixed = stage_of(plan(f"stages.evaluate.data.mix=[{{source: 'path:{prompts}', count: 1}}]"), "sample")

@@ -84,9 +84,7 @@ FAULTS: list[tuple[StageConfig, dict[str, Any], Expected]] = [
 
 
 @pytest.mark.parametrize(("config", "amount", "expected"), FAULTS)
-def test_too_few_rows_or_steps_are_refused_and_an_amount_that_nobody_knows_is_not(
-    config: StageConfig, amount: dict[str, Any], expected: Expected
-) -> None:
+def test_too_few_rows_or_steps_are_refused(config: StageConfig, amount: dict[str, Any], expected: Expected) -> None:
     rows = amount.get("rows", 40)
     seen = Seen(**{"rows": rows, "prompts": rows, "whole": True, "openings": frozenset(range(rows)), **amount})
     problems = list(faults(config, {"data": seen}, where="stages.s"))
@@ -104,9 +102,7 @@ def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path
         assert (seen.rows, seen.prompts, seen.whole)[: len(counts)] == counts
 
 
-def test_a_plan_refuses_sizes_that_no_machine_can_run(
-    plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_sizes_are_refused(plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """What the first stage could have trained for hours before the last one said so."""
     settings = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
     wrong = ("stages.ppo.completions_per_prompt=3", settings, "stages.dpo.data.limit=7")
@@ -134,16 +130,12 @@ def test_a_plan_refuses_sizes_that_no_machine_can_run(
         (ValidationConfig(patience=3), "patience", "leave it at None"),
     ],
 )
-def test_settings_of_a_validation_that_contradict_one_another_are_refused(
-    validation: ValidationConfig, field: str, word: str
-) -> None:
+def test_contradicting_settings_of_validation_are_refused(validation: ValidationConfig, field: str, word: str) -> None:
     (fault,) = settings_faults(validation, VALIDATION)
     assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
 
 
-def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_named(
-    plan: MakePlan, tmp_path: Path
-) -> None:
+def test_held_out_prompts_that_are_learned_from_are_refused(plan: MakePlan, tmp_path: Path) -> None:
     def planned(*questions: str) -> Plan:
         answer = {"role": "assistant", "content": "On 21 March."}
         rows = [{"messages": [{**TURN, "content": question}, answer]} for question in questions]
@@ -206,7 +198,7 @@ HALF = "stages.kto.data.fraction=0.5"
 
 
 @pytest.mark.parametrize(("label", "more", "missing"), [(False, (), "desirable"), (True, (HALF,), "undesirable")])
-def test_rows_of_one_label_are_refused_before_anything_is_trained(
+def test_rows_of_one_label_are_refused(
     kto: Callable[..., Plan], label: bool, more: tuple[str, ...], missing: str
 ) -> None:
     planned = kto([label] * 20, *more)

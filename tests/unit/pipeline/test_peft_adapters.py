@@ -60,9 +60,7 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path, replan: Repl
 
 
 @pytest.mark.parametrize("name", ["/gone/base", None], ids=["not here", "none"])
-def test_a_base_that_is_not_here_is_the_model_of_the_recipe_if_its_shapes_fit(
-    tmp_path: Path, outside: Path, replan: Replan, name: str | None
-) -> None:
+def test_a_base_that_is_not_here_has_to_fit(tmp_path: Path, outside: Path, replan: Replan, name: str | None) -> None:
     _change(outside, base_model_name_or_path=name)
     plan = replan(_named(tmp_path / "base"))
     assert any("shapes" in note for note in notes.of_plan(plan))
@@ -123,9 +121,7 @@ def test_an_adapter_of_a_hub_is_fetched_and_then_its_base(
     assert complete.stages[0].inputs["init"].path == outside
 
 
-def test_other_slots_take_an_adapter_too_but_not_those_of_whole_models(
-    tmp_path: Path, outside: Path, replan: Replan
-) -> None:
+def test_other_slots_take_an_adapter_too_but_not_all(tmp_path: Path, outside: Path, replan: Replan) -> None:
     ref = f"path:{outside}"
     settings = {
         "arms": f"[base,{ref}]",
@@ -175,9 +171,7 @@ def _with(**settings: Any) -> Callable[[Path], None]:
         _with_weight("lm_head.lora_A.weight"),
     ],
 )
-def test_an_adapter_that_would_not_be_used_whole_is_refused(
-    outside: Path, replan: Replan, damage: Callable[[Path], None]
-) -> None:
+def test_an_adapter_that_is_not_whole_is_refused(outside: Path, replan: Replan, damage: Callable[[Path], None]) -> None:
     damage(outside)
     with pytest.raises(ModelError, match=r"stages\.dpo\.init"):
         replan()

@@ -112,7 +112,7 @@ def template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}
     ("chosen", "hint"),
     [("{{ messages }}{{ mood }}", "did you mean 'mood'?"), ("chatml", "has no options"), (None, "has no options")],
 )
-def test_an_option_that_the_template_never_reads_is_a_fault_of_the_configuration(
+def test_an_option_that_no_template_reads_is_refused(
     plan: MakePlan, tmp_path: Path, chosen: str | None, hint: str
 ) -> None:
     """The base's own template is looked at where no other is named."""
@@ -236,9 +236,7 @@ def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: Ma
     ("content", "verified", "problem"),
     [("", False, "missing or cut short"), ('{"step": 2}\n', True, "content differs from its manifest")],
 )
-def test_a_damaged_result_is_made_again_and_the_plan_says_why(
-    overrides: list[str], content: str, problem: str, *, verified: bool
-) -> None:
+def test_a_damaged_result_is_made_again(overrides: list[str], content: str, problem: str, *, verified: bool) -> None:
     first = make_plan("quickstart", overrides)
     leave_all(first)
     artifact = first.stages[0].artifact

@@ -115,9 +115,7 @@ def interrupt_at(file: Path) -> Callable[[], None]:
     return on_poll
 
 
-def test_an_interrupted_worker_may_save_before_the_call_returns(
-    executed: Executed, saved: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_worker_may_save_first(executed: Executed, saved: Path, tmp_path: Path) -> None:
     stops = []
 
     def acknowledge(stop: BaseException) -> None:
@@ -163,7 +161,7 @@ def test_a_signal_to_the_launcher_alone_lets_its_worker_save(
     assert saved.read_text() == "saved"
 
 
-def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
+def test_a_signal_while_the_command_starts_lets_its_worker_save(
     executed: Executed, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm sends its warning once."""
@@ -320,7 +318,7 @@ def test_what_cannot_be_forked_is_executed(
             assert beside_a_gpu is None
 
 
-def test_a_library_that_hangs_is_given_up_and_one_that_is_broken_reported_by_who_needs_it(
+def test_a_library_that_hangs_is_given_up_and_a_broken_one_reported(
     executed: Executed, library: Path, log: Path
 ) -> None:
     library.write_text("raise RuntimeError('broken')")

@@ -342,9 +342,7 @@ PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 SERVER = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 

@@ -251,9 +251,7 @@ def short_base(tmp_path: Path, tried: Tried) -> Path:
     return tmp_path / "heldout.jsonl"
 
 
-def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
-    tried: Tried, short_base: Path, tmp_path: Path
-) -> None:
+def test_held_out_prompts_that_are_too_long_are_refused(tried: Tried, short_base: Path, tmp_path: Path) -> None:
     write_rows(short_base, *map(asks, ("When?", f"When {LONG}?", f"When, when {LONG}?", "Where?")))
     with pytest.raises(ModelError) as caught:
         tried(NO_METRICS)
@@ -272,9 +270,7 @@ def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
         tried(NO_METRICS)
 
 
-def test_rows_that_a_stage_allows_but_the_model_cannot_read_are_refused(
-    tried: Tried, short_base: Path, tmp_path: Path
-) -> None:
+def test_rows_that_the_model_cannot_read_are_refused(tried: Tried, short_base: Path, tmp_path: Path) -> None:
     """A later stage would otherwise find out after earlier ones have trained."""
     with (tmp_path / "preferences.jsonl").open("a") as stream:
         stream.write(json.dumps(asks("When?", chosen=LONG, rejected="Soon.")) + "\n")

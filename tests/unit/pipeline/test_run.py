@@ -96,9 +96,7 @@ def break_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda fault: monkeypatch.setenv("WORKER_FAULT", fault)
 
 
-def test_a_run_makes_every_stage_once_and_a_second_one_reuses_them(
-    align: Align, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_makes_every_stage_and_a_second_one_reuses_them(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed = align()
     assert (code, align.states(), align.record()["state"]) == (0, dict.fromkeys(STAGES, "done"), "done")
     assert not list((align.output / "artifacts").glob("*.work"))
@@ -192,7 +190,7 @@ def test_a_worker_that_ends_badly_is_shown_with_its_last_words(
     assert align.states()[stage] == "failed"
 
 
-def test_a_full_disk_is_named_where_a_worker_could_not_even_say_so(
+def test_a_full_disk_is_named_where_a_worker_could_not_say_so(
     align: Align, break_stage: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_stage("sft:crash")
@@ -217,7 +215,7 @@ def test_a_stage_holds_its_lock_itself(align: Align, monkeypatch: pytest.MonkeyP
     assert started == [(True, 7)]
 
 
-def test_a_job_that_stores_nothing_before_it_is_stopped_is_not_queued_again_forever(
+def test_a_job_that_stores_nothing_is_not_queued_again_forever(
     align: Align, break_stage: Callable[[str], None]
 ) -> None:
     """Exit code 75 lets its script queue it again; a benchmark, for example, would begin anew each time."""
@@ -236,9 +234,7 @@ def test_a_job_that_stores_nothing_before_it_is_stopped_is_not_queued_again_fore
     assert [align(*job, only="sft")[0] for _ in range(4)] == [75] * 4, "each stored something"
 
 
-def test_a_stage_that_is_continued_counts_the_time_of_all_attempts_and_logs_where_each_begins(
-    align: Align, break_stage: Callable[[str], None]
-) -> None:
+def test_a_continued_stage_counts_and_logs_all_attempts(align: Align, break_stage: Callable[[str], None]) -> None:
     break_stage("sft:preempt")
     align()
     stopped, log = align.record()["stages"]["sft"], align.run_folder / "sft/log.txt"
@@ -471,9 +467,7 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     assert align.states()["reward"] == "reused", "another run has made it meanwhile"
 
 
-def test_a_reward_model_by_chance_is_said_once_before_ppo_and_in_every_later_call(
-    align: Align, break_stage: Callable[[str], None]
-) -> None:
+def test_a_reward_model_by_chance_is_said_once_in_every_call(align: Align, break_stage: Callable[[str], None]) -> None:
     doubt = "reward: right on 40% of 30 held-out pairs, no better than chance (50%): "
     break_stage("reward:chance")
     _, printed = align()

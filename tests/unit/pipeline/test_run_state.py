@@ -174,7 +174,7 @@ def test_attempts_that_store_nothing_are_counted(tmp_path: Path) -> None:
     [(500.0, (130.0, 100.0, 110.0), 420.0), (500.0, (), 70.0), (0.0, (10.0,), 20.0)],
     ids=["the last of all", "its progress", "of an attempt before"],
 )
-def test_an_attempt_that_was_killed_counts_until_the_last_sign_of_life(
+def test_a_killed_attempt_counts_until_its_last_sign(
     tmp_path: Path, age: float, beats: tuple[float, ...], seconds: float
 ) -> None:
     Attempts(number=1, earlier_seconds=20.0, started=NOW - age).write(tmp_path)
@@ -255,9 +255,7 @@ def report(*failures: tuple[int, int, int]) -> str:
         ([(0, -6, 1), (1, 1, 0)], (1, 1)),
     ],
 )
-def test_the_process_that_brought_down_the_others(
-    failures: list[tuple[int, int, int]], expected: tuple[int, int]
-) -> None:
+def test_the_process_that_failed_first(failures: list[tuple[int, int, int]], expected: tuple[int, int]) -> None:
     assert first_failure(report(*failures)) == ProcessFailure(*expected)
 
 

@@ -75,9 +75,7 @@ def ppo(plan: MakePlan) -> Any:
         *((name, "") for name in ("brevity", "any_number", "defaults", "wrapped")),
     ],
 )
-def test_a_function_is_checked_without_importing_its_file(
-    plan: MakePlan, function: Path, name: str, words: str
-) -> None:
+def test_a_function_is_checked_and_not_imported(plan: MakePlan, function: Path, name: str, words: str) -> None:
     override = second(f"source: '{function}:{name}'")
     if words:
         refusal = fault(plan, override)
@@ -99,9 +97,7 @@ def test_a_file_that_is_not_python_is_named(plan: MakePlan, tmp_path: Path) -> N
     assert f"{file} cannot be read: Is a directory" in fault(plan, override).message
 
 
-def test_the_content_of_a_function_s_file_counts_and_its_place_does_not(
-    plan: MakePlan, function: Path, tmp_path: Path
-) -> None:
+def test_a_function_s_content_counts_and_its_place_does_not(plan: MakePlan, function: Path, tmp_path: Path) -> None:
     first = plan(second(f"source: '{function}:brevity'"))
     moved = tmp_path / "elsewhere.py"
     moved.write_bytes(function.read_bytes())
@@ -128,9 +124,7 @@ def test_a_plan_says_plainly_whose_code_runs(plan: MakePlan, function: Path) -> 
     assert announced(override) == [], "what is reused runs nothing"
 
 
-def test_the_worker_is_told_where_code_and_text_lie_wherever_it_runs(
-    overrides: list[str], function: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_worker_gets_absolute_paths(overrides: list[str], function: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = function.parent
     monkeypatch.chdir(folder)
     os.mkdir("below")
@@ -222,7 +216,7 @@ def test_rubric_scale_api_label_and_members_count(ppo: Any) -> None:
         (ensemble(f"members: [{{source: reward}}, {{{SERVER}}}]"), "ensemble.members[1].server"),
     ],
 )
-def test_a_missing_key_and_a_missing_client_are_named(
+def test_a_missing_key_or_client_is_named(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, scorer: str, where: str
 ) -> None:
     monkeypatch.delenv("SCORER_KEY", raising=False)
@@ -238,9 +232,7 @@ def test_a_missing_key_and_a_missing_client_are_named(
         plan(second(scorer))
 
 
-def test_a_rule_whose_library_is_missing_says_how_to_install_it(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_without_its_library_says_how_to_install_it(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule_kind, "find_spec", lambda name: None if name == "langdetect" else object())
     refusal = fault(plan, second("source: instructions_strict"))
     command = "'lm_eval>=0.4.13,<0.4.14' langdetect immutabledict 'nltk>=3.9.1'"
@@ -248,9 +240,7 @@ def test_a_rule_whose_library_is_missing_says_how_to_install_it(
 
 
 @pytest.mark.parametrize(("model", "is_noted"), [("m", True), ("another", False)])
-def test_an_evaluation_by_the_grader_that_ppo_optimises_is_pointed_out(
-    plan: MakePlan, model: str, is_noted: bool
-) -> None:
+def test_an_evaluation_by_the_grader_of_ppo_is_pointed_out(plan: MakePlan, model: str, is_noted: bool) -> None:
     planned = plan(
         second(GRADE),
         "stages.evaluate.metrics=[{name: helpful, source: grade}]",

@@ -59,9 +59,7 @@ def test_every_stage_that_waits_says_for_what(run: RunFolder, reader: RunReader)
     assert waits()[2:] == ["not started", "needs reward, which failed"]
 
 
-def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
-    run: RunFolder, reader: RunReader, clock: Clock
-) -> None:
+def test_a_running_stage_has_its_curve_tokens_and_times(run: RunFolder, reader: RunReader, clock: Clock) -> None:
     run.stage("dpo", "running", started=STARTED, attempts=2, earlier_seconds=100.0)
     assert stage_of(reader, "dpo").progress is None
     run.steps("dpo", *rows(1, 2))
@@ -87,9 +85,7 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader, "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
-def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start(
-    run: RunFolder, reader: RunReader
-) -> None:
+def test_half_a_line_is_read_when_it_has_ended(run: RunFolder, reader: RunReader) -> None:
     run.stage("dpo", "running", started=STARTED)
     run.progress("dpo", "training", 1, 20)
     metrics = run.work("dpo") / "content/metrics.jsonl"
@@ -251,9 +247,7 @@ class Viewed:
 WAITING = ["· reward    waits for sft", "· dpo       waits for sft", "· ppo       waits for reward"]
 
 
-def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_stays_above_a_view_that_narrows(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     viewed = Viewed(110)
     announcer(viewed.console)("note: before the run")
     run.stage("sft", "running")

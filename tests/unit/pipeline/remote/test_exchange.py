@@ -84,9 +84,7 @@ def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine,
     assert changed(second.plan(), second.plan(stored=False)) == [], "the store is no part of what was asked for"
 
 
-def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
-    machines: tuple[Machine, Machine], url: str
-) -> None:
+def test_checkpoints_stay_if_the_store_has_lost_the_result(machines: tuple[Machine, Machine], url: str) -> None:
     """A run may wait for hours between its plan and its first stage."""
     first, second = machines
     first.run(only="sft")
@@ -101,9 +99,7 @@ def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
     assert (again.stages[0].action, again.stages[0].reason) == (Action.resume, "from checkpoint-20")
 
 
-def test_what_was_made_without_the_store_is_uploaded_later_and_leaves_no_checkpoints(
-    without_report: tuple[Machine, Machine], url: str
-) -> None:
+def test_what_was_made_without_the_store_is_uploaded_later(without_report: tuple[Machine, Machine], url: str) -> None:
     """Also of a call that was cut off: the store was away when its result was to be uploaded."""
     first, second = without_report
     first.leave_all()
@@ -140,9 +136,7 @@ def test_a_machine_that_has_lost_its_lease_leaves_what_the_other_machine_has(
     assert {key: store.read(key) for key in of_the_other} == of_the_other
 
 
-def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_download(
-    machines: tuple[Machine, Machine], url: str
-) -> None:
+def test_checkpoints_beside_another_machine_s_result_are_removed(machines: tuple[Machine, Machine], url: str) -> None:
     """That machine was cut off between the upload of its result and the end of its checkpoints."""
     first, second = machines
     plan = second.plan()

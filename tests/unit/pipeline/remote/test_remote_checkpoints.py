@@ -53,9 +53,7 @@ def files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
-    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path
-) -> None:
+def test_another_machine_gets_all_that_it_needs(checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path) -> None:
     sealed(work, 20)
     sealed(work, 40)
     (work / "micro_batch.json").write_text("{}")
@@ -103,9 +101,7 @@ def test_half_an_upload_never_counts(
     assert local_work(tmp_path / "other").step == 20
 
 
-def test_the_two_newest_are_kept_and_what_only_older_ones_name_is_removed(
-    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
-) -> None:
+def test_all_but_the_two_newest_are_removed(checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path) -> None:
     for step in (20, 40, 60):
         sealed(work, step, tokenizer="the same")
         checkpoints.upload_newest(work, on_bytes=nothing)
@@ -129,7 +125,7 @@ def test_what_is_further_here_is_not_replaced(checkpoints: RemoteCheckpoints, wo
     assert checkpoints.upload_newest(work, on_bytes=nothing) is None, "nothing new"
 
 
-def test_of_a_damaged_checkpoint_the_one_before_is_used_and_that_is_said(
+def test_a_damaged_checkpoint_is_passed_over_and_named(
     checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path, tmp_path: Path
 ) -> None:
     for step in (20, 40):
@@ -144,7 +140,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_that_is_said(
     assert "checkpoint-20 was downloaded" in announcements[1]
 
 
-def test_a_list_of_another_stage_or_that_is_cut_off_does_not_count(
+def test_a_foreign_or_damaged_list_does_not_count(
     checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
 ) -> None:
     sealed(work, 20)
@@ -276,9 +272,7 @@ def test_one_that_waits_gets_the_lease_when_it_is_free(store: ObjectStore, machi
         assert ["is working on it; waiting" in text for text in announcements] == [True]
 
 
-def test_a_lost_machine_s_lease_is_taken_once_it_is_old_and_by_its_own_folder_at_once(
-    store: ObjectStore, machines: tuple[Path, Path]
-) -> None:
+def test_a_lost_machine_s_lease_is_taken_once_it_is_old(store: ObjectStore, machines: tuple[Path, Path]) -> None:
     abandon(store, machines[0])
     with take(store, machines[0]):
         pass

@@ -62,9 +62,7 @@ def test_of_trials_that_tie_none_is_called_the_best(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("trials", "is_worse"), [(4, True), (12, False)])
-def test_the_number_of_trials_counts_in_whether_the_others_are_worse(
-    runs: Runs, tmp_path: Path, trials: int, is_worse: bool
-) -> None:
+def test_the_number_of_trials_counts_in_the_verdict(runs: Runs, tmp_path: Path, trials: int, is_worse: bool) -> None:
     """Ten prompts that are all better: p = 2 / 2¹⁰. Four trials have 6 pairs (p = .012), twelve have 66 (p = .13)."""
     runs.has_prompt = lambda settings, index: index < 10
     parameters = [{"key": "stages.dpo.beta", "values": [round(0.3 + 0.01 * index, 2) for index in range(trials)]}]
@@ -119,7 +117,7 @@ def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs, tmp_pa
     ("minimize", "reference", "warned"),
     [(False, 0.5, True), (False, 0.499, False), (True, 0.4, True), (True, 0.6, False)],
 )
-def test_a_sweep_whose_best_trial_gains_nothing_says_so(
+def test_a_sweep_without_a_gain_says_so(
     runs: Runs, tmp_path: Path, minimize: bool, reference: float, warned: bool
 ) -> None:
     runs.figure = lambda settings: 0.5
@@ -143,9 +141,7 @@ def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_
     assert swept["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
 
 
-def test_a_figure_of_a_stage_itself_is_an_objective_with_a_caution_if_it_is_of_the_training_rows(
-    runs: Runs, tmp_path: Path
-) -> None:
+def test_a_figure_of_training_rows_is_an_objective_with_a_caution(runs: Runs, tmp_path: Path) -> None:
     def swept(stage: str, metric: str, *more: str) -> tuple[int, str]:
         return go(runs, own(runs, tmp_path, objective={"stage": stage, "metric": metric}, **GRID), *more)
 
@@ -237,7 +233,7 @@ def test_failed_trials_are_tried_again_when_they_are_asked_for(runs: Runs) -> No
     [StoreError("cannot be reached", where="s3://models"), DiskError("no space left on the device", where="out")],
     ids=["store", "disk"],
 )
-def test_what_hinders_every_trial_fails_none_and_ends_the_sweep(
+def test_what_hinders_every_trial_fails_none(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, fault: AlignmentError
 ) -> None:
     """A full disk may leave half a line in the journal, which is cut before the next."""
@@ -331,9 +327,7 @@ ARMS = "stages.evaluate.arms=[base,base+prompt,base+few-shot,'stage:sft','stage:
 
 
 @pytest.mark.parametrize(("changes", "word"), REFUSED)
-def test_a_sweep_that_cannot_be_right_starts_nothing(
-    runs: Runs, tmp_path: Path, changes: dict[str, Any], word: str
-) -> None:
+def test_an_impossible_sweep_starts_nothing(runs: Runs, tmp_path: Path, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         go(runs, own(runs, tmp_path, **changes), ARMS)
     assert word in str(caught.value)
@@ -365,7 +359,7 @@ FAR = "stages.evaluate.metrics=[{name: far, source: length, target: 9, higher_is
         ({"pruning": {**MEDIAN, "metric": "validation/accuracy", "minimize": False}}, LOOKS, ""),
     ],
 )
-def test_what_a_stage_reports_depends_on_its_settings(
+def test_settings_decide_what_is_reported(
     runs: Runs, tmp_path: Path, changes: dict[str, Any], override: str, word: str
 ) -> None:
     overrides = [*given(runs), ARMS, override]
@@ -408,7 +402,7 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
     assert len(runs.asked) == 1
 
 
-def test_nothing_is_downloaded_for_a_sweep_that_cannot_begin(
+def test_a_sweep_that_cannot_begin_downloads_nothing(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_cache(monkeypatch, tmp_path)
@@ -451,7 +445,7 @@ def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_
 FILES = {"data/train.jsonl": (json.dumps(ROWS["conversations"]) + "\n") * 2}
 
 
-def test_data_is_downloaded_once_before_the_first_trial_so_that_no_trial_and_no_study_is_lost_by_it(
+def test_data_is_downloaded_once_before_the_first_trial(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_cache(monkeypatch, tmp_path)

@@ -117,9 +117,7 @@ def processes(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Processes:
     return fake
 
 
-def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_once(
-    processes: Processes, runs: Runs
-) -> None:
+def test_as_many_trials_run_at_once_as_are_asked_for(processes: Processes, runs: Runs) -> None:
     code, printed = go(runs, at_once=2)
     assert (code, sorted(settings["stages.dpo.beta"] for settings in runs.asked)) == (0, BETAS)
     assert {len(together) for together in processes.seen} <= {1, 2}
@@ -254,9 +252,7 @@ def test_the_machine_is_shared_out_in_equal_parts(machine: Any) -> None:
         (2, LaunchConfig(backend=MachinesBackend()), "several machines"),
     ],
 )
-def test_a_machine_that_cannot_be_shared_so_is_refused(
-    machine: Any, number: int, launch: LaunchConfig, words: str
-) -> None:
+def test_what_cannot_be_shared_is_refused(machine: Any, number: int, launch: LaunchConfig, words: str) -> None:
     machine(4, ["0", "1"])
     with pytest.raises(ConfigError) as caught:
         shares(number, launch)
@@ -296,9 +292,7 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
-def test_it_gets_its_share_of_the_machine_and_ends_when_the_sweep_lets_go_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_gets_its_share_and_ends_when_the_sweep_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VISIBLE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(VISIBLE[-1], "GPU-7,GPU-8,GPU-9")
@@ -317,9 +311,7 @@ def test_it_gets_its_share_of_the_machine_and_ends_when_the_sweep_lets_go_of_it(
     assert "by signal 15" in outcome.error
 
 
-def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
+def test_a_metric_that_the_stage_does_not_show_ends_the_sweep(processes: Processes, runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not log 'los' while it trains; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
     assert (runs.asked, len(processes.seen)) == ([], 1)
