@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from alignment.core import hardware
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError, StageError
 from alignment.core.fingerprint import digest
-from alignment.core.locks import held, is_held
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.backends import command, feasibility, processes
@@ -78,8 +76,6 @@ def way_of_training(name: str, way: str) -> str:
 
 
 _FOLDER = ".cost"
-_LOCK = "lock"
-"""In the folder of a call, which holds it."""
 
 
 def estimate(
@@ -95,39 +91,25 @@ def estimate(
     micro-batch counts only where the stage would try it before its first step. Raises StageError: the process
     failed."""
     stages = estimated_stages(plan)
-    _clear(_folder(plan))
-    folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
+    _folder(plan).mkdir(parents=True, exist_ok=True)
     names = ", ".join(stage.name for stage in stages)
     announce(f"{names}: ten seconds or more for each stage and each way that is tried; nothing is trained")
-    try:
-        with ExitStack() as lock:
-            with suppress(ConfigError):  # without locks nobody can tell, so nobody clears this folder
-                lock.enter_context(held(folder / _LOCK, wait=False))
-            asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
-            write_json(folder / ASKED, asked)
-            options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
-            cost = _in_process(folder, options, announce=announce)
-        for stage, own in zip(stages, cost.stages, strict=True):
-            if not as_run and not (own.error and known(plan, stage, device=device)):
-                remembered = RunCost(device=device, memory=memory, startup=cost.startup, stages=[own])
-                remembered.write(_file(plan, stage, device))
-        return cost
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="alignment-cost-") as scratch:
+        folder = Path(scratch)
+        asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
+        write_json(folder / ASKED, asked)
+        options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
+        cost = _in_process(folder, options, announce=announce)
+    for stage, own in zip(stages, cost.stages, strict=True):
+        if not as_run and not (own.error and known(plan, stage, device=device)):
+            remembered = RunCost(device=device, memory=memory, startup=cost.startup, stages=[own])
+            remembered.write(_file(plan, stage, device))
+    return cost
 
 
 def estimated_stages(plan: Plan) -> list[PlannedStage]:
     """The stages that have a cost: those that a worker makes."""
     return [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
-
-
-def _clear(folder: Path) -> None:
-    """Removes what calls left that were killed. Their ids say nothing: they may be of another machine or container."""
-    for left in folder.glob("[0-9]*-*"):
-        with suppress(ConfigError):
-            if (left / _LOCK).exists() and not is_held(left / _LOCK):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:

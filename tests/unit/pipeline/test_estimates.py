@@ -16,7 +16,6 @@ from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.config.optim import Automatic, OptimConfig
 from alignment.core import hardware
 from alignment.core.files import shipped
-from alignment.core.locks import held
 from alignment.costs.devices import THIS
 from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.execute import estimates
@@ -99,17 +98,6 @@ def test_a_stage_that_was_not_estimated_is_not_left_out(plan: MakePlan, monkeypa
     cost = estimates.known_costs(plan())
     assert cost is not None
     assert (cost.stages[0].remedy, cost.stages[0].remedy_peak) == ([], 0), "it no longer fits"
-
-
-def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path) -> None:
-    """The other may be of another machine or container, where the same ids are other processes."""
-    killed, living = tmp_path / "12-0a1b2c3d", tmp_path / f"{os.getpid()}-4e5f6a7b"
-    for folder in (killed, living):
-        folder.mkdir()
-        (folder / "lock").touch()
-    with held(living / "lock", wait=False):
-        estimates._clear(tmp_path)
-        assert list(tmp_path.iterdir()) == [living]
 
 
 SMALLER = Choice(field="optim.micro_batch_tokens", values=(1024, 512))
