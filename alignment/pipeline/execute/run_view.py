@@ -160,9 +160,9 @@ class ShownCurve:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageView:
     """A stage: ``waiting``, ``running``, ``stopped``, ``killed``, ``done``, ``reused`` or ``failed``. ``seconds`` is
-    how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a waiting one;
-    ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has ``progress``,
-    ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it is unknown."""
+    how long its ``attempts`` took so far. ``waits_for`` says which stages come before it, ``blocked`` what else it
+    waits for, such as a job in a queue. Only a running stage has ``progress`` and the fields after it; each is None
+    while it is unknown."""
 
     name: str
     state: str

@@ -84,10 +84,9 @@ def _publish(folder: Path, base: ModelSource, artifact: Path, fingerprint: str) 
 
 
 def artifact_of(result: str, output: Path, console: Console) -> Path:
-    """The folder of a result: an artifact's own, that of ``RUN/STAGE`` of a run under ``output``, or that of an adapter
-    that PEFT saved (stored_results.py), which is named as in a recipe or by its folder. Raises ConfigError: there is no
-    such folder, run or stage; ArtifactError: the stage has no result yet; ModelError: the adapter or its base model
-    cannot be used."""
+    """The folder of a result: an artifact's own, that of ``RUN/STAGE`` under ``output``, or that of an adapter that
+    PEFT saved, named as in a recipe or by its folder. Raises ConfigError: there is no such folder, run or stage;
+    ArtifactError: there is no result yet; ModelError: the adapter or its base cannot be used."""
     folder = Path(result.removeprefix("path:")).expanduser()
     if result.startswith("hub:") or (is_adapter(folder) and read_manifest(folder) is None):
         return artifact_of_adapter(result if result.startswith("hub:") else f"path:{folder}", console)
@@ -148,11 +147,10 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
 
 
 def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
-    """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of the models and
-    data from a hub that it was made with. If a branch is not on this machine, its commit is unknown. So it is
-    downloaded before a result counts as missing, if there are results of the same stages, or a store. Raises
-    ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run; ModelError,
-    DataError: something cannot be downloaded."""
+    """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of hubs' models and
+    data. If a branch is not on this machine, it is downloaded before a result counts as missing, if there may be one.
+    Raises ConfigError: there is no such stage, or an input's stage has not been run; ModelError, DataError: something
+    cannot be downloaded."""
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
     if _may_be_here(plan, _missing(plan, only)):

@@ -40,11 +40,10 @@ _ENDLESS = ConfigError("its interpolations expand to more than can be written", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far. ``written`` are the
-    dotted keys that the user's recipe file sets and no override changes. ``names_model`` says whether a recipe or an
-    override names the base model. ``profile`` is the name of the profile that was applied, if any, and
-    ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are not read,
-    because shipped files have their names."""
+    """The tree of files and overrides, not yet typed, and the ``faults`` so far. ``written`` are the dotted keys that
+    the user's file sets and no override changes; ``names_model``: a recipe or an override names the base model;
+    ``dropped_gates``: stages whose gates the ``profile`` removed; ``unread``: files beside the recipe with names of
+    shipped files."""
 
     recipe: str
     tree: dict[str, Any]

@@ -93,11 +93,10 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
-    ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
-    ``unread_files`` lie beside the recipe and have the names of shipped files. ``unread_settings`` have no effect, and
-    are at their defaults in ``config``. ``store`` holds artifacts for several machines, if set. Results to reuse were
-    compared with their hashes if ``verified``, otherwise with their sizes."""
+    """All that ``run`` needs. ``sources`` are the models from outside the run, by the user's reference;
+    ``dropped_gates`` are the stages whose gates the ``profile`` removed. ``unread_files`` have the names of shipped
+    files. ``unread_settings`` have no effect, and are at their defaults in ``config``. ``store`` holds artifacts for
+    several machines. Results to reuse were compared with their hashes if ``verified``, otherwise with their sizes."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -120,11 +119,10 @@ class Plan:
 
 
 def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
-    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results that would be
-    reused are read and compared with their hashes. Raises ConfigError: faults in the recipe, overrides or references;
-    the error lists all of them; DataError: a data file is missing, or a row does not fit its stage; ModelError: a model
-    folder is missing or is not a model; ArtifactError: a manifest cannot be read, or an artifact of a folder that the
-    recipe names is damaged; StoreError: the store of artifacts cannot be reached or refuses."""
+    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results to reuse are
+    compared with their hashes. Raises ConfigError: lists all faults of recipe, overrides and references; DataError,
+    ModelError, ArtifactError: data, a model or an artifact is missing, damaged or does not fit; StoreError: the store
+    cannot be reached or refuses."""
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]

@@ -68,12 +68,11 @@ _MOST_RANDOM = 10
 
 
 class Study:
-    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's. Its ``user_attrs`` hold
-    its ``run`` and, after its end, its ``error``, the step at which it was pruned (``pruned_at``), or its
-    ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet (``unmet``, in words). An
-    interrupted trial is recorded as failed without an ``error``. It does not count, and is tried again under the same
-    run name, so that its stages continue from their checkpoints. The caller holds the sweep's lock. Raises ConfigError:
-    the names of its runs would be too long, or optuna is not installed."""
+    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's; its ``user_attrs`` hold
+    its ``run`` and, after its end, its ``error``, ``pruned_at`` (a step), or its ``intervals``, ``artifacts`` and
+    ``unmet`` gates. An interrupted trial is recorded as failed without an ``error``. It does not count, and is tried
+    again under the same run name, so that its stages continue. The caller holds the sweep's lock. Raises ConfigError:
+    names of runs would be too long, or optuna is not installed."""
 
     def __init__(self, wanted: Sweep) -> None:
         optuna = _optuna()
