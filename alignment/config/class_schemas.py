@@ -36,8 +36,7 @@ class ClassSchemas:
     """The ``definitions`` of a schema, one for each dataclass.
 
     With ``interpolations`` every value may also be a text that Hydra replaces, such as ``${stages.sft.optim}``.
-    ``known`` are schemas of types that are described elsewhere.
-    """
+    ``known`` are schemas of types that are described elsewhere."""
 
     def __init__(self, *, interpolations: bool, known: Mapping[Any, Schema] | None = None) -> None:
         self._interpolations = interpolations

@@ -24,8 +24,7 @@ class LocalBackend:
 class MachinesBackend:
     """``num_machines`` machines with a shared folder. The same command is started on each, with its ``machine_rank``.
 
-    Their processes meet at ``main_address:main_port``, on the machine of rank 0.
-    """
+    Their processes meet at ``main_address:main_port``, on the machine of rank 0."""
 
     kind: str = "machines"
     num_machines: Annotated[int, rules.POSITIVE] = 2
@@ -43,8 +42,7 @@ class SlurmBackend:
     ``signal_seconds`` before its time is over; it is then queued again and continues. With ``wait`` the command waits
     until the last job has ended and returns the run's exit code. ``submit`` is false inside a job, where the stage runs
     on the job's machines. There the job sets ``machine_rank``, ``main_address`` and ``main_port``, which mean the same
-    as in ``MachinesBackend``.
-    """
+    as in ``MachinesBackend``."""
 
     kind: str = "slurm"
     submit: bool = True
@@ -79,8 +77,7 @@ class LauncherKind(str, Enum):
 
     ``auto`` starts a single process itself (``direct``) and uses ``accelerate launch`` for several GPUs. It uses
     ``torchrun`` for several machines, for sharding, and for several CPU processes, of which ``accelerate launch``
-    silently starts only one on a machine.
-    """
+    silently starts only one on a machine."""
 
     auto = "auto"
     direct = "direct"
@@ -93,8 +90,7 @@ class Sharding(str, Enum):
 
     ``none``: nothing; each process holds a whole model, and gradients are averaged (DistributedDataParallel).
     ``zero1``: the optimiser's state; ``zero2``: gradients too; ``zero3``: weights too (Rajbhandari et al. 2020, by
-    DeepSpeed). ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``).
-    """
+    DeepSpeed). ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``)."""
 
     none = "none"
     zero1 = "zero1"
@@ -129,8 +125,7 @@ class LaunchConfig:
     a CPU compute rows of their own. Without it they share every operation, which is better beside another process that
     needs a core. ``grace_seconds`` is the time that a stage has to save after it was asked to stop; then it is killed.
     A stage in which no process does anything for ``hang_seconds`` is ended (0: never). ``backend`` is where the
-    processes run.
-    """
+    processes run."""
 
     kind: LauncherKind = LauncherKind.auto
     sharding: Sharding = Sharding.none
@@ -169,8 +164,7 @@ class SamplingConfig:
 
     A server that the stage starts has ``cache_gb`` GiB for keys and values on a CPU, or ``gpu_share`` of a GPU's memory
     for everything. It must answer within ``start_timeout`` seconds after it was started. A call waits ``timeout``
-    seconds and is retried ``retries`` times; ``concurrency`` calls run at once.
-    """
+    seconds and is retried ``retries`` times; ``concurrency`` calls run at once."""
 
     engine: Engine = Engine.own
     python: str | None = field(default=None, metadata=_NOT_IDENTITY)
@@ -192,8 +186,7 @@ class RolloutSamplingConfig(SamplingConfig):
     set, the ratio of these probabilities to the engine's multiplies the loss of each token, up to that cap (truncated
     importance sampling, Yao et al. 2025). With ``max_staleness`` 1 the answers for an update are sampled while the
     previous update is still being learned from, so they come from the policy before that update. Log-probabilities that
-    differ by more than ``gap_bound`` nats are counted.
-    """
+    differ by more than ``gap_bound`` nats are counted."""
 
     importance_cap: Annotated[float | None, rules.AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
     max_staleness: Annotated[int, rules.ZERO_OR_ONE] = field(default=0, metadata=IF_SET)

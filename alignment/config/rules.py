@@ -33,8 +33,7 @@ class Rule:
     """A test of a value that already has the right type, and a description of the allowed values.
 
     A wrong value of a ``secret`` rule may hold a key or a password, so it is not shown. ``keywords`` say the same in
-    JSON Schema, as far as it can, for editors.
-    """
+    JSON Schema, as far as it can, for editors."""
 
     holds: Callable[[Any], bool]
     allowed: str

@@ -70,8 +70,7 @@ class ChangeLines:
     def _is_new(self, stage: str, progress: Progress) -> bool:
         """Whether the phase is new, or it has done another tenth; without a total, lines come at 10 and 100.
 
-        Phases that take turns count the same steps (sampling and training); only the first of them counts then.
-        """
+        Phases that take turns count the same steps (sampling and training); only the first of them counts then."""
         digits = len(str(progress.step)) if progress.step else 0
         part = (progress.total, progress.step * _PARTS // progress.total if progress.total else digits)
         phases, parts = self._phases.setdefault(stage, set()), self._parts.setdefault(stage, set())

@@ -100,7 +100,7 @@ def _overrides(wanted: Sweep, trial: Any) -> list[str]:
 
 
 def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> int:
-    """Records how a trial ended; returns the exit code of a stop, or 0. Raises what would end every other trial alike."""
+    """Records how a trial ended; returns the exit code of a stop, or 0. Raises what would end the others alike."""
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         if outcome.error:  # a job of Slurm was stopped; a run that is stopped here says so itself
