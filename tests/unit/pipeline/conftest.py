@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.status import show_status
 from alignment.config.run import conf_folder
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
+from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
@@ -140,6 +142,20 @@ def screened(plan: Plan, *, width: int = 200) -> list[str]:
     screen = StringIO()
     show_plan(Console(file=screen, width=width), plan)
     return screen.getvalue().splitlines()
+
+
+def status_of(output: Path, name: str | None = "quickstart") -> str:
+    """What ``align status`` prints."""
+    screen = StringIO()
+    show_status(Console(file=screen, width=160), output, name)
+    return screen.getvalue()
+
+
+def printed_by_run(overrides: Sequence[str], *, code: int = 0, **options: Any) -> str:
+    """What ``align run quickstart`` prints, which ends with this code."""
+    screen = StringIO()
+    assert run("quickstart", overrides, console=Console(file=screen, width=200), **options) == code
+    return screen.getvalue()
 
 
 def faulty_keys(error: AlignmentError) -> list[str]:

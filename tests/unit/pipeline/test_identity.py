@@ -31,36 +31,26 @@ from alignment.pipeline.execute.notes import of_plan
 from alignment.pipeline.plan import actions, references
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
-from alignment.stages.benchmark.kind import BenchmarkConfig
-from alignment.stages.cpt.kind import CptConfig
-from alignment.stages.distil.kind import DistilConfig
-from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.forgetting.kind import ForgettingConfig
-from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.report.kind import ReportConfig
-from alignment.stages.reward.kind import RewardConfig
-from alignment.stages.reward_card.kind import RewardCardConfig
-from alignment.stages.sample.kind import SampleConfig
-from alignment.stages.sft.kind import SftConfig
 from tests.unit.pipeline.conftest import MakePlan, changed
 
 STAGES = config_classes()
 
 REACHED = {"api_key_env", "timeout", "retries", "concurrency"}
 SERVED = REACHED | {"python", "url", "cache_gb", "gpu_share", "start_timeout"}
-OUTSIDE = {
+OUTSIDE: dict[type, set[str]] = {
     # What a reference points to counts by its content.
-    **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig)},
+    **{STAGES[kind]: {"init"} for kind in ("cpt", "sft", "reward", "dpo", "kto")},
     PpoConfig: {"init", "reward", "save_every"},
     EvaluateConfig: {"arms", "reference", "reward", "batch_size", "gate"},
-    ForgettingConfig: {"arms"},
-    RewardCardConfig: {"reward", "micro_batch_tokens"},
-    SampleConfig: {"policy", "reward", "batch_size"},
-    DistilConfig: {"init", "teacher", "batch_size"},
-    BenchmarkConfig: {"arms", "task_folders", "micro_batch_tokens", "batch_size"},
+    STAGES["forgetting"]: {"arms"},
+    STAGES["reward_card"]: {"reward", "micro_batch_tokens"},
+    STAGES["sample"]: {"policy", "reward", "batch_size"},
+    STAGES["distil"]: {"init", "teacher", "batch_size"},
+    STAGES["benchmark"]: {"arms", "task_folders", "micro_batch_tokens", "batch_size"},
     ReportConfig: {"evaluation"},
     # What is read counts by its content, and how strictly it was read shapes nothing.
     **{cls: {"source", "on_error", "max_skipped"} for cls in (SourceConfig, DataConfig, MixedConfig)},
@@ -79,10 +69,10 @@ OUTSIDE = {
     # Votes count by their content.
     JudgeConfig: {"votes"},
 }
-for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig, DistilConfig):
-    OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}
-for _compared in (DpoConfig, KtoConfig):
-    OUTSIDE[_compared] = OUTSIDE[_compared] | {"precompute_reference"}
+for _often in ("cpt", "sft", "reward", "dpo", "kto", "distil"):
+    OUTSIDE[STAGES[_often]] |= {"log_every", "save_every"}
+for _compared in ("dpo", "kto"):
+    OUTSIDE[STAGES[_compared]] |= {"precompute_reference"}
 """Settings that change no result. A name is added here only with the reason why."""
 
 STAGE: dict[str, StageConfig] = {

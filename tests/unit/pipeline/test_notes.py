@@ -149,9 +149,9 @@ def test_held_out_prompts_that_are_learned_from_are_refused(plan: MakePlan, tmp_
     assert "1 of its 2 different prompts" in caught.value.message
     near, other = planned("when is the training", "Where is it?"), planned("Where is it?")
     refuse_sizes(near)
-    noted = [[note for note in of_plan(each) if "resembles its validation rows" in note] for each in (near, other)]
+    noted = [[note for note in of_plan(each) if "its validation rows" in note] for each in (near, other)]
     assert [len(of_one) for of_one in noted] == [1, 0]
-    assert noted[0][0].startswith("1 possible training row of sft")
+    assert noted[0][0].startswith("8 possible training rows of sft resemble")
     without = plan("stages.sft.optim.max_steps=4")
     assert len({stage_of(each, "sft").fingerprint for each in (near, other, without)}) == 3
 
@@ -237,7 +237,7 @@ def asks(folder: Path, content: str) -> None:
     write_rows(folder / "heldout.jsonl", {**ROWS["heldout"], "messages": [{**TURN, "content": content}]})
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def apart(tmp_path: Path, overrides: list[str]) -> None:
     asks(tmp_path, "Where do we meet?")
     write_rows(tmp_path / "conversations.jsonl", *[ROWS["conversations"]] * 8)
@@ -246,7 +246,6 @@ def apart(tmp_path: Path, overrides: list[str]) -> None:
 WITHOUT_REPORT = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:
     assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
     assert not any("no stage writes" in line for line in screened(plan()))
@@ -254,7 +253,6 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
     assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 
-@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -269,7 +267,6 @@ def test_what_is_odd_is_noted(plan: MakePlan, settings: tuple[str, ...], words: 
     assert [note[: len(word)] for note, word in zip(notes, words, strict=True)] == words
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
@@ -290,7 +287,6 @@ def test_what_a_processor_says_of_bfloat16(tmp_path: Path) -> None:
         assert WITHOUT_PATCH(Path(write(tmp_path / "cpuinfo", cpuinfo))) is expected
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan) -> None:
     for override in ("profile=smoke", "+profile=smoke", 'profile="smoke"', "++profile=smoke"):
         (note,) = of_plan(planned := plan(override))
@@ -300,7 +296,6 @@ def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan) -> None:
     assert (f"note: {note}" in screen.getvalue(), read_run(planned.run_folder).record.profile) == (True, "smoke")
 
 
-@pytest.mark.usefixtures("apart")
 def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_path: Path) -> None:
     asks(tmp_path, LONG)
     pairs = tmp_path / "preferences.jsonl"
@@ -316,7 +311,6 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     assert f"note: {note}" in screened(planned, width=400)
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
@@ -335,7 +329,6 @@ def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: Mak
     assert of_plan(plan(metrics, liked, only_length, "stages.ppo.reward=null")) == []
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan) -> None:
     gpus, time = "launch.backend.gpus=2", "launch.backend.time='1:00:00'"
     for settings, asked in (((), "no GPU and no time, "), ((gpus,), "no time, "), ((gpus, time), "")):
@@ -343,7 +336,6 @@ def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan) -> None:
         assert (len(notes), asked in "".join(notes)) == (bool(asked), True)
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None:
     missing = ["stages.evaluate.arms=['hub:org/name@main']", "model.source=hub:org/base@main"]
     notes = [line for line in screened(plan(*missing)) if "download the model" in line]
@@ -351,7 +343,6 @@ def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None
     assert not [line for line in screened(plan()) if "download the model" in line]
 
 
-@pytest.mark.usefixtures("apart")
 def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
     asks(tmp_path, LONG)
     turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]

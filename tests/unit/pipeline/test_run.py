@@ -20,7 +20,6 @@ import yaml
 from rich.console import Console
 
 from alignment.api.loaded_run import load_run
-from alignment.commands.status import show_status
 from alignment.config.launch import LaunchConfig
 from alignment.core.errors import (
     AlignmentError,
@@ -43,7 +42,7 @@ from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.records.run import Attempts, RunRecord
 from alignment.stages.registry import read_spec
 from tests.living import wait_until
-from tests.unit.pipeline.conftest import faulty_keys
+from tests.unit.pipeline.conftest import faulty_keys, status_of
 
 ROOT = Path(__file__).parents[3]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
@@ -71,9 +70,7 @@ class Align:
         return code, screen.getvalue()
 
     def status(self, name: str | None = "quickstart") -> str:
-        screen = StringIO()
-        show_status(Console(file=screen, width=120), self.output, name)
-        return screen.getvalue()
+        return status_of(self.output, name)
 
     def record(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.run_folder / "run.json").read_text())

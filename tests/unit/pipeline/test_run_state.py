@@ -10,18 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as TorchFailure
 
 import alignment
 from alignment.commands.shared.following import current_run
-from alignment.commands.status import show_status
 from alignment.core import terminal
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, Busy, Preempted, StageError
@@ -32,6 +29,7 @@ from alignment.pipeline.execute.workers import ProcessState, Watch, refuse_stuck
 from alignment.records.run import Attempts
 from alignment.records.worker import FAILED, PROGRESS, Heartbeat, Progress, Status, heartbeat_file
 from tests.running import RunFolder
+from tests.unit.pipeline.conftest import status_of
 from tests.unit.pipeline.remote.conftest import sealed
 
 NOW = time.time()
@@ -61,9 +59,7 @@ def was_seen(run: RunFolder, *files: Path) -> None:
 
 
 def status(run: RunFolder, name: str | None = "mine") -> list[str]:
-    screen = StringIO()
-    show_status(Console(file=screen, width=160), run.output, name)
-    return [" ".join(line.split()) for line in screen.getvalue().splitlines()]
+    return [" ".join(line.split()) for line in status_of(run.output, name).splitlines()]
 
 
 def test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do(killed: RunFolder) -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.notes import cautions
-from alignment.pipeline.execute.run import run
 from alignment.rewards.rules import rule_kind
 from tests.hub import weights_file
-from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of
+from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, printed_by_run, screened, stage_of
 from tests.unit.pipeline.test_run import fake
 
 STYLE = "source: 'bundled:quickstart/house_style.py:style'"
@@ -128,19 +125,18 @@ def test_the_worker_gets_absolute_paths(overrides: list[str], function: Path, mo
     folder = function.parent
     monkeypatch.chdir(folder)
     os.mkdir("below")
-    screen = StringIO()
     more = [second("source: below/../score.py:brevity"), "stages.ppo.ptx.coefficient=1"]
     more.append("stages.ppo.ptx.data.source=path:conversations.jsonl")
     more += ["~stages.dpo", "~stages.evaluate", "~stages.report"]
     given = [override for override in overrides if not override.startswith(("stages.dpo", "stages.evaluate"))]
-    assert run("quickstart", [*given, *more], console=Console(file=screen, width=200), command_for=fake) == 0
+    printed = printed_by_run([*given, *more], command_for=fake)
     spec = yaml.safe_load((folder / "out/runs/quickstart/ppo/stage.yaml").read_text())
     source = spec["config"]["scorers"][1]["source"]
     assert (Path(source).is_absolute(), source.partition(":")[2]) == (True, "brevity")
     assert os.path.samefile(source.partition(":")[0], function)
     assert spec["extra_data"] == {"ptx.data": str(folder / "conversations.jsonl")}
     assert list(spec["identity"]["code"]) == ["scorers[1].source"]
-    assert f"ppo runs your code: {source}" in screen.getvalue()
+    assert f"ppo runs your code: {source}" in printed
     assert not (folder / "imported").exists()
 
 

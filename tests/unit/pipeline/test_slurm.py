@@ -12,22 +12,29 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from rich.console import Console
 
 from alignment import cli
-from alignment.commands.status import show_status
 from alignment.core.errors import AlignmentError, Busy, ConfigError, DiskError, NonFiniteError, Preempted, StageError
 from alignment.pipeline.backends import command, slurm, slurm_jobs
 from alignment.pipeline.backends.slurm_jobs import render
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
-from tests.unit.pipeline.conftest import MakePlan, changed, faulty_keys, leave_all, leave_artifact, stage_of, write
+from tests.unit.pipeline.conftest import (
+    MakePlan,
+    changed,
+    faulty_keys,
+    leave_all,
+    leave_artifact,
+    printed_by_run,
+    stage_of,
+    status_of,
+    write,
+)
 
 ON_SLURM = "launch/backend=slurm"
 ASKED = (
@@ -208,10 +215,7 @@ Submit = Callable[..., str]
 @pytest.fixture
 def submit(fakes: Fakes, overrides: list[str]) -> Submit:
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
-        screen = StringIO()
-        arguments = [*overrides, ON_SLURM, "launch.backend.wait=false", *more]
-        assert run("quickstart", arguments, console=Console(file=screen, width=120), only=only) == code
-        return screen.getvalue()
+        return printed_by_run([*overrides, ON_SLURM, "launch.backend.wait=false", *more], only=only, code=code)
 
     return call
 
@@ -225,12 +229,6 @@ def record(run_folder: Path, **changes: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run_folder / "run.json").read_text()) | changes
     (run_folder / "run.json").write_text(json.dumps(content))
     return content
-
-
-def status(run_folder: Path) -> str:
-    screen = StringIO()
-    show_status(Console(file=screen, width=160), run_folder.parent.parent, "quickstart")
-    return screen.getvalue()
 
 
 def test_each_job_waits_for_the_one_before(
@@ -249,9 +247,9 @@ def test_each_job_waits_for_the_one_before(
         "waiting", {"waiting"})  # fmt: skip
     fakes.answers(["11 RUNNING 0:0 None", "12 PENDING 0:0 Dependency"])
     for line in (r"sft +waiting .*job 11 RUNNING", r"reward +waiting .*job 12 PENDING \(Dependency\)", "ppo .*job 14"):
-        assert re.search(rf"^{line} *$", status(run_folder), re.MULTILINE)
+        assert re.search(rf"^{line} *$", status_of(run_folder.parents[1]), re.MULTILINE)
     monkeypatch.setenv("PATH", str(tmp_path))  # status needs no Slurm
-    assert re.search(r"^sft +waiting .*job 11 *$", status(run_folder), re.MULTILINE)
+    assert re.search(r"^sft +waiting .*job 11 *$", status_of(run_folder.parents[1]), re.MULTILINE)
 
 
 def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
@@ -314,25 +312,6 @@ def test_a_run_with_jobs_is_not_started_twice(submit: Submit, fakes: Fakes, run_
     assert len(fakes.submitted()) == 12
 
 
-class Screen:
-    """Notes what a user would see."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.polls = 0
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def wait(self, stage: str, reason: str) -> None:
-        line = f"{stage}: {reason or 'waits no longer'}"
-        if line not in self.lines[-1:]:
-            self.lines.append(line)
-
-    def poll(self) -> None:
-        self.polls += 1
-
-
 @pytest.fixture
 def sft(fakes: Fakes, overrides: list[str]) -> Plan:
     plan = make_plan("quickstart", [*overrides, ON_SLURM])
@@ -342,10 +321,16 @@ def sft(fakes: Fakes, overrides: list[str]) -> Plan:
 
 
 def follow(plan: Plan) -> list[str]:
-    screen = Screen()
+    lines: list[str] = []
+
+    def wait(stage: str, reason: str) -> None:
+        line = f"{stage}: {reason or 'waits no longer'}"
+        lines.extend([line] * (line not in lines[-1:]))
+
+    screen = mock.Mock(note=lines.append, wait=wait)
     slurm_jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
-    assert screen.polls > len(screen.lines)
-    return screen.lines
+    assert screen.poll.call_count > len(lines)
+    return lines
 
 
 def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft: Plan, fakes: Fakes) -> None:
@@ -445,10 +430,10 @@ def test_a_run_whose_lock_is_not_seen_here_is_as_its_jobs_are(
     record(run_folder, state="running")
     for answer, state in (("11 RUNNING 0:0 None", "running"), ("11 FAILED 1:0 NonZeroExitCode", "killed")):
         fakes.answers(answer)
-        assert status(run_folder).split()[:2] == ["quickstart", state]
+        assert status_of(run_folder.parents[1]).split()[:2] == ["quickstart", state]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert status(run_folder).split()[:2] == ["quickstart", "unknown"]
-    assert "Slurm does not answer" in status(run_folder)
+    assert status_of(run_folder.parents[1]).split()[:2] == ["quickstart", "unknown"]
+    assert "Slurm does not answer" in status_of(run_folder.parents[1])
 
 
 def test_job_scripts_are_not_written_without_slurm_over_files_or_for_results_that_are_there(

@@ -11,23 +11,20 @@ import shutil
 import sys
 import threading
 import zipfile
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from rich.console import Console
 
 from alignment import cli
 from alignment.core.errors import ConfigError, DataError, DiskError, ModelError
-from alignment.pipeline.execute.run import run
 from alignment.pipeline.sources import bundled_model, data_sources, hub, model_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import remembered_sha256, resolve, resolve_shapes, unchanged
 from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache, weights_file
-from tests.unit.pipeline.conftest import ROWS, MakePlan, screened, stage_of, write
+from tests.unit.pipeline.conftest import ROWS, MakePlan, printed_by_run, screened, stage_of, write
 from tests.unit.pipeline.test_run import fake
 
 GGUF = weights_file(b"GGUF and some weights")
@@ -281,10 +278,7 @@ def downloads(hub_data_of_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 return leave_data_set(hub_data_of_cache, FILES, revision="v1")
 
             answer(patched, download)
-            screen = StringIO()
-            console = Console(file=screen, width=200)
-            assert run("quickstart", [*overrides, *more], console=console, only=only, command_for=fake) == 0
-        return screen.getvalue()
+            return printed_by_run([*overrides, *more], only=only, command_for=fake)
 
     return downloaded
 
@@ -301,26 +295,22 @@ def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is
     assert stage["data_path"].endswith(f"datasets--org--name/snapshots/{COMMIT}")
     assert stage["identity"]["data"] == NAME
     assert (stage["config"]["data"]["split"], stage["config"]["data"]["subset"]) == ("test", None)
-    again = StringIO()
-    console = Console(file=again, width=200)
-    assert run("quickstart", [*overrides, SOURCE, split], console=console, only="sft", command_for=fake) == 0
-    assert "downloading" not in again.getvalue()
+    assert "downloading" not in printed_by_run([*overrides, SOURCE, split], only="sft", command_for=fake)
 
 
 def test_an_input_made_from_a_branch_that_is_no_longer_here_does_not_count_as_missing(
     overrides: list[str], hub_data_of_cache: Path, downloads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its name has the branch's commit, which the plan does not know."""
-    console = Console(file=StringIO())
     with monkeypatch.context() as patched:
         answer(patched, AssertionError("nothing has to be downloaded for a stage whose inputs cannot be here"))
         with pytest.raises(ConfigError, match="dpo needs the result of sft, which does not exist"):
-            run("quickstart", [*overrides, SOURCE], console=console, only="dpo", command_for=fake)
+            printed_by_run([*overrides, SOURCE], only="dpo", command_for=fake)
     downloads(overrides, SOURCE, only="sft")
     shutil.rmtree(hub_data_of_cache / "hub")
     assert DOWNLOADING in downloads(overrides, SOURCE, only="dpo")
     with pytest.raises(ConfigError, match="ppo needs the result of reward, which does not exist"):
-        run("quickstart", [*overrides, SOURCE], console=console, only="ppo", command_for=fake)
+        printed_by_run([*overrides, SOURCE], only="ppo", command_for=fake)
 
 
 @pytest.mark.parametrize(

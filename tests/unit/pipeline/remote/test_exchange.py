@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import shutil
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from alignment.commands.status import show_status
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DiskError, StoreError
 from alignment.pipeline.execute import exchange
-from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.object_store import ObjectStore, connected, explained, refuse_secret_endpoint
 from tests.living import wait_until
-from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact
+from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact, printed_by_run, status_of
 from tests.unit.pipeline.remote.conftest import sealed
 from tests.unit.pipeline.test_run import STAGES, fake
 
@@ -39,11 +35,7 @@ class Machine:
         return {stage.name: stage.action.value for stage in self.plan().stages}
 
     def run(self, *, only: str | None = None) -> str:
-        screen = StringIO()
-        console = Console(file=screen, width=200)
-        overrides = [*self.overrides, f"artifacts={self.url}"]
-        assert run("quickstart", overrides, console=console, only=only, command_for=fake) == 0
-        return screen.getvalue()
+        return printed_by_run([*self.overrides, f"artifacts={self.url}"], only=only, command_for=fake)
 
     def leave_all(self) -> None:
         leave_all(self.plan(stored=False))
@@ -74,9 +66,8 @@ def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine,
     assert all(stage.reason.endswith("from the store") for stage in second.plan().stages)
     assert not second.output.exists()
     assert "sft: downloading sft-" in second.run()
-    screen = StringIO()
-    show_status(Console(file=screen, width=200), second.output, "quickstart")
-    assert (screen.getvalue().count("reused"), f"store: {url}" in screen.getvalue()) == (len(STAGES), True)
+    status = status_of(second.output)
+    assert (status.count("reused"), f"store: {url}" in status) == (len(STAGES), True)
     manifests = [sorted(machine.output.glob("artifacts/*/manifest.json")) for machine in machines]
     for ours, copied in zip(*manifests, strict=True):
         assert ours.read_bytes() == copied.read_bytes()
