@@ -131,11 +131,9 @@ def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
     if launch.num_processes:
         return launch
     if num_devices == 0:
-        raise ConfigError(
-            "0 starts one process for each GPU, but this machine has no GPU",
-            where="launch.num_processes",
-            remedy="to start two processes on the CPU, set launch.num_processes=2",
-        )
+        message = "0 starts one process for each GPU, but this machine has no GPU"
+        remedy = "to start two processes on the CPU, set launch.num_processes=2"
+        raise ConfigError(message, where="launch.num_processes", remedy=remedy)
     return replace(launch, num_processes=num_devices)
 
 
@@ -144,11 +142,8 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
     are more processes than GPUs, or the chosen launcher cannot start them."""
     workers = launch.num_processes
     if num_devices and workers > num_devices:
-        raise ConfigError(
-            f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}",
-            where="launch.num_processes",
-            remedy=f"launch.num_processes={num_devices}",
-        )
+        message = f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}"
+        raise ConfigError(message, where="launch.num_processes", remedy=f"launch.num_processes={num_devices}")
     if launch.kind is LauncherKind.auto:
         if launch.sharding is not Sharding.none or launch.backend.num_machines > 1:
             return LauncherKind.torchrun

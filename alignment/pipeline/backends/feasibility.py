@@ -98,14 +98,9 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
 
 def _refuse_missing_package(launch: LaunchConfig) -> None:
     if missing := [library for library in TRAINING_LIBRARIES if importlib.util.find_spec(library) is None]:
-        raise ConfigError(
-            f"stages need {', '.join(missing)}, which are not installed for {sys.executable}",
-            where="launch",
-            remedy="install alignment-pipeline without --no-deps, or run align in the environment that has them",
-        )
+        message = f"stages need {', '.join(missing)}, which are not installed for {sys.executable}"
+        remedy = "install alignment-pipeline without --no-deps, or run align in the environment that has them"
+        raise ConfigError(message, where="launch", remedy=remedy)
     if launch.sharding.by_deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"{launch.sharding.value} needs DeepSpeed, which is not installed",
-            where="launch.sharding",
-            remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp",
-        )
+        message = f"{launch.sharding.value} needs DeepSpeed, which is not installed"
+        raise ConfigError(message, where="launch.sharding", remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp")

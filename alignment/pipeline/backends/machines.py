@@ -181,18 +181,13 @@ class _Follower:
 
     def _failed(self, message: str) -> StageError:
         own = f"log-{self._plan.config.launch.backend.machine_rank}.txt"
-        return StageError(
-            message,
-            where=f"stage {self._stage.name}",
-            remedy=f"look there, or in {self._folder / 'log.txt'} and {self._folder / own}",
-        )
+        remedy = f"look there, or in {self._folder / 'log.txt'} and {self._folder / own}"
+        return StageError(message, where=f"stage {self._stage.name}", remedy=remedy)
 
     def _different_result(self) -> ConfigError:
-        return ConfigError(
-            "the first machine produces a different result than this one would",
-            where=f"stage {self._stage.name}",
-            remedy="start the same command on each machine, with the same code and data; only machine_rank may differ",
-        )
+        message = "the first machine produces a different result than this one would"
+        remedy = "start the same command on each machine, with the same code and data; only machine_rank may differ"
+        return ConfigError(message, where=f"stage {self._stage.name}", remedy=remedy)
 
 
 def _read(file: Path) -> dict[str, str]:

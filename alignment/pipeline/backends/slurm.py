@@ -49,11 +49,8 @@ def submission(launch: LaunchConfig) -> SlurmBackend | None:
 def refuse_without_slurm() -> None:
     """Refuses a machine on which jobs cannot be submitted. Raises ConfigError: there is no ``sbatch``."""
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "there is no sbatch on this machine",
-            where="launch.backend",
-            remedy="run the command on a login node of the cluster, load its slurm module, or use launch/backend=local",
-        )
+        remedy = "run the command on a login node of the cluster, load its slurm module, or use launch/backend=local"
+        raise ConfigError("there is no sbatch on this machine", where="launch.backend", remedy=remedy)
 
 
 def submit(file: Path, *, after: str | None) -> str:
@@ -71,11 +68,8 @@ def submit(file: Path, *, after: str | None) -> str:
     job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
-        raise ConfigError(
-            f"sbatch refused it: {reason}",
-            where=str(file),
-            remedy="see launch.backend.partition, account and the other settings of launch.backend",
-        )
+        remedy = "see launch.backend.partition, account and the other settings of launch.backend"
+        raise ConfigError(f"sbatch refused it: {reason}", where=str(file), remedy=remedy)
     return job
 
 

@@ -190,11 +190,9 @@ def refuse_queued(run_folder: Path) -> None:
     jobs = read_jobs(run_folder)
     known = slurm.look(list(jobs.values()))
     if known is None:
-        raise Busy(
-            f"Slurm does not answer, so the jobs of this run may still wait or run: {_named(jobs)}",
-            where=str(run_folder),
-            remedy=f"try again when squeue works here; if the jobs have ended, delete {run_folder / FILE}",
-        )
+        message = f"Slurm does not answer, so the jobs of this run may still wait or run: {_named(jobs)}"
+        remedy = f"try again when squeue works here; if the jobs have ended, delete {run_folder / FILE}"
+        raise Busy(message, where=str(run_folder), remedy=remedy)
     left = {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
     if left:
         raise Busy(
@@ -237,11 +235,8 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
         # Its exit code says so, or its state if it ended before it had a driver.
         was_stopped = job.exit_code in _ASKED_TO_STOP or (job.state in _ENDED_BY_SLURM and not job.exit_code)
         kind = Preempted if was_stopped else worker_protocol.ERRORS.get(job.exit_code, StageError)
-        raise kind(
-            f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
-            where=f"stage {stage.name}",
-            remedy=f"{_CONTINUES if was_stopped else ''}log: {log}",
-        )
+        message = f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip()
+        raise kind(message, where=f"stage {stage.name}", remedy=f"{_CONTINUES if was_stopped else ''}log: {log}")
     if not is_shown(stage.artifact):
         raise ConfigError(
             f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "

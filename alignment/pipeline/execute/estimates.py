@@ -248,11 +248,9 @@ def checked_plan(
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
     if (cost or trade) and device == THIS and hardware.count_devices():
-        raise ConfigError(
-            "this machine has a GPU, and no times are known for it",
-            where="--cost" if cost else "--trade",
-            remedy=f"name its type: --device {' | '.join(DEVICES)}",
-        )
+        message = "this machine has a GPU, and no times are known for it"
+        remedy = f"name its type: --device {' | '.join(DEVICES)}"
+        raise ConfigError(message, where="--cost" if cost else "--trade", remedy=remedy)
     plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve, verified=verified)
     refuse_sizes(plan)
     return plan
@@ -263,11 +261,9 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
     on this machine, so there is no configuration for its cost; StageError: the process that estimates failed."""
     for model in (plan.base, *plan.sources.values()):
         if not model.ready:
-            raise ModelError(
-                f"{model.source} is not on this machine, but the estimate needs its configuration",
-                where="--cost",
-                remedy=f"`{bundled_model.fetch_command()}` fetches the bundled one",
-            )
+            message = f"{model.source} is not on this machine, but the estimate needs its configuration"
+            remedy = f"`{bundled_model.fetch_command()}` fetches the bundled one"
+            raise ModelError(message, where="--cost", remedy=remedy)
     memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
     return estimate(plan, device=device, memory=memory, trade=trade, announce=announce)
 

@@ -39,11 +39,9 @@ def artifact_of_adapter(source: str, console: Console) -> Path:
     assert folder is not None, "it is on this machine"
     adapter = read_adapter(folder, where=source)
     if not adapter.base:
-        raise ModelError(
-            "names no base model that is on this machine or on a hub",
-            where=str(folder / ADAPTER_CONFIG),
-            remedy="set base_model_name_or_path to the folder or the name of its base model",
-        )
+        message = "names no base model that is on this machine or on a hub"
+        remedy = "set base_model_name_or_path to the folder or the name of its base model"
+        raise ModelError(message, where=str(folder / ADAPTER_CONFIG), remedy=remedy)
     base = _here(adapter.base, where=source, console=console)
     refuse_other_base(adapter, base, where=source)
     fingerprint = digest([model_sources.identity_of_folder(folder), base.identity])
@@ -138,11 +136,8 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
     if model.identity != recorded or model.folder is None:
-        raise ModelError(
-            f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed",
-            where=str(artifact),
-            remedy=f"restore the model with the identity {recorded}",
-        )
+        message = f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed"
+        raise ModelError(message, where=str(artifact), remedy=f"restore the model with the identity {recorded}")
     return model.folder
 
 
@@ -159,11 +154,9 @@ def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
     if missing := _missing(plan, only):
         verify = ["--verify"] if plan.verified else []
         command = shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", missing[0], *verify])
-        raise ConfigError(
-            f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
-            where="--stage",
-            remedy=f"first run: {command}; or leave out --stage to run all stages",
-        )
+        message = f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet"
+        remedy = f"first run: {command}; or leave out --stage to run all stages"
+        raise ConfigError(message, where="--stage", remedy=remedy)
     return plan
 
 

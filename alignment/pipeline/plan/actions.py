@@ -144,11 +144,8 @@ class Actions:
         manifest, damage = read_manifest(artifact), ""
         if manifest is not None:
             if manifest.fingerprint != fingerprint:
-                raise ArtifactError(
-                    "contains another result whose fingerprint starts with the same characters",
-                    where=str(artifact),
-                    remedy=f"move {artifact} away",
-                )
+                message = "contains another result whose fingerprint starts with the same characters"
+                raise ArtifactError(message, where=str(artifact), remedy=f"move {artifact} away")
             damage = damage_of(artifact, content=self.verified)
             if not damage:
                 return Action.reuse, artifact.name + self._where(stored=bool(stored))

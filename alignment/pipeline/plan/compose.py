@@ -139,11 +139,9 @@ def _files(path: Path, overrides: Sequence[Override]) -> _Files:
             raise ConfigError(f"{_first_paragraph(error)}{hint}", where=str(path)) from error
         except RecursionError:
             files_in_circle = ", ".join(map(str, files.in_circle()))
-            raise ConfigError(
-                f"these files include each other without an end: {files_in_circle}",
-                where=str(path),
-                remedy="remove one of these names from the list 'defaults' of a file",
-            ) from None
+            message = f"these files include each other without an end: {files_in_circle}"
+            remedy = "remove one of these names from the list 'defaults' of a file"
+            raise ConfigError(message, where=str(path), remedy=remedy) from None
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             if _CONFUSED in str(error):
                 shape_faults = wrong_shapes(yaml_file.read(path), registry.config_classes())
@@ -184,11 +182,8 @@ def find_recipe(recipe: str) -> Path:
     if recipe not in recipe_names():
         if recipe in sweep_names():
             raise _sweep(recipe, where="recipe")
-        raise ConfigError(
-            f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
-            where="recipe",
-            remedy="`align recipes` lists them; give your own file by its path, such as ./mine.yaml",
-        )
+        remedy = "`align recipes` lists them; give your own file by its path, such as ./mine.yaml"
+        raise ConfigError(f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}", where="recipe", remedy=remedy)
     return recipes_folder() / f"{recipe}.yaml"
 
 

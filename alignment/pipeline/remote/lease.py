@@ -78,11 +78,9 @@ def leased(
         if holder is None or age is None:
             continue
         if not wait:
-            raise Busy(
-                f"in use by process {holder.process} on {holder.host}, which renewed its lease {age:.0f} s ago",
-                where=f"{store.url}/{key}",
-                remedy=f"wait for it with --wait; a lease expires after {LEASE_SECONDS:.0f} s",
-            )
+            message = f"in use by process {holder.process} on {holder.host}, which renewed its lease {age:.0f} s ago"
+            remedy = f"wait for it with --wait; a lease expires after {LEASE_SECONDS:.0f} s"
+            raise Busy(message, where=f"{store.url}/{key}", remedy=remedy)
         if not announced:
             announce(f"process {holder.process} on {holder.host} is working on it; waiting")
             announced = True

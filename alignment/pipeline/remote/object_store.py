@@ -55,17 +55,11 @@ def _explanation(error: Exception, url: str) -> StoreError | None:
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     if names & _CREDENTIALS:
-        return StoreError(
-            f"no credentials for this store: {scrubbed(text)}",
-            where=url,
-            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and ~/.aws",
-        )
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and ~/.aws"
+        return StoreError(f"no credentials for this store: {scrubbed(text)}", where=url, remedy=remedy)
     if isinstance(error, PermissionError):
-        return StoreError(
-            f"it refused these credentials: {scrubbed(text)}",
-            where=url,
-            remedy="check the credentials and their permissions on this bucket: list, read, write and delete objects",
-        )
+        remedy = "check the credentials and their permissions on this bucket: list, read, write and delete objects"
+        return StoreError(f"it refused these credentials: {scrubbed(text)}", where=url, remedy=remedy)
     if isinstance(error, FileNotFoundError):
         return StoreError("there is no such bucket", where=url, remedy="create it, or correct artifacts=")
     if names & _UNREACHABLE or (isinstance(error, OSError) and error.errno in _NETWORK):

@@ -62,11 +62,9 @@ def download_files(store: ObjectStore, base: str, folder: Path, files: Listed) -
         remove_leftovers(parent)  # of a download that was killed
     needed, free = sum(listed["size"] for listed in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
-        raise DiskError(
-            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
-            where=str(folder),
-            remedy="free space and run again; files that are already here are not downloaded again",
-        )
+        message = f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free"
+        remedy = "free space and run again; files that are already here are not downloaded again"
+        raise DiskError(message, where=str(folder), remedy=remedy)
     for name, listed in missing.items():
         path = inside(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +101,8 @@ def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manif
     folder = f"{store.url}/{_base(artifact)}"
     manifest = parse_manifest(content.decode(errors="replace"), folder=folder)
     if manifest.fingerprint != fingerprint:
-        raise ArtifactError(
-            "contains another result whose fingerprint starts with the same characters",
-            where=folder,
-            remedy="use another prefix",
-        )
+        message = "contains another result whose fingerprint starts with the same characters"
+        raise ArtifactError(message, where=folder, remedy="use another prefix")
     if not manifest.files or any({"size", "sha256"} - set(listed) for listed in manifest.files.values()):
         raise ArtifactError(
             "does not list its files, so it cannot be verified", where=folder, remedy=f"delete {folder}"

@@ -144,11 +144,9 @@ def refuse_other_base(adapter: PeftAdapter, base: ModelSource, *, where: str) ->
     if base.folder is None or not base.ready:
         return
     if problem := next(_misfits(adapter.needed, shapes_of_weights(base.folder)), ""):
-        raise ModelError(
-            f"the adapter in {adapter.folder} does not fit this run's base model {base.source}: {problem}",
-            where=where,
-            remedy=f"set model.source to its base model: {adapter.base or _name_of_base(adapter)}",
-        )
+        message = f"the adapter in {adapter.folder} does not fit this run's base model {base.source}: {problem}"
+        remedy = f"set model.source to its base model: {adapter.base or _name_of_base(adapter)}"
+        raise ModelError(message, where=where, remedy=remedy)
 
 
 def doubt(adapter: PeftAdapter, base: ModelSource) -> str:

@@ -238,11 +238,8 @@ def _refuse_long_names(wanted: Sweep, runs: str) -> None:
     """Before the first trial, because only the later ones may have such a name."""
     longest = f"{runs}.{wanted.number - 1}"
     if not is_name(longest):
-        raise ConfigError(
-            f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}",
-            where="name",
-            remedy="set a shorter name=…, or give the sweep's file a shorter name",
-        )
+        message = f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}"
+        raise ConfigError(message, where="name", remedy="set a shorter name=…, or give the sweep's file a shorter name")
 
 
 def _sampler(seed: int, trials: int) -> Any:
