@@ -119,11 +119,8 @@ class ClassSchemas:
         if hint in self._known:
             return self._known[hint]
         arguments, base = typing.get_args(hint), typing.get_origin(hint) or hint
-        keywords = (
-            {}
-            if rule is None
-            else {key: rule.keywords[key] for key in rule.keywords if _ONLY_FOR.get(key, base) is base}
-        )
+        all_keywords = {} if rule is None else rule.keywords
+        keywords = {key: value for key, value in all_keywords.items() if _ONLY_FOR.get(key, base) is base}
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self.of(hint)
         if hint is Any:

@@ -210,10 +210,8 @@ class _Conversion:
 
     def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
         if not isinstance(value, (list, tuple)):
-            written = value.items() if isinstance(value, Mapping) else ()
-            example = (
-                f"; write [{{{', '.join(f'{key}: {_as_written(item)}' for key, item in written)}}}]" if written else ""
-            )
+            keys = [f"{key}: {_as_written(item)}" for key, item in value.items()] if isinstance(value, Mapping) else []
+            example = f"; write [{{{', '.join(keys)}}}]" if keys else ""
             raise _Wrong(
                 f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}{example}"
             )

@@ -88,10 +88,8 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
     kind = kind_of(config)
     yield from kind.launch.size_faults(config, processes, where)
     if isinstance(config.optim, OptimConfig) and config.optim.batch_size % processes:
-        message = (
-            f"{config.optim.batch_size} is not divisible by {processes} processes; choose a multiple of {processes}, "
-            "or another launch.num_processes"
-        )
+        remedy = f"choose a multiple of {processes}, or another launch.num_processes"
+        message = f"{config.optim.batch_size} is not divisible by {processes} processes; {remedy}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
     yield from row_counts.faults(config, stage.seen, where=where)
 

@@ -166,9 +166,8 @@ class _Follower:
         if attempt["fingerprint"] != self._stage.fingerprint:
             raise self._different_result()
         self._answered, self._seen_running = attempt["attempt"], True
-        launch = feasibility.of_stage(
-            self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
-        )
+        num_devices = hardware.count_devices()
+        launch = feasibility.of_stage(self._plan.config.launch, self._stage.config, num_devices=num_devices)
         log = self._folder / f"log-{launch.backend.machine_rank}.txt"
         begin_attempt(log, f"attempt at {self._stage.artifact.name}")
         processes.execute(

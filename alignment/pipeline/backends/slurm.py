@@ -61,9 +61,8 @@ def submit(file: Path, *, after: str | None) -> str:
         argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
     if outcome is None or _AWAY.search(outcome.stderr):
-        reason = (
-            f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds" if outcome is None else outcome.stderr.strip()
-        )
+        in_vain = f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds"
+        reason = in_vain if outcome is None else outcome.stderr.strip()
         raise Busy(f"Slurm does not answer: {reason}", where=str(file), remedy="try again when squeue works here")
     job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:

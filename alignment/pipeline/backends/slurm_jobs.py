@@ -195,9 +195,8 @@ def refuse_queued(run_folder: Path) -> None:
         raise Busy(message, where=str(run_folder), remedy=remedy)
     left = {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
     if left:
-        raise Busy(
-            f"Slurm has jobs of this run: {_named(left)}", where=str(run_folder), remedy=advice(run_folder, left)
-        )
+        message = f"Slurm has jobs of this run: {_named(left)}"
+        raise Busy(message, where=str(run_folder), remedy=advice(run_folder, left))
     (run_folder / FILE).unlink(missing_ok=True)
 
 

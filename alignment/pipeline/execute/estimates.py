@@ -208,9 +208,8 @@ def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str
             for line in stream:
                 announce(line.rstrip("\n"))
 
-        code = processes.execute(
-            Command(argv=tuple(argv), environment=variables), log=log, on_poll=show_progress, grace_seconds=1.0
-        )
+        program = Command(argv=tuple(argv), environment=variables)
+        code = processes.execute(program, log=log, on_poll=show_progress, grace_seconds=1.0)
         show_progress()  # what it wrote after the last poll
     if code < 0:
         ended = f"the process that estimates the cost was ended by signal {-code}"

@@ -84,9 +84,8 @@ def advice(plan: Plan) -> list[str]:
 
 def on_a_plan(plan: Plan) -> list[str]:
     """The notes and the advice that somebody who plans a run gets."""
-    missing = (
-        [model for model in (plan.base, *plan.sources.values()) if not model.ready] if not_reused(plan.stages) else []
-    )
+    models = (plan.base, *plan.sources.values()) if not_reused(plan.stages) else ()
+    missing = [model for model in models if not model.ready]
     downloads = [f"the run will download the model {source}" for source in dict.fromkeys(m.source for m in missing)]
     return [*of_plan(plan), *downloads, *_jobs_without_requests(plan), *advice(plan)]
 
@@ -109,9 +108,8 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     required = gate_checks.in_words(stage.config)
     if not stage.has_to_run:
         return required
-    remarks = [
-        f"reads {source.identity}{'' if source.path else ', which the run will download'}" for source in stage.hub_data
-    ]
+    missing = ", which the run will download"
+    remarks = [f"reads {source.identity}{'' if source.path else missing}" for source in stage.hub_data]
     remarks += [f"reads the rows of {maker}, which has no result yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
     if is_automatic(stage.config):

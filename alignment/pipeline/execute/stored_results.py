@@ -203,9 +203,8 @@ def fetch_missing(plans: Iterable[tuple[Plan, Sequence[PlannedStage]]], announce
     """Fetches, once each, what these stages of the plans need and is not on this machine; returns whether that was
     anything. Without stages, nothing is downloaded. Raises ModelError, DataError: something cannot be fetched."""
     needed = [(plan, stages) for plan, stages in plans if stages]
-    models = {
-        model.source: model for plan, _ in needed for model in (plan.base, *plan.sources.values()) if not model.ready
-    }
+    every_model = [model for plan, _ in needed for model in (plan.base, *plan.sources.values())]
+    models = {model.source: model for model in every_model if not model.ready}
     data = {
         source.source: source
         for _, stages in needed

@@ -80,9 +80,8 @@ def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[F
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(config_name=files.name, overrides=[files.search], run_mode=RunMode.RUN)
     keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
-    options = {
-        name: loader.get_group_options(name, config_name=files.name, overrides=[files.search]) for name in GROUPS
-    }
+    asked: dict[str, Any] = {"config_name": files.name, "overrides": [files.search]}
+    options = {name: loader.get_group_options(name, **asked) for name in GROUPS}
     accepted, faults = [], []
     for override in overrides:
         if message := _wrong_with(override, keys, options):

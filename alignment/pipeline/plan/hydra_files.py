@@ -40,9 +40,8 @@ def hostile(value: Any, *, where: str) -> Iterator[Fault]:
         for key, item in value.items():
             path = f"{where}.{key}" if where else str(key)
             if str(key).split(".")[-1] == "_target_":
-                yield Fault(
-                    where=path, message="'_target_' is not allowed: a configuration contains data and never runs code"
-                )
+                message = "'_target_' is not allowed: a configuration contains data and never runs code"
+                yield Fault(where=path, message=message)
             if _has_resolver(str(key)):
                 yield _reads_outside(str(key), where)
             yield from hostile(item, where=path)

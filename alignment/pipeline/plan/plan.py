@@ -347,9 +347,8 @@ class _Builder:
     ) -> dict[str, Any]:
         if kind_of(config).references.whole_run:
             others = references.inputs_of(name, self.config.stages)
-            return references.of_report(
-                self.config, name, inputs={other: self.planned[other].fingerprint for other in others}
-            )
+            fingerprints = {other: self.planned[other].fingerprint for other in others}
+            return references.of_report(self.config, name, inputs=fingerprints)
         return references.of_stage(
             self.config,
             name,

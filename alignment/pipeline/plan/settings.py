@@ -86,10 +86,8 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if submitted is None:
         return
     if submitted.signal_seconds <= launch.grace_seconds:
-        message = (
-            f"a job is asked to save {submitted.signal_seconds} seconds before its end, but a stage may need "
-            f"{launch.grace_seconds} seconds to save (launch.grace_seconds); use more"
-        )
+        needed = f"a stage may need {launch.grace_seconds} seconds to save (launch.grace_seconds)"
+        message = f"a job is asked to save {submitted.signal_seconds} seconds before its end, but {needed}; use more"
         yield Fault(where="launch.backend.signal_seconds", message=message)
     if submitted.time is not None and _seconds(submitted.time) <= submitted.signal_seconds:
         message = f"{submitted.time!r} is not longer than signal_seconds, so a job has no time to train; use more"
@@ -98,10 +96,7 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
         message = f"{submitted.gpus} for {launch.num_processes} processes; use one for each: {launch.num_processes}"
         yield Fault(where="launch.backend.gpus", message=message)
     if not (submitted.gpus or launch.num_processes):
-        message = (
-            "0, and launch.num_processes is 0 (one process for each GPU), so the number of GPUs of a job is "
-            "unknown; set this"
-        )
+        message = "0, and launch.num_processes is 0 (one for each GPU), so a job's number of GPUs is unknown; set this"
         yield Fault(where="launch.backend.gpus", message=message)
 
 
@@ -114,10 +109,8 @@ def _seconds(time: str) -> int:
 def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:
     adapter, where = stage.adapter, f"{path}.adapter"
     if adapter.trains_modules and dtype is Dtype.bfloat16 and stage.optim.moments is not Moments.full:
-        message = (
-            f"{stage.optim.moments.value!r} needs float32 weights, but adapter.modules_to_save are trained in "
-            f"bfloat16; use full, or model.dtype: float32"
-        )
+        needs = f"{stage.optim.moments.value!r} needs float32 weights"
+        message = f"{needs}, but adapter.modules_to_save are trained in bfloat16; use full, or model.dtype: float32"
         yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.master_weights:
         return
@@ -178,10 +171,8 @@ def _unread_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
         yield from _adapter_faults(trained.adapter, f"{where}.adapter")
         drops = trained.adapter.kind in LOW_RANK and trained.adapter.dropout > 0.0
         if drops and not kind_of(stage).learning.may_drop:
-            message = (
-                f"{trained.adapter.dropout:g} is not supported: {stage.kind} compares forward passes of one model, "
-                f"and dropout would change them; use 0"
-            )
+            why = f"{stage.kind} compares forward passes of one model, and dropout would change them"
+            message = f"{trained.adapter.dropout:g} is not supported: {why}; use 0"
             yield Fault(where=f"{where}.adapter.dropout", message=message)
     too_long = getattr(stage, "too_long", None)
     if isinstance(too_long, TooLongConfig) and too_long.do is not TooLong.cut:

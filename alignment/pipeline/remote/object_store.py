@@ -219,9 +219,8 @@ class ObjectStore:
             except FileNotFoundError as error:
                 if file.exists():
                     raise
-                raise ArtifactError(
-                    "it disappeared during the upload", where=str(file), remedy="run it again"
-                ) from error
+                gone = "it disappeared during the upload"
+                raise ArtifactError(gone, where=str(file), remedy="run it again") from error
 
     def download(self, key: str, file: Path) -> bool:
         """Writes an object to a file; returns whether there is one. Raises DiskError: the disk is full or cannot be
@@ -256,9 +255,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     if protocol not in {*fsspec.available_protocols(), *_S3}:
-        raise ConfigError(
-            f"stores of the kind {protocol}:// are not supported", where="artifacts", remedy="s3://BUCKET/PREFIX"
-        )
+        message = f"stores of the kind {protocol}:// are not supported"
+        raise ConfigError(message, where="artifacts", remedy="s3://BUCKET/PREFIX")
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in _S3:
         refuse_secret_endpoint()

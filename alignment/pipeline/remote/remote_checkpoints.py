@@ -104,9 +104,8 @@ def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manif
         message = "contains another result whose fingerprint starts with the same characters"
         raise ArtifactError(message, where=folder, remedy="use another prefix")
     if not manifest.files or any({"size", "sha256"} - set(listed) for listed in manifest.files.values()):
-        raise ArtifactError(
-            "does not list its files, so it cannot be verified", where=folder, remedy=f"delete {folder}"
-        )
+        message = "does not list its files, so it cannot be verified"
+        raise ArtifactError(message, where=folder, remedy=f"delete {folder}")
     return manifest
 
 
@@ -226,9 +225,8 @@ class RemoteCheckpoints:
             checkpoint = self._staged(work, here, staged)
             upload_files(self._store, self.folder, staged, as_listed(checkpoint.files), on_bytes=on_bytes)
         except FileNotFoundError as error:
-            raise ArtifactError(
-                "it disappeared before it was uploaded", where=str(error.filename), remedy=""
-            ) from error
+            gone = "it disappeared before it was uploaded"
+            raise ArtifactError(gone, where=str(error.filename), remedy="") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self._store.write(self._key(checkpoint), json.dumps(typed_json.to_json(checkpoint)).encode())
@@ -365,9 +363,8 @@ class CheckpointUploads:
     def _upload_all(self) -> None:
         while not self._ends.wait(_LOOK_SECONDS):
             if self._lease.lost.is_set():
-                self._announce(
-                    "another machine has taken over the stage, so checkpoints from here are no longer uploaded"
-                )
+                taken = "another machine has taken over the stage"
+                self._announce(f"{taken}, so checkpoints from here are no longer uploaded")
                 return
             try:
                 if not self._upload(self._refuse_after_end):

@@ -143,9 +143,8 @@ def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
     config = _config_of(model.folder, where=where)
     architectures = config.get("architectures") or ["model of an unknown architecture"]
     if not any(str(name).endswith(_SCORER) for name in architectures):
-        raise ModelError(
-            f"{model.folder} contains a {architectures[0]}, which does not give scores", where=where, remedy=advice
-        )
+        message = f"{model.folder} contains a {architectures[0]}, which does not give scores"
+        raise ModelError(message, where=where, remedy=advice)
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
         message = f"{model.folder} contains a classifier with {labels} labels; a reward model has one"

@@ -97,9 +97,8 @@ def _unsupported(settings: Mapping[str, Any]) -> str:
         return f"peft_type is {kind}; LORA (with or without DoRA) and PREFIX_TUNING are"
     if task not in (None, "CAUSAL_LM"):
         return f"task_type is {task}; CAUSAL_LM is"
-    of_experts = (
-        ("rank_pattern", "alpha_pattern") if settings.get("target_parameters") else ()
-    )  # which PEFT itself then writes
+    # PEFT itself writes these for experts.
+    of_experts = ("rank_pattern", "alpha_pattern") if settings.get("target_parameters") else ()
     if names := [name for name in _UNSUPPORTED if settings.get(name) and name not in of_experts]:
         return f"{names[0]} is {settings[names[0]]!r:.80}"
     if settings.get("bias", "none") != "none":

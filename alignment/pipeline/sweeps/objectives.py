@@ -133,9 +133,8 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
         if not stage:
             continue
         metric = asked.metric if asked.stage else _by_name(asked.metric, evaluations[stage])
-        is_half = (
-            metric.startswith(of_stage(stages[stage]).half_by_chance) if asked.stage else metric == ArmMetric.win_rate
-        )
+        of_halves = of_stage(stages[stage]).half_by_chance
+        is_half = metric.startswith(of_halves) if asked.stage else metric == ArmMetric.win_rate
         shared = _shared_arms(stage, asked.arm, plans) if asked.arm else ()
         resolved.append(
             Objective(

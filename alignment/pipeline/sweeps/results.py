@@ -50,9 +50,8 @@ def show(console: Console, record: sweep_record.SweepRecord, wanted: Sweep) -> N
     for trial in record.trials:
         cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
-        reason = (
-            f": {_unmet(trial.error) if trial.state == 'done' else trial.error.splitlines()[0]}" if trial.error else ""
-        )
+        why = _unmet(trial.error) if trial.state == "done" else next(iter(trial.error.splitlines()), "")
+        reason = f": {why}" if why else ""
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)

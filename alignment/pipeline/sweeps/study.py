@@ -248,9 +248,8 @@ def _sampler(seed: int, trials: int) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=min(_MOST_RANDOM, max(2, trials // 3)), constant_liar=True
-        )
+        at_random = min(_MOST_RANDOM, max(2, trials // 3))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random, constant_liar=True)
 
 
 def _distribution(parameter: ParameterConfig) -> Any:

@@ -111,9 +111,8 @@ def _file_of(name: str) -> Path:
     is_path = "/" in name or name.endswith(".yaml")
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
-        remedy = (
-            similar_name(path) if is_path else ""
-        ) or "give the path of a .yaml file, or the name of a shipped sweep"
+        similar = similar_name(path) if is_path else ""
+        remedy = similar or "give the path of a .yaml file, or the name of a shipped sweep"
         message = f"no file {name}" if is_path else f"no sweep {name!r}; {suggestion(name, sweep_names())}"
         raise ConfigError(message, where="SWEEP", remedy=remedy)
     if not is_name(path.stem):
@@ -188,10 +187,9 @@ def _faults_beside(config: SweepConfig, launch: LaunchConfig, stages: Mapping[st
     yield from objectives.faults(config.objective, stages)
     submission, prunes = slurm.submission(launch), config.pruning.pruner is not Pruner.none
     if submission is not None and prunes:
-        message = (
-            "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue; set it to none"
-        )
-        yield Fault(where="pruning.pruner", message=f"{message}, or leave out launch/backend=slurm")
+        why = "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue"
+        message = f"{why}; set it to none, or leave out launch/backend=slurm"
+        yield Fault(where="pruning.pruner", message=message)
     trained = [name for name, stage in stages.items() if kind_of(stage).trains]
     if prunes and config.pruning.stage not in trained:
         message = f"no stage {config.pruning.stage!r} that trains; one of: {', '.join(trained)}"

@@ -45,9 +45,8 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
     if number > 1 and launch.backend.num_machines > 1:
-        raise ConfigError(
-            "trials on several machines can only run one after another", where="--at-once", remedy="leave it out"
-        )
+        message = "trials on several machines can only run one after another"
+        raise ConfigError(message, where="--at-once", remedy="leave it out")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     devices = [] if slurm.submission(launch) is not None else hardware.visible_devices()
     each = len(devices) // number
@@ -114,9 +113,8 @@ class Running:
                 remedy, run = "free space and run again: nothing is lost", f"run {self._run_folder.name}"
                 return TrialOutcome(code=code, error=str(DiskError(message, where=run, remedy=remedy)))
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return TrialOutcome(
-                code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
-            )
+            message = f"its process ended {how} without recording an outcome\n{tail(self._log)}"
+            return TrialOutcome(code=_BUG, error=message.rstrip())
 
     def ask_to_stop(self) -> None:
         """Asks the trial to stop and returns at once; the running stage saves first."""
