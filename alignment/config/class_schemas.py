@@ -36,8 +36,7 @@ class ClassSchemas:
     """The ``definitions`` of a schema, one for each dataclass.
 
     With ``interpolations`` every value may also be a text that Hydra replaces, such as ``${stages.sft.optim}``.
-    ``known`` are schemas of types that are described elsewhere.
-    """
+    ``known`` are schemas of types that are described elsewhere."""
 
     def __init__(self, *, interpolations: bool, known: Mapping[Any, Schema] | None = None) -> None:
         self._interpolations = interpolations
@@ -86,7 +85,6 @@ class ClassSchemas:
         )
 
     def _any_of_fields(self, classes: Mapping[str, type]) -> dict[str, Schema]:
-        """The keys of all classes; where they differ in one, what any of them takes."""
         different: dict[str, dict[str, Schema]] = {}
         for cls in classes.values():
             for name, schema in self.fields(cls).items():
@@ -102,9 +100,10 @@ class ClassSchemas:
             return {"const": default}
         schema = self._value(hint, rule)
         sentences = [*_sentences_on(field.name, cls), *([f"Allowed: {rule.allowed}."] if rule is not None else [])]
-        if sentences or "description" in schema:
+        sentences += [schema["description"]] if "description" in schema else []
+        if sentences:
             described_schema = {"allOf": [schema]} if "$ref" in schema else schema
-            schema = {**described_schema, "description": "\n\n".join([*sentences, *_own_description(schema)])}
+            schema = {**described_schema, "description": "\n\n".join(sentences)}
         return schema if default is _NO_DEFAULT else {**schema, "default": default}
 
     def _value(self, hint: Any, rule: Rule | None) -> Schema:
@@ -120,7 +119,8 @@ class ClassSchemas:
         if hint in self._known:
             return self._known[hint]
         arguments, base = typing.get_args(hint), typing.get_origin(hint) or hint
-        keywords = {} if rule is None else {key: rule.keywords[key] for key in rule.keywords if _is_for(base, key)}
+        all_keywords = {} if rule is None else rule.keywords
+        keywords = {key: value for key, value in all_keywords.items() if _ONLY_FOR.get(key, base) is base}
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self.of(hint)
         if hint is Any:
@@ -158,10 +158,6 @@ class ClassSchemas:
         return _either([schema, {"$ref": f"#/definitions/{INTERPOLATION}"}]) if self._interpolations else schema
 
 
-def _is_for(hint: Any, keyword: str) -> bool:
-    return _ONLY_FOR.get(keyword, hint) is hint
-
-
 def described(cls: type) -> str:
     """The docstring of a class, without the one that dataclasses write themselves."""
     text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
@@ -175,10 +171,6 @@ def _sentences_on(name: str, cls: type) -> Iterator[str]:
         if dataclasses.is_dataclass(owner) and name in [field.name for field in dataclasses.fields(owner)]:
             text = " ".join(described(owner).split())
             yield from (sentence for sentence in _SENTENCE.split(text) if mentioned.search(sentence))
-
-
-def _own_description(schema: Schema) -> list[str]:
-    return [schema["description"]] if "description" in schema else []
 
 
 def _either(schemas: Sequence[Schema]) -> Schema:

@@ -26,8 +26,7 @@ class SourceConfig:
     replacement. ``limit`` reads only the first records; None reads all. With ``on_error: skip`` at most a share of
     ``max_skipped`` of the rows may be left out; this share is not checked if ``limit`` ends the reading. A result
     depends on what the file holds, not on where it is, so ``source`` is not part of a fingerprint; the content's hash
-    is.
-    """
+    is."""
 
     source: str = field(default="", metadata={"identity": False})
     split: Annotated[str, FILLED] = "train"
@@ -55,8 +54,7 @@ class DataConfig(SourceConfig):
     forgetting.
 
     ``fraction`` is the share of the stage's own rows that is used, drawn at random. With .25 they are a subset of those
-    with .5, and they do not depend on the stage's name.
-    """
+    with .5, and they do not depend on the stage's name."""
 
     mix: list[MixedConfig] = field(default_factory=list)
     fraction: Annotated[float, PART] = 1.0
@@ -81,8 +79,7 @@ class TooLongConfig:
     """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, including the token that ends the
     turn. If the row is still too long, the prompt loses tokens at its ``side``, except BOS and what the template adds
     after the last turn. A row with nothing left is dropped. At most the share ``max_share`` of a source's rows may be
-    dropped or cut.
-    """
+    dropped or cut."""
 
     do: TooLong = TooLong.drop
     side: Side = Side.left
@@ -94,8 +91,7 @@ class PtxConfig:
     """Ordinary language modelling alongside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
 
     ``coefficient`` is the weight of the token-mean loss on the assistant turns of ``batch_size`` conversations per
-    step; 0 turns it off.
-    """
+    step; 0 turns it off."""
 
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     batch_size: Annotated[int, POSITIVE] = 8
@@ -109,8 +105,7 @@ class ValidationConfig:
     The held-out rows are the rows of a ``share`` of the prompts, which are then not trained on, or all rows of a
     separate source, ``data``. A validation computes the training objective on them, without dropout. With ``keep_best``
     the stage keeps the weights with the lowest held-out loss, not the last ones. ``patience`` ends the stage after that
-    many validations in a row without a new lowest loss.
-    """
+    many validations in a row without a new lowest loss."""
 
     share: Annotated[float | None, BETWEEN] = None
     data: DataConfig = field(default_factory=DataConfig)

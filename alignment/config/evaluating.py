@@ -15,9 +15,8 @@ class CallsConfig:
     """Where a server is, and how it is called.
 
     ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
-    ``timeout`` seconds for the answer, and is retried ``retries`` times. Redirects are not followed. ``concurrency``
-    calls run at once.
-    """
+    ``timeout`` seconds for the whole answer, of at most 4 MiB, and is retried ``retries`` times. Redirects are not
+    followed. ``concurrency`` calls run at once."""
 
     base_url: Annotated[str, URL] = ""
     api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})
@@ -37,8 +36,7 @@ class AnswersConfig:
     """How every arm answers. At ``temperature`` 0 it answers once, with the most likely tokens.
 
     Above 0 it samples ``per_prompt`` answers. At 1 these are samples of the policy itself, so they also estimate its KL
-    divergence from the reference.
-    """
+    divergence from the reference."""
 
     per_prompt: Annotated[int, POSITIVE] = 1
     temperature: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -79,8 +77,7 @@ class GateConfig:
     """What a run requires of its evaluation: ``arm`` is better than ``against`` by more than ``min_difference``.
 
     It is judged by the 95 % interval of the paired difference in ``metric``, by default the primary one: the whole
-    interval must lie above ``min_difference``. A negative value says how much worse the arm may be.
-    """
+    interval must lie above ``min_difference``. A negative value says how much worse the arm may be."""
 
     arm: str = ""
     against: str = ""
@@ -92,8 +89,7 @@ class GateConfig:
 class ChatEndpointConfig(CallsConfig):
     """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
 
-    Answers are greedy and have at most ``max_tokens`` tokens.
-    """
+    Answers are greedy and have at most ``max_tokens`` tokens."""
 
     model: str = ""
     max_tokens: Annotated[int, POSITIVE] = 512
@@ -111,8 +107,7 @@ class EndpointConfig(ChatEndpointConfig):
 @dataclass(kw_only=True, slots=True)
 class LabelledConfig:
     """Pairs of answers from which people chose the better one, to compare the judge with people. Without a source there
-    are none. At most ``max_prompts`` prompts are drawn, with one pair each.
-    """
+    are none. At most ``max_prompts`` prompts are drawn, with one pair each."""
 
     data: DataConfig = field(default_factory=DataConfig)
     max_prompts: Annotated[int, POSITIVE] = 50
@@ -126,8 +121,7 @@ class JudgeConfig:
     ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about the pair. A failed call is not a
     verdict: the stage ends, and repeats the call when it is started again. The judge also judges the pairs in
     ``labelled``. With people, every prompt with a vote counts. ``votes`` is a file written by ``align judge``, by
-    default the file of this run and stage; the fingerprint depends on its content.
-    """
+    default the file of this run and stage; the fingerprint depends on its content."""
 
     kind: JudgeKind = JudgeKind.none
     pairs: list[PairConfig] = field(default_factory=list)
@@ -143,8 +137,7 @@ class GradingConfig:
     """A model that grades answers from ``lowest`` to ``highest``.
 
     ``rubric`` says what earns which grade. With ``show_reference`` the grader sees the row's reference answer, where
-    there is one.
-    """
+    there is one."""
 
     endpoint: ChatEndpointConfig = field(default_factory=ChatEndpointConfig)
     rubric: Annotated[str, FILLED] = (
@@ -161,8 +154,7 @@ class GradingConfig:
 class GraderConfig(GradingConfig):
     """The model that grades answers for all metrics of the source ``grade``; a metric may have a rubric of its own.
 
-    An arm does not get the metric if more than the share ``max_invalid`` of its replies have no grade.
-    """
+    An arm does not get the metric if more than the share ``max_invalid`` of its replies have no grade."""
 
     max_invalid: Annotated[float, FRACTION] = 0.2
 
@@ -170,8 +162,7 @@ class GraderConfig(GradingConfig):
 @dataclass(kw_only=True, slots=True)
 class ScorerEndpointConfig(ChatEndpointConfig):
     """A chat endpoint whose address is not part of the fingerprint: a stage may continue with the same model at another
-    address.
-    """
+    address."""
 
     base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
 
@@ -180,8 +171,7 @@ class ScorerEndpointConfig(ChatEndpointConfig):
 class ScorerGraderConfig(GradingConfig):
     """The model that grades answers for a scorer.
 
-    ``ungraded`` is the score of an answer whose reply has no grade. Without it such a reply ends the stage.
-    """
+    ``ungraded`` is the score of an answer whose reply has no grade. Without it such a reply ends the stage."""
 
     endpoint: ScorerEndpointConfig = field(default_factory=ScorerEndpointConfig)
     ungraded: Annotated[float | None, SCORE] = None

@@ -17,8 +17,7 @@ class Fault:
     """One error in a configuration.
 
     A setting that merely has no effect is noted by a plan, and not refused: its ``reader`` says what would use it.
-    Example: ``Fault(where="stages.dpo.bata", message="unknown key; did you mean 'beta'?")``
-    """
+    Example: ``Fault(where="stages.dpo.bata", message="unknown key; did you mean 'beta'?")``"""
 
     where: str
     message: str

@@ -6,20 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, ClassVar
 
-from alignment.config.rules import (
-    AT_LEAST_ONE,
-    FILLED,
-    NOT_NEGATIVE,
-    PART,
-    PORT,
-    POSITIVE,
-    SLURM_MEMORY,
-    SLURM_TIME,
-    SLURM_WORD,
-    URL,
-    VARIABLE,
-    ZERO_OR_ONE,
-)
+from alignment.config import rules
 from alignment.core.fingerprint import IF_SET
 
 
@@ -37,14 +24,13 @@ class LocalBackend:
 class MachinesBackend:
     """``num_machines`` machines with a shared folder. The same command is started on each, with its ``machine_rank``.
 
-    Their processes meet at ``main_address:main_port``, on the machine of rank 0.
-    """
+    Their processes meet at ``main_address:main_port``, on the machine of rank 0."""
 
     kind: str = "machines"
-    num_machines: Annotated[int, POSITIVE] = 2
-    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
-    main_address: Annotated[str, FILLED] = "127.0.0.1"
-    main_port: Annotated[int, PORT] = 29400
+    num_machines: Annotated[int, rules.POSITIVE] = 2
+    machine_rank: Annotated[int, rules.NOT_NEGATIVE] = 0
+    main_address: Annotated[str, rules.FILLED] = "127.0.0.1"
+    main_port: Annotated[int, rules.PORT] = 29400
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,23 +42,22 @@ class SlurmBackend:
     ``signal_seconds`` before its time is over; it is then queued again and continues. With ``wait`` the command waits
     until the last job has ended and returns the run's exit code. ``submit`` is false inside a job, where the stage runs
     on the job's machines. There the job sets ``machine_rank``, ``main_address`` and ``main_port``, which mean the same
-    as in ``MachinesBackend``.
-    """
+    as in ``MachinesBackend``."""
 
     kind: str = "slurm"
     submit: bool = True
-    num_machines: Annotated[int, POSITIVE] = 1
-    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
-    main_address: Annotated[str, FILLED] = "127.0.0.1"
-    main_port: Annotated[int, PORT] = 29400
-    partition: Annotated[str | None, SLURM_WORD] = None
-    account: Annotated[str | None, SLURM_WORD] = None
-    qos: Annotated[str | None, SLURM_WORD] = None
-    time: Annotated[str | None, SLURM_TIME] = None
-    gpus: Annotated[int, NOT_NEGATIVE] = 0
-    cpus: Annotated[int | None, POSITIVE] = None
-    memory: Annotated[str | None, SLURM_MEMORY] = None
-    signal_seconds: Annotated[int, POSITIVE] = 300
+    num_machines: Annotated[int, rules.POSITIVE] = 1
+    machine_rank: Annotated[int, rules.NOT_NEGATIVE] = 0
+    main_address: Annotated[str, rules.FILLED] = "127.0.0.1"
+    main_port: Annotated[int, rules.PORT] = 29400
+    partition: Annotated[str | None, rules.SLURM_WORD] = None
+    account: Annotated[str | None, rules.SLURM_WORD] = None
+    qos: Annotated[str | None, rules.SLURM_WORD] = None
+    time: Annotated[str | None, rules.SLURM_TIME] = None
+    gpus: Annotated[int, rules.NOT_NEGATIVE] = 0
+    cpus: Annotated[int | None, rules.POSITIVE] = None
+    memory: Annotated[str | None, rules.SLURM_MEMORY] = None
+    signal_seconds: Annotated[int, rules.POSITIVE] = 300
     wait: bool = True
 
 
@@ -92,8 +77,7 @@ class LauncherKind(str, Enum):
 
     ``auto`` starts a single process itself (``direct``) and uses ``accelerate launch`` for several GPUs. It uses
     ``torchrun`` for several machines, for sharding, and for several CPU processes, of which ``accelerate launch``
-    silently starts only one on a machine.
-    """
+    silently starts only one on a machine."""
 
     auto = "auto"
     direct = "direct"
@@ -106,8 +90,7 @@ class Sharding(str, Enum):
 
     ``none``: nothing; each process holds a whole model, and gradients are averaged (DistributedDataParallel).
     ``zero1``: the optimiser's state; ``zero2``: gradients too; ``zero3``: weights too (Rajbhandari et al. 2020, by
-    DeepSpeed). ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``).
-    """
+    DeepSpeed). ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``)."""
 
     none = "none"
     zero1 = "zero1"
@@ -142,17 +125,16 @@ class LaunchConfig:
     a CPU compute rows of their own. Without it they share every operation, which is better beside another process that
     needs a core. ``grace_seconds`` is the time that a stage has to save after it was asked to stop; then it is killed.
     A stage in which no process does anything for ``hang_seconds`` is ended (0: never). ``backend`` is where the
-    processes run.
-    """
+    processes run."""
 
     kind: LauncherKind = LauncherKind.auto
     sharding: Sharding = Sharding.none
     offload: Offload = Offload.none
-    num_processes: Annotated[int, NOT_NEGATIVE] = 1
-    threads: Annotated[int, NOT_NEGATIVE] = 0
+    num_processes: Annotated[int, rules.NOT_NEGATIVE] = 1
+    threads: Annotated[int, rules.NOT_NEGATIVE] = 0
     divide_rows: bool = True
-    grace_seconds: Annotated[int, POSITIVE] = 120
-    hang_seconds: Annotated[int, NOT_NEGATIVE] = 600
+    grace_seconds: Annotated[int, rules.POSITIVE] = 120
+    hang_seconds: Annotated[int, rules.NOT_NEGATIVE] = 600
     backend: Backend = field(default_factory=LocalBackend)
 
     @property
@@ -182,19 +164,18 @@ class SamplingConfig:
 
     A server that the stage starts has ``cache_gb`` GiB for keys and values on a CPU, or ``gpu_share`` of a GPU's memory
     for everything. It must answer within ``start_timeout`` seconds after it was started. A call waits ``timeout``
-    seconds and is retried ``retries`` times; ``concurrency`` calls run at once.
-    """
+    seconds and is retried ``retries`` times; ``concurrency`` calls run at once."""
 
     engine: Engine = Engine.own
     python: str | None = field(default=None, metadata=_NOT_IDENTITY)
-    url: Annotated[str | None, URL] = field(default=None, metadata=_NOT_IDENTITY)
-    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata=_NOT_IDENTITY)
-    cache_gb: Annotated[float, POSITIVE] = field(default=1.0, metadata=_NOT_IDENTITY)
-    gpu_share: Annotated[float, PART] = field(default=0.3, metadata=_NOT_IDENTITY)
-    start_timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
-    timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
-    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
-    concurrency: Annotated[int, POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
+    url: Annotated[str | None, rules.URL] = field(default=None, metadata=_NOT_IDENTITY)
+    api_key_env: Annotated[str | None, rules.VARIABLE] = field(default=None, metadata=_NOT_IDENTITY)
+    cache_gb: Annotated[float, rules.POSITIVE] = field(default=1.0, metadata=_NOT_IDENTITY)
+    gpu_share: Annotated[float, rules.PART] = field(default=0.3, metadata=_NOT_IDENTITY)
+    start_timeout: Annotated[float, rules.POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    timeout: Annotated[float, rules.POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    retries: Annotated[int, rules.NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
+    concurrency: Annotated[int, rules.POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,9 +186,8 @@ class RolloutSamplingConfig(SamplingConfig):
     set, the ratio of these probabilities to the engine's multiplies the loss of each token, up to that cap (truncated
     importance sampling, Yao et al. 2025). With ``max_staleness`` 1 the answers for an update are sampled while the
     previous update is still being learned from, so they come from the policy before that update. Log-probabilities that
-    differ by more than ``gap_bound`` nats are counted.
-    """
+    differ by more than ``gap_bound`` nats are counted."""
 
-    importance_cap: Annotated[float | None, AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
-    max_staleness: Annotated[int, ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
-    gap_bound: Annotated[float, POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)
+    importance_cap: Annotated[float | None, rules.AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
+    max_staleness: Annotated[int, rules.ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
+    gap_bound: Annotated[float, rules.POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)

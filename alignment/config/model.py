@@ -39,8 +39,7 @@ class ModelConfig:
     is never run. A fingerprint depends on the content of the source, not on its name. ``chat_template`` replaces the
     tokenizer's own, which base models often lack: ``chatml``, ``path:FILE`` of a Jinja template, or ``trl:NAME`` of one
     that TRL ships (alignment/data/chat_template.py). ``template_options`` are values for names that the template reads,
-    such as ``enable_thinking: false`` (alignment/data/templates.py).
-    """
+    such as ``enable_thinking: false`` (alignment/data/templates.py)."""
 
     source: str = field(default="bundled:smollm2-135m", metadata={"identity": False})
     dtype: Dtype = Dtype.bfloat16
@@ -59,8 +58,7 @@ class AdapterKind(str, Enum):
     ``lora``: low-rank factors (Hu et al. 2021). ``dora``: the factors change a weight's direction, and a magnitude for
     each of its outputs is trained too (Liu et al. 2024). ``qlora``: LoRA with the frozen linear weights in four bits,
     NF4 with double quantisation (Dettmers et al. 2023). ``prefix``: keys and values of ``virtual_tokens`` in front of
-    every row, in every layer (Li and Liang 2021).
-    """
+    every row, in every layer (Li and Liang 2021)."""
 
     full = "full"
     lora = "lora"
@@ -104,8 +102,7 @@ class AdapterConfig:
     weights, their gradients and Adam's moments are float32. Without it they have ``model.dtype``, which halves their
     memory; steps that are too small for that format are rounded stochastically (docs/design/0005). So they are in
     ``modules_to_save``, which always have ``model.dtype``. The default of ``chain`` is stack for ``qlora``, because
-    merging adapters into four bits would round the weights again.
-    """
+    merging adapters into four bits would round the weights again."""
 
     DEFAULTS_OF_KIND: ClassVar[dict[str, dict[str, Any]]] = {AdapterKind.qlora.value: {"chain": Chain.stack}}
 
@@ -129,8 +126,7 @@ class AdapterConfig:
 class Critic(str, Enum):
     """``separate`` is a model of its own that starts from the reward model, ``shared`` a head on the policy's trunk.
 
-    ``none``: there is no value model.
-    """
+    ``none``: there is no value model."""
 
     separate = "separate"
     shared = "shared"

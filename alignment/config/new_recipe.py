@@ -24,8 +24,7 @@ class Reasoned:
 class Question:
     """What only the user can decide. ``name`` is the option that answers it, ``--from-pairs``.
 
-    ``choices`` are the answers and what each means; without any, every text is an answer.
-    """
+    ``choices`` are the answers and what each means; without any, every text is an answer."""
 
     name: str
     text: str
@@ -62,8 +61,7 @@ SCORER = Question(
 class Lengths:
     """Tokens of the records that were counted: of whole rows, of their prompts, and of their longest answers.
 
-    ``remarks`` are sentences on records that the chat template cannot render, or of which it leaves something out.
-    """
+    ``remarks`` are sentences on records that the chat template cannot render, or of which it leaves something out."""
 
     rows: Sequence[int] = ()
     prompts: Sequence[int] = ()
@@ -76,8 +74,7 @@ class Rows:
     """The records that stages can make of data files.
 
     ``files`` are their names, ``settings`` those of a stage's ``data``. There are ``number`` records with ``prompts``
-    different prompts.
-    """
+    different prompts."""
 
     files: Sequence[str]
     settings: Mapping[str, Any]
@@ -93,8 +90,7 @@ class Circumstances:
     ``rows`` are the user's by the type of their records, without those that are ``held_out``. ``answers`` are those to
     questions, by name. ``positions`` is the longest sequence that the model reads, and ``has_template`` says whether
     its tokenizer has a chat template of its own. ``start`` is what a stage should start from that learns from
-    preferences or scores, ``made`` are the names of earlier stages by the kind of their artifact.
-    """
+    preferences or scores, ``made`` are the names of earlier stages by the kind of their artifact."""
 
     rows: Mapping[type, Rows]
     answers: Mapping[str, str] = field(default_factory=dict)
@@ -113,8 +109,7 @@ class Circumstances:
 class NewStage:
     """A stage for a new recipe: its settings, each plain, a group of further ones, or ``Reasoned``.
 
-    ``why`` says what it is for. ``reads`` are the rows that it learns from or asks.
-    """
+    ``why`` says what it is for. ``reads`` are the rows that it learns from or asks."""
 
     why: str
     settings: Mapping[str, Any]

@@ -62,8 +62,7 @@ class Moments(str, Enum):
 
     ``full``: in float32. ``eight_bit``: in eight bits, with a scale for each block of 256 (Dettmers et al. 2022, by
     bitsandbytes), for weights of at least 4,096 numbers. ``paged_eight_bit``: the same, in memory that a GPU pages out
-    to the machine's own when it needs room.
-    """
+    to the machine's own when it needs room."""
 
     full = "full"
     eight_bit = "eight_bit"
@@ -79,8 +78,7 @@ class OptimConfig:
     ``activation_checkpointing`` stores only a layer's input, and computes the layer again in the backward pass. Both
     settings change memory and time, but not what is learned, apart from rounding: without ``master_weights``, and for
     ``modules_to_save``, the gradients of micro-batches are added up in the model's dtype. If ``max_steps`` is set, it
-    is the number of steps, and ``epochs`` has no effect.
-    """
+    is the number of steps, and ``epochs`` has no effect."""
 
     lr: Annotated[float, POSITIVE]
     batch_size: Annotated[int, POSITIVE] = 16

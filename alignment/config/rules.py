@@ -20,11 +20,6 @@ def is_name(value: str) -> bool:
     return _NAME.fullmatch(value) is not None
 
 
-def is_url(value: str) -> bool:
-    """Whether ``value`` is empty or the address of a server, without a user, a password or a key in it."""
-    return _URL.fullmatch(value) is not None
-
-
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -38,8 +33,7 @@ class Rule:
     """A test of a value that already has the right type, and a description of the allowed values.
 
     A wrong value of a ``secret`` rule may hold a key or a password, so it is not shown. ``keywords`` say the same in
-    JSON Schema, as far as it can, for editors.
-    """
+    JSON Schema, as far as it can, for editors."""
 
     holds: Callable[[Any], bool]
     allowed: str

@@ -23,8 +23,7 @@ class TrackingConfig:
     ``project`` is the project of W&B and trackio and the experiment of MLflow. ``group`` is the name under which stages
     are grouped (null: the run's name). ``tags`` are added to the tags for recipe, adapter and sharding. ``entity`` is
     the owner of W&B's project (null: the user's own default). ``mlflow_url`` is MLflow's server (empty:
-    ``MLFLOW_TRACKING_URI``).
-    """
+    ``MLFLOW_TRACKING_URI``)."""
 
     wandb: bool = False
     tensorboard: bool = False
@@ -51,8 +50,7 @@ class RunConfig:
 
     ``stages`` maps a stage's name to its configuration; their order follows from their references. ``output`` is the
     folder that contains ``runs/`` and ``artifacts/``. ``artifacts`` is a store that several machines share, such as
-    ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it.
-    """
+    ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it."""
 
     HINTS: ClassVar[dict[str, str]] = {
         "adapter.kind": "each stage has its own: set stages.NAME.adapter.kind for one stage; on the command line, "

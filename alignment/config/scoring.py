@@ -32,8 +32,7 @@ class ServerConfig(CallsConfig):
 
     ``model`` is the model's name. Of the model, a fingerprint includes only this name, so change the name when the
     model behind it changes. ``label`` names one class of a classifier, whose probability is the score. Without it the
-    model must have one output, which is used as the score unchanged. Each call sends ``batch_size`` answers.
-    """
+    model must have one output, which is used as the score unchanged. Each call sends ``batch_size`` answers."""
 
     base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
     api: ServerApi = ServerApi.scores
@@ -65,8 +64,7 @@ class ScoreSourceConfig:
     ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``,
     ``server`` (a reward model or classifier behind HTTP, which ``server`` describes), or a rule
     (alignment/rewards/rules): ``regex`` has a ``pattern``, ``length`` a ``target`` in words, ``json_schema`` a
-    ``schema``.
-    """
+    ``schema``."""
 
     source: str = ""
     pattern: Annotated[str | None, PATTERN] = None
@@ -81,8 +79,7 @@ class MemberConfig(ScoreSourceConfig):
 
     ``source`` may also be ``grade``: a model at an endpoint grades each answer, as ``grader`` says. With ``normalize``
     the running mean is subtracted from scores, which are then divided by the running standard deviation; ``clip`` then
-    limits the absolute value.
-    """
+    limits the absolute value."""
 
     normalize: bool = False
     clip: Annotated[float | None, POSITIVE] = None
@@ -93,8 +90,7 @@ class Combine(str, Enum):
     """How the scores of several members become one.
 
     ``mean``; ``min``, worst-case optimisation (Coste et al. 2024); ``mean_minus_std``, the mean minus ``std_weight``
-    times the members' standard deviation (Eisenstein et al. 2024).
-    """
+    times the members' standard deviation (Eisenstein et al. 2024)."""
 
     mean = "mean"
     min = "min"
@@ -106,8 +102,7 @@ class EnsembleConfig:
     """Several scorers whose scores become one, so that a policy gains little where they disagree.
 
     ``normalize`` and ``clip`` of a member are applied before its score is combined. Bradley-Terry models fix scores
-    only up to a constant, so members that were trained separately should be normalised.
-    """
+    only up to a constant, so members that were trained separately should be normalised."""
 
     members: list[MemberConfig] = field(default_factory=list)
     combine: Combine = Combine.mean
@@ -119,8 +114,7 @@ class ScorerConfig(MemberConfig):
     """One part of an answer's score: ``weight`` times the score that ``source`` gives it.
 
     ``source`` may also be ``ensemble``, several scorers as ``ensemble`` describes them; ``normalize`` and ``clip`` then
-    apply to their combined score.
-    """
+    apply to their combined score."""
 
     source: str = "reward"
     weight: Annotated[float, SCORE] = 1.0
@@ -136,8 +130,7 @@ class MetricConfig(ScoreSourceConfig):
 
     ``aggregate`` combines the scores of several answers to a prompt (``answers.per_prompt``) into one: their ``mean``;
     ``pass@K``, the probability that at least one of K answers is correct, which means a score of at least
-    ``passing_score``; or ``majority``, the score of the most frequent final answer, for ``exact_answer``.
-    """
+    ``passing_score``; or ``majority``, the score of the most frequent final answer, for ``exact_answer``."""
 
     name: Annotated[str, NAME] = ""
     higher_is_better: bool = True
@@ -156,8 +149,7 @@ class GuardConfig:
     if it gains more than a standard error, paired by prompt. Two rollout batches in a row with a mean KL above
     ``max_kl`` (nats per sequence) end the stage, even if ``every`` is 0. A policy above ``max_kl`` never counts as the
     best, but without ``every`` the stage keeps the policy that exceeded it. ``scorer`` is never normalised, and only
-    the main process calls it.
-    """
+    the main process calls it."""
 
     every: Annotated[int, NOT_NEGATIVE] = 0
     prompts: Annotated[int, POSITIVE] = 64

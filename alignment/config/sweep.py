@@ -11,8 +11,7 @@ from alignment.config.rules import FILLED, FINITE, NOT_NEGATIVE, POSITIVE
 
 class Search(str, Enum):
     """``grid``: every combination of values, once. ``tpe``: values near those of trials that did well (Bergstra et al.
-    2011).
-    """
+    2011)."""
 
     grid = "grid"
     tpe = "tpe"
@@ -25,8 +24,7 @@ PRIMARY = "primary"
 class ArmMetric(str, Enum):
     """What an evaluation reports about an arm in addition to the recipe's metrics: a mean over held-out prompts.
 
-    ``win_rate`` comes from the evaluation's judge.
-    """
+    ``win_rate`` comes from the evaluation's judge."""
 
     reward = "reward"
     greedy_log_ratio = "greedy_log_ratio"
@@ -44,8 +42,7 @@ class ObjectiveConfig:
     """A figure to maximise, or to minimise: ``metric`` of an ``arm`` of the recipe's evaluation, or of the metrics in
     a ``stage``'s manifest, such as a reward model's ``eval_accuracy``.
 
-    For an arm it is ``primary``, the name of a metric of the evaluation, or an ``ArmMetric``.
-    """
+    For an arm it is ``primary``, the name of a metric of the evaluation, or an ``ArmMetric``."""
 
     arm: Annotated[str, FILLED] = ""
     stage: Annotated[str, FILLED] = ""
@@ -66,8 +63,7 @@ class PruningConfig:
 
     The objective is measured after that stage, so this may stop a trial that would have been the best. Nothing is
     stopped before ``startup_trials`` trials have finished, nor in the first ``warmup_steps`` steps (updates in RL) of a
-    trial.
-    """
+    trial."""
 
     pruner: Pruner = Pruner.none
     stage: str = ""
@@ -81,8 +77,7 @@ class PruningConfig:
 class ParameterConfig:
     """A setting of the recipe by its dotted ``key``: one of ``values``, or a number from ``low`` to ``high``.
 
-    ``log`` draws numbers evenly on a log scale; ``whole`` draws integers.
-    """
+    ``log`` draws numbers evenly on a log scale; ``whole`` draws integers."""
 
     key: Annotated[str, FILLED] = ""
     values: list[str] = field(default_factory=list)
@@ -95,8 +90,7 @@ class ParameterConfig:
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
     """``trials`` is the number of trials for ``tpe``; a grid runs every combination. A file may give one ``objective``
-    without a list.
-    """
+    without a list."""
 
     summary: str = ""
     search: Search = Search.grid

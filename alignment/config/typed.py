@@ -194,7 +194,6 @@ class _Conversion:
         return converted
 
     def _of_kind(self, kinds: Mapping[str, type], tree: Any, *, where: str, default: Any) -> Any:
-        """An instance of the kind that ``tree`` names, else of the default's. A group has a file for each kind."""
         group = where.replace(".", "/")
         if not isinstance(tree, Mapping):
             kind = nearest(str(tree), kinds) or "KIND"
@@ -216,9 +215,9 @@ class _Conversion:
         return self.instance(cls, own, where=where, defaults=default if type(default) is cls else cls())
 
     def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
-        """A list of groups of settings; a key that a group leaves out has the default of its class."""
         if not isinstance(value, (list, tuple)):
-            example = f"; write [{_in_braces(value)}]" if isinstance(value, Mapping) else ""
+            keys = [f"{key}: {_as_written(item)}" for key, item in value.items()] if isinstance(value, Mapping) else []
+            example = f"; write [{{{', '.join(keys)}}}]" if keys else ""
             raise _Wrong(
                 f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}{example}"
             )
@@ -380,12 +379,7 @@ def _shown(value: Any) -> str:
 
 
 def _as_written(value: Any) -> str:
-    """As YAML and the command line write it."""
     return str(value) if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _in_braces(group: Mapping[Any, Any]) -> str:
-    return f"{{{', '.join(f'{key}: {_as_written(value)}' for key, value in group.items())}}}"
 
 
 def _join(where: str, key: Any) -> str:

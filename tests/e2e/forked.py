@@ -67,7 +67,6 @@ class Forked:
 
 
 def _serve() -> None:
-    import alignment.stages.cpt.run
 
     import alignment.cli
     import alignment.commands.export.worker

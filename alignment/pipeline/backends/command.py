@@ -106,7 +106,10 @@ def of_stage(
     kind = chosen_launcher(launch, num_devices=len(devices))
     argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
-    own = {DIVIDE_ROWS: str(int(launch.divide_rows)), **_devices_of_processes(devices, launch.num_processes)}
+    # No more visible GPUs than processes: without a rank of a launcher, a process with several would spread each batch
+    # over all of them (transformers' DataParallel).
+    own = {DEVICE: "cuda", **hardware.only_visible(devices[: launch.num_processes])} if devices else {DEVICE: "cpu"}
+    own |= {DIVIDE_ROWS: str(int(launch.divide_rows))}
     return Command(argv=argv, environment=of_worker(threads, pythonpath) | own)
 
 
@@ -122,25 +125,15 @@ def here(launch: LaunchConfig, stage_file: Path) -> Command:
     )
 
 
-def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[str, str]:
-    """The device for each process, and no more visible GPUs than processes: without a launcher's rank, a process that
-    sees several GPUs would spread every batch over all of them (transformers' DataParallel)."""
-    if not devices:
-        return {DEVICE: "cpu"}
-    return {DEVICE: "cuda", **hardware.only_visible(devices[:num_processes])}
-
-
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
     """The launch, with one process for each GPU if it asks for that. Raises ConfigError: it asks for that, and there is
     no GPU."""
     if launch.num_processes:
         return launch
     if num_devices == 0:
-        raise ConfigError(
-            "0 starts one process for each GPU, but this machine has no GPU",
-            where="launch.num_processes",
-            remedy="to start two processes on the CPU, set launch.num_processes=2",
-        )
+        message = "0 starts one process for each GPU, but this machine has no GPU"
+        remedy = "to start two processes on the CPU, set launch.num_processes=2"
+        raise ConfigError(message, where="launch.num_processes", remedy=remedy)
     return replace(launch, num_processes=num_devices)
 
 
@@ -149,11 +142,8 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
     are more processes than GPUs, or the chosen launcher cannot start them."""
     workers = launch.num_processes
     if num_devices and workers > num_devices:
-        raise ConfigError(
-            f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}",
-            where="launch.num_processes",
-            remedy=f"launch.num_processes={num_devices}",
-        )
+        message = f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}"
+        raise ConfigError(message, where="launch.num_processes", remedy=f"launch.num_processes={num_devices}")
     if launch.kind is LauncherKind.auto:
         if launch.sharding is not Sharding.none or launch.backend.num_machines > 1:
             return LauncherKind.torchrun
@@ -200,13 +190,8 @@ def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes)]
 
 
-def _direct(_: LaunchConfig, __: int) -> list[str]:
-    """A single process needs none of a launcher's variables, and importing accelerate twice takes two seconds."""
-    return []
-
-
 _LAUNCHERS = {
-    LauncherKind.direct: _direct,
+    LauncherKind.direct: lambda _, __: [],  # importing accelerate twice would take two seconds
     LauncherKind.accelerate: _accelerate,
     LauncherKind.torchrun: _torchrun,
 }

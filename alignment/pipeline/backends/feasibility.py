@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, LocalBackend, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.core.hardware import TRAINING_LIBRARIES
@@ -65,7 +65,10 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
         refuse_missing_keys(stage.config, f"stages.{stage.name}")
         if (trained := as_trained(stage.config)) is not None:
             faults += _size_faults(stage, own.world_size)
-            faults += _page_faults(trained, f"stages.{stage.name}.optim", num_devices=num_devices)
+            # bitsandbytes itself would only log this and continue without paging.
+            if trained.optim.moments is Moments.paged_eight_bit and not num_devices:
+                message = "paging needs a GPU, but there is none; use eight_bit"
+                faults.append(Fault(where=f"stages.{stage.name}.optim.moments", message=message))
     refuse(faults)
 
 
@@ -85,30 +88,17 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
     kind = kind_of(config)
     yield from kind.launch.size_faults(config, processes, where)
     if isinstance(config.optim, OptimConfig) and config.optim.batch_size % processes:
-        message = (
-            f"{config.optim.batch_size} is not divisible by {processes} processes; choose a multiple of {processes}, "
-            "or another launch.num_processes"
-        )
+        remedy = f"choose a multiple of {processes}, or another launch.num_processes"
+        message = f"{config.optim.batch_size} is not divisible by {processes} processes; {remedy}"
         yield Fault(where=f"{where}.optim.batch_size", message=message)
     yield from row_counts.faults(config, stage.seen, where=where)
 
 
 def _refuse_missing_package(launch: LaunchConfig) -> None:
     if missing := [library for library in TRAINING_LIBRARIES if importlib.util.find_spec(library) is None]:
-        raise ConfigError(
-            f"stages need {', '.join(missing)}, which are not installed for {sys.executable}",
-            where="launch",
-            remedy="install alignment-pipeline without --no-deps, or run align in the environment that has them",
-        )
+        message = f"stages need {', '.join(missing)}, which are not installed for {sys.executable}"
+        remedy = "install alignment-pipeline without --no-deps, or run align in the environment that has them"
+        raise ConfigError(message, where="launch", remedy=remedy)
     if launch.sharding.by_deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"{launch.sharding.value} needs DeepSpeed, which is not installed",
-            where="launch.sharding",
-            remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp",
-        )
-
-
-def _page_faults(config: TrainedConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
-    # bitsandbytes itself would only log this and continue without paging.
-    if config.optim.moments is Moments.paged_eight_bit and not num_devices:
-        yield Fault(where=f"{where}.moments", message="paging needs a GPU, but there is none; use eight_bit")
+        message = f"{launch.sharding.value} needs DeepSpeed, which is not installed"
+        raise ConfigError(message, where="launch.sharding", remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp")

@@ -70,17 +70,14 @@ class ForkServer:
     """A server, and its environment."""
 
     def __init__(self, process: subprocess.Popen[bytes], client: socket.socket, environment: Mapping[str, str]) -> None:
-        self._process = process
-        self._client = client
-        self._environment = environment
+        self._process, self._client, self._environment = process, client, environment
 
     def start(
         self, command: Command, *, output: int, keep_open: Sequence[int], gives_up: Callable[[], bool]
     ) -> ForkedProcess | None:
         """Starts a command with the descriptor ``output`` as its standard output, once the server has imported what it
-        is importing now. None if it must be executed: it is not one module in one process, its environment differs
-        where libraries read it while they are imported, the server has ended, or the caller ``gives_up`` the wait for
-        it."""
+        is importing. None if it must be executed: it is not one module in one process, its environment differs where
+        libraries read it while they are imported, the server has ended, or the caller ``gives_up`` the wait."""
         environment = complete(command.environment)
         if not command.module or _early(environment) != _early(self._environment):
             return None

@@ -134,10 +134,7 @@ class _Follower:
     """Answers attempts at one stage until its artifact is there."""
 
     def __init__(self, plan: Plan, stage: PlannedStage, command_for: CommandFor, console: Console) -> None:
-        self._plan = plan
-        self._stage = stage
-        self._command_for = command_for
-        self._console = console
+        self._plan, self._stage, self._command_for, self._console = plan, stage, command_for, console
         self._folder = plan.run_folder / stage.name
         self._answered = ""
         self._seen_running = False
@@ -159,7 +156,9 @@ class _Follower:
                 raise self._failed("the run failed on the first machine")
             if self._seen_running and state in ("done", NOT_MET) and not slurm_jobs.is_shown(self._stage.artifact):
                 raise self._different_result()
-            self._refuse_silence()
+            limit = self._plan.config.launch.hang_seconds
+            if self._signs.are_missing(limit):
+                raise self._failed(f"the first machine has not responded for {limit} seconds (launch.hang_seconds)")
             time.sleep(_POLL_SECONDS)
         return 0
 
@@ -167,38 +166,27 @@ class _Follower:
         if attempt["fingerprint"] != self._stage.fingerprint:
             raise self._different_result()
         self._answered, self._seen_running = attempt["attempt"], True
-        launch = feasibility.of_stage(
-            self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
-        )
+        num_devices = hardware.count_devices()
+        launch = feasibility.of_stage(self._plan.config.launch, self._stage.config, num_devices=num_devices)
         log = self._folder / f"log-{launch.backend.machine_rank}.txt"
         begin_attempt(log, f"attempt at {self._stage.artifact.name}")
         processes.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
             log=log,
-            on_poll=_nothing,
+            on_poll=lambda: None,  # the first machine watches the processes of all
             on_stop=lambda stop: self._console.print(acknowledgement(stop), highlight=False),
             grace_seconds=launch.grace_seconds,
         )
 
-    def _refuse_silence(self) -> None:
-        limit = self._plan.config.launch.hang_seconds
-        if self._signs.are_missing(limit):
-            raise self._failed(f"the first machine has not responded for {limit} seconds (launch.hang_seconds)")
-
     def _failed(self, message: str) -> StageError:
         own = f"log-{self._plan.config.launch.backend.machine_rank}.txt"
-        return StageError(
-            message,
-            where=f"stage {self._stage.name}",
-            remedy=f"look there, or in {self._folder / 'log.txt'} and {self._folder / own}",
-        )
+        remedy = f"look there, or in {self._folder / 'log.txt'} and {self._folder / own}"
+        return StageError(message, where=f"stage {self._stage.name}", remedy=remedy)
 
     def _different_result(self) -> ConfigError:
-        return ConfigError(
-            "the first machine produces a different result than this one would",
-            where=f"stage {self._stage.name}",
-            remedy="start the same command on each machine, with the same code and data; only machine_rank may differ",
-        )
+        message = "the first machine produces a different result than this one would"
+        remedy = "start the same command on each machine, with the same code and data; only machine_rank may differ"
+        return ConfigError(message, where=f"stage {self._stage.name}", remedy=remedy)
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -214,7 +202,3 @@ def _state(run_folder: Path) -> str:
         return RunRecord.read(run_folder).state
     except ArtifactError:
         return ""
-
-
-def _nothing() -> None:
-    """Does nothing, because the first machine watches the processes of all."""

@@ -49,27 +49,22 @@ def call(argv: Sequence[str]) -> int:
         tree.kill()
 
 
-def _nothing(_: BaseException) -> None:
-    """Ignores an interruption."""
-
-
 def execute(
     command: Command,
     *,
     log: Path,
     on_poll: Callable[[], None],
     grace_seconds: float,
-    on_stop: Callable[[BaseException], None] = _nothing,
+    on_stop: Callable[[BaseException], None] = lambda _: None,
     keep_open: Sequence[int] = (),
     server: ForkServer | None = None,
 ) -> int:
-    """Runs a command to its end; returns its exit code, negative for a signal. Its output is appended to ``log``; of a
-    long log, only the beginning and the end are kept. The command has its own session, so that Ctrl-C reaches only this
-    process. If this call is interrupted (by Ctrl-C, or an exception raised in a signal handler), the workers are asked
-    to stop, have ``grace_seconds`` to do so, and are then killed; the interruption is raised again. No process of the
+    """Runs a command in a session of its own; returns its exit code, negative for a signal. Its output is appended to
+    ``log``, of which a long one loses its middle. If this call is interrupted, ``on_stop`` is called, the workers are
+    asked to stop and are killed after ``grace_seconds``, and the interruption is raised again. No process of the
     command outlives this call. ``on_poll`` is called twice a second; if it raises an AlignmentError, the workers are
-    killed at once. ``on_stop`` is called with an interruption before the wait. Descriptors in ``keep_open`` stay open
-    in the command, and so do their locks. A command without a launcher is forked by the ``server``, if there is one."""
+    killed at once. Descriptors in ``keep_open``, and their locks, stay open in the command. The ``server`` forks a
+    command without a launcher."""
     with log.open("ab") as sink, _signals_deferred() as arrived:
         forked = None
         if server is not None:
@@ -145,8 +140,7 @@ class _ProcessTree:
     """A process and its descendants. If it is a launcher, its children are workers, found even after it died."""
 
     def __init__(self, leader: psutil.Process, *, is_launcher: bool) -> None:
-        self._leader = leader
-        self._is_launcher = is_launcher
+        self._leader, self._is_launcher = leader, is_launcher
         self._known: dict[int, psutil.Process] = {}
 
     def look(self) -> None:

@@ -49,11 +49,8 @@ def submission(launch: LaunchConfig) -> SlurmBackend | None:
 def refuse_without_slurm() -> None:
     """Refuses a machine on which jobs cannot be submitted. Raises ConfigError: there is no ``sbatch``."""
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "there is no sbatch on this machine",
-            where="launch.backend",
-            remedy="run the command on a login node of the cluster, load its slurm module, or use launch/backend=local",
-        )
+        remedy = "run the command on a login node of the cluster, load its slurm module, or use launch/backend=local"
+        raise ConfigError("there is no sbatch on this machine", where="launch.backend", remedy=remedy)
 
 
 def submit(file: Path, *, after: str | None) -> str:
@@ -64,18 +61,14 @@ def submit(file: Path, *, after: str | None) -> str:
         argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
     if outcome is None or _AWAY.search(outcome.stderr):
-        reason = (
-            f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds" if outcome is None else outcome.stderr.strip()
-        )
+        in_vain = f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds"
+        reason = in_vain if outcome is None else outcome.stderr.strip()
         raise Busy(f"Slurm does not answer: {reason}", where=str(file), remedy="try again when squeue works here")
     job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
-        raise ConfigError(
-            f"sbatch refused it: {reason}",
-            where=str(file),
-            remedy="see launch.backend.partition, account and the other settings of launch.backend",
-        )
+        remedy = "see launch.backend.partition, account and the other settings of launch.backend"
+        raise ConfigError(f"sbatch refused it: {reason}", where=str(file), remedy=remedy)
     return job
 
 

@@ -97,7 +97,6 @@ def _num_machines(config: StageConfig, slurm: SlurmBackend) -> int:
 
 
 def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
-    """A stage that the driver makes needs no GPU, and one with a single process needs at most one."""
     runs_on = kind_of(config).launch.runs_on
     if runs_on is RunsOn.driver:
         return 0
@@ -191,16 +190,13 @@ def refuse_queued(run_folder: Path) -> None:
     jobs = read_jobs(run_folder)
     known = slurm.look(list(jobs.values()))
     if known is None:
-        raise Busy(
-            f"Slurm does not answer, so the jobs of this run may still wait or run: {_named(jobs)}",
-            where=str(run_folder),
-            remedy=f"try again when squeue works here; if the jobs have ended, delete {run_folder / FILE}",
-        )
+        message = f"Slurm does not answer, so the jobs of this run may still wait or run: {_named(jobs)}"
+        remedy = f"try again when squeue works here; if the jobs have ended, delete {run_folder / FILE}"
+        raise Busy(message, where=str(run_folder), remedy=remedy)
     left = {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
     if left:
-        raise Busy(
-            f"Slurm has jobs of this run: {_named(left)}", where=str(run_folder), remedy=advice(run_folder, left)
-        )
+        message = f"Slurm has jobs of this run: {_named(left)}"
+        raise Busy(message, where=str(run_folder), remedy=advice(run_folder, left))
     (run_folder / FILE).unlink(missing_ok=True)
 
 
@@ -208,19 +204,16 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], 
     """Shows each stage's job until it has ended; returns when all ended well. An interruption does not end the jobs.
     Raises AlignmentError: a job failed; the kind of error is that of the driver in it."""
     for stage in stages:
-        _follow_stage(plan, stage, jobs[stage.name], display)
-
-
-def _follow_stage(plan: Plan, stage: PlannedStage, job_id: str, display: Display) -> None:
-    running = False
-    for job in _polled(job_id):
-        if running and job.state == "PENDING":
-            display.note(f"{stage.name}: job {job_id} was queued again; the stage continues from what it has stored")
-        running = job.state == "RUNNING" or (running and job.state != "PENDING")
-        display.wait(stage.name, "" if running or job.ended else f"job {job_id} {job}")
+        job_id, running = jobs[stage.name], False
+        for job in _polled(job_id):
+            if running and job.state == "PENDING":
+                again = f"job {job_id} was queued again; the stage continues from what it has stored"
+                display.note(f"{stage.name}: {again}")
+            running = job.state == "RUNNING" or (running and job.state != "PENDING")
+            display.wait(stage.name, "" if running or job.ended else f"job {job_id} {job}")
+            display.poll()
+        _refuse_failed(plan, stage, job_id, job)
         display.poll()
-    _refuse_failed(plan, stage, job_id, job)
-    display.poll()
 
 
 def _polled(job_id: str) -> Iterator[Job]:
@@ -238,13 +231,11 @@ def _polled(job_id: str) -> Iterator[Job]:
 def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> None:
     log = plan.run_folder / stage.name / f"slurm-{job_id}.log"
     if job.state != "COMPLETED":
-        was_stopped = _was_stopped(job)
+        # Its exit code says so, or its state if it ended before it had a driver.
+        was_stopped = job.exit_code in _ASKED_TO_STOP or (job.state in _ENDED_BY_SLURM and not job.exit_code)
         kind = Preempted if was_stopped else worker_protocol.ERRORS.get(job.exit_code, StageError)
-        raise kind(
-            f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
-            where=f"stage {stage.name}",
-            remedy=f"{_CONTINUES if was_stopped else ''}log: {log}",
-        )
+        message = f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip()
+        raise kind(message, where=f"stage {stage.name}", remedy=f"{_CONTINUES if was_stopped else ''}log: {log}")
     if not is_shown(stage.artifact):
         raise ConfigError(
             f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "
@@ -252,11 +243,6 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
             where=f"stage {stage.name}",
             remedy=f"run it again; log: {log}",
         )
-
-
-def _was_stopped(job: Job) -> bool:
-    """Whether it was asked to stop, as its exit code says, or its state if it ended before it had a driver."""
-    return job.exit_code in _ASKED_TO_STOP or (job.state in _ENDED_BY_SLURM and not job.exit_code)
 
 
 def _named(jobs: Mapping[str, str]) -> str:

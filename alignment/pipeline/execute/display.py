@@ -70,8 +70,7 @@ class ChangeLines:
     def _is_new(self, stage: str, progress: Progress) -> bool:
         """Whether the phase is new, or it has done another tenth; without a total, lines come at 10 and 100.
 
-        Phases that take turns count the same steps (sampling and training); only the first of them counts then.
-        """
+        Phases that take turns count the same steps (sampling and training); only the first of them counts then."""
         digits = len(str(progress.step)) if progress.step else 0
         part = (progress.total, progress.step * _PARTS // progress.total if progress.total else digits)
         phases, parts = self._phases.setdefault(stage, set()), self._parts.setdefault(stage, set())
@@ -99,8 +98,7 @@ class Display:
     """Shows the files of a run on a screen, and what is not in them."""
 
     def __init__(self, reader: RunReader, screen: ChangeLines | _LiveScreen) -> None:
-        self._reader = reader
-        self._screen = screen
+        self._reader, self._screen = reader, screen
         self._blocked: dict[str, str] = {}
 
     def note(self, text: str) -> None:

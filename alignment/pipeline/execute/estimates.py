@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from alignment.core import hardware
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError, StageError
 from alignment.core.fingerprint import digest
-from alignment.core.locks import held, is_held
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.backends import command, feasibility, processes
@@ -35,15 +33,8 @@ from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
 from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
 from alignment.stages.registry import as_trained, kind_of
 
-WAYS = {
-    "full": "full",
-    "full without masters": "full_without_masters",
-    "lora": "lora",
-    "dora": "dora",
-    "qlora": "qlora",
-    "prefix": "prefix",
-}
-"""Ways of training, by the name of their group in conf/adapter."""
+WAYS = ("full", "full without masters", "lora", "dora", "qlora", "prefix")
+"""Ways of training, each a file of conf/adapter."""
 SMALLEST_MICRO_BATCH = 512
 """Tokens of the smallest micro-batch that is proposed."""
 
@@ -80,12 +71,10 @@ def ways_with_less(name: str, config: Any) -> Iterator[Overrides]:
 
 def way_of_training(name: str, way: str) -> str:
     """The override that trains the stage ``name`` in one of ``WAYS``."""
-    return f"adapter@stages.{name}.adapter={WAYS[way]}"
+    return f"adapter@stages.{name}.adapter={way.replace(' ', '_')}"
 
 
 _FOLDER = ".cost"
-_LOCK = "lock"
-"""In the folder of a call, which holds it."""
 
 
 def estimate(
@@ -101,39 +90,25 @@ def estimate(
     micro-batch counts only where the stage would try it before its first step. Raises StageError: the process
     failed."""
     stages = estimated_stages(plan)
-    _clear(_folder(plan))
-    folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
+    _folder(plan).mkdir(parents=True, exist_ok=True)
     names = ", ".join(stage.name for stage in stages)
     announce(f"{names}: ten seconds or more for each stage and each way that is tried; nothing is trained")
-    try:
-        with ExitStack() as lock:
-            with suppress(ConfigError):  # without locks nobody can tell, so nobody clears this folder
-                lock.enter_context(held(folder / _LOCK, wait=False))
-            asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
-            write_json(folder / ASKED, asked)
-            options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
-            cost = _in_process(folder, options, announce=announce)
-        for stage, own in zip(stages, cost.stages, strict=True):
-            if not as_run and not (own.error and known(plan, stage, device=device)):
-                remembered = RunCost(device=device, memory=memory, startup=cost.startup, stages=[own])
-                remembered.write(_file(plan, stage, device))
-        return cost
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="alignment-cost-") as scratch:
+        folder = Path(scratch)
+        asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
+        write_json(folder / ASKED, asked)
+        options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
+        cost = _in_process(folder, options, announce=announce)
+    for stage, own in zip(stages, cost.stages, strict=True):
+        if not as_run and not (own.error and known(plan, stage, device=device)):
+            remembered = RunCost(device=device, memory=memory, startup=cost.startup, stages=[own])
+            remembered.write(_file(plan, stage, device))
+    return cost
 
 
 def estimated_stages(plan: Plan) -> list[PlannedStage]:
     """The stages that have a cost: those that a worker makes."""
     return [stage for stage in plan.stages if not kind_of(stage.config).in_driver]
-
-
-def _clear(folder: Path) -> None:
-    """Removes what calls left that were killed. Their ids say nothing: they may be of another machine or container."""
-    for left in folder.glob("[0-9]*-*"):
-        with suppress(ConfigError):
-            if (left / _LOCK).exists() and not is_held(left / _LOCK):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:
@@ -186,7 +161,6 @@ def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple
 
 
 def _launch_of(plan: Plan, stage: PlannedStage) -> LaunchConfig:
-    """The launch of a stage; one process for each GPU counts as one."""
     launch = replace(plan.config.launch, num_processes=max(1, plan.config.launch.num_processes))
     return feasibility.of_stage(launch, stage.config, num_devices=launch.num_processes)
 
@@ -233,9 +207,8 @@ def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str
             for line in stream:
                 announce(line.rstrip("\n"))
 
-        code = processes.execute(
-            Command(argv=tuple(argv), environment=variables), log=log, on_poll=show_progress, grace_seconds=1.0
-        )
+        program = Command(argv=tuple(argv), environment=variables)
+        code = processes.execute(program, log=log, on_poll=show_progress, grace_seconds=1.0)
         show_progress()  # what it wrote after the last poll
     if code < 0:
         ended = f"the process that estimates the cost was ended by signal {-code}"
@@ -273,11 +246,9 @@ def checked_plan(
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
     if (cost or trade) and device == THIS and hardware.count_devices():
-        raise ConfigError(
-            "this machine has a GPU, and no times are known for it",
-            where="--cost" if cost else "--trade",
-            remedy=f"name its type: --device {' | '.join(DEVICES)}",
-        )
+        message = "this machine has a GPU, and no times are known for it"
+        remedy = f"name its type: --device {' | '.join(DEVICES)}"
+        raise ConfigError(message, where="--cost" if cost else "--trade", remedy=remedy)
     plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve, verified=verified)
     refuse_sizes(plan)
     return plan
@@ -288,11 +259,9 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
     on this machine, so there is no configuration for its cost; StageError: the process that estimates failed."""
     for model in (plan.base, *plan.sources.values()):
         if not model.ready:
-            raise ModelError(
-                f"{model.source} is not on this machine, but the estimate needs its configuration",
-                where="--cost",
-                remedy=f"`{bundled_model.fetch_command()}` fetches the bundled one",
-            )
+            message = f"{model.source} is not on this machine, but the estimate needs its configuration"
+            remedy = f"`{bundled_model.fetch_command()}` fetches the bundled one"
+            raise ModelError(message, where="--cost", remedy=remedy)
     memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
     return estimate(plan, device=device, memory=memory, trade=trade, announce=announce)
 

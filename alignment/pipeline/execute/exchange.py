@@ -65,11 +65,10 @@ def set_damaged_aside(plan: Plan, announce: Announce, *, stages: Sequence[Planne
 
 @contextmanager
 def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool) -> Iterator[bool]:
-    """Holds the lease of a stage while the block makes its result; yields whether it has to. It has not if another
-    machine has made it since the plan. Otherwise the work folder continues from the newest checkpoint, those that the
-    block makes are uploaded, and so is the result. The caller holds the lock of the stage. Raises Busy: another machine
-    works on the stage, and ``wait`` is False; ArtifactError: a result in the store is damaged; DiskError: there is no
-    room for a download; StoreError: the store cannot be reached or refuses."""
+    """Holds the lease of a stage while the block makes its result; yields whether it has to, or another machine has
+    made it. The work folder continues from the newest checkpoint; new ones and the result are uploaded. The caller
+    holds the lock of the stage. Raises Busy: another machine works on it, and ``wait`` is False; ArtifactError: the
+    stored result is damaged; DiskError: there is no room; StoreError: the store cannot be reached or refuses."""
     store = plan.store
     if store is None:
         yield True

@@ -19,7 +19,7 @@ from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.job import memory_key
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.execute.stored_results import not_reused
-from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
+from alignment.pipeline.plan import gate_checks, references, settings, validation_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
@@ -32,17 +32,6 @@ from alignment.rewards.scorer_sources import GRADE, REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.base import Planned
 from alignment.stages.registry import as_trained, kind_of, rows_are_counted
-
-
-def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
-    """What the stage will do about its size, as the end of a sentence that begins with its name; empty for others."""
-    if not is_automatic(stage.config):
-        return
-    key = memory_key(stage.config, stage.identity, stage.inputs)
-    sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
-    chosen = [f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes]
-    yield f"will choose optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"
-
 
 HIGH_RATE = 1e-2
 """Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""
@@ -82,7 +71,7 @@ def _adapters_from_outside(plan: Plan) -> Iterator[str]:
 def _unread(plan: Plan) -> Iterator[str]:
     for path in plan.unread_files:
         yield f"{path} is not read: a shipped file has its name; to use yours, rename it"
-    yield from unread.sentences(plan.unread_settings)
+    yield from settings.unread_sentences(plan.unread_settings)
 
 
 def advice(plan: Plan) -> list[str]:
@@ -100,9 +89,8 @@ def advice(plan: Plan) -> list[str]:
 
 def on_a_plan(plan: Plan) -> list[str]:
     """The notes and the advice that somebody who plans a run gets."""
-    missing = (
-        [model for model in (plan.base, *plan.sources.values()) if not model.ready] if not_reused(plan.stages) else []
-    )
+    models = (plan.base, *plan.sources.values()) if not_reused(plan.stages) else ()
+    missing = [model for model in models if not model.ready]
     downloads = [f"the run will download the model {source}" for source in dict.fromkeys(m.source for m in missing)]
     return [*of_plan(plan), *downloads, *_jobs_without_requests(plan), *advice(plan)]
 
@@ -125,12 +113,17 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     required = gate_checks.in_words(stage.config)
     if not stage.has_to_run:
         return required
-    remarks = [
-        f"reads {source.identity}{'' if source.path else ', which the run will download'}" for source in stage.hub_data
-    ]
+    missing = ", which the run will download"
+    remarks = [f"reads {source.identity}{'' if source.path else missing}" for source in stage.hub_data]
     remarks += [f"reads the rows of {maker}, which has no result yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
-    return [*remarks, *lines(plan, stage), *required]
+    if is_automatic(stage.config):
+        key = memory_key(stage.config, stage.identity, stage.inputs)
+        sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
+        chosen = "; ".join(f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes)
+        remark = "will choose optim.micro_batch_tokens before its first step"
+        remarks.append(f"{remark}: so far {chosen}" if chosen else remark)
+    return [*remarks, *required]
 
 
 def cautions(plan: Plan) -> list[str]:
@@ -230,7 +223,6 @@ def _near_held_out(stage: PlannedStage) -> Iterator[str]:
 
 
 def _shared_prompts(plan: Plan) -> Iterator[str]:
-    """Notes on evaluated prompts that are also trained on, or choose a step, among the rows that a plan compares."""
     for evaluation in plan.stages:
         if kind_of(evaluation.config).produces != EVALUATION or "data" not in evaluation.seen:
             continue

@@ -42,33 +42,13 @@ REVISION = 5
 ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {
     ROWS: (
-        "data",
-        "max_answer_length",
-        "max_length",
-        "max_new_tokens",
-        "max_prompt_length",
-        "too_long",
-        "validation",
+        *("data", "max_answer_length", "max_length", "max_new_tokens", "max_prompt_length", "too_long", "validation"),
     ),
     SCORERS: ("data",),
     # The seed counts for nothing: the examples of an arm that it draws differ little in length.
     MODEL: (
-        "adapter",
-        "answers",
-        "arms",
-        "critic",
-        "data",
-        "few_shot",
-        "init",
-        "limit",
-        "max_new_tokens",
-        "metrics",
-        "num_fewshot",
-        "policy",
-        "reference",
-        "sampling",
-        "system_prompt",
-        "tasks",
+        *("adapter", "answers", "arms", "critic", "data", "few_shot", "init", "limit", "max_new_tokens", "metrics"),
+        *("num_fewshot", "policy", "reference", "sampling", "system_prompt", "tasks"),
     ),
 }
 """The settings of a stage that a rehearsal of each part reads."""
@@ -106,11 +86,7 @@ def _file(plan: Plan, stage: PlannedStage, part: str) -> Path:
 
 
 _FOLDERS = ".rehearsal-"
-_CHECKED = {
-    ROWS: "rows of",
-    SCORERS: "scorers of",
-    MODEL: "requirements of",
-}
+_CHECKED = {ROWS: "rows of", SCORERS: "scorers of", MODEL: "requirements of"}
 """What is announced of the stages with each part."""
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 """The trial is one process, so it must not wait for others."""

@@ -383,9 +383,8 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
         )
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
-        raise ArtifactError(
-            "the stage reported success, but its result is missing", where=str(stage.artifact), remedy="run it again"
-        )
+        message = "the stage reported success, but its result is missing"
+        raise ArtifactError(message, where=str(stage.artifact), remedy="run it again")
 
 
 class ReportSettings(Protocol):

@@ -59,11 +59,13 @@ def _seconds_of(attempts: Attempts, work: Path) -> float:
 
 def signs_of_life(work: Path) -> Iterator[float]:
     """When the processes of the last attempt wrote their progress and their heartbeats, in seconds since 1970."""
-    for file in (work / PROGRESS, *(work / HEARTBEATS).glob("*.json")):
-        try:
+    return _written(work / PROGRESS, *(work / HEARTBEATS).glob("*.json"))
+
+
+def _written(*files: Path) -> Iterator[float]:
+    for file in files:
+        with suppress(OSError):
             yield file.stat().st_mtime
-        except OSError:
-            continue
 
 
 _ASKED_TO_STOP = ("interrupted", "preempted")
@@ -141,8 +143,8 @@ def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
     works = [work_folder(run_folder, name, entry) for name, entry in unfinished.items()]
     signs = [sign for work in works for sign in signs_of_life(work)]
     results = [artifact_folder(run_folder, name, entry) for name, entry in record.stages.items() if entry.complete]
-    stored = [sign for folder in results if folder is not None for sign in _written(folder / MANIFEST)]
-    return max([*signs, *stored, *_written(run_folder / FILE)], default=0.0)
+    stored = [folder / MANIFEST for folder in results if folder is not None]
+    return max([*signs, *_written(run_folder / FILE, *stored)], default=0.0)
 
 
 def _as_left(run_folder: Path, name: str, entry: StageEntry) -> StageEntry:
@@ -173,10 +175,3 @@ def _seconds(entry: StageEntry, work: Path) -> float | None:
         return None
     last = max(signs_of_life(work), default=0.0)
     return round(entry.earlier_seconds + last - started, 2) if last > started else None
-
-
-def _written(file: Path) -> Iterator[float]:
-    try:
-        yield file.stat().st_mtime
-    except OSError:
-        return

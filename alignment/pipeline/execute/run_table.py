@@ -75,8 +75,7 @@ class RunTable:
     """A renderable; of at most ``rows`` lines, if that is given."""
 
     def __init__(self, view: RunView, *, rows: int | None = None) -> None:
-        self._view = view
-        self._rows = rows
+        self._view, self._rows = view, rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         stages = self._view.stages
@@ -96,9 +95,7 @@ class RunTable:
 
 class _Drawing:
     def __init__(self, width: int, name_cells: int, *, is_ascii: bool) -> None:
-        self._width = width
-        self._name_cells = name_cells
-        self._is_ascii = is_ascii
+        self._width, self._name_cells, self._is_ascii = width, name_cells, is_ascii
 
     def header(self, view: RunView) -> Text:
         line = Text(view.name, style="bold", no_wrap=True, overflow="ellipsis")

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -111,9 +112,7 @@ class CurveFile:
     """Reads the lines that are added to a file; one that was shortened or replaced is read again from its start."""
 
     def __init__(self, path: Path, metric: str, tokens_of_line: TokensOfLine) -> None:
-        self._path = path
-        self._metric = metric
-        self._tokens_of_line = tokens_of_line
+        self._path, self._metric, self._tokens_of_line = path, metric, tokens_of_line
         self._read = 0
         self._inode = 0
         self._unfinished = b""
@@ -121,11 +120,8 @@ class CurveFile:
 
     def look(self) -> StepCurve:
         """The curve as far as it is written; a line counts once it has ended, and one that is not JSON does not."""
-        try:
-            with self._path.open("rb") as stream:
-                self._take_in(stream)
-        except OSError:  # not there yet, or not for a moment (ESTALE)
-            pass
+        with suppress(OSError), self._path.open("rb") as stream:  # not there yet, or not for a moment (ESTALE)
+            self._take_in(stream)
         return self.curve
 
     def _take_in(self, stream: BinaryIO) -> None:
@@ -137,16 +133,9 @@ class CurveFile:
         self._read += len(added)
         *lines, self._unfinished = (self._unfinished + added).split(b"\n")
         for line in lines:
-            if (row := _object(line)) is not None:
-                self.curve.add(row, self._metric, self._tokens_of_line)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+            with suppress(ValueError):
+                if isinstance(row := parse_json(line), dict):
+                    self.curve.add(row, self._metric, self._tokens_of_line)
 
 
 RUNNING = "running"
@@ -171,9 +160,9 @@ class ShownCurve:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageView:
     """A stage: ``waiting``, ``running``, ``stopped``, ``killed``, ``done``, ``reused`` or ``failed``. ``seconds`` is
-    how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a waiting one;
-    ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has ``progress``,
-    ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it is unknown."""
+    how long its ``attempts`` took so far. ``waits_for`` says which stages come before it, ``blocked`` what else it
+    waits for, such as a job in a queue. Only a running stage has ``progress`` and the fields after it; each is None
+    while it is unknown."""
 
     name: str
     state: str
@@ -217,10 +206,7 @@ class RunReader:
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.folder = folder
-        self._as_it_is = as_it_is
-        self._clock = clock
-        self._now = now
+        self.folder, self._as_it_is, self._clock, self._now = folder, as_it_is, clock, now
         self._record: RunRecord | None = None
         self._running: dict[str, _RunningStage] = {}
 

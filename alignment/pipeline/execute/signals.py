@@ -64,9 +64,8 @@ def termination_raises() -> Iterator[None]:
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of ``main``, or with that of a requested stop, whenever a signal arrives.
-    Outside a block of ``termination_raises``, a signal ends the process at once; once ``main`` has returned or has been
-    stopped, signals are ignored, because Python takes its handlers away while it ends. Those that are ignored stay
-    so."""
+    Outside a block of ``termination_raises``, a signal ends the process at once; after ``main`` signals are ignored,
+    because Python takes its handlers away while it ends. Those that were ignored stay so."""
     taken = [number for number in _NUMBERS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _end)

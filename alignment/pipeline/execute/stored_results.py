@@ -38,11 +38,9 @@ def artifact_of_adapter(source: str, console: Console) -> Path:
     assert folder is not None, "it is on this machine"
     adapter = read_adapter(folder, where=source)
     if not adapter.base:
-        raise ModelError(
-            "names no base model that is on this machine or on a hub",
-            where=str(folder / ADAPTER_CONFIG),
-            remedy="set base_model_name_or_path to the folder or the name of its base model",
-        )
+        message = "names no base model that is on this machine or on a hub"
+        remedy = "set base_model_name_or_path to the folder or the name of its base model"
+        raise ModelError(message, where=str(folder / ADAPTER_CONFIG), remedy=remedy)
     base = _here(adapter.base, where=source, console=console)
     refuse_other_base(adapter, base, where=source)
     fingerprint = digest([model_sources.identity_of_folder(folder), base.identity])
@@ -83,10 +81,9 @@ def _publish(folder: Path, base: ModelSource, artifact: Path, fingerprint: str) 
 
 
 def artifact_of(result: str, output: Path, console: Console) -> Path:
-    """The folder of a result: an artifact's own, that of ``RUN/STAGE`` of a run under ``output``, or that of an adapter
-    that PEFT saved (stored_results.py), which is named as in a recipe or by its folder. Raises ConfigError: there is no
-    such folder, run or stage; ArtifactError: the stage has no result yet; ModelError: the adapter or its base model
-    cannot be used."""
+    """The folder of a result: an artifact's own, that of ``RUN/STAGE`` under ``output``, or that of an adapter that
+    PEFT saved, named as in a recipe or by its folder. Raises ConfigError: there is no such folder, run or stage;
+    ArtifactError: there is no result yet; ModelError: the adapter or its base cannot be used."""
     folder = Path(result.removeprefix("path:")).expanduser()
     if result.startswith("hub:") or (is_adapter(folder) and read_manifest(folder) is None):
         return artifact_of_adapter(result if result.startswith("hub:") else f"path:{folder}", console)
@@ -138,31 +135,27 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
     if model.identity != recorded or model.folder is None:
-        raise ModelError(
-            f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed",
-            where=str(artifact),
-            remedy=f"restore the model with the identity {recorded}",
-        )
+        message = f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed"
+        raise ModelError(message, where=str(artifact), remedy=f"restore the model with the identity {recorded}")
     return model.folder
 
 
 def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
-    """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of the models and
-    data from a hub that it was made with. If a branch is not on this machine, its commit is unknown. So it is
-    downloaded before a result counts as missing, if there are results of the same stages, or a store. Raises
-    ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run; ModelError,
-    DataError: something cannot be downloaded."""
+    """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of hubs' models and
+    data. If a branch is not on this machine, it is downloaded before a result counts as missing, if there may be one.
+    Raises ConfigError: there is no such stage, or an input's stage has not been run; ModelError, DataError: something
+    cannot be downloaded."""
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
     if _may_be_here(plan, _missing(plan, only)):
         names = _with_upstream(plan, only)
         plan = with_models(plan, announce, stages=[stage for stage in plan.stages if stage.name in names])
     if missing := _missing(plan, only):
-        raise ConfigError(
-            f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
-            where="--stage",
-            remedy=f"first run: {_command_of(plan, missing[0])}; or leave out --stage to run all stages",
-        )
+        verify = ["--verify"] if plan.verified else []
+        command = shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", missing[0], *verify])
+        message = f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet"
+        remedy = f"first run: {command}; or leave out --stage to run all stages"
+        raise ConfigError(message, where="--stage", remedy=remedy)
     return plan
 
 
@@ -184,11 +177,6 @@ def _with_upstream(plan: Plan, only: str) -> list[str]:
     for name in names:  # which grows meanwhile
         names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
     return names
-
-
-def _command_of(plan: Plan, stage: str) -> str:
-    verify = ["--verify"] if plan.verified else []
-    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage, *verify])
 
 
 def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:
@@ -214,9 +202,8 @@ def fetch_missing(plans: Iterable[tuple[Plan, Sequence[PlannedStage]]], announce
     """Fetches, once each, what these stages of the plans need and is not on this machine; returns whether that was
     anything. Without stages, nothing is downloaded. Raises ModelError, DataError: something cannot be fetched."""
     needed = [(plan, stages) for plan, stages in plans if stages]
-    models = {
-        model.source: model for plan, _ in needed for model in (plan.base, *plan.sources.values()) if not model.ready
-    }
+    every_model = [model for plan, _ in needed for model in (plan.base, *plan.sources.values())]
+    models = {model.source: model for model in every_model if not model.ready}
     data = {
         source.source: source
         for _, stages in needed

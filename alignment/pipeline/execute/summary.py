@@ -20,7 +20,7 @@ from alignment.evaluation.conclusions import (
     metric_in_words,
     votes_in_words,
 )
-from alignment.pipeline.execute import forgetting_gate, notes
+from alignment.pipeline.execute import gates, notes
 from alignment.pipeline.execute.durations import time_taken
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan
@@ -77,7 +77,6 @@ def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) ->
 def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     """Every finished evaluation, reward card and measurement of forgetting; the paths of the results if the run has no
     evaluation; and the path of the report."""
-    folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
     made = _made(run_folder, record)
     for name, artifact in made.items():
         if produced_by(record.stages[name].kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
@@ -86,10 +85,11 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
         produced = produced_by(record.stages[name].kind)
         if produced == REWARD_CARD and (artifact / CARD_FILE).is_file():
             show_card(console, name, RewardCard.read(artifact))
-        if produced == FORGETTING and (outcome := forgetting_gate.read_outcome(artifact)) is not None:
+        if produced == FORGETTING and (outcome := gates.read_outcome(artifact)) is not None:
             show_forgetting(console, name, outcome)
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
-        for name, folder in folders.items():
+        for name, stage in record.stages.items():
+            folder = artifact_folder(run_folder, name, stage)
             console.print(f"{name}: {folder or ''}", markup=False, highlight=False, soft_wrap=True)
     for name, artifact in made.items():
         for line in _lines(record.stages[name].kind, artifact):
@@ -101,7 +101,10 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
 
 def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
     """Doubts about the results of a run, for whoever has not seen them as its stages ended."""
-    for line in _doubts(record, _made(run_folder, record)):
+    made = {} if doubts.is_smoke(record.profile) else _made(run_folder, record)
+    lines = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(record.profile) else []
+    lines += [f"{name}: {doubt}" for name in made for doubt in notes.of_result(record.stages[name].kind, made[name])]
+    for line in lines:
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -125,16 +128,6 @@ def _lines(kind: str, artifact: Path) -> list[str]:
         except (ArtifactError, FileNotFoundError):  # the report says so
             pass
     return lines
-
-
-def _doubts(record: RunRecord, made: Mapping[str, Path]) -> list[str]:
-    if doubts.is_smoke(record.profile):
-        return [f"this is {doubts.SMOKE}"]
-    return [
-        f"{name}: {doubt}"
-        for name, artifact in made.items()
-        for doubt in notes.of_result(record.stages[name].kind, artifact)
-    ]
 
 
 _COLUMNS: dict[str, Callable[[ArmResult], str]] = {

@@ -146,7 +146,10 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     printed = "\n".join(_last_lines(of_last_attempt(log), _REPORT_LINES)) if log.exists() else ""
     first = first_failure(printed)
     if status is None and is_full(folder):
-        raise _without_room(folder, stage)
+        full = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
+        assert full is not None, "the exit code means a full disk"
+        message = f"{full.message}; it could not record how it ended"
+        raise DiskError(message, where=f"stage {stage}", remedy=full.remedy)
     # If a process was killed, the others only report that they lost their connection to it.
     if status is None or (status.exit_code == _BUG and first is not None and first.is_killed):
         who = "its process" if first is None else f"process {first.rank}"
@@ -165,13 +168,6 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     by_others = f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
     bug = by_others if others else "this is a bug in this project"
     raise AlignmentError(f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"{bug}; the log is {log}")
-
-
-def _without_room(folder: Path, stage: str) -> DiskError:
-    """The error of a stage that could not even write how it ended."""
-    error = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
-    assert error is not None, "the exit code means a full disk"
-    return DiskError(f"{error.message}; it could not record how it ended", where=f"stage {stage}", remedy=error.remedy)
 
 
 def notes(folder: Path) -> list[str]:

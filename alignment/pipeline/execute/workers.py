@@ -73,8 +73,7 @@ class Watch:
     """Reads the heartbeats repeatedly, and measures with its own clock how long each has been the same."""
 
     def __init__(self, work: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._work = work
-        self._clock = clock
+        self._work, self._clock = work, clock
         self._new: dict[int, tuple[tuple[int, float], float]] = {}
 
     def look(self) -> list[ProcessState]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,50 +19,39 @@ _SHOWN = 3
 _ABSENT = "unset"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """A complete artifact in the store."""
-
-    folder: Path
-    manifest: Manifest
-
-
-def made(artifacts: Path) -> list[Made]:
-    """Every complete artifact of a store. One whose manifest cannot be read is left out: it may belong to another user
-    or to a newer version, and only a plan that needs it has to refuse it."""
+def made(artifacts: Path) -> list[tuple[Path, Manifest]]:
+    """Every complete artifact of a store, with its manifest. One with an unreadable manifest is left out: it may belong
+    to another user or to a newer version, and only a plan that needs it has to refuse it."""
     complete = []
     for folder in sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}")):
         with suppress(ArtifactError):
             if (manifest := read_manifest(folder)) is not None:
-                complete.append(Made(folder=folder, manifest=manifest))
+                complete.append((folder, manifest))
     return complete
 
 
 def reason_to_run(
-    stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made], *, own: Set[str]
+    stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[tuple[Path, Manifest]], *, own: Set[str]
 ) -> str:
     """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet. ``refs`` maps each slot to its
     reference, so that a changed input is named by its stage. ``own`` names the results of this run, which are
     preferred; a result of another run is named only if it differs in few settings."""
     candidates = [
-        candidate
-        for candidate in store
-        if candidate.manifest.stage == stage and candidate.manifest.identity["kind"] == identity["kind"]
+        (folder, manifest)
+        for folder, manifest in store
+        if manifest.stage == stage and manifest.identity["kind"] == identity["kind"]
     ]
     if not candidates:
         return "no result yet"
-    ours = [candidate for candidate in candidates if candidate.folder.name in own]
-    candidates = ours or candidates
-    compared = [
-        (list(_differences(candidate.manifest.identity, identity, refs)), candidate) for candidate in candidates
-    ]
-    newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
-    differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
+    ours = [(folder, manifest) for folder, manifest in candidates if folder.name in own]
+    newest_first = sorted(ours or candidates, key=lambda candidate: candidate[1].created, reverse=True)
+    compared = [(list(_differences(manifest.identity, identity, refs)), folder) for folder, manifest in newest_first]
+    differences, nearest = min(compared, key=lambda pair: len(pair[0]))
     if not ours and len(differences) > _SHOWN:
         return "no result yet with similar settings"
     shown = ", ".join(differences[:_SHOWN])
     more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    return f"{shown}{more} (nearest: {nearest.folder.name})"
+    return f"{shown}{more} (nearest: {nearest.name})"
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str]) -> Iterator[str]:
@@ -105,7 +93,6 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
 
 
 def _written(value: Any) -> str:
-    """As a recipe has it."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -137,7 +124,7 @@ class Actions:
     def __init__(self, artifacts: Path, run_folder: Path, store: ObjectStore | None, *, verified: bool) -> None:
         """``verified`` results are read and compared with their hashes; of others, only sizes are compared."""
         self.verified = verified
-        self._made: list[Made] = made(artifacts)
+        self._made = made(artifacts)
         self._own = _results_of(run_folder)
         self._store = store
 
@@ -157,11 +144,8 @@ class Actions:
         manifest, damage = read_manifest(artifact), ""
         if manifest is not None:
             if manifest.fingerprint != fingerprint:
-                raise ArtifactError(
-                    "contains another result whose fingerprint starts with the same characters",
-                    where=str(artifact),
-                    remedy=f"move {artifact} away",
-                )
+                message = "contains another result whose fingerprint starts with the same characters"
+                raise ArtifactError(message, where=str(artifact), remedy=f"move {artifact} away")
             damage = damage_of(artifact, content=self.verified)
             if not damage:
                 return Action.reuse, artifact.name + self._where(stored=bool(stored))

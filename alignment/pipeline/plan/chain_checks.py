@@ -40,16 +40,13 @@ class Depths:
         if folder is None:
             return None
         own = folder / "model"  # of an artifact that holds a whole model
-        return _number_in(own if own.is_dir() else folder)
-
-
-def _number_in(folder: Path) -> int | None:
-    try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        layers = config.get("text_config", config).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return layers if isinstance(layers, int) else None
+        file = (own if own.is_dir() else folder) / "config.json"
+        try:
+            config = parse_json(file.read_text(encoding="utf-8"))
+            layers = config.get("text_config", config).get("num_hidden_layers")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return layers if isinstance(layers, int) else None
 
 
 def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:

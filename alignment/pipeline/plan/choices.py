@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -82,9 +81,8 @@ def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[F
     defaults = loader.compute_defaults_list(config_name=files.name, overrides=[files.search], run_mode=RunMode.RUN)
     known = dict.fromkeys([*map(str, defaults.overrides.known_choices), *SEVERAL])  # Hydra leaves out lists of files
     keys = [key for key in known if not key.startswith("hydra/")]
-    options = {
-        name: loader.get_group_options(name, config_name=files.name, overrides=[files.search]) for name in GROUPS
-    }
+    asked: dict[str, Any] = {"config_name": files.name, "overrides": [files.search]}
+    options = {name: loader.get_group_options(name, **asked) for name in GROUPS}
     accepted, faults = [], []
     for override in overrides:
         if message := _wrong_with(override, keys, options):
@@ -127,43 +125,38 @@ _OF_THE_RECIPE = ("launch.num_processes",)
 _MISSING = "???"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChosenFile:
-    """The ``settings`` of a file, by dotted key, and the ``choice``: ``adapter@stages.sft.adapter=lora``."""
-
-    choice: str
-    settings: Mapping[str, Any]
-
-
-def chosen_files(search: str, groups: Sequence[str], overrides: Sequence[Override]) -> list[ChosenFile]:
-    """The files among ``groups`` that the command line's ``overrides`` choose for adapters, launches and models."""
+def chosen_files(search: str, groups: Sequence[str], overrides: Sequence[Override]) -> dict[str, Mapping[str, Any]]:
+    """The files among ``groups`` that the command line's ``overrides`` choose for adapters, launches and models: the
+    settings by dotted key, by choice, such as ``adapter@stages.sft.adapter=lora``."""
     by_user = {override.key_or_group for override in overrides if override.key_or_group in _GROUPS}
     last = {choice.partition("=")[0]: choice for choice in (group.lstrip("+") for group in groups)}
     choices = {key: choice for key, choice in last.items() if key.partition("@")[0] in by_user}
     if not choices:
-        return []
+        return {}
     tree = hydra_compose(overrides=[search, *(f"+{choice}" for choice in choices.values())])
-    files = []
+    files: dict[str, Mapping[str, Any]] = {}
     for key, choice in choices.items():
         group, _, package = key.partition("@")  # a package says where the settings go
         node = OmegaConf.select(tree, package or group)
         plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
-        files.append(ChosenFile(choice=choice, settings=dict(leaves(plain, f"{package or group}."))))
+        files[choice] = dict(leaves(plain, f"{package or group}."))
     return files
 
 
-def faults(files: Sequence[ChosenFile], tree: Mapping[str, Any], *, changed: Collection[str]) -> Iterator[Fault]:
-    """A fault for each setting of a chosen file that has another value in the composed ``tree``. The dotted keys in
-    ``changed`` may have one: other overrides or a profile set them."""
+def faults(
+    files: Mapping[str, Mapping[str, Any]], tree: Mapping[str, Any], *, changed: Collection[str]
+) -> Iterator[Fault]:
+    """A fault for each setting of the ``chosen_files`` that has another value in the composed ``tree``. The dotted keys
+    in ``changed`` may have one: other overrides or a profile set them."""
     values = dict(leaves(tree))
-    for file in files:
-        for key, value in file.settings.items():
+    for choice, settings in files.items():
+        for key, value in settings.items():
             is_open = value == _MISSING or "${" in str(value) or key in _OF_THE_RECIPE
             is_changed = any(key == other or key.startswith(f"{other}.") for other in changed)
             if key in values and not is_open and not is_changed and values[key] != value:
                 own, chosen = (v if isinstance(v, str) else json.dumps(v, default=str) for v in (values[key], value))
                 message = f"the recipe's own {key}={own} replaces it; write {key}={chosen} too"
-                yield Fault(where=file.choice, message=message)
+                yield Fault(where=choice, message=message)
 
 
 def passes_reference(tree: DictConfig, key: str) -> bool:

@@ -28,7 +28,7 @@ from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices
-from alignment.pipeline.plan.choices import ChosenFile, chosen_files, copy_groups, passes_reference
+from alignment.pipeline.plan.choices import chosen_files, copy_groups, passes_reference
 from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
 from alignment.pipeline.plan.overrides import leaves, parse
 from alignment.pipeline.plan.profile import Profile
@@ -41,11 +41,10 @@ _ENDLESS = ConfigError("its interpolations expand to more than can be written", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far. ``written`` are the
-    dotted keys that the user's recipe file sets and no override changes. ``names_model`` says whether a recipe or an
-    override names the base model. ``profile`` is the name of the profile that was applied, if any, and
-    ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are not read,
-    because shipped files have their names."""
+    """The tree of files and overrides, not yet typed, and the ``faults`` so far. ``written`` are the dotted keys that
+    the user's file sets and no override changes; ``names_model``: a recipe or an override names the base model;
+    ``dropped_gates``: stages whose gates the ``profile`` removed; ``unread``: files beside the recipe with names of
+    shipped files."""
 
     recipe: str
     tree: dict[str, Any]
@@ -119,7 +118,7 @@ class _Files:
 
     tree: DictConfig
     profile: Profile | None
-    chosen: list[ChosenFile]
+    chosen: dict[str, Mapping[str, Any]]
     unread: tuple[Path, ...]
     faults: list[Fault]
 
@@ -141,11 +140,9 @@ def _files(path: Path, overrides: Sequence[Override]) -> _Files:
             raise ConfigError(f"{_first_paragraph(error)}{hint}", where=str(path)) from error
         except RecursionError:
             files_in_circle = ", ".join(map(str, files.in_circle()))
-            raise ConfigError(
-                f"these files include each other without an end: {files_in_circle}",
-                where=str(path),
-                remedy="remove one of these names from the list 'defaults' of a file",
-            ) from None
+            message = f"these files include each other without an end: {files_in_circle}"
+            remedy = "remove one of these names from the list 'defaults' of a file"
+            raise ConfigError(message, where=str(path), remedy=remedy) from None
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             if _CONFUSED in str(error):
                 shape_faults = wrong_shapes(yaml_file.read(path), registry.config_classes())
@@ -186,11 +183,8 @@ def find_recipe(recipe: str) -> Path:
     if recipe not in recipe_names():
         if recipe in sweep_names():
             raise _sweep(recipe, where="recipe")
-        raise ConfigError(
-            f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
-            where="recipe",
-            remedy="`align recipes` lists them; give your own file by its path, such as ./mine.yaml",
-        )
+        remedy = "`align recipes` lists them; give your own file by its path, such as ./mine.yaml"
+        raise ConfigError(f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}", where="recipe", remedy=remedy)
     return recipes_folder() / f"{recipe}.yaml"
 
 
@@ -232,7 +226,6 @@ def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, A
 
 
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
-    """Applies one override to the tree; the typed check reports keys that do not exist."""
     key = override.key_or_group
     copy_groups(tree, key)
     if override.is_delete():
@@ -266,7 +259,6 @@ def _gated(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
-    """The tree as plain values with its interpolations resolved, and the faults in them."""
     written: Any = _written(tree)
     faults = list(hostile(written, where=""))
     if not faults:

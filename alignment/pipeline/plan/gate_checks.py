@@ -27,10 +27,8 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
         return
     rows = rows_of(data, seen)
     if rows is not None and (prompts := min(rows, seen.prompts)) < FEWEST_PROMPTS:
-        message = (
-            f"a gate needs at least {FEWEST_PROMPTS} different held-out prompts, and {where}.data has {prompts}; "
-            "add prompts, or remove the gate"
-        )
+        needed = f"a gate needs at least {FEWEST_PROMPTS} different held-out prompts"
+        message = f"{needed}, and {where}.data has {prompts}; add prompts, or remove the gate"
         yield Fault(where=f"{where}.gate", message=message)
 
 

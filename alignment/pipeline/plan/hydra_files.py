@@ -42,9 +42,8 @@ def hostile(value: Any, *, where: str) -> Iterator[Fault]:
         for key, item in value.items():
             path = f"{where}.{key}" if where else str(key)
             if str(key).split(".")[-1] == "_target_":
-                yield Fault(
-                    where=path, message="'_target_' is not allowed: a configuration contains data and never runs code"
-                )
+                message = "'_target_' is not allowed: a configuration contains data and never runs code"
+                yield Fault(where=path, message=message)
             if _has_resolver(str(key)):
                 yield _reads_outside(str(key), where)
             yield from hostile(item, where=path)
@@ -148,7 +147,8 @@ class _CheckedFiles(FileConfigSource):
         key = (self.provider, path, state.st_ino, state.st_size, state.st_mtime_ns)
         if key not in _READ:
             content = yaml_file.read(path)
-            refuse_hostile_defaults(path, content)
+            faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
+            refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
             _READ[key] = super().load_config(str(path))
             if path.parent in (self.files.recipe.parent, recipes_folder()):
                 plain: Any = OmegaConf.to_container(_READ[key].config, resolve=False)
@@ -175,13 +175,6 @@ def composing(recipe: Path) -> Iterator[Files]:
             version.version_base = version_base
             instance.hydra = hydra
             GlobalHydra.set_instance(instance)  # Hydra put a copy in its place
-
-
-def refuse_hostile_defaults(path: Path, content: Any) -> None:
-    """Raises ConfigError if a defaults list would read anything from outside the configuration; it names the
-    entries."""
-    faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
-    refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
 
 
 def _included(path: Path) -> set[str]:

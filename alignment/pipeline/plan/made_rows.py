@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import fields, replace
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
@@ -21,23 +19,12 @@ from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import Reader, prepared
 from alignment.data.row_files import RawRow
 from alignment.pipeline.plan import scorer_checks
-from alignment.pipeline.plan.row_counts import Seen
 from alignment.stages.base import DataSlot, MadeRows, Slot
 from alignment.stages.registry import LEAVE_OUT, kind_of
 
 DATA = "data"
 """The field of a stage's main data."""
 _STAGE = "stage:"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowsOfStages:
-    """The data of a stage that other stages make: its files by field, a summary of those that exist, and the names of
-    the stages that have yet to make theirs."""
-
-    paths: Mapping[str, Path]
-    seen: Mapping[str, Seen]
-    unmade: tuple[str, ...]
 
 
 def stage_named(source: str) -> str | None:
@@ -83,7 +70,6 @@ def faults(stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
 
 
 def _problem(row: str, slot: DataSlot) -> str:
-    """Why a row, given as JSON, is of no use to a slot, or nothing."""
     value, where = json.loads(row), slot.data.source
     try:
         form = FORMATS.get(slot.data.format or "") or detect(
@@ -99,7 +85,6 @@ def _problem(row: str, slot: DataSlot) -> str:
 
 
 def _advice(rows: MadeRows, slot: DataSlot) -> str:
-    """Settings of the stage that makes the rows with which they would fit."""
     maker = slot.data.source.removeprefix(_STAGE)
     fitting = [setting for setting, row in rows.others.items() if not _problem(row, slot)]
     if not fitting:
@@ -123,8 +108,8 @@ def with_left_out(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
     sources: list[DataConfig] = []
     for data in (DataConfig(**{name: getattr(part, name) for name in names}) for part in evaluated):
         sources += [] if data in sources else [data]
-    return {name: _leaving_out(stage, sources) for name, stage in stages.items()}
-
-
-def _leaving_out(stage: Any, sources: list[DataConfig]) -> Any:
-    return stage if getattr(stage, LEAVE_OUT, True) else replace(stage, **{LEAVE_OUT: sources})
+    completed: dict[str, Any] = dict(stages)
+    for name, stage in completed.items():
+        if not getattr(stage, LEAVE_OUT, True):
+            completed[name] = replace(stage, **{LEAVE_OUT: sources})
+    return completed

@@ -60,7 +60,8 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
     """The valid overrides, and the faults in the others, which show an ``example``."""
     parsed, faults = [], []
     for text in overrides:
-        if (depth := _depth(text)) > _DEEPEST:
+        opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+        if (depth := max(opened, default=0)) > _DEEPEST:
             message = f"brackets are nested {depth} deep; no setting needs more than a few levels"
             faults.append(Fault(where=f"{_shown(text)[:_SHOWN_TEXT]}…", message=message))
             continue
@@ -81,11 +82,6 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
         else:
             parsed.append(override)
     return parsed, faults
-
-
-def _depth(text: str) -> int:
-    opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
-    return max(opened, default=0)
 
 
 def _shown(text: str) -> str:

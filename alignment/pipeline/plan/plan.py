@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.faults import Fault, refuse
@@ -24,19 +24,17 @@ from alignment.data.records import Record
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     chain_checks,
-    compatibility,
     gate_checks,
     made_rows,
     references,
     row_counts,
     scorer_checks,
     settings,
-    unread,
 )
 from alignment.pipeline.plan.actions import Action, Actions
 from alignment.pipeline.plan.chain_checks import Depths
 from alignment.pipeline.plan.compose import compose, find_recipe
-from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
+from alignment.pipeline.plan.made_rows import DATA
 from alignment.pipeline.plan.overrides import without
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.remote.object_store import ObjectStore, connected
@@ -52,11 +50,8 @@ CHECKED_ROWS = 20_000
 """Rows of a data file that are checked while planning, to keep planning fast; the stage checks all rows."""
 
 
-class Find(Protocol):
-    """Looks a model up."""
-
-    def __call__(self, source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
-        """The model of a source, which the user wrote at ``where``, or an adapter if that fits too."""
+Find = Callable[..., ModelSource]
+"""Looks a model up by its source, as ``resolve`` does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,11 +93,10 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
-    ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
-    ``unread_files`` lie beside the recipe and have the names of shipped files. ``unread_settings`` have no effect, and
-    are at their defaults in ``config``. ``store`` holds artifacts for several machines, if set. Results to reuse were
-    compared with their hashes if ``verified``, otherwise with their sizes."""
+    """All that ``run`` needs. ``sources`` are the models from outside the run, by the user's reference;
+    ``dropped_gates`` are the stages whose gates the ``profile`` removed. ``unread_files`` have the names of shipped
+    files. ``unread_settings`` have no effect, and are at their defaults in ``config``. ``store`` holds artifacts for
+    several machines. Results to reuse were compared with their hashes if ``verified``, otherwise with their sizes."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -125,11 +119,10 @@ class Plan:
 
 
 def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
-    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results that would be
-    reused are read and compared with their hashes. Raises ConfigError: faults in the recipe, overrides or references;
-    the error lists all of them; DataError: a data file is missing, or a row does not fit its stage; ModelError: a model
-    folder is missing or is not a model; ArtifactError: a manifest cannot be read, or an artifact of a folder that the
-    recipe names is damaged; StoreError: the store of artifacts cannot be reached or refuses."""
+    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results to reuse are
+    compared with their hashes. Raises ConfigError: lists all faults of recipe, overrides and references; DataError,
+    ModelError, ArtifactError: data, a model or an artifact is missing, damaged or does not fit; StoreError: the store
+    cannot be reached or refuses."""
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
@@ -142,9 +135,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, ve
     later = [
         *scorer_checks.faults(config.stages, hang_seconds=config.launch.hang_seconds, recipe_folder=recipe_folder),
         *settings.faults(config),
-        *unread.faults(config),
     ]
-    later += compatibility.faults(config)
     every_fault = [*faults, *(fault for fault in later if fault.where not in named)]
     unread_settings = tuple(fault for fault in every_fault if fault.reader)
     refused = [fault for fault in every_fault if not fault.reader]
@@ -162,7 +153,9 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, ve
     output = Path(config.output).expanduser().absolute()
     store = None if config.artifacts is None else connected(config.artifacts)
     actions = Actions(output / "artifacts", output / "runs" / config.name, store, verified=verified)
-    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find, actions=actions)
+    builder = _Builder(
+        config=config, output=output, data=data, seen=seen, base=base, find=find, actions=actions, depths=Depths(base)
+    )
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     gate_faults = [
         fault
@@ -280,63 +273,46 @@ def _usable(records: Sequence[Record], file: DataSlot, reading: Reading) -> list
     return usable
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Resolved:
-    """A reference, the path that it resolves to (None: the base model), and the fingerprint of the content there."""
-
-    ref: str
-    path: Path | None
-    fingerprint: str
-
-
+@dataclass(kw_only=True)
 class _Builder:
     """Plans stages in order; each finds its inputs among those that are planned already."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        output: Path,
-        data: dict[str, dict[str, DataSource]],
-        seen: dict[str, dict[str, Seen]],
-        base: ModelSource,
-        find: Find,
-        actions: Actions,
-    ) -> None:
-        self.base = base
-        self._actions = actions
-        self._find = find
-        self.sources: dict[str, ModelSource] = {}
-        self._config = config
-        self._data = data
-        self._seen = seen
-        self._artifacts = output / "artifacts"
-        self._run_folder = output / "runs" / config.name
-        self._planned: dict[str, PlannedStage] = {}
-        self._depths = Depths(base)
+    config: RunConfig
+    output: Path
+    data: dict[str, dict[str, DataSource]]
+    seen: dict[str, dict[str, Seen]]
+    base: ModelSource
+    find: Find
+    actions: Actions
+    depths: Depths
+    sources: dict[str, ModelSource] = field(default_factory=dict)
+    planned: dict[str, PlannedStage] = field(default_factory=dict)
 
     def stage(self, name: str) -> PlannedStage:
         """Plans one stage; the stages of its inputs must be planned already."""
-        config = self._config.stages[name]
+        config = self.config.stages[name]
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
+        contents = {key: fingerprint for key, (_, fingerprint) in {**inputs, **arms}.items()}
         if (trained := registry.as_trained(config)) is not None:
-            self._depths.add(name, config, inputs["init"].ref, inputs["init"].path)
-            start = inputs["init"].path
-            if start is not None and is_adapter(start):
-                outside = read_adapter(start, where=f"stages.{name}.init").shape
+            init, _ = inputs["init"]
+            self.depths.add(name, config, init.ref, init.path)
+            if init.path is not None and is_adapter(init.path):
+                outside = read_adapter(init.path, where=f"stages.{name}.init").shape
                 refuse(list(chain_checks.outside_faults(trained, outside, f"stages.{name}.adapter")))
-        files = kind_of(config).files.paths(config, self._run_folder / name)
-        described = self._identity(name, config, inputs, arms, files)
+        files = kind_of(config).files.paths(config, self.output / "runs" / self.config.name / name)
+        described = self._identity(
+            name, config, {field: contents[field] for field in inputs}, {arm: contents[arm] for arm in arms}, files
+        )
         fingerprint = digest(described)
-        artifact = self._artifacts / folder_name(name, fingerprint)
+        artifact = self.output / "artifacts" / folder_name(name, fingerprint)
         work = artifact.with_name(f"{artifact.name}.work")
-        refs = {field: resolved.ref for field, resolved in inputs.items()}
-        paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
-        rows = self._rows_of_stages(name, config)
-        paths |= {**rows.paths, **files}
-        action, reason = self._actions.decide(
+        refs = {field: stage_input.ref for field, (stage_input, _) in inputs.items()}
+        paths = {field: source.path for field, source in self.data[name].items() if source.path is not None}
+        made, seen, unmade = self._rows_of_stages(name, config)
+        paths |= {**made, **files}
+        action, reason = self.actions.decide(
             name, fingerprint, artifact=artifact, work=work, described=described, refs=refs
         )
         planned = PlannedStage(
@@ -346,45 +322,48 @@ class _Builder:
             reason=reason,
             fingerprint=fingerprint,
             identity=described,
-            inputs={field: StageInput(ref=resolved.ref, path=resolved.path) for field, resolved in inputs.items()},
-            arms={arm: StageInput(ref=resolved.ref, path=resolved.path) for arm, resolved in arms.items()},
-            input_fingerprints={key: resolved.fingerprint for key, resolved in {**inputs, **arms}.items()},
+            inputs={field: stage_input for field, (stage_input, _) in inputs.items()},
+            arms={arm: stage_input for arm, (stage_input, _) in arms.items()},
+            input_fingerprints=contents,
             data=paths.get(DATA),
             extra_data={field: path for field, path in paths.items() if field != DATA},
-            hub_data=tuple(source for source in self._data[name].values() if source.is_hub),
+            hub_data=tuple(source for source in self.data[name].values() if source.is_hub),
             code=(*map(str, scorer_checks.functions(config).values()), *kind_of(config).files.code(config)),
-            seen={**self._seen[name], **rows.seen},
+            seen={**self.seen[name], **seen},
             artifact=artifact,
             work=work,
-            unmade=rows.unmade,
+            unmade=unmade,
         )
-        self._planned[name] = planned
+        self.planned[name] = planned
         return planned
 
     def _identity(
         self,
         name: str,
         config: StageConfig,
-        inputs: dict[str, _Resolved],
-        arms: dict[str, _Resolved],
+        inputs: dict[str, str],
+        arms: dict[str, str],
         files: Mapping[str, Path],
     ) -> dict[str, Any]:
         if kind_of(config).in_driver:
-            others = references.inputs_of(name, self._config.stages)
-            return references.of_report(
-                self._config, name, inputs={other: self._planned[other].fingerprint for other in others}
-            )
+            others = references.inputs_of(name, self.config.stages)
+            fingerprints = {other: self.planned[other].fingerprint for other in others}
+            return references.of_report(self.config, name, inputs=fingerprints)
         return references.of_stage(
-            self._config,
+            self.config,
             name,
             base=self.base,
-            data={field: source.identity for field, source in self._data[name].items()},
-            inputs={field: resolved.fingerprint for field, resolved in inputs.items()},
-            arms={arm: resolved.fingerprint for arm, resolved in arms.items()},
+            data={field: source.identity for field, source in self.data[name].items()},
+            inputs=inputs,
+            arms=arms,
             files=files,
         )
 
-    def _rows_of_stages(self, name: str, config: StageConfig) -> RowsOfStages:
+    def _rows_of_stages(
+        self, name: str, config: StageConfig
+    ) -> tuple[dict[str, Path], dict[str, Seen], tuple[str, ...]]:
+        """The data that other stages make: its files and what is seen of those that exist, by field, and the stages
+        that have yet to make theirs."""
         paths: dict[str, Path] = {}
         seen: dict[str, Seen] = {}
         unmade: dict[str, None] = {}
@@ -392,34 +371,35 @@ class _Builder:
             maker = made_rows.stage_named(file.data.source)
             if maker is None:
                 continue
-            planned = self._planned[maker]
+            planned = self.planned[maker]
             path = paths[file.field] = planned.artifact / ROWS_FILE
             if planned.action is Action.reuse:
                 seen[file.field] = _read(file, path, where=f"stages.{name}.{file.field}")
             else:
                 unmade[maker] = None
-        return RowsOfStages(paths=paths, seen=seen, unmade=tuple(unmade))
+        return paths, seen, tuple(unmade)
 
-    def _resolve(self, name: str, slot: Slot) -> _Resolved:
+    def _resolve(self, name: str, slot: Slot) -> tuple[StageInput, str]:
+        """What a reference leads to (None: the base model), and the fingerprint of the content there."""
         if references.is_base(slot):
-            return _Resolved(ref=slot.ref, path=None, fingerprint=self.base.identity)
+            return StageInput(ref=slot.ref, path=None), self.base.identity
         if (stage := references.stage_of(slot)) is not None:
-            planned = self._planned[stage]
-            return _Resolved(ref=slot.ref, path=planned.artifact, fingerprint=planned.fingerprint)
-        where, fitting = f"stages.{name}.{slot.field}", references.what_fits(slot, self._config.stages)
+            planned = self.planned[stage]
+            return StageInput(ref=slot.ref, path=planned.artifact), planned.fingerprint
+        where, fitting = f"stages.{name}.{slot.field}", references.what_fits(slot, self.config.stages)
         if slot.ref.startswith("path:"):
             folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
             if read_manifest(folder) is not None:
-                manifest = verify(folder, content=self._actions.verified)
+                manifest = verify(folder, content=self.actions.verified)
                 if manifest.kind in slot.takes:
-                    return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
+                    return StageInput(ref=slot.ref, path=folder), manifest.fingerprint
                 message = f"{folder} contains an artifact of kind {manifest.kind}"
                 raise ModelError(message, where=where, remedy=fitting)
             if POLICY not in slot.takes and not slot.external:
                 raise ModelError(f"no artifact in {folder}", where=where, remedy=fitting)
-        source = self.sources[slot.ref] = self._find(slot.ref, where=where, adapter_fits=POLICY in slot.takes)
+        source = self.sources[slot.ref] = self.find(slot.ref, where=where, adapter_fits=POLICY in slot.takes)
         if source.folder is not None and is_adapter(source.folder):
             refuse_other_base(read_adapter(source.folder, where=where), self.base, where=where)
         if slot.external:
             refuse_policy(source, where=where, advice=fitting)
-        return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
+        return StageInput(ref=slot.ref, path=source.folder), source.identity

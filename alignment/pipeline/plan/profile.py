@@ -45,12 +45,11 @@ def _allowed() -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """``choices`` apply to groups that the command line leaves alone. ``values`` apply to the run, ``stages`` to each
-    stage of a kind. ``for_each_process`` holds further settings of stages, integers for one process, which are
-    multiplied by the number of processes. ``where_named`` holds settings of the group that has some data, by the dotted
-    name of the data, which apply only where a recipe names these. ``instead_of_hub`` gives the sources to read where a
-    recipe names a hub: for ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
-    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``"""
+    """``choices`` apply to groups that the command line leaves alone, ``values`` to the run, ``stages`` to each stage
+    of a kind. ``for_each_process`` holds integers for one process, which are multiplied by their number.
+    ``where_named`` holds settings of a group that has data, by the dotted name of the data, for recipes that name
+    these. ``instead_of_hub`` gives the source in place of a hub's: for ``model``, a kind's ``data``, or another of its
+    fields by its dotted name."""
 
     name: str
     choices: Mapping[str, str] = field(default_factory=dict)
@@ -152,7 +151,6 @@ def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> d
 
 
 def _merged_where_named(tree: Mapping[str, Any], keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the values merged into the group that has the data at these keys, if these name a source."""
     first, *rest = keys
     group = tree.get(first)
     if not isinstance(group, Mapping):

@@ -125,10 +125,8 @@ def _stage_faults(
         if problem:
             yield Fault(where=where, message=problem)
         elif is_base(slot) and slot.ref != BASE and not is_arm(slot):
-            yield Fault(
-                where=where,
-                message=f"{slot.ref!r} can only be an arm of an evaluation, not a model to start from; write 'base'",
-            )
+            message = f"{slot.ref!r} can only be an arm of an evaluation, not a model to start from; write 'base'"
+            yield Fault(where=where, message=message)
         elif is_arm(slot) and slot.ref in seen:
             yield Fault(where=where, message=f"{slot.ref!r} is listed twice")
         if is_arm(slot):

@@ -160,10 +160,8 @@ def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iter
     if not optim.max_steps and rows is not None:
         source = f" for {rows} rows in batches of {optim.batch_size}"
         longer = f"epochs={math.ceil(enough / math.ceil(rows / optim.batch_size))}"
-    message = (
-        f"the warm-up covers all optimiser steps ({steps}{source}); set {where}.warmup_ratio=0, or {where}.{longer} or "
-        f"more"
-    )
+    remedy = f"set {where}.warmup_ratio=0, or {where}.{longer} or more"
+    message = f"the warm-up covers all optimiser steps ({steps}{source}); {remedy}"
     yield Fault(where=f"{where}.warmup_ratio", message=message)
 
 

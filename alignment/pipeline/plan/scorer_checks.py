@@ -143,9 +143,8 @@ def code(stage: StageConfig) -> dict[str, str]:
 def with_files(stage: StageConfig) -> StageConfig:
     """The stage with absolute file names, because its worker may run in another folder."""
     named = {field: function_of(scorer.source) for field, scorer in kind_of(stage).scorers(stage).items()}
-    changed: StageConfig = _with_sources(
-        stage, {field: str(function) for field, function in named.items() if function is not None}
-    )
+    sources = {field: str(function) for field, function in named.items() if function is not None}
+    changed: StageConfig = _with_sources(stage, sources)
     return changed
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
-from alignment.config.data import DataConfig, SourceConfig, ValidationConfig
+from alignment.config.data import DataConfig, SourceConfig, TooLong, TooLongConfig, ValidationConfig
 from alignment.config.faults import Fault, suggestion, unread_notes
-from alignment.config.launch import LaunchConfig
-from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.model import LOW_RANK, READ_BY, AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import TrainedConfig
+from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.data.templates import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
 from alignment.pipeline.plan import chain_checks, made_rows, scorer_checks, tracking_checks, validation_checks
+from alignment.report.kit import text
+from alignment.stages.base import Refusal
 from alignment.stages.registry import as_trained, kind_of
 
 _NO_ROWS = (
@@ -28,7 +30,8 @@ _NO_ROWS = (
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Faults in a run's template, Slurm jobs, trackers, adapters and data, and those that its stages report."""
+    """Faults in a run's template, Slurm jobs, trackers, adapters and data, and those that its stages report; settings
+    that have no effect beside the others; and stages, adapters and launches that do not work together."""
     every_fault: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
     every_fault += tracking_checks.faults(config.tracking)
     for name, stage in config.stages.items():
@@ -47,7 +50,8 @@ def faults(config: RunConfig) -> list[Fault]:
         if isinstance(looks, ValidationConfig):
             every_fault += validation_checks.settings_faults(looks, f"{where}.validation")
         every_fault += kind.faults(stage, config, where)
-    return every_fault
+    every_fault += [fault for name, stage in config.stages.items() for fault in _unread_faults(stage, f"stages.{name}")]
+    return [*every_fault, *combination_faults(config)]
 
 
 def completed(config: RunConfig) -> RunConfig:
@@ -60,8 +64,8 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
     yield from value_faults(model.template_options)
     try:
         if model.chat_template is not None:
-            text = template_text(model.chat_template)
-            yield from name_faults("" if text == CHATML else text, model.template_options)
+            written = template_text(model.chat_template)
+            yield from name_faults("" if written == CHATML else written, model.template_options)
     except DataError as error:
         yield Fault(where=error.where or "model.chat_template", message=f"{error.message}; {error.remedy}")
 
@@ -82,10 +86,8 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if submitted is None:
         return
     if submitted.signal_seconds <= launch.grace_seconds:
-        message = (
-            f"a job is asked to save {submitted.signal_seconds} seconds before its end, but a stage may need "
-            f"{launch.grace_seconds} seconds to save (launch.grace_seconds); use more"
-        )
+        needed = f"a stage may need {launch.grace_seconds} seconds to save (launch.grace_seconds)"
+        message = f"a job is asked to save {submitted.signal_seconds} seconds before its end, but {needed}; use more"
         yield Fault(where="launch.backend.signal_seconds", message=message)
     if submitted.time is not None and _seconds(submitted.time) <= submitted.signal_seconds:
         message = f"{submitted.time!r} is not longer than signal_seconds, so a job has no time to train; use more"
@@ -94,15 +96,11 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
         message = f"{submitted.gpus} for {launch.num_processes} processes; use one for each: {launch.num_processes}"
         yield Fault(where="launch.backend.gpus", message=message)
     if not (submitted.gpus or launch.num_processes):
-        message = (
-            "0, and launch.num_processes is 0 (one process for each GPU), so the number of GPUs of a job is "
-            "unknown; set this"
-        )
+        message = "0, and launch.num_processes is 0 (one for each GPU), so a job's number of GPUs is unknown; set this"
         yield Fault(where="launch.backend.gpus", message=message)
 
 
 def _seconds(time: str) -> int:
-    """The seconds in ``[days-]hours:minutes:seconds``."""
     days, _, clock = time.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -111,10 +109,8 @@ def _seconds(time: str) -> int:
 def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:
     adapter, where = stage.adapter, f"{path}.adapter"
     if adapter.trains_modules and dtype is Dtype.bfloat16 and stage.optim.moments is not Moments.full:
-        message = (
-            f"{stage.optim.moments.value!r} needs float32 weights, but adapter.modules_to_save are trained in "
-            f"bfloat16; use full, or model.dtype: float32"
-        )
+        needs = f"{stage.optim.moments.value!r} needs float32 weights"
+        message = f"{needs}, but adapter.modules_to_save are trained in bfloat16; use full, or model.dtype: float32"
         yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.master_weights:
         return
@@ -157,3 +153,80 @@ def _data_faults(data: DataConfig, where: str, *, any_column: bool) -> Iterator[
     if (shares := sum(part.share or 0.0 for part in data.mix)) >= 1.0:
         message = f"the shares add up to {shares:g}, which leaves no room for the stage's own rows"
         yield Fault(where=f"{where}.mix", message=message)
+
+
+def unread_sentences(unread: Iterable[Fault]) -> Iterator[str]:
+    """A sentence for the settings without effect that the same reader would use."""
+    names_of: dict[str, dict[str, None]] = {}
+    for setting in unread:
+        names_of.setdefault(setting.reader, {})[setting.where] = None
+    for reader, names in names_of.items():
+        have, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        yield f"{text.listing(list(names))} {have} no effect: {reader} uses {them}"
+
+
+def _unread_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
+    trained = as_trained(stage)
+    if trained is not None:
+        yield from _adapter_faults(trained.adapter, f"{where}.adapter")
+        drops = trained.adapter.kind in LOW_RANK and trained.adapter.dropout > 0.0
+        if drops and not kind_of(stage).learning.may_drop:
+            why = f"{stage.kind} compares forward passes of one model, and dropout would change them"
+            message = f"{trained.adapter.dropout:g} is not supported: {why}; use 0"
+            yield Fault(where=f"{where}.adapter.dropout", message=message)
+    too_long = getattr(stage, "too_long", None)
+    if isinstance(too_long, TooLongConfig) and too_long.do is not TooLong.cut:
+        yield from unread_notes(too_long, TooLongConfig(), ("side",), f"{where}.too_long", "only too_long.do 'cut'")
+
+
+def _adapter_faults(adapter: AdapterConfig, where: str) -> Iterator[Fault]:
+    for field in fields(adapter):
+        readers = READ_BY.get(field.name)
+        if readers is not None and adapter.kind not in readers:
+            kinds = ", ".join(f"'{kind.value}'" for kind in readers)
+            reader = f"only adapter.kind {kinds}, not '{adapter.kind.value}',"
+            yield from unread_notes(adapter, AdapterConfig(), (field.name,), where, reader)
+
+
+def combination_faults(config: RunConfig) -> Iterator[Fault]:
+    """Stages, adapters and launches that do not work together. ``make matrix`` (tests/matrix) writes the table of
+    tested combinations, docs/compatibility.md."""
+    launch = config.launch
+    yield from _launch_faults(launch)
+    named = "any launch" if launch.sharding is Sharding.none else f"launch={launch.sharding.value}"
+    for name, stage in config.stages.items():
+        refusals = [*kind_of(stage).launch.refusals(stage, launch)]
+        trained = as_trained(stage)
+        refusals += [] if trained is None else _adapter_refusals(trained, launch, config.model.dtype)
+        for refusal in refusals:
+            message = f"does not work with {named}: {refusal.why}; use {refusal.instead}"
+            yield Fault(where=f"stages.{name}.{refusal.field}", message=message)
+
+
+def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
+    if launch.offload is Offload.optimizer and not launch.sharding.by_deepspeed:
+        reader = "for the optimizer, only launch.sharding 'zero1', 'zero2' or 'zero3'"
+        yield from unread_notes(launch, LaunchConfig(), ("offload",), "launch", reader)
+    if launch.offload is Offload.weights and not launch.sharding.of_weights:
+        reader = "for weights, only launch.sharding 'zero3' or 'fsdp'"
+        yield from unread_notes(launch, LaunchConfig(), ("offload",), "launch", reader)
+    rank, machines = launch.backend.machine_rank, launch.backend.num_machines
+    if rank >= machines:
+        message = f"{rank} is not a valid rank for {machines} machines; ranks start at 0"
+        yield Fault(where="launch.backend.machine_rank", message=message)
+    if rank and getattr(launch.backend, "submit", False):
+        message = f"{rank}, but Slurm assigns ranks to machines; leave it out"
+        yield Fault(where="launch.backend.machine_rank", message=message)
+
+
+def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig, dtype: Dtype) -> Iterator[Refusal]:
+    rounding = "stochastic rounding would depend on how the weights are sharded"
+    if launch.sharding is not Sharding.none and not stage.adapter.master_weights:
+        instead = "adapter=full: the master weights are sharded too"
+        yield Refusal(field="adapter.master_weights", why=rounding, instead=instead)
+    if launch.sharding is not Sharding.none and stage.adapter.trains_modules and dtype is Dtype.bfloat16:
+        instead = "model.dtype=float32, in which nothing is rounded, or adapter=full"
+        yield Refusal(field="adapter.modules_to_save", why=rounding, instead=instead)
+    if launch.sharding is not Sharding.none and stage.optim.moments is not Moments.full:
+        why = "eight-bit moments are stored in blocks, which sharding would split"
+        yield Refusal(field="optim.moments", why=why, instead="optim.moments=full: they are sharded")

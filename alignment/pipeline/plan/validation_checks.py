@@ -47,10 +47,8 @@ def step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterato
         return
     looks = math.ceil(steps / validation.every)
     if validation.patience is not None and validation.patience >= looks:
-        message = (
-            f"{validation.patience} has no effect: of {looks} validation{'' if looks == 1 else 's'}, at most "
-            f"{looks - 1} can follow the best one; choose less, or validate more often"
-        )
+        of_all = f"of {looks} validation{'' if looks == 1 else 's'}, at most {looks - 1} can follow the best one"
+        message = f"{validation.patience} has no effect: {of_all}; choose less, or validate more often"
         yield Fault(where=f"{where}.patience", message=message)
 
 
@@ -67,16 +65,12 @@ def row_faults(
     if validation.share is None:
         return
     if not 0 < held_out < prompts:
-        message = (
-            f"{prompts} prompts are too few to hold out a share of {validation.share:g}; choose another share, "
-            f"add rows, or name separate rows in {where}.data"
-        )
+        too_few = f"{prompts} prompts are too few to hold out a share of {validation.share:g}"
+        message = f"{too_few}; choose another share, add rows, or name separate rows in {where}.data"
         yield Fault(where=f"{where}.share", message=message)
     elif rows - held_out < batch_size:
-        message = (
-            f"{validation.share:g} leaves at most {rows - held_out} of {rows} rows to learn from, less than one "
-            f"batch of {batch_size}; choose a smaller share or smaller batches, or add rows"
-        )
+        leaves = f"{validation.share:g} leaves at most {rows - held_out} of {rows} rows to learn from"
+        message = f"{leaves}, less than a batch of {batch_size}; choose a smaller share or batch, or add rows"
         yield Fault(where=f"{where}.share", message=message)
 
 
@@ -89,8 +83,6 @@ def overlap_faults(
     if data.fraction < 1.0 or validation.data.fraction < 1.0:
         return
     if shared := len(learned & held_out):
-        message = (
-            f"{shared} of its {len(held_out)} different prompts are also training prompts, so their loss says "
-            f"nothing about new prompts; remove them from one of the two sources, or use validation.share"
-        )
+        both = f"{shared} of its {len(held_out)} different prompts are also training prompts"
+        message = f"{both}, so their loss says little; remove them from one source, or use validation.share"
         yield Fault(where=f"{where}.data.source", message=message)

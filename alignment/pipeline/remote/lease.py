@@ -33,16 +33,13 @@ OWN_FILE = "lease.json"
 
 
 class Lease:
-    """A lease that is held: ``lost`` is set once another machine has taken it."""
+    """A lease that is held, and renewed until its ``end``: ``lost`` is set once another machine has taken it."""
 
     def __init__(self, store: ObjectStore, key: str, record: LeaseRecord) -> None:
         self.lost = threading.Event()
         self._store, self._key, self._record = store, key, record
         self._ends = threading.Event()
         self._renewing = threading.Thread(target=self._renew, daemon=True)
-
-    def begin(self) -> None:
-        """Renews the lease from now on."""
         self._renewing.start()
 
     def end(self) -> None:
@@ -81,17 +78,14 @@ def leased(
         if holder is None or age is None:
             continue
         if not wait:
-            raise Busy(
-                f"in use by process {holder.process} on {holder.host}, which renewed its lease {age:.0f} s ago",
-                where=f"{store.url}/{key}",
-                remedy=f"wait for it with --wait; a lease expires after {LEASE_SECONDS:.0f} s",
-            )
+            message = f"in use by process {holder.process} on {holder.host}, which renewed its lease {age:.0f} s ago"
+            remedy = f"wait for it with --wait; a lease expires after {LEASE_SECONDS:.0f} s"
+            raise Busy(message, where=f"{store.url}/{key}", remedy=remedy)
         if not announced:
             announce(f"process {holder.process} on {holder.host} is working on it; waiting")
             announced = True
         time.sleep(POLL_SECONDS)
     lease = Lease(store, key, record)
-    lease.begin()
     try:
         yield lease
     finally:

@@ -21,16 +21,10 @@ from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, St
 from alignment.core.files import disk_error
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_CREDENTIALS = frozenset(
-    {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "ProfileNotFound",
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-    }
-)
+_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+    *("TokenRetrievalError", "UnauthorizedSSOTokenError"),
+}
 """Classes of botocore for credentials that it cannot find or read."""
 _UNREACHABLE = frozenset({"HTTPClientError", "ConnectionError", "TimeoutError", "ClientConnectorError"})
 _NETWORK = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT})
@@ -61,17 +55,11 @@ def _explanation(error: Exception, url: str) -> StoreError | None:
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     if names & _CREDENTIALS:
-        return StoreError(
-            f"no credentials for this store: {scrubbed(text)}",
-            where=url,
-            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and ~/.aws",
-        )
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and ~/.aws"
+        return StoreError(f"no credentials for this store: {scrubbed(text)}", where=url, remedy=remedy)
     if isinstance(error, PermissionError):
-        return StoreError(
-            f"it refused these credentials: {scrubbed(text)}",
-            where=url,
-            remedy="check the credentials and their permissions on this bucket: list, read, write and delete objects",
-        )
+        remedy = "check the credentials and their permissions on this bucket: list, read, write and delete objects"
+        return StoreError(f"it refused these credentials: {scrubbed(text)}", where=url, remedy=remedy)
     if isinstance(error, FileNotFoundError):
         return StoreError("there is no such bucket", where=url, remedy="create it, or correct artifacts=")
     if names & _UNREACHABLE or (isinstance(error, OSError) and error.errno in _NETWORK):
@@ -125,7 +113,8 @@ _STREAMS = 4
 
 class ObjectStore:
     """The objects under ``url``, by key relative to it. Threads may share it. Every method raises StoreError if the
-    store cannot be reached or refuses."""
+    store cannot be reached or refuses. ``refuses_existing`` says whether ``create`` is atomic here, as
+    ``check_writable`` has noticed."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -133,7 +122,7 @@ class ObjectStore:
         with explained(self.url):
             self._files, root = _file_system(self.url)
         self._root = root.rstrip("/")
-        self._refuses_existing = False
+        self.refuses_existing = False
 
     def check(self) -> None:
         """Asks for the first object, so that a wrong address, bucket or credential is noticed."""
@@ -152,13 +141,8 @@ class ObjectStore:
             try:
                 self._files.pipe_file(self._path(key), b"second", mode="create")
             except (OSError, NotImplementedError) as error:
-                self._refuses_existing = is_about_existing(error)
+                self.refuses_existing = is_about_existing(error)
             self._files.rm_file(self._path(key))
-
-    @property
-    def refuses_existing(self) -> bool:
-        """Whether ``create`` is atomic here, as ``check_writable`` has noticed."""
-        return self._refuses_existing
 
     def read(self, key: str) -> bytes | None:
         """The content of an object, or None if there is none."""
@@ -176,7 +160,7 @@ class ObjectStore:
     def create(self, key: str, content: bytes) -> bool:
         """Writes an object unless there is one; returns whether it did. Atomic only where the store offers that."""
         with explained(self.url):
-            if not self._refuses_existing:
+            if not self.refuses_existing:
                 if self._files.exists(self._path(key)):
                     return False
                 self._files.pipe_file(self._path(key), content)
@@ -235,9 +219,8 @@ class ObjectStore:
             except FileNotFoundError as error:
                 if file.exists():
                     raise
-                raise ArtifactError(
-                    "it disappeared during the upload", where=str(file), remedy="run it again"
-                ) from error
+                gone = "it disappeared during the upload"
+                raise ArtifactError(gone, where=str(file), remedy="run it again") from error
 
     def download(self, key: str, file: Path) -> bool:
         """Writes an object to a file; returns whether there is one. Raises DiskError: the disk is full or cannot be
@@ -272,9 +255,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     if protocol not in {*fsspec.available_protocols(), *_S3}:
-        raise ConfigError(
-            f"stores of the kind {protocol}:// are not supported", where="artifacts", remedy="s3://BUCKET/PREFIX"
-        )
+        message = f"stores of the kind {protocol}:// are not supported"
+        raise ConfigError(message, where="artifacts", remedy="s3://BUCKET/PREFIX")
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in _S3:
         refuse_secret_endpoint()

@@ -60,17 +60,16 @@ def download_files(store: ObjectStore, base: str, folder: Path, files: Listed) -
     folder.mkdir(parents=True, exist_ok=True)
     for parent in {inside(folder, name).parent for name in files}:
         remove_leftovers(parent)  # of a download that was killed
-    _refuse_without_room(folder, sum(listed["size"] for listed in missing.values()))
+    needed, free = sum(listed["size"] for listed in missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free"
+        remedy = "free space and run again; files that are already here are not downloaded again"
+        raise DiskError(message, where=str(folder), remedy=remedy)
     for name, listed in missing.items():
         path = inside(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=True) as temporary:
             _download(store, _key(base, name, listed), temporary, listed)
-
-
-def keys_of(base: str, files: Listed) -> set[str]:
-    """The keys of the objects that hold these files."""
-    return {_key(base, name, listed) for name, listed in files.items()}
 
 
 def _download(store: ObjectStore, key: str, file: Path, listed: Mapping[str, Any]) -> None:
@@ -89,16 +88,6 @@ def _key(base: str, name: str, listed: Mapping[str, Any]) -> str:
     return f"{base}/{name}/{listed['sha256']}"
 
 
-def _refuse_without_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskError(
-            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
-            where=str(folder),
-            remedy="free space and run again; files that are already here are not downloaded again",
-        )
-
-
 DOWNLOAD = "download"
 """The folder in a stage's work folder in which a result arrives."""
 
@@ -112,15 +101,11 @@ def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manif
     folder = f"{store.url}/{_base(artifact)}"
     manifest = parse_manifest(content.decode(errors="replace"), folder=folder)
     if manifest.fingerprint != fingerprint:
-        raise ArtifactError(
-            "contains another result whose fingerprint starts with the same characters",
-            where=folder,
-            remedy="use another prefix",
-        )
+        message = "contains another result whose fingerprint starts with the same characters"
+        raise ArtifactError(message, where=folder, remedy="use another prefix")
     if not manifest.files or any({"size", "sha256"} - set(listed) for listed in manifest.files.values()):
-        raise ArtifactError(
-            "does not list its files, so it cannot be verified", where=folder, remedy=f"delete {folder}"
-        )
+        message = "does not list its files, so it cannot be verified"
+        raise ArtifactError(message, where=folder, remedy=f"delete {folder}")
     return manifest
 
 
@@ -240,9 +225,8 @@ class RemoteCheckpoints:
             checkpoint = self._staged(work, here, staged)
             upload_files(self._store, self.folder, staged, as_listed(checkpoint.files), on_bytes=on_bytes)
         except FileNotFoundError as error:
-            raise ArtifactError(
-                "it disappeared before it was uploaded", where=str(error.filename), remedy=""
-            ) from error
+            gone = "it disappeared before it was uploaded"
+            raise ArtifactError(gone, where=str(error.filename), remedy="") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self._store.write(self._key(checkpoint), json.dumps(typed_json.to_json(checkpoint)).encode())
@@ -300,7 +284,8 @@ class RemoteCheckpoints:
             self._store.delete(key)
 
     def _objects(self, checkpoints: list[StoredCheckpoint]) -> set[str]:
-        return set().union(*(keys_of(self.folder, as_listed(checkpoint.files)) for checkpoint in checkpoints))
+        files = [item for checkpoint in checkpoints for item in as_listed(checkpoint.files).items()]
+        return {_key(self.folder, name, listed) for name, listed in files}
 
 
 def _names(work: Path, here: LocalWork) -> Iterator[str]:
@@ -378,9 +363,8 @@ class CheckpointUploads:
     def _upload_all(self) -> None:
         while not self._ends.wait(_LOOK_SECONDS):
             if self._lease.lost.is_set():
-                self._announce(
-                    "another machine has taken over the stage, so checkpoints from here are no longer uploaded"
-                )
+                taken = "another machine has taken over the stage"
+                self._announce(f"{taken}, so checkpoints from here are no longer uploaded")
                 return
             try:
                 if not self._upload(self._refuse_after_end):
@@ -389,7 +373,6 @@ class CheckpointUploads:
                 return
 
     def _upload(self, on_bytes: Callable[[int], None]) -> bool:
-        """Uploads how far the stage is, if that is new; returns False after a fault of the store or the disk."""
         here, started = local_work(self._work).progress, time.monotonic()
         if here <= self._uploaded:
             return True

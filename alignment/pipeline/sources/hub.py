@@ -99,7 +99,6 @@ def _failed(asked: Repository, error: Exception, failure: type[ModelError | Data
         LocalEntryNotFoundError: ("is not on this machine, and its hub cannot be reached", "check the connection"),
     }
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    problem, remedy = next(
-        (text for kind, text in messages.items() if isinstance(error, kind)), ("cannot be downloaded", "try again")
-    )
+    fitting = (text for kind, text in messages.items() if isinstance(error, kind))
+    problem, remedy = next(fitting, ("cannot be downloaded", "try again"))
     return failure(f"{problem}: {reason}", where=asked.named, remedy=f"{remedy}; or give path:FOLDER")

@@ -122,19 +122,14 @@ def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
     if is_adapter(folder):
         if adapter_fits:
             return folder
-        raise ModelError(
-            f"{folder} contains a PEFT adapter, but a whole model is needed here",
-            where=where,
-            remedy="name its base model here, and the adapter as a policy, such as a stage's init",
-        )
+        message = f"{folder} contains a PEFT adapter, but a whole model is needed here"
+        remedy = "name its base model here, and the adapter as a policy, such as a stage's init"
+        raise ModelError(message, where=where, remedy=remedy)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", where=where, remedy="give the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no *.safetensors file",
-            where=where,
-            remedy="only safetensors weights are read, never pickles; align plan --cost needs no weights",
-        )
+        remedy = "only safetensors weights are read, never pickles; align plan --cost needs no weights"
+        raise ModelError(f"{folder} has no *.safetensors file", where=where, remedy=remedy)
     refuse_weights_elsewhere(folder, where=where)
     refuse_cut_weights(folder, where=where)
     return folder
@@ -148,16 +143,12 @@ def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
     config = _config_of(model.folder, where=where)
     architectures = config.get("architectures") or ["model of an unknown architecture"]
     if not any(str(name).endswith(_SCORER) for name in architectures):
-        raise ModelError(
-            f"{model.folder} contains a {architectures[0]}, which does not give scores", where=where, remedy=advice
-        )
+        message = f"{model.folder} contains a {architectures[0]}, which does not give scores"
+        raise ModelError(message, where=where, remedy=advice)
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
-        raise ModelError(
-            f"{model.folder} contains a classifier with {labels} labels; a reward model has one",
-            where=where,
-            remedy=advice,
-        )
+        message = f"{model.folder} contains a classifier with {labels} labels; a reward model has one"
+        raise ModelError(message, where=where, remedy=advice)
 
 
 def _config_of(folder: Path, *, where: str) -> dict[str, Any]:

@@ -97,9 +97,8 @@ def _unsupported(settings: Mapping[str, Any]) -> str:
         return f"peft_type is {kind}; LORA (with or without DoRA) and PREFIX_TUNING are"
     if task not in (None, "CAUSAL_LM"):
         return f"task_type is {task}; CAUSAL_LM is"
-    of_experts = (
-        ("rank_pattern", "alpha_pattern") if settings.get("target_parameters") else ()
-    )  # which PEFT itself then writes
+    # PEFT itself writes these for experts.
+    of_experts = ("rank_pattern", "alpha_pattern") if settings.get("target_parameters") else ()
     if names := [name for name in _UNSUPPORTED if settings.get(name) and name not in of_experts]:
         return f"{names[0]} is {settings[names[0]]!r:.80}"
     if settings.get("bias", "none") != "none":
@@ -144,11 +143,9 @@ def refuse_other_base(adapter: PeftAdapter, base: ModelSource, *, where: str) ->
     if base.folder is None or not base.ready:
         return
     if problem := next(_misfits(adapter.needed, shapes_of_weights(base.folder)), ""):
-        raise ModelError(
-            f"the adapter in {adapter.folder} does not fit this run's base model {base.source}: {problem}",
-            where=where,
-            remedy=f"set model.source to its base model: {adapter.base or _name_of_base(adapter)}",
-        )
+        message = f"the adapter in {adapter.folder} does not fit this run's base model {base.source}: {problem}"
+        remedy = f"set model.source to its base model: {adapter.base or _name_of_base(adapter)}"
+        raise ModelError(message, where=where, remedy=remedy)
 
 
 def doubt(adapter: PeftAdapter, base: ModelSource) -> str:

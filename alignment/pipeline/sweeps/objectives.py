@@ -134,9 +134,8 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
         if not stage:
             continue
         metric = asked.metric if asked.stage else _by_name(asked.metric, evaluations[stage])
-        is_half = (
-            metric.startswith(of_stage(stages[stage]).half_by_chance) if asked.stage else metric == ArmMetric.win_rate
-        )
+        of_halves = of_stage(stages[stage]).half_by_chance
+        is_half = metric.startswith(of_halves) if asked.stage else metric == ArmMetric.win_rate
         shared = _shared_arms(stage, asked.arm, plans) if asked.arm else ()
         resolved.append(
             Objective(
@@ -152,7 +151,6 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
 
 
 def _shared_arms(evaluation: str, own: str, plans: Sequence[Plan]) -> tuple[str, ...]:
-    """The arms of an evaluation, apart from the objective's ``own``, that have one fingerprint in all plans."""
     first, *others = (stage for plan in plans for stage in plan.stages if stage.name == evaluation)
     return tuple(
         arm

@@ -16,29 +16,22 @@ from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
+from alignment.records import sweep_record
 from alignment.records.evaluation import FEWEST_PROMPTS, LEVEL, Evaluation
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.interval import Interval
-from alignment.records.sweep_record import (
-    FEWEST_FOR_IMPORTANCE,
-    Goal,
-    Parameter,
-    Setting,
-    SweepRecord,
-    Trial,
-)
 from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.report.sweep_page.sweep_report import build_sweep
 
 PAGE = "sweep.html"
 
 
-def words(settings: Mapping[str, Setting]) -> list[str]:
+def words(settings: Mapping[str, sweep_record.Setting]) -> list[str]:
     """Settings as overrides."""
     return [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
 
 
-def write(study: Study, wanted: Sweep) -> SweepRecord:
+def write(study: Study, wanted: Sweep) -> sweep_record.SweepRecord:
     """Writes ``sweep.json`` and the page; returns their content."""
     record = _record(study, wanted)
     record.write(wanted.folder)
@@ -46,7 +39,7 @@ def write(study: Study, wanted: Sweep) -> SweepRecord:
     return record
 
 
-def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
+def show(console: Console, record: sweep_record.SweepRecord, wanted: Sweep) -> None:
     """Prints every trial, the best first, what to compare them with, and the best settings to paste."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("trial")
@@ -57,9 +50,8 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for trial in record.trials:
         cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
-        reason = (
-            f": {_unmet(trial.error) if trial.state == 'done' else trial.error.splitlines()[0]}" if trial.error else ""
-        )
+        why = _unmet(trial.error) if trial.state == "done" else next(iter(trial.error.splitlines()), "")
+        reason = f": {why}" if why else ""
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
@@ -95,11 +87,11 @@ def _with_bounds(value: Interval) -> str:
     return f"{value.mean:.3f}" + (f" ({bounds})" if (bounds := _bounds(value)) else "")
 
 
-def _record(study: Study, wanted: Sweep) -> SweepRecord:
+def _record(study: Study, wanted: Sweep) -> sweep_record.SweepRecord:
     best = study.best()
     trials = sorted((_trial(trial, wanted) for trial in study.ended()), key=lambda trial: _rank(trial, best, wanted))
     goals = [
-        Goal(
+        sweep_record.Goal(
             label=str(objective),
             minimize=objective.minimize,
             shared_arms=_shared_arms(study, objective, number),
@@ -108,7 +100,12 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         for number, objective in enumerate(wanted.objectives)
     ]
     smoke = is_smoke(wanted.profile)
-    return SweepRecord(
+    artifacts_of = {number_of(trial): trial.user_attrs.get("artifacts") for trial in study.completed()}
+    by_prompt = {
+        number: wanted.objectives[0].by_prompt(Path(artifacts[0])) if artifacts else {}
+        for number, artifacts in artifacts_of.items()
+    }
+    return sweep_record.SweepRecord(
         name=wanted.folder.name,
         recipe=wanted.recipe,
         overrides=list(wanted.overrides),
@@ -117,19 +114,19 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         number=wanted.number,
         goals=goals,
         parameters=[
-            Parameter(key=own.key, values=own.values, low=own.low, high=own.high, log=own.log)
+            sweep_record.Parameter(key=own.key, values=own.values, low=own.low, high=own.high, log=own.log)
             for own in wanted.config.parameters
         ],
         trials=trials,
         best=best,
-        verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
+        verdict=_verdict(trials, best, wanted, by_prompt),
         importance=_importance(study, wanted),
         cautions=[*wanted.cautions, *([] if smoke else _doubts(study, best))],
         no_gain="" if smoke else _no_gain(goals, trials),
     )
 
 
-def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> str:
+def _no_gain(goals: Sequence[sweep_record.Goal], trials: Sequence[sweep_record.Trial]) -> str:
     """The arm that the sweep does not train and no trial surpasses, if there is one. The best trial comes first."""
     if len(goals) > 1 or not trials or not trials[0].figures or not goals[0].shared_arms:
         return ""
@@ -153,7 +150,6 @@ def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, I
 
 
 def _doubts(study: Study, best: Sequence[int]) -> list[str]:
-    """Reasons not to rely on the best trials: gates that they do not meet, or answers that were all cut off."""
     doubts: dict[str, None] = {}
     for trial in study.completed():
         if number_of(trial) in best and (unmet := trial.user_attrs.get("unmet")):
@@ -165,7 +161,7 @@ def _doubts(study: Study, best: Sequence[int]) -> list[str]:
     return list(doubts)
 
 
-def _trial(ended: Any, wanted: Sweep) -> Trial:
+def _trial(ended: Any, wanted: Sweep) -> sweep_record.Trial:
     run = ended.user_attrs["run"]
     link = f"../../runs/{run}/{REPORT}"
     error = ended.user_attrs.get("error") or ended.user_attrs.get("unmet", "")
@@ -173,7 +169,7 @@ def _trial(ended: Any, wanted: Sweep) -> Trial:
         pruning = wanted.config.pruning
         error = f"{pruning.metric} of {pruning.stage} was worse than the median at step {ended.user_attrs['pruned_at']}"
     bounds = ended.user_attrs.get("intervals", [])
-    return Trial(
+    return sweep_record.Trial(
         number=number_of(ended),
         run=run,
         state={"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned"}[ended.state.name],
@@ -188,7 +184,7 @@ def _trial(ended: Any, wanted: Sweep) -> Trial:
     )
 
 
-def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
+def _rank(trial: sweep_record.Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
     sign = 1 if wanted.objectives[0].minimize else -1
     return (
         not trial.figures,
@@ -198,16 +194,8 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
     )
 
 
-def _by_prompt(study: Study, wanted: Sweep) -> dict[int, dict[str, float]]:
-    first = wanted.objectives[0]
-    artifacts_of = {number_of(trial): trial.user_attrs.get("artifacts") for trial in study.completed()}
-    return {
-        number: first.by_prompt(Path(artifacts[0])) if artifacts else {} for number, artifacts in artifacts_of.items()
-    }
-
-
 def _verdict(
-    trials: Sequence[Trial], best: Sequence[int], wanted: Sweep, by_prompt: Mapping[int, dict[str, float]]
+    trials: Sequence[sweep_record.Trial], best: Sequence[int], wanted: Sweep, by_prompt: Mapping[int, dict[str, float]]
 ) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
@@ -260,6 +248,6 @@ def _trials(numbers: Sequence[int]) -> str:
 
 
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:
-    if len(wanted.config.parameters) < 2 or len(study.completed()) < FEWEST_FOR_IMPORTANCE:
+    if len(wanted.config.parameters) < 2 or len(study.completed()) < sweep_record.FEWEST_FOR_IMPORTANCE:
         return []
     return [study.importance(index) for index in range(len(wanted.objectives))]

@@ -49,10 +49,8 @@ def sweep(
 def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1, retry_failed: bool = False) -> int:
     """Runs the missing trials, and those that failed if ``retry_failed``; returns the exit code, 0 if any trial has
     ever finished. Raises ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is
-    not installed; ModelError, DataError: a model or data set cannot be fetched; no trial has begun; Busy: another
-    process works on it, or Slurm has jobs of a trial; StoreError: the store of artifacts cannot be reached or refuses;
-    the trial is tried again by the next call; DiskError: the disk is full or cannot be written to; the trial is tried
-    again by the next call."""
+    not installed; ModelError, DataError: something cannot be fetched, and no trial has begun; Busy, StoreError,
+    DiskError: other processes, the store or the disk hinder a trial, which the next call tries again."""
     shares_of_machine = shares(at_once, wanted.launch)
     refuse_what_cannot_begin(wanted)
     with held(wanted.folder / "lock", wait=False):
@@ -102,10 +100,7 @@ def _overrides(wanted: Sweep, trial: Any) -> list[str]:
 
 
 def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> int:
-    """Records in the study how a trial ended; a failed trial does not end the sweep. Returns the exit code of a stop,
-    or 0. Raises ConfigError: the trial is done but lacks the objective, as all trials would; Busy: Slurm has jobs of
-    the trial; StoreError: the store of artifacts cannot be reached or refuses; DiskError: the disk is full or cannot be
-    written to."""
+    """Records how a trial ended; returns the exit code of a stop, or 0. Raises what would end the others alike."""
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         if outcome.error:  # a job of Slurm was stopped; a run that is stopped here says so itself
@@ -143,7 +138,6 @@ def _complete(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, co
 
 
 def _print(console: Console, words: str, more: str) -> None:
-    """Prints ``words``, which may contain markup, and ``more`` as it is."""
     console.print(words, end="", highlight=False)
     console.print(more, markup=False, highlight=False, soft_wrap=True)
 
@@ -155,8 +149,7 @@ class _SeparateTrial:
     """A running trial in a separate process, and its watched curve."""
 
     def __init__(self, trial: Any, wanted: Sweep, share: Share, console: Console) -> None:
-        self.trial = trial
-        self.share = share
+        self.trial, self.share = trial, share
         self.pruned_at: int | None = None
         self._name = f"trial {number_of(trial)}"
         self._console = console

@@ -34,8 +34,7 @@ class LatestMedian(BasePruner):  # type: ignore[misc]  # optuna has no types her
     models start near it, so a trial that becomes worse than its start would never be pruned."""
 
     def __init__(self, *, startup_trials: int, warmup_steps: int) -> None:
-        self._startup_trials = startup_trials
-        self._warmup_steps = warmup_steps
+        self._startup_trials, self._warmup_steps = startup_trials, warmup_steps
 
     def prune(self, study: OptunaStudy, trial: Any) -> bool:
         """Whether the trial should be stopped at the last step that it reported."""
@@ -69,12 +68,11 @@ _MOST_RANDOM = 10
 
 
 class Study:
-    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's. Its ``user_attrs`` hold
-    its ``run`` and, after its end, its ``error``, the step at which it was pruned (``pruned_at``), or its
-    ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet (``unmet``, in words). An
-    interrupted trial is recorded as failed without an ``error``. It does not count, and is tried again under the same
-    run name, so that its stages continue from their checkpoints. The caller holds the sweep's lock. Raises ConfigError:
-    the names of its runs would be too long, or optuna is not installed."""
+    """The study with this identity in the sweep's folder, or a new one. A trial is optuna's; its ``user_attrs`` hold
+    its ``run`` and, after its end, its ``error``, ``pruned_at`` (a step), or its ``intervals``, ``artifacts`` and
+    ``unmet`` gates. An interrupted trial is recorded as failed without an ``error``. It does not count, and is tried
+    again under the same run name, so that its stages continue. The caller holds the sweep's lock. Raises ConfigError:
+    names of runs would be too long, or optuna is not installed."""
 
     def __init__(self, wanted: Sweep) -> None:
         optuna = _optuna()
@@ -240,11 +238,8 @@ def _refuse_long_names(wanted: Sweep, runs: str) -> None:
     """Before the first trial, because only the later ones may have such a name."""
     longest = f"{runs}.{wanted.number - 1}"
     if not is_name(longest):
-        raise ConfigError(
-            f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}",
-            where="name",
-            remedy="set a shorter name=…, or give the sweep's file a shorter name",
-        )
+        message = f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}"
+        raise ConfigError(message, where="name", remedy="set a shorter name=…, or give the sweep's file a shorter name")
 
 
 def _sampler(seed: int, trials: int) -> Any:
@@ -253,9 +248,8 @@ def _sampler(seed: int, trials: int) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=min(_MOST_RANDOM, max(2, trials // 3)), constant_liar=True
-        )
+        at_random = min(_MOST_RANDOM, max(2, trials // 3))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random, constant_liar=True)
 
 
 def _distribution(parameter: ParameterConfig) -> Any:

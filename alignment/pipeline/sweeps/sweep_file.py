@@ -21,7 +21,7 @@ from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
 from alignment.data.source_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
-from alignment.pipeline.plan import unread
+from alignment.pipeline.plan import settings
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
@@ -101,7 +101,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         profile=plan.profile,
         cautions=(
             *([f"every trial is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []),
-            *unread.sentences(without_effect),
+            *settings.unread_sentences(without_effect),
             *objectives.cautions(resolved, plan.config.stages),
         ),
     )
@@ -111,9 +111,8 @@ def _file_of(name: str) -> Path:
     is_path = "/" in name or name.endswith(".yaml")
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
-        remedy = (
-            similar_name(path) if is_path else ""
-        ) or "give the path of a .yaml file, or the name of a shipped sweep"
+        similar = similar_name(path) if is_path else ""
+        remedy = similar or "give the path of a .yaml file, or the name of a shipped sweep"
         message = f"no file {name}" if is_path else f"no sweep {name!r}; {suggestion(name, sweep_names())}"
         raise ConfigError(message, where="SWEEP", remedy=remedy)
     if not is_name(path.stem):
@@ -160,7 +159,6 @@ def _with_path(path: Path, faults: Iterator[Fault]) -> list[Fault]:
 
 
 def _faults(config: SweepConfig) -> Iterator[Fault]:
-    """Faults in the file that do not depend on the recipe."""
     if not config.parameters:
         yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
@@ -186,14 +184,12 @@ def _faults(config: SweepConfig) -> Iterator[Fault]:
 
 
 def _faults_beside(config: SweepConfig, launch: LaunchConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """Faults that depend on the recipe."""
     yield from objectives.faults(config.objective, stages)
     submission, prunes = slurm.submission(launch), config.pruning.pruner is not Pruner.none
     if submission is not None and prunes:
-        message = (
-            "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue; set it to none"
-        )
-        yield Fault(where="pruning.pruner", message=f"{message}, or leave out launch/backend=slurm")
+        why = "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue"
+        message = f"{why}; set it to none, or leave out launch/backend=slurm"
+        yield Fault(where="pruning.pruner", message=message)
     trained = [name for name, stage in stages.items() if kind_of(stage).trains]
     if prunes and config.pruning.stage not in trained:
         message = f"no stage {config.pruning.stage!r} that trains; one of: {', '.join(trained)}"

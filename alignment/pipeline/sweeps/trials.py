@@ -45,9 +45,8 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
     if number > 1 and launch.backend.num_machines > 1:
-        raise ConfigError(
-            "trials on several machines can only run one after another", where="--at-once", remedy="leave it out"
-        )
+        message = "trials on several machines can only run one after another"
+        raise ConfigError(message, where="--at-once", remedy="leave it out")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     devices = [] if slurm.submission(launch) is not None else hardware.visible_devices()
     each = len(devices) // number
@@ -75,8 +74,7 @@ class Running:
 
     def __init__(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> None:
         """Starts the trial. ``argv`` is a recipe and its overrides."""
-        self._run_folder = run_folder
-        self._log = log
+        self._run_folder, self._log = run_folder, log
         self._outcome = log.with_suffix(".json")
         self._outcome.unlink(missing_ok=True)
         devices = {} if share.devices is None else hardware.only_visible(share.devices)
@@ -115,9 +113,8 @@ class Running:
                 remedy, run = "free space and run again: nothing is lost", f"run {self._run_folder.name}"
                 return TrialOutcome(code=code, error=str(DiskError(message, where=run, remedy=remedy)))
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return TrialOutcome(
-                code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
-            )
+            message = f"its process ended {how} without recording an outcome\n{tail(self._log)}"
+            return TrialOutcome(code=_BUG, error=message.rstrip())
 
     def ask_to_stop(self) -> None:
         """Asks the trial to stop and returns at once; the running stage saves first."""
@@ -188,7 +185,6 @@ class Curve:
                 yield row["step"], float(value)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, which is in the work folder until the stage is done."""
         artifact = self._entry().artifact
         for folder in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.status import show_status
 from alignment.config.run import conf_folder
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
+from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
@@ -48,8 +50,7 @@ _composed: dict[Any, Any] = {}
 
 @pytest.fixture(autouse=True)
 def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the time of these tests would go into the same files; test_compose composes them every time."""
-    if request.path.stem == "test_compose":
+    if request.path.stem in ("test_compose", "test_foreign_files"):
         return
     files = composing._files
 
@@ -68,13 +69,11 @@ def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypat
 
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that multiplies in bfloat16, so that plans say the same on every machine."""
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
 
 
 @pytest.fixture
 def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run on a model folder and data of its own, in a folder of its own."""
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "model"
     model.mkdir()
@@ -93,12 +92,10 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def plan(overrides: list[str]) -> MakePlan:
-    """Plans the quickstart with more overrides."""
     return lambda *more: make_plan("quickstart", [*overrides, *more])
 
 
 def leave_artifact(stage: PlannedStage, **usage: float) -> None:
-    """Publishes what a worker would, with nothing in it but a file."""
     content = stage.work / "content"
     content.mkdir(parents=True)
     (content / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -115,20 +112,17 @@ def leave_artifact(stage: PlannedStage, **usage: float) -> None:
 
 
 def leave_all(plan: Plan) -> None:
-    """Publishes what the workers of all stages would."""
     for stage in plan.stages:
         leave_artifact(stage)
 
 
 def write(file: Path, text: str) -> str:
-    """Writes a file in a folder that need not exist; returns its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return str(file)
 
 
 def write_rows(file: Path, *rows: object) -> str:
-    """Writes a file of JSON lines; returns its path."""
     return write(file, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
@@ -141,18 +135,29 @@ def fingerprints(plan: Plan) -> dict[str, str]:
 
 
 def changed(before: Plan, after: Plan) -> list[str]:
-    """The stages of the later plan whose fingerprint is another."""
     return [name for name, value in fingerprints(after).items() if fingerprints(before)[name] != value]
 
 
 def screened(plan: Plan, *, width: int = 200) -> list[str]:
-    """The lines of a plan on the screen."""
     screen = StringIO()
     show_plan(Console(file=screen, width=width), plan)
     return screen.getvalue().splitlines()
 
 
+def status_of(output: Path, name: str | None = "quickstart") -> str:
+    """What ``align status`` prints."""
+    screen = StringIO()
+    show_status(Console(file=screen, width=160), output, name)
+    return screen.getvalue()
+
+
+def printed_by_run(overrides: Sequence[str], *, code: int = 0, **options: Any) -> str:
+    """What ``align run quickstart`` prints, which ends with this code."""
+    screen = StringIO()
+    assert run("quickstart", overrides, console=Console(file=screen, width=200), **options) == code
+    return screen.getvalue()
+
+
 def faulty_keys(error: AlignmentError) -> list[str]:
-    """Where each of the faults is that an error lists."""
     listed = [line.strip().partition(": ")[0] for line in error.message.splitlines() if line.startswith("  ")]
     return [error.where] if error.where else listed

@@ -42,7 +42,6 @@ Benchmark = Callable[..., Plan]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one task of our own."""
     write(tmp_path / "tasks/sums.yaml", TASK)
     write(tmp_path / "tasks/sums.jsonl", ROWS)
     return tmp_path / "tasks"
@@ -50,7 +49,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def benchmark(tmp_path: Path, overrides: list[str], folder: Path) -> Benchmark:
-    """Plans the recipe above with the folder's task and more settings of the stage."""
     recipe = write(tmp_path / "benchmark.yaml", RECIPE)
     given = [text for text in overrides if text.startswith(("output", "model", "stages.sft"))]
     given += ["stages.benchmark.tasks=[sums]", f"stages.benchmark.task_folders=['{folder}']"]
@@ -72,20 +70,16 @@ def refused(benchmark: Benchmark, *settings: str) -> str:
 
 
 def add(folder: Path, name: str, text: str, *, base: str = "") -> None:
-    """Another file beside the task's; ``base`` includes the task's own."""
     write(folder / f"{name}.yaml", (f"include: {base}\n" if base else "") + text)
 
 
 @pytest.mark.parametrize(
     ("setting", "where", "word"),
     [
-        ("tasks=[]", "tasks", "is empty"),
         ("task_folders=[]", "task_folders", "harness:"),
         ("tasks=[sumz]", "tasks[0]", "'sums'"),
         ("tasks=[sums,sums]", "tasks[1]", "list it only once"),
-        ("task_folders=['harness:nowhere']", "task_folders[0]", "no folder "),
         ("arms=['base+prompt']", "arms[0]", "'base+prompt'"),
-        ("num_fewshots=3", "num_fewshots", "'num_fewshot'"),
     ],
 )
 def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: str, where: str, word: str) -> None:
@@ -97,17 +91,13 @@ def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: 
     ("change", "words"),
     [
         ("class: !function tasks.Mine", "(class)"),
-        ("test_split: null", "test_split or validation_split"),
         ("metric_list: [{metric: bleurt, hf_evaluate: true}]", "'bleurt' from a hub"),
         ("generation_kwargs: {do_sample: true, temperature: 0.7}", "samples its answers"),
-        ("dataset_path: null", "does not name its data"),
         ("dataset_kwargs: {data_files: {test: hf://datasets/org/name/rows.jsonl}}", "download the file"),
         ("dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}", "data set org/name"),
     ],
 )
-def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
-    benchmark: Benchmark, folder: Path, change: str, words: str
-) -> None:
+def test_a_task_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path, change: str, words: str) -> None:
     add(folder, "changed", f"task: changed\n{change}\n", base="sums.yaml")
     message = refused(benchmark, "tasks=[changed]")
     assert message.startswith(f"stages.benchmark.tasks[0]: 'changed' ({folder / 'changed.yaml'}) ")
@@ -123,7 +113,6 @@ def test_data_that_is_missing_is_an_error_of_data(benchmark: Benchmark, folder: 
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    """Has this version of the harness, or none."""
     installed = metadata.version
 
     def version_of(package: str) -> str:
@@ -136,18 +125,15 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     monkeypatch.setattr(metadata, "version", version_of)
 
 
-@pytest.mark.parametrize("version", [None, "0.4.9.1", "0.4.130"])
-def test_without_the_harness_s_release_the_plan_says_what_to_install(
+@pytest.mark.parametrize("version", [None, "0.4.130"])
+def test_without_the_harness_the_plan_says_what_to_install(
     benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     install(monkeypatch, version)
     message = refused(benchmark)
     assert message.startswith("stages.benchmark.kind: lm-evaluation-harness ")
-    words = [f"has version {version}" if version else "is not installed", "pip install 'lm_eval>=0.4.13,<0.4.14'"]
-    assert [word for word in words if word not in message] == []
-
-
-# ---- groups, tags and includes ---------------------------------------------------------------------------------------
+    assert (version or "is not installed") in message
+    assert "pip install 'lm_eval>=0.4.13,<0.4.14'" in message
 
 
 def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: Benchmark, folder: Path) -> None:
@@ -176,12 +162,7 @@ def test_a_group_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path,
     assert message in refused(benchmark, "tasks=[all]")
 
 
-# ---- what a result covers --------------------------------------------------------------------------------------------
-
-
-def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
-    benchmark: Benchmark, folder: Path, tmp_path: Path
-) -> None:
+def test_a_result_depends_on_what_the_files_hold(benchmark: Benchmark, folder: Path, tmp_path: Path) -> None:
     before = stage(benchmark()).fingerprint
     moved = shutil.copytree(folder, tmp_path / "moved")
     write(moved / "__pycache__/words.cpython-311.pyc", "compiled")
@@ -198,9 +179,7 @@ def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
 
 
 @pytest.mark.parametrize("changed", ["shared/common.yaml", "shared/clean.py", "tasks/.rows.jsonl"])
-def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, changed: str
-) -> None:
+def test_what_a_task_reads_beside_its_folder_is_covered_too(benchmark: Benchmark, tmp_path: Path, changed: str) -> None:
     common = TASK.removeprefix("task: sums\n").replace("sums.jsonl", "../tasks/.rows.jsonl")
     write(tmp_path / "shared/common.yaml", f"{common}process_docs: !function clean.rows\n")
     write(tmp_path / "shared/clean.py", CLEAN)
@@ -213,9 +192,7 @@ def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_t
     assert stage(benchmark()).fingerprint != planned.fingerprint
 
 
-def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
-    benchmark: Benchmark, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_worker_gets_absolute_folders(benchmark: Benchmark, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     config: Any = stage(benchmark("task_folders=[tasks]")).config
     assert config.task_folders == [str(folder)]
@@ -227,7 +204,7 @@ def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
 
 
 @pytest.mark.parametrize("init", ["base", "path:{}"], ids=["the run's base", "another base"])
-def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
+def test_tasks_are_tried_before_training(
     benchmark: Benchmark, folder: Path, tmp_path: Path, started: Commands, init: str
 ) -> None:
     shutil.copytree(tmp_path / "model", tmp_path / "other")
@@ -240,9 +217,7 @@ def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
     assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "benchmark"]]
 
 
-def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_elsewhere_is_covered_too(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write(tmp_path / "elsewhere.jsonl", ROWS)
     write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
     planned = stage(benchmark())

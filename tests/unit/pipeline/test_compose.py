@@ -1,15 +1,13 @@
-"""Recipes and overrides compose, or say what is wrong; no file hangs a plan or has the environment read."""
+"""Recipes and overrides compose, or say what is wrong."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from alignment.config import yaml_file
 from alignment.config.faults import Fault
 from alignment.config.launch import LocalBackend, Offload, SlurmBackend
 from alignment.config.model import AdapterConfig, AdapterKind
@@ -17,7 +15,6 @@ from alignment.config.optim import Moments
 from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder
 from alignment.config.scoring import ScorerConfig
 from alignment.config.typed import convert, typed
-from alignment.core import deadline
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose
@@ -52,7 +49,6 @@ def faults(*overrides: str, recipe: str = "quickstart") -> list[Fault]:
 
 
 def own(folder: Path, text: str, *, name: str = "mine", base: str = "quickstart") -> str:
-    """A recipe of the user's that builds on a shipped one."""
     return write(folder / f"{name}.yaml", f"defaults: [{base}, _self_]\n{text}\n")
 
 
@@ -80,22 +76,13 @@ def test_every_choice_composes(group: str, choice: str) -> None:
     assert ("more" in composed("quickstart", override).stages) == (group == "stage")
 
 
-@pytest.mark.parametrize("kind", ["full", "qlora"])
-def test_an_adapter_means_the_same_however_it_is_chosen(kind: str) -> None:
-    chosen = composed("quickstart", f"adapter={kind}")
+def test_an_adapter_means_the_same_however_it_is_chosen() -> None:
+    chosen = composed("quickstart", "adapter=full")
     trained = {name: stage.adapter.kind for name, stage in chosen.stages.items() if hasattr(stage, "adapter")}
-    assert trained == dict.fromkeys(["sft", "reward", "dpo", "ppo"], kind)
-    for text in ("adapter@stages.{0}.adapter={1}", "stages.{0}.adapter.kind={1}", "stages.{0}.adapter={{kind: {1}}}"):
-        assert composed("quickstart", *(text.format(name, kind) for name in trained)) == chosen
-        assert stages("quickstart", text.format("dpo", kind))["sft"].adapter.kind == "lora"
-
-
-def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tmp_path: Path) -> None:
-    write(tmp_path / "model/mine.yaml", "source: path:/models/mine\n")
-    recipe = own(tmp_path, "name: mine\nseed: 7", name="my recipe", base="quickstart, {override model: mine}")
-    config = composed(recipe)
-    assert (config.name, config.seed, config.model.source) == ("mine", 7, "path:/models/mine")
-    assert composed(recipe, "model=smollm2_135m").model.source == "bundled:smollm2-135m"
+    assert trained == dict.fromkeys(["sft", "reward", "dpo", "ppo"], "full")
+    for text in ("adapter@stages.{}.adapter=full", "stages.{}.adapter.kind=full", "stages.{}.adapter={{kind: full}}"):
+        assert composed("quickstart", *map(text.format, trained)) == chosen
+        assert stages("quickstart", text.format("dpo"))["sft"].adapter.kind == "lora"
 
 
 def test_a_file_beside_the_recipe_never_replaces_a_shipped_one(tmp_path: Path) -> None:
@@ -108,14 +95,14 @@ def test_a_file_beside_the_recipe_never_replaces_a_shipped_one(tmp_path: Path) -
     assert set(compose(recipe, ["launch=ddp", "profile=smoke"]).unread) == set(files.values())
 
 
-@pytest.mark.parametrize("files", [("mine",), ("mine", "other", "third")])
-def test_recipes_that_include_each_other_are_named(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_recipes_that_include_each_other_are_named(tmp_path: Path) -> None:
     write(tmp_path / "innocent.yaml", "seed: 3\n")
-    for name, included in zip(files, (*files[1:], files[0]), strict=True):
+    names = ("mine", "other", "third")
+    for name, included in zip(names, (*names[1:], "mine"), strict=True):
         own(tmp_path, "", name=name, base=f"base, innocent, {included}")
     with pytest.raises(ConfigError) as caught:
         compose(str(tmp_path / "mine.yaml"), [])
-    assert all(f"{name}.yaml" in caught.value.message for name in files)
+    assert all(f"{name}.yaml" in caught.value.message for name in names)
     assert "innocent" not in str(caught.value)
 
 
@@ -125,12 +112,10 @@ SOURCE = "stages.sft.data.source"
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
-        *((SOURCE, text, text) for text in ("path:日本/語.jsonl", "path:my rows (1).jsonl", "path:it's.jsonl")),
+        *((SOURCE, text, text) for text in ("path:日本/語 (1).jsonl", "path:it's.jsonl")),
         (SOURCE, "path:rows, v2.jsonl", "path:rows, v2.jsonl"),
         (SOURCE, "'path:in \"quotes\", ü.jsonl'", 'path:in "quotes", ü.jsonl'),
         ("stages.sft.data.columns", "{prompt: Fräge, chosen: 'gut, ß'}", {"prompt": "Fräge", "chosen": "gut, ß"}),
-        ("stages.evaluate.arms", "[base,path:mü]", ["base", "path:mü"]),
-        ("name", "ü", "ü"),
     ],
 )
 def test_letters_of_every_language_need_no_quotes(key: str, text: str, value: object) -> None:
@@ -144,7 +129,6 @@ FAULTY = [
     ("stages.evaluate.metrics={name: brevity}", "stages.evaluate.metrics", "[{name: brevity}]"),
     ("lauch=local", "lauch", "'launch'"),
     ("adapter@stages.sfd.adapter=full", "", "'adapter@stages.sft.adapter'"),
-    ("tracking=[jsonl,wandbb]", "", "'wandb'"),
     ("launch/backend=slrum", "", "'slurm'"),
     ("launch.backend=slurm", "launch.backend", "launch/backend=slurm"),
     ("launch.backend.gpus=2", "launch.backend.gpus", "launch/backend=slurm"),
@@ -153,15 +137,12 @@ FAULTY = [
     ("~stages.pppo", "", "'ppo'"),
     (f"{SOURCE}=path:a'b\"c", "", "key=value"),
     ("adapter.kind=full", "adapter.kind", "stages.NAME.adapter.kind"),
-    ("adapter.chain=stack", "adapter.chain", "'stages.dpo.adapter.chain'"),
     ("seed=1,2", "", "give one"),
     ("seed", "", "key=value"),
-    ("seed=[1", "", "key=value"),
     (f"seed={'[' * 31}{']' * 31}", f"seed={'[' * 31}{']' * 24}…", "31 deep"),
     ("hydra.run.dir=x", "", "not allowed"),
     ("summary=${nowhere}", "summary", "'nowhere'"),
     ("stages.sft._target_=os.system", "stages.sft._target_", "not allowed"),
-    ("stages.ppo.scorers=[{_target_: os.system}]", "stages.ppo.scorers[0]._target_", "not allowed"),
     ("summary=${oc.env:HOME}", "summary", "not allowed"),
     ("summary='${${seed}:HOME}'", "summary", "not allowed"),
     ("summary='${a.${oc.env:HOME}'", "summary", "not allowed"),
@@ -188,11 +169,8 @@ def test_what_may_be_a_key_is_not_repeated_where_it_is_no_override(value: str) -
 REFUSED_RECIPES = [
     ("defaults: [base]\nmodel: {_target_: os.system}", "not allowed"),
     ("defaults: [base, {model: '${oc.env:HOME}'}]", "not allowed"),
-    ("defaults: [base]\nsummary: ${a.${oc.decode:seed}}", "not allowed"),
     ("defaults: [_self_, quickstart]\nseed: 3", "'_self_' must come last"),
-    ("a: [", "not YAML"),
     ("- a", "a group of settings"),
-    ("defaults: [nowhere]", "nowhere"),
     ("defaults: [base, stage@stages.sft: sfft]", "'stage/sfft'; did you mean 'sft'"),
 ]
 
@@ -206,10 +184,8 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, text: str, word
 
 CONFUSED = [
     ("stages: {evaluate: {gate: {arm: a, against: b}}}", "stages.evaluate.gate", "[{arm: a, against: b}]"),
-    ("stages: {evaluate: {arms: {name: base}}}", "stages.evaluate.arms", "a list"),
     ("stages: {dpo: [1]}", "stages.dpo", "'kind'"),
     ("stages: [dpo]", "stages", "group of stages"),
-    ("launch: [1]", "launch", "group of settings"),
 ]
 
 
@@ -241,15 +217,12 @@ def test_a_list_of_groups_is_given_as_one_value_and_replaces_the_recipe_s(tmp_pa
     recipe = own(tmp_path, f"stages: {{ppo: {{scorers: {listed}}}}}")
     expected = [ScorerConfig(normalize=True), ScorerConfig(source="length", target=20)]
     assert stages(recipe)["ppo"].scorers == expected
-    for override in ("[{source: score.py:brevity, weight: 0.5}]", "[{source: 'score.py:brevity', weight: 5e-1}]"):
-        for start in ("quickstart", recipe):
-            ppo = stages(start, f"stages.ppo.scorers={override}")["ppo"]
-            assert ppo.scorers == [ScorerConfig(source="score.py:brevity", weight=0.5)]
+    pattern = r"^\s*<a>\d+</a>$"
+    for start in ("quickstart", recipe):
+        ppo = stages(start, f"stages.ppo.scorers=[{{source: regex, pattern: '{pattern}', weight: 5e-1}}]")["ppo"]
+        assert ppo.scorers == [ScorerConfig(source="regex", pattern=pattern, weight=0.5)]
     ppo = stages(recipe, "stages.ppo.scorers.1.target=30", "stages.ppo.guard.scorer.source=reward")["ppo"]
     assert (ppo.scorers[1].target, ppo.guard.scorer) == (30, ScorerConfig(source="reward"))
-    pattern = r"^\s*<a>\d+</a>$"
-    ppo = stages("quickstart", f"stages.ppo.scorers=[{{source: regex, pattern: '{pattern}'}}]")["ppo"]
-    assert ppo.scorers[0].pattern == pattern
 
 
 TAKEN_OVER = """\
@@ -262,7 +235,6 @@ FIRST = (3e-3, 6, 2, None)
 
 
 def optims(folder: Path, *overrides: str) -> list[tuple[object, ...]]:
-    """Of a recipe whose second stage takes its data and its optimiser's settings from the first one."""
     both = stages(own(folder, TAKEN_OVER.replace("SOURCE", "path:mine.jsonl"), base=BOTH_DPO), *overrides).values()
     return [(of.optim.lr, of.optim.batch_size, of.optim.epochs, of.optim.max_steps) for of in both]
 
@@ -271,7 +243,6 @@ def optims(folder: Path, *overrides: str) -> list[tuple[object, ...]]:
     ("overrides", "first", "second"),
     [
         (["dpo_2.optim.max_steps=100"], FIRST, (3e-3, 6, 2, 100)),
-        (["dpo_2={optim: {max_steps: 100}}"], FIRST, (3e-3, 6, 2, 100)),
         (["dpo_2.optim.max_steps=100", "dpo_1.optim.lr=1e-4"], (1e-4, 6, 2, None), (1e-4, 6, 2, 100)),
         (["dpo_2.optim={lr: 1e-4}", "dpo_2.optim.lr=1e-5"], FIRST, (1e-5, 6, 2, None)),
     ],
@@ -294,15 +265,13 @@ stages: {sft: {adapter: {kind: full}}, dpo: {adapter: {rank: 4}}}
     ("overrides", "where", "remedy"),
     [
         (["adapter=lora"], "adapter@stages.sft.adapter=lora", "stages.sft.adapter.kind=lora"),
-        (["adapter@stages.sft.adapter=qlora"], "adapter@stages.sft.adapter=qlora", "stages.sft.adapter.kind=qlora"),
         (["model=smollm2_135m"], "model=smollm2_135m", "model.source=bundled:smollm2-135m"),
         (["adapter=qlora", "stages.sft.adapter={kind: lora}"], "", ""),
-        (["adapter=full"], "", ""),
         (["~stages.sft", "adapter=lora"], "", ""),
         (["profile=smoke", "adapter=full"], "", ""),
     ],
 )
-def test_a_file_that_is_chosen_but_replaced_by_the_recipe_s_own_values_is_refused(
+def test_a_chosen_file_that_has_no_effect_is_refused(
     tmp_path: Path, overrides: list[str], where: str, remedy: str
 ) -> None:
     problems = faults(*overrides, recipe=own(tmp_path, OF_ITS_OWN))
@@ -328,8 +297,6 @@ def test_a_backend_that_is_chosen_replaces_what_a_recipe_says_of_its_own(tmp_pat
     assert fault.where == "launch.backend.gpus"
 
 
-# ---- profiles -------------------------------------------------------------------------------------------------------
-
 SMOKE_ROWS = {"reward": 64, "kto": 64, "ppo": 64, "distil": 32}
 """The rows of stages that need several prompts, or both labels; the others read at most 8."""
 
@@ -354,11 +321,10 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     assert profile["instead_of_hub"].keys() == {"model", *kinds, *others, *left_out} - {"report", "benchmark"}
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
 @pytest.mark.parametrize(("processes", "machines"), [(3, 1), (2, 4)])
-def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, processes: int, machines: int) -> None:
+def test_a_smoke_run_of_several_processes_has_something_for_each(processes: int, machines: int) -> None:
     meeting = ("launch/backend=machines", f"launch.backend.num_machines={machines}") if machines > 1 else ()
-    config = composed(recipe, "profile=smoke", "launch=zero2", f"launch.num_processes={processes}", *meeting)
+    config = composed("quickstart", "profile=smoke", "launch=zero2", f"launch.num_processes={processes}", *meeting)
     every = processes * machines
     assert config.launch.world_size == every
     for name, stage in config.stages.items():
@@ -458,9 +424,6 @@ def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) ->
     ("text", "words"),
     [
         ("stage: {dpo: {}}", "unknown key 'stage'; did you mean 'stages'"),
-        ("stages: {dop: {}}", "stages: unknown key 'dop'; did you mean 'dpo'"),
-        ("choices: {lanch: local}", "choices: unknown key 'lanch'; did you mean 'launch'"),
-        ("instead_of_hub: {modl: x}", "instead_of_hub: unknown key 'modl'; did you mean 'model'"),
         ("for_each_process: {dpo: 3}", "for_each_process.dpo: 3"),
         ("where_named: {evaluate.jugde.labelled.data: {}}", "where_named: unknown key 'evaluate.jugde.labelled.data'"),
         ("- a", "['a']"),
@@ -473,112 +436,9 @@ def test_a_profile_of_another_form_says_so(tmp_path: Path, text: str, words: str
     assert f"own.yaml: {words}" in str(caught.value)
 
 
-SECRET = "canary-4711"
-NINE = ", ".join(["*{}"] * 9)
-ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n}: &a{n} [{NINE.replace('{}', f'a{n - 1}')}]\n" for n in range(1, 10)
-)
-MERGED = "m0: &m0 {a: 1, b: 2}\n" + "".join(
-    f"m{n}: &m{n} {{<<: [{NINE.replace('{}', f'm{n - 1}')}]}}\n" for n in range(1, 10)
-)
-MANY = "contains more than 10,000 values"
-
-
-def write_bytes(path: Path, text: str) -> str:
-    write(path, "")
-    path.write_bytes(text.encode(errors="surrogatepass"))
-    return str(path)
-
-
-def included(folder: Path, text: str) -> str:
-    """A recipe of the user's that takes a file of somebody's."""
-    write_bytes(folder / "model/foreign.yaml", text)
-    return write_bytes(folder / "own.yaml", "defaults: [quickstart, {override model: foreign}, _self_]\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        pytest.param(ALIASES, MANY, id="aliases"),
-        pytest.param(MERGED, MANY, id="merged groups"),
-        pytest.param("a: &a [*a]\n", MANY, id="a list that holds itself"),
-        pytest.param(f"# {'x' * (1 << 20)}\n", "is longer than 1 MiB", id="a megabyte"),
-        pytest.param("a: \ud800\n", "not YAML", id="bytes"),
-    ],
-)
-def test_a_short_file_that_becomes_a_long_one_is_refused_wherever_it_is_read(
-    text: str, message: str, tmp_path: Path
-) -> None:
-    plain = write_bytes(tmp_path / "plain.yaml", "defaults: [quickstart, _self_]\n")
-    write_bytes(tmp_path / "profile/foreign.yaml", text)
-    for file, recipe, overrides in (
-        ("bomb.yaml", write_bytes(tmp_path / "bomb.yaml", f"defaults: [quickstart, _self_]\n{text}"), []),
-        ("model/foreign.yaml", included(tmp_path, text), []),
-        ("", plain, ["model=foreign"]),
-        ("", plain, ["profile=foreign"]),
-    ):
-        with pytest.raises(ConfigError, match=message) as caught:
-            compose(recipe, overrides)
-        assert file in str(caught.value)
-    with pytest.raises(ConfigError, match=message):
-        read_sweep("quickstart", write_bytes(tmp_path / "sweep.yaml", text), [])
-
-
-def test_a_long_file_and_a_pipe_are_refused_and_a_few_aliases_are_fine(tmp_path: Path) -> None:
-    brackets = write_bytes(tmp_path / "brackets.yaml", f"a: {'[' * 1_000}{']' * 1_000}\n")
-    with pytest.raises(ConfigError, match=r"brackets\.yaml: not YAML: groups and lists are nested too deeply"):
-        yaml_file.read(Path(brackets))
-    os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(ConfigError, match=r"pipe\.yaml: is not a regular file"):
-        yaml_file.read(tmp_path / "pipe.yaml")
-    with pytest.raises(yaml.YAMLError, match=MANY):
-        yaml_file.load(f"[{', '.join('x' * 10_001)}]")
-    assert yaml_file.load("a: &a [1, 2]\nb: *a\nc: {<<: {d: *a}}\n") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
-
-
-def test_a_number_and_its_text_are_two_keys() -> None:
-    assert yaml_file.load("{1: a, '1': b, 'true': c, false: d}") == {1: "a", "1": "b", "true": "c", False: "d"}
-    for text in ("{1: a, 0x1: b}", "{a: 1, 'a': 2}", "{<<: {a: 1}, <<: {b: 2}}"):
-        with pytest.raises(yaml.YAMLError, match="occurs twice"):
-            yaml_file.load(text)
-
-
-def test_interpolations_that_double_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "SECONDS", 0.2)
-    doubled = "".join(f"a{n}: ${{a{n + 1}}}${{a{n + 1}}}\n" for n in range(40))
-    path = write_bytes(tmp_path / "own.yaml", f"defaults: [quickstart, _self_]\nsummary: ${{a0}}\n{doubled}a40: z\n")
-    with pytest.raises(ConfigError, match="interpolations expand to more than can be written"):
-        compose(path, [])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "defaults: ['${oc.env:CANARY}']\n",
-        "defaults: [{'/adapter@${oc.env:CANARY}': lora}]\n",
-        "defaults: ['${${a}:CANARY}']\n",
-        "defaults: [{/adapter: ['${oc.decode:${oc.env:CANARY}}']}]\n",
-    ],
-)
-def test_the_defaults_of_an_included_file_never_read_the_environment(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hydra resolves them while it composes, and its errors name what they became."""
-    monkeypatch.setenv("CANARY", SECRET)
-    for recipe, words in (
-        (included(tmp_path, text), "model/foreign.yaml: defaults"),
-        (write_bytes(tmp_path / "whole.yaml", text), ""),
-    ):
-        with pytest.raises(ConfigError, match="is not allowed") as caught:
-            compose(recipe, [])
-        assert (SECRET in str(caught.value), words in str(caught.value)) == (False, True)
-
-
-@pytest.mark.parametrize("name", ["dpo_beta"])
-def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path, name: str) -> None:
-    copy = write(tmp_path / "mine.yaml", (conf_folder() / f"sweep/{name}.yaml").read_text())
-    for recipe, where in ((name, "recipe"), (copy, copy)):
+def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path) -> None:
+    copy = write(tmp_path / "mine.yaml", (conf_folder() / "sweep/dpo_beta.yaml").read_text())
+    for recipe, where in (("dpo_beta", "recipe"), (copy, copy)):
         with pytest.raises(ConfigError) as caught:
             compose(recipe, [])
-        assert caught.value.where == where
-        assert f"`align sweep RECIPE {recipe}`" in caught.value.remedy
+        assert (caught.value.where, f"`align sweep RECIPE {recipe}`" in caught.value.remedy) == (where, True)

@@ -18,7 +18,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends.feasibility import refuse_sizes
-from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
+from alignment.pipeline.execute.notes import advice, of_plan, on_a_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
 from alignment.pipeline.plan.plan import Plan, make_plan
@@ -30,7 +30,6 @@ from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
-from alignment.training.validation import Looks
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, screened, stage_of, write, write_rows
 
 VALIDATION = "stages.s.validation"
@@ -63,37 +62,29 @@ FAULTS: list[tuple[StageConfig, dict[str, Any], Expected]] = [
     (guard(), {"rows": 90, "prompts": 64}, ("stages.s.guard.prompts", "64 prompts cannot be held out of 64;")),
     (guard(data=DataConfig(fraction=0.5)), {"rows": 120}, ("stages.s.guard.prompts", "held out of 60;")),
     (guard(), {"rows": 65}, None),
-    (PpoConfig(guard=GuardConfig(every=0, prompts=64)), {"rows": 2}, None),
     (RewardConfig(eval_fraction=0.1, optim=optim(epochs=2)), {"rows": 9, "prompts": 4},
      ("stages.s.eval_fraction", "4 prompts are too few to hold out a share of 0.1;")),
     (RewardConfig(eval_fraction=0.1, optim=optim()), {"rows": 9}, None),
-    (RewardConfig(eval_fraction=0.0, optim=optim(epochs=2)), {"rows": 2}, None),
     (SftConfig(optim=optim()), {"rows": 7}, (WARM_UP, "(1 for 7 rows in batches of 8); set")),
     (SftConfig(optim=optim(epochs=2)), {"rows": 7}, None),
     (SftConfig(optim=optim(), packing=True), {"rows": 7}, None),
     (SftConfig(optim=optim()), {"rows": 7, "whole": False}, None),
     (SftConfig(optim=optim(), data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 7}, None),
     (CptConfig(optim=optim()), {"rows": 1}, None),
-    (DpoConfig(optim=optim(warmup_ratio=0.4, max_steps=2)), {"rows": 7}, None),
     (DpoConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
     (DpoConfig(optim=SHORT), {"rows": 5000, "whole": False}, ALL_STEPS),
     (SftConfig(optim=SHORT, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 100}, ALL_STEPS),
-    (SftConfig(optim=SHORT, packing=True), {"rows": 100}, ALL_STEPS),
-    (CptConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
     (looked_at(look(0.01, 1)), {}, (f"{VALIDATION}.share", "40 prompts are too few to hold out a share of 0.01;")),
     (looked_at(look(0.85, 1), warmup_ratio=0.0), {}, (f"{VALIDATION}.share", "at most 6 of 40 rows")),
     (looked_at(look(0.2, 5)), {}, (f"{VALIDATION}.every", "the 4 optimiser steps of the stage; choose at most 4")),
     (looked_at(look(0.2, 11), max_steps=10), {}, (f"{VALIDATION}.every", "choose at most 10")),
     (looked_at(look(0.2, 4, patience=3), max_steps=10), {}, (f"{VALIDATION}.patience", "of 3 validations, at most 2 ")),
-    (looked_at(look(0.2, 4)), {}, None),
     (looked_at(look(0.2, 4, patience=2), max_steps=10), {}, None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "amount", "expected"), FAULTS)
-def test_too_few_rows_or_steps_are_refused_and_an_amount_that_nobody_knows_is_not(
-    config: StageConfig, amount: dict[str, Any], expected: Expected
-) -> None:
+def test_too_few_rows_or_steps_are_refused(config: StageConfig, amount: dict[str, Any], expected: Expected) -> None:
     rows = amount.get("rows", 40)
     seen = Seen(**{"rows": rows, "prompts": rows, "whole": True, "openings": frozenset(range(rows)), **amount})
     problems = list(faults(config, {"data": seen}, where="stages.s"))
@@ -111,9 +102,7 @@ def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path
         assert (seen.rows, seen.prompts, seen.whole)[: len(counts)] == counts
 
 
-def test_a_plan_refuses_sizes_that_no_machine_can_run(
-    plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_sizes_are_refused(plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """What the first stage could have trained for hours before the last one said so."""
     settings = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
     wrong = ("stages.ppo.completions_per_prompt=3", settings, "stages.dpo.data.limit=7")
@@ -133,30 +122,20 @@ def test_a_plan_refuses_sizes_that_no_machine_can_run(
         refuse_sizes(plan(*rloo, "stages.ppo.completions_per_prompt=1"))
 
 
-# ---- validation -----------------------------------------------------------------------------------------------------
-
-OWN = DataConfig(source="path:own.jsonl")
-
-
 @pytest.mark.parametrize(
     ("validation", "field", "word"),
     [
-        (look(0.1, 5, data=OWN), "share", f"{VALIDATION}.data"),
+        (look(0.1, 5, data=DataConfig(source="path:own.jsonl")), "share", f"{VALIDATION}.data"),
         (ValidationConfig(every=5), "every", f"{VALIDATION}.share=0.05"),
-        (ValidationConfig(keep_best=True), "keep_best", "leave it at False"),
         (ValidationConfig(patience=3), "patience", "leave it at None"),
     ],
 )
-def test_settings_of_a_validation_that_contradict_one_another_are_refused(
-    validation: ValidationConfig, field: str, word: str
-) -> None:
+def test_contradicting_settings_of_validation_are_refused(validation: ValidationConfig, field: str, word: str) -> None:
     (fault,) = settings_faults(validation, VALIDATION)
     assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
 
 
-def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_named(
-    plan: MakePlan, tmp_path: Path
-) -> None:
+def test_held_out_prompts_that_are_learned_from_are_refused(plan: MakePlan, tmp_path: Path) -> None:
     def planned(*questions: str) -> Plan:
         answer = {"role": "assistant", "content": "On 21 March."}
         rows = [{"messages": [{**TURN, "content": question}, answer]} for question in questions]
@@ -170,29 +149,15 @@ def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_na
     assert "1 of its 2 different prompts" in caught.value.message
     near, other = planned("when is the training", "Where is it?"), planned("Where is it?")
     refuse_sizes(near)
-    noted = [[note for note in of_plan(each) if "resembles its validation rows" in note] for each in (near, other)]
+    noted = [[note for note in of_plan(each) if "its validation rows" in note] for each in (near, other)]
     assert [len(of_one) for of_one in noted] == [1, 0]
-    assert noted[0][0].startswith("1 possible training row of sft")
+    assert noted[0][0].startswith("8 possible training rows of sft resemble")
     without = plan("stages.sft.optim.max_steps=4")
     assert len({stage_of(each, "sft").fingerprint for each in (near, other, without)}) == 3
 
 
-def test_looks_count_from_the_last_improvement() -> None:
-    looks = Looks()
-    losses = [3.0, 2.0, 2.0, 1.5, 1.6, 1.7]
-    improved = [looks.add(step, loss, patience=2) for step, loss in enumerate(losses, start=1)]
-    assert improved == [True, True, False, True, False, False]
-    assert (looks.best_step, looks.best_loss, looks.last_loss, looks.out_of_patience) == (4, 1.5, 1.7, True)
-    assert not Looks().add(1, float("inf"), patience=None)
-
-
-# ---- the labels of KTO ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def kto(tmp_path: Path, overrides: list[str]) -> Callable[..., Plan]:
-    """Plans KTO's recipe on rows with these labels."""
-
     def planned(labels: Sequence[bool | None], *more: str) -> Plan:
         rows = [
             {"messages": [{**TURN, "content": f"When is {day}?"}], "completion": "On 21 March."}
@@ -207,7 +172,6 @@ def kto(tmp_path: Path, overrides: list[str]) -> Callable[..., Plan]:
 
 
 def noted(planned: Plan) -> list[str]:
-    """What a plan says of the labels, without the name of the stage."""
     return [note.removeprefix("kto: ") for note in of_plan(planned) if note.startswith("kto: ")]
 
 
@@ -233,27 +197,21 @@ def test_a_plan_says_which_weights_follow_from_the_labels_and_warns_of_others(
 HALF = "stages.kto.data.fraction=0.5"
 
 
-@pytest.mark.parametrize(
-    ("label", "more", "missing"), [(True, (), "undesirable"), (False, (), "desirable"), (True, (HALF,), "undesirable")]
-)
-def test_rows_of_one_label_are_refused_before_anything_is_trained(
+@pytest.mark.parametrize(("label", "more", "missing"), [(False, (), "desirable"), (True, (HALF,), "undesirable")])
+def test_rows_of_one_label_are_refused(
     kto: Callable[..., Plan], label: bool, more: tuple[str, ...], missing: str
 ) -> None:
     planned = kto([label] * 20, *more)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"stages\.kto\.data: none of the 20 rows is {missing}"):
         refuse_sizes(planned)
-    assert f"stages.kto.data: none of the 20 rows is {missing}" in str(caught.value)
     assert noted(planned) == []
 
 
 def test_labels_that_only_the_stage_will_know_are_not_judged(kto: Callable[..., Plan], tmp_path: Path) -> None:
     """Those that are mixed in, and those of a fraction that is drawn at random."""
-    mixed = f"stages.kto.data.mix=[{{source: 'path:{tmp_path}/labelled.jsonl', share: 0.5}}]"
-    planned = kto([True] * 20, mixed)
-    assert noted(planned) == []
+    planned = kto([True] * 20, f"stages.kto.data.mix=[{{source: 'path:{tmp_path}/labelled.jsonl', share: 0.5}}]")
     refuse_sizes(planned)
-    assert len(noted(kto([True] * 30 + [False] * 10))) == 1
-    assert noted(kto([True] * 30 + [False] * 10, HALF)) == []
+    assert noted(planned) == noted(kto([True] * 30 + [False] * 10, HALF)) == []
 
 
 @pytest.mark.parametrize(
@@ -276,13 +234,11 @@ LONG = "Dear all, the training on fire safety is on 21 March at nine in room fou
 
 
 def asks(folder: Path, content: str) -> None:
-    """Makes this the question of the evaluation."""
     write_rows(folder / "heldout.jsonl", {**ROWS["heldout"], "messages": [{**TURN, "content": content}]})
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def apart(tmp_path: Path, overrides: list[str]) -> None:
-    """An evaluation that asks what nobody learned."""
     asks(tmp_path, "Where do we meet?")
     write_rows(tmp_path / "conversations.jsonl", *[ROWS["conversations"]] * 8)
 
@@ -290,7 +246,6 @@ def apart(tmp_path: Path, overrides: list[str]) -> None:
 WITHOUT_REPORT = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:
     assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
     assert not any("no stage writes" in line for line in screened(plan()))
@@ -298,15 +253,11 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
     assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 
-@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ((), []),
-        (("stages.dpo.optim.lr=0.01",), []),
-        (("name=mine-smoke",), []),
+        (("stages.dpo.optim.lr=0.01", "name=mine-smoke"), []),
         (("stages.dpo.optim.lr=0.02",), ["stages.dpo.optim.lr is 0.02: above 0.01"]),
-        (("stages.ppo.optim.critic_lr=1",), ["stages.ppo.optim.critic_lr is 1: above 0.01"]),
         (("stages.dpo.optim.batch_size=32",), ["stages.dpo.optim.batch_size is 32, but there are only 24 rows"]),
         (("profile=smoke",), ["this is a smoke run"]),
     ],
@@ -316,7 +267,6 @@ def test_what_is_odd_is_noted(plan: MakePlan, settings: tuple[str, ...], words: 
     assert [note[: len(word)] for note, word in zip(notes, words, strict=True)] == words
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
@@ -327,32 +277,25 @@ def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pyte
     assert of_plan(plan()) == []
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
+def test_what_a_processor_says_of_bfloat16(tmp_path: Path) -> None:
+    for cpuinfo, expected in (
         ("flags\t\t: fpu avx2 avx512f\n", False),
         ("flags\t\t: fpu avx512_bf16\nflags\t\t: fpu avx512_bf16\n", True),
         ("Features\t: fp asimd bf16\n", True),
         ("nothing", True),
-    ],
-)
-def test_what_a_processor_says_of_bfloat16(cpuinfo: str, expected: bool, tmp_path: Path) -> None:
-    assert WITHOUT_PATCH(Path(write(tmp_path / "cpuinfo", cpuinfo))) is expected
+    ):
+        assert WITHOUT_PATCH(Path(write(tmp_path / "cpuinfo", cpuinfo))) is expected
 
 
-@pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize("override", ["profile=smoke", "+profile=smoke", 'profile="smoke"', "++profile=smoke"])
-def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str) -> None:
-    planned = plan(override)
-    (note,) = of_plan(planned)
+def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan) -> None:
+    for override in ("profile=smoke", "+profile=smoke", 'profile="smoke"', "++profile=smoke"):
+        (note,) = of_plan(planned := plan(override))
     planned.run_folder.mkdir(parents=True)
     screen = StringIO()
     show_doubts(Console(file=screen, width=400), planned.run_folder, RunRecorder(planned).record)
-    assert f"note: {note}" in screen.getvalue()
-    assert read_run(planned.run_folder).record.profile == "smoke"
+    assert (f"note: {note}" in screen.getvalue(), read_run(planned.run_folder).record.profile) == (True, "smoke")
 
 
-@pytest.mark.usefixtures("apart")
 def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_path: Path) -> None:
     asks(tmp_path, LONG)
     pairs = tmp_path / "preferences.jsonl"
@@ -368,7 +311,6 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     assert f"note: {note}" in screened(planned, width=400)
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
@@ -387,21 +329,13 @@ def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: Mak
     assert of_plan(plan(metrics, liked, only_length, "stages.ppo.reward=null")) == []
 
 
-@pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize(
-    ("settings", "asked"),
-    [
-        ([], "no GPU and no time, so its defaults apply; ask with, for example, launch.backend.gpus=1 launch.backend"),
-        (["launch.backend.gpus=2"], "no time, so its defaults apply; ask with, for example, launch.backend.time=4:00:"),
-        (["launch.backend.gpus=2", "launch.backend.time='1:00:00'"], ""),
-    ],
-)
-def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan, settings: list[str], asked: str) -> None:
-    notes = [line for line in screened(plan("launch/backend=slurm", *settings)) if "ask Slurm" in line]
-    assert (len(notes), asked in "".join(notes)) == (bool(asked), True)
+def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan) -> None:
+    gpus, time = "launch.backend.gpus=2", "launch.backend.time='1:00:00'"
+    for settings, asked in (((), "no GPU and no time, "), ((gpus,), "no time, "), ((gpus, time), "")):
+        notes = [line for line in screened(plan("launch/backend=slurm", *settings)) if "ask Slurm" in line]
+        assert (len(notes), asked in "".join(notes)) == (bool(asked), True)
 
 
-@pytest.mark.usefixtures("apart")
 def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None:
     missing = ["stages.evaluate.arms=['hub:org/name@main']", "model.source=hub:org/base@main"]
     notes = [line for line in screened(plan(*missing)) if "download the model" in line]
@@ -409,13 +343,6 @@ def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None
     assert not [line for line in screened(plan()) if "download the model" in line]
 
 
-def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
-    assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
-    write(tmp_path / "manifest.json", "{")
-    assert of_result("reward", tmp_path) == []
-
-
-@pytest.mark.usefixtures("apart")
 def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
     asks(tmp_path, LONG)
     turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]

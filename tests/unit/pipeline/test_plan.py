@@ -15,7 +15,6 @@ from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelEr
 from alignment.job import memory_key
 from alignment.pipeline.execute.notes import frozen_rows
 from alignment.pipeline.execute.worker_protocol import write_stage_file
-from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.training import ChosenSize, cache_file, remember
@@ -50,15 +49,10 @@ def outcome(plan: Plan) -> dict[str, str]:
         ("stages.dpo.beta=0.3", OF_DPO),
         ("stages.reward.optim.epochs=2", ["reward", "ppo", "evaluate", "report"]),
         ("seed=1", ALL),
-        ("model.chat_template=chatml", ALL),
         ("stages.sft.data.fraction=0.5", ALL),
-        ("stages.dpo.max_answer_length=9", OF_DPO),
-        ("stages.dpo.too_long.do=cut", OF_DPO),
         ("stages.dpo.too_long.max_share=0.5", []),
         ("stages.evaluate.few_shot.count=5", []),  # the quickstart has no such arm
         ("launch.num_processes=2", []),
-        ("tracking=wandb", []),
-        ("stages.sft.save_every=7", []),
         ("stages.sft.optim.micro_batch_tokens=auto", []),
     ],
 )
@@ -110,9 +104,6 @@ def test_faulty_rows_are_named_or_skipped_by_the_plan_too(plan: MakePlan, tmp_pa
     assert changed(before, plan(*skipping)) == [], "what a faulty row would do shapes no result"
 
 
-# ---- models and templates -------------------------------------------------------------------------------------------
-
-
 def template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}") -> str:
     return f"model.chat_template=path:{write(tmp_path / 'mine.jinja', text)}"
 
@@ -121,7 +112,7 @@ def template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}
     ("chosen", "hint"),
     [("{{ messages }}{{ mood }}", "did you mean 'mood'?"), ("chatml", "has no options"), (None, "has no options")],
 )
-def test_an_option_that_the_template_never_reads_is_a_fault_of_the_configuration(
+def test_an_option_that_no_template_reads_is_refused(
     plan: MakePlan, tmp_path: Path, chosen: str | None, hint: str
 ) -> None:
     """The base's own template is looked at where no other is named."""
@@ -145,14 +136,15 @@ def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakeP
     assert "dpo" in changed(dpo, plan(moved, from_elsewhere)), "its adapter would stand on another base"
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "merges.txt"]
-)
-def test_every_file_that_a_model_is_read_from_counts(plan: MakePlan, tmp_path: Path, name: str) -> None:
-    write(tmp_path / "model" / name, "{}")
+def test_every_file_that_a_model_is_read_from_counts(plan: MakePlan, tmp_path: Path) -> None:
+    names = ("config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "merges.txt")
+    for name in names:
+        write(tmp_path / "model" / name, "{}")
     before = plan()
-    write(tmp_path / "model" / name, "{ }")
-    assert "sft" in changed(before, plan())
+    for name in names:
+        write(tmp_path / "model" / name, "{ }")
+        assert "sft" in changed(before, plan())
+        write(tmp_path / "model" / name, "{}")
 
 
 @pytest.mark.parametrize("state", ["absent", "complete", "unlisted"])
@@ -195,35 +187,26 @@ def test_frozen_rows_of_new_tokens_are_said_once(plan: MakePlan, tmp_path: Path)
     assert frozen_rows(plan()) is None, "nothing starts from them any more"
 
 
-# ---- results that are there -----------------------------------------------------------------------------------------
-
-
 def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan, tmp_path: Path) -> None:
     first = plan()
     assert set(outcome(first).values()) == {"run  no result yet"}
     leave_all(first)
     near = {name: f"{name}-{value[:8]}" for name, value in fingerprints(first).items()}
     assert outcome(plan()) == {name: f"reuse  {artifact}" for name, artifact in near.items()}
-    after = outcome(plan("stages.dpo.beta=0.3"))
-    assert after["sft"] == f"reuse  {near['sft']}"
-    assert after["dpo"] == f"run  beta 0.1 → 0.3 (nearest: {near['dpo']})"
-    assert after["evaluate"] == f"run  input dpo changed (nearest: {near['evaluate']})"
-    conversations = (tmp_path / "conversations.jsonl").read_text()
-    other = write(tmp_path / "other.jsonl", conversations * 2)
+    assert [name for name, words in outcome(plan("name=again")).items() if words.startswith("run")] == ["report"]
+    other = write(tmp_path / "other.jsonl", (tmp_path / "conversations.jsonl").read_text() * 2)
     arms = "stages.evaluate.arms=[base,base+prompt,'stage:sft','stage:dpo']"
-    for override, stage, words in (
-        (f"stages.sft.data.source=path:{other}", "sft", "data changed"),
-        ("seed=1", "sft", "seed 42 → 1"),
-        ("stages.sft.packing=true", "dpo", "input sft changed"),
-        (arms, "evaluate", "arm ppo removed"),
-        ("name=again", "report", "run"),
+    template_reason = "chat template the tokenizer's own → [0-9a-f]{8}, dtype bfloat16 → float32"
+    for overrides, stage, words in (
+        (["stages.dpo.beta=0.3"], "dpo", "beta 0.1 → 0.3"),
+        (["stages.dpo.beta=0.3"], "evaluate", "input dpo changed"),
+        ([f"stages.sft.data.source=path:{other}"], "sft", "data changed"),
+        (["seed=1"], "sft", "seed 42 → 1"),
+        (["stages.sft.packing=true"], "dpo", "input sft changed"),
+        ([arms], "evaluate", "arm ppo removed"),
+        (["model.dtype=float32", "model.chat_template=chatml"], "sft", template_reason),
     ):
-        assert words in outcome(plan(override))[stage]
-    renamed = [stage.name for stage in plan("name=again").stages if stage.action is Action.run]
-    assert renamed == ["report"]
-    reason = outcome(plan("model.dtype=float32", "model.chat_template=chatml"))["sft"]
-    template_reason = "chat template the tokenizer's own → [0-9a-f]{8}"
-    assert re.fullmatch(rf"run  {template_reason}, dtype bfloat16 → float32 \(nearest: {near['sft']}\)", reason)
+        assert re.search(rf"{words}.* \(nearest: {near[stage]}\)", outcome(plan(*overrides))[stage])
 
 
 def test_the_nearest_result_is_of_this_run_or_has_the_fewest_differences(plan: MakePlan) -> None:
@@ -253,9 +236,7 @@ def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: Ma
     ("content", "verified", "problem"),
     [("", False, "missing or cut short"), ('{"step": 2}\n', True, "content differs from its manifest")],
 )
-def test_a_damaged_result_is_made_again_and_the_plan_says_why(
-    overrides: list[str], content: str, problem: str, *, verified: bool
-) -> None:
+def test_a_damaged_result_is_made_again(overrides: list[str], content: str, problem: str, *, verified: bool) -> None:
     first = make_plan("quickstart", overrides)
     leave_all(first)
     artifact = first.stages[0].artifact
@@ -281,15 +262,12 @@ def test_another_run_s_artifact_and_a_model_folder_fit_a_slot_of_their_kind(plan
     artifacts = {stage.name: stage.artifact for stage in first.stages}
     later = plan(f"stages.dpo.init=path:{artifacts['sft']}", f"stages.ppo.reward=path:{artifacts['reward']}")
     assert changed(first, later) == []
-    assert stage_of(later, "dpo").inputs["init"].path == artifacts["sft"]
     folder = plan(f"stages.dpo.init=path:{tmp_path / 'model'}")
-    assert stage_of(folder, "dpo").inputs["init"].path == tmp_path / "model"
+    paths = [stage_of(planned, "dpo").inputs["init"].path for planned in (later, folder)]
+    assert paths == [artifacts["sft"], tmp_path / "model"]
     for slot, name, kind in (("dpo.init", "reward", "reward"), ("ppo.reward", "sft", "policy")):
         with pytest.raises(ModelError, match=f"contains an artifact of kind {kind}"):
             plan(f"stages.{slot}=path:{artifacts[name]}")
-    (artifacts["reward"] / "metrics.jsonl").unlink()
-    with pytest.raises(ArtifactError, match="missing or cut short"):
-        plan(f"stages.ppo.reward=path:{artifacts['reward']}")
 
 
 def test_a_size_that_stages_choose_themselves_is_shown_where_one_was_chosen(plan: MakePlan) -> None:
@@ -302,9 +280,6 @@ def test_a_size_that_stages_choose_themselves_is_shown_where_one_was_chosen(plan
     assert f"{line}: so far 4,096 tokens on CPU, 2 cores, 25 GB (1 process)" in screened(planned)
     spec = read_spec(write_stage_file(planned, sft, planned.config.launch, git_commit=""))
     assert memory_key(spec.config, spec.identity, spec.inputs) == key, "the worker looks where the plan does"
-
-
-# ---- references and files -------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp_path: Path) -> None:

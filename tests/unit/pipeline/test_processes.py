@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
 from alignment.pipeline.backends.processes import call, execute
-from tests.living import descendants_of, is_living, words_of
+from tests.living import descendants_of, is_living, wait_until, words_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,8 +41,6 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def executed(log: Path) -> Executed:
-    """Runs a command to its end; returns its exit code."""
-
     def run(command: Command, *, grace_seconds: float = 1, **options: Any) -> int:
         return execute(command, **{"log": log, "on_poll": lambda: None, "grace_seconds": grace_seconds, **options})
 
@@ -76,8 +73,6 @@ def test_a_process_has_a_worker_s_environment_and_is_not_taken_for_one_of_the_ca
     assert call([sys.executable, "-c", "import os, sys; sys.exit(40 + int(os.environ['HF_HUB_OFFLINE']))"]) == 41
 
 
-# ---- how it is asked to stop ----------------------------------------------------------------------------------------
-
 # A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.
 LAUNCHER = """
 import subprocess, sys
@@ -104,7 +99,6 @@ time.sleep({seconds})
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """What a worker writes that may save."""
     return tmp_path / "saved"
 
 
@@ -114,8 +108,6 @@ def launcher(folder: Path, worker: str, seconds: int = 60) -> Command:
 
 
 def interrupt_at(file: Path) -> Callable[[], None]:
-    """Polled; interrupts as soon as there is such a file."""
-
     def on_poll() -> None:
         if file.exists():
             raise KeyboardInterrupt
@@ -123,9 +115,7 @@ def interrupt_at(file: Path) -> Callable[[], None]:
     return on_poll
 
 
-def test_an_interrupted_worker_may_save_before_the_call_returns(
-    executed: Executed, saved: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_worker_may_save_first(executed: Executed, saved: Path, tmp_path: Path) -> None:
     stops = []
 
     def acknowledge(stop: BaseException) -> None:
@@ -145,14 +135,10 @@ def test_a_worker_that_does_not_stop_is_killed_after_the_grace(executed: Execute
         executed(launcher(tmp_path, STUBBORN), on_poll=interrupt_at(tmp_path / "ready"), grace_seconds=0.5)
     assert time.monotonic() - started < 10
     pid = int((tmp_path / "ready").read_text())
-    with contextlib.suppress(psutil.NoSuchProcess):  # the signal was sent; the kernel may take a moment
-        psutil.Process(pid).wait(timeout=10)
-    assert not is_living(pid)
+    wait_until(lambda: not is_living(pid))
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGUSR1, 0)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, -signal.SIGHUP), (signal.SIGUSR1, 0)])
 def test_a_signal_to_the_launcher_alone_lets_its_worker_save(
     executed: Executed, saved: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -175,34 +161,30 @@ def test_a_signal_to_the_launcher_alone_lets_its_worker_save(
     assert saved.read_text() == "saved"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
-    executed: Executed, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+def test_a_signal_while_the_command_starts_lets_its_worker_save(
+    executed: Executed, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm sends its warning once."""
     started = psutil.Popen
 
     def warned(*arguments: Any, **named: Any) -> psutil.Popen:
         process = started(*arguments, **named)
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
+        wait_until((tmp_path / "ready").exists)
+        os.kill(os.getpid(), signal.SIGUSR1)
         return process
 
     def on_signal(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(psutil, "Popen", warned)
-    before = signal.signal(number, on_signal)
+    before = signal.signal(signal.SIGUSR1, on_signal)
     try:
         with pytest.raises(KeyboardInterrupt):
             executed(launcher(tmp_path, SAVES, seconds=3), grace_seconds=20)
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGUSR1, before)
     assert saved.read_text() == "saved"
 
-
-# ---- a command that a server forks is like one that is executed, but for the seconds of importing -------------------
 
 PROBE = """
 import json, os, signal, sys, time
@@ -228,7 +210,6 @@ class Probe(Command):
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The module that a server imports for the probe."""
     (tmp_path / "probe.py").write_text(PROBE)
     (tmp_path / "probe_library.py").write_text("import os\nPID = os.getpid()\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
@@ -269,28 +250,32 @@ def test_a_forked_command_is_what_an_executed_one_is(
     with serving() as server:
         command = probe("", RANK="0", ALIGNMENT_DEVICE="cpu", ALIGNMENT_DIVIDE_ROWS="0")
         plain, forked = (printed(executed, log, command, where) for where in (None, server))
-        assert forked["imported_by"] == forked["parent"] != os.getpid(), "the server has imported the library"
-        assert plain["parent"] == os.getpid()
-        for shown in (plain, forked):
-            shown["environment"] = {name: value for name, value in shown["environment"].items() if name not in OWN}
-            del shown["parent"], shown["imported_by"]
-        assert (plain["name"], plain["leads"], signal.SIGUSR1 in plain["blocked"]) == ("__main__", True, True)
-        ranks = {name: value for name, value in forked["environment"].items() if name in RANKS}
-        assert ranks == {"RANK": "0"}, "it is not one of the caller's group"
-        assert forked == plain
+    assert forked["imported_by"] == forked["parent"] != os.getpid(), "the server has imported the library"
+    assert plain["parent"] == os.getpid()
+    for shown in (plain, forked):
+        shown["environment"] = {name: value for name, value in shown["environment"].items() if name not in OWN}
+        del shown["parent"], shown["imported_by"]
+    assert (plain["name"], plain["leads"], signal.SIGUSR1 in plain["blocked"]) == ("__main__", True, True)
+    ranks = {name: value for name, value in forked["environment"].items() if name in RANKS}
+    assert ranks == {"RANK": "0"}, "it is not one of the caller's group"
+    assert forked == plain
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [("sys.exit(75)", 75), ("raise ValueError", 1), ("os.kill(os.getpid(), 9)", -9), ("", 0)]
-)
-def test_exit_codes_arrive(executed: Executed, log: Path, library: Path, code: str, expected: int) -> None:
+IMPORTS = """
+import importlib.util, scipy
+sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
+"""
+
+
+def test_exit_codes_arrive(executed: Executed, log: Path, library: Path) -> None:
     with serving() as server:
-        assert executed(probe(code), server=server) == expected
-        assert ("ValueError" in log.read_text()) == (code == "raise ValueError")
+        for code, expected in (("sys.exit(75)", 75), ("os.kill(os.getpid(), 9)", -9), ("raise ValueError", 1)):
+            assert executed(probe(code), server=server) == expected
+        assert "ValueError" in log.read_text()
+        assert executed(probe(IMPORTS), server=server) == 41, "what others do not need is there for a user's code"
 
 
 def waits_for(file: Path) -> Probe:
-    """A child that ends once there is such a file, or after a minute."""
     looks = f"while not os.path.exists({str(file)!r}) and time.monotonic() < end: time.sleep(0.01)"
     return probe(f"end = time.monotonic() + 60\n{looks}")
 
@@ -333,7 +318,7 @@ def test_what_cannot_be_forked_is_executed(
             assert beside_a_gpu is None
 
 
-def test_a_library_that_hangs_is_given_up_and_one_that_is_broken_reported_by_who_needs_it(
+def test_a_library_that_hangs_is_given_up_and_a_broken_one_reported(
     executed: Executed, library: Path, log: Path
 ) -> None:
     library.write_text("raise RuntimeError('broken')")
@@ -349,10 +334,7 @@ def test_the_server_ends_with_its_client(library: Path) -> None:
     with serving() as server:
         process = psutil.Process(server._process.pid)
         server._client.close()  # as the end of a killed driver does
-        deadline = time.monotonic() + 20
-        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.status() == psutil.STATUS_ZOMBIE
+        wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_the_end_of_a_child_is_seen_though_the_server_hangs(
@@ -364,18 +346,3 @@ def test_the_end_of_a_child_is_seen_though_the_server_hangs(
         server._process.send_signal(signal.SIGSTOP)
         (tmp_path / "done").touch()
         assert child.wait() == 1
-
-
-IMPORTS = """
-import importlib.util, scipy
-sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
-"""
-
-
-def test_libraries_that_others_do_not_need_are_there_for_a_users_code(
-    executed: Executed, library: Path, log: Path
-) -> None:
-    library.write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
-    with serving() as server:
-        assert executed(probe(IMPORTS), server=server) == 41
-    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"

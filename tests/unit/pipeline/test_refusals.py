@@ -51,6 +51,7 @@ JOBS: list[Row] = [
     ((SLURM, "launch.backend.time=0:05:00"), "launch.backend.time", "signal_seconds"),
     ((SLURM, "launch.backend.gpus=1", "launch.num_processes=2"), "launch.backend.gpus", "one for each: 2"),
     ((SLURM, "launch.num_processes=0"), "launch.backend.gpus", "launch.num_processes"),
+    ((SLURM, "launch.backend.num_machines=2", "launch.backend.machine_rank=1"), "launch.backend.machine_rank", "Slurm"),
 ]
 CRITIC = "ppo.critic"
 WITHOUT = ("ppo.critic=none", "ppo.advantage=rloo", "ppo.prompt_baseline=false", "ppo.gae_lambda=0.95",
@@ -63,10 +64,8 @@ TRAINING: list[Row] = [
     (("ppo.critic_warmup=4", "ppo.updates=4"), "ppo.critic_warmup", "4 of 4"),
     ("ppo.critic=none", CRITIC, "'separate'"),
     (("ppo.advantage=rloo", "ppo.critic=separate"), CRITIC, "'none'"),
-    (("ppo.advantage=grpo", "ppo.critic=shared"), CRITIC, "'none'"),
     (("ppo.advantage=dr_grpo", "ppo.critic=shared"), CRITIC, "'none'"),
     ("ppo.length_penalty=-1", "ppo.length_penalty", "1e+06"),
-    ("ppo.overlong.buffer=-1", "ppo.overlong.buffer", "-1"),
     ("ppo.overlong.buffer=65", "ppo.overlong.buffer", "max_new_tokens"),
     ("ppo.overlong.weight=2", "ppo.overlong.weight", "buffer"),
     ((*WITHOUT, STYLE), "ppo.reward", "no critic"),
@@ -81,17 +80,14 @@ REFERENCES: list[Row] = [
     ("ppo.reward=stage:sft", "ppo.reward", "'stage:reward'"),
     ("dpo.init=stage:stf", "dpo.init", "'sft'"),
     ("~stages.ppo", "evaluate.arms[4]", "'dpo'"),
-    ("evaluate.arms=[]", "evaluate.arms", "at least one"),
     ("evaluate.arms=[base+fewshot]", "evaluate.arms[0]", "'base+few-shot'"),
     ("evaluate.arms=['stage:zzzzzz']", "evaluate.arms[0]", "remove this arm"),
     ("evaluate.arms=[base,base]", "evaluate.arms[1]", "twice"),
     ("evaluate.reference=base+few-shot", "evaluate.reference", "arm of an evaluation"),
-    ("sft.init=base+few-shot", "sft.init", "arm of an evaluation"),
     ("sft.init=stage:dpo", "sft", "sft → dpo → sft"),
     ("dpo.init=sft", "dpo.init", "write stage:sft"),
     ("ppo.reward=base", "ppo.reward", "'stage:reward'"),
     ("ppo.reward='bundled:smollm2-135m'", "ppo.reward", "language model"),
-    ("ppo.reward='stage:rewrad'", "ppo.reward", "write null"),
     (("~stages.reward", "evaluate.reward=null", "ppo.reward='stage:sft'"), "ppo.reward", "SequenceClassification"),
     ("evaluate.reward='hub:org/judge'", "evaluate.reward", "language model"),
 ]
@@ -99,21 +95,16 @@ MIX = "{source: 'path:{tmp}/preferences.jsonl', "
 SOURCES: list[Row] = [
     ("dpo.data.format=preferense", "dpo.data.format", "'pref"),
     ("sft.data.columns={promt: x}", "sft.data.columns.promt", "'prompt'"),
-    ("dpo.data.columns={zzz: x}", "dpo.data.columns.zzz", "answer"),
     ("sft.data.split=test", "sft.data.split", "hub"),
-    ("sft.data.subset=a", "sft.data.subset", "hub"),
     (("sft.data.source=hub:org/name@v1", "sft.data.split=''"), "sft.data.split", "''"),
     (f"dpo.data.mix=[{MIX}share: 0.2, count: 3}}]", "dpo.data.mix[0]", "not both"),
     (f"dpo.data.mix=[{MIX}share: 0.5}}, {MIX}share: 0.5}}]", "dpo.data.mix", "1"),
     (f"dpo.data.mix=[{MIX}share: 1.0}}]", "dpo.data.mix[0].share", "below 1"),
     (f"dpo.data.mix=[{MIX}share: 0.2, limit: 0}}]", "dpo.data.mix[0].limit", "above 0"),
     ("model.chat_template=path:nowhere.jinja", "model.chat_template", "chatml"),
-    ("model.chat_template=llama3", "model.chat_template", "chatml"),
     ("model.chat_template=trl:qwen33", "model.chat_template", "trl:qwen3"),
     ("artifacts=s3://KEY:s3cret@bucket/x", "artifacts", "s3://BUCKET/PREFIX"),
     ("artifacts='s3://bucket/x?key=s3cret'", "artifacts", "s3://BUCKET/PREFIX"),
-    ("artifacts=bucket/s3cret", "artifacts", "s3://BUCKET/PREFIX"),
-    ("artifacts=s3://", "artifacts", "s3://BUCKET/PREFIX"),
     ("tracking.mlflow_url=http://me:s3cret@127.0.0.1:5000", "tracking.mlflow_url", "not shown"),
 ]
 GUARD = "ppo.guard={every: 1, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
@@ -121,7 +112,6 @@ URL = "base_url: 'http://localhost:8000'"
 
 
 def second(scorer: str, field: str, word: str) -> Row:
-    """A scorer after the reward model."""
     return f"ppo.scorers=[{{source: reward}}, {{{scorer}}}]", f"ppo.scorers[1].{field}", word
 
 
@@ -137,9 +127,7 @@ SCORERS: list[Row] = [
     ("ppo.reward=null", "ppo.scorers[0].source", "null"),
     ("ppo.scorers=[]", "ppo.scorers", "at least one"),
     second("source: lenght", "source", "'length'"),
-    second("source: xyz", "source", "instructions_loose"),
     second("source: base", "source", "not a scorer"),
-    second("source: score.py", "source", "score.py:FUNCTION"),
     second("source: regex", "pattern", "missing"),
     second("source: length", "target", "missing"),
     second("source: reward, pattern: x", "pattern", "'regex'"),
@@ -150,7 +138,6 @@ SCORERS: list[Row] = [
     second("source: json_schema, schema: text", "schema", "group"),
     second("source: 'bundled:quickstart/hose_style.py:style'", "source", "'quickstart/house_style.py'"),
     second("source: 'bundled:../../setup.py:style'", "source", "no bundled"),
-    second("source: 'stage:rewrad'", "source", "'reward'"),
     second("source: nowhere.py:f", "source", "nowhere.py"),
     ("ppo.guard.every=1", "ppo.guard.scorer.source", "missing"),
     ((GUARD, "ppo.guard.scorer.normalize=true"), "ppo.guard.scorer.normalize", "false"),
@@ -159,7 +146,6 @@ SCORERS: list[Row] = [
     (("ppo.guard.every=1", "ppo.guard.scorer.source='stage:sft'"), "ppo.guard.scorer.source", "'stage:reward'"),
     second("source: server", "server", "missing"),
     second("source: server, server: {}", "server.base_url", "URL"),
-    second("source: server, server: {}", "server.model", "name"),
     second("source: server, server: {base_url: localhost}", "server.base_url", "not shown"),
     second(f"source: reward, server: {{{URL}, model: rm}}", "server", "'server'"),
     server("api: vllm_poling", "api", "vllm_pooling"),
@@ -167,8 +153,6 @@ SCORERS: list[Row] = [
     server("timeout: 300", "timeout", "launch.hang_seconds"),
     server("label: good", "label", "'vllm_classify'"),
     server("api: vllm_classify, label: good", "label", "number of a class"),
-    server("batch_size: 0", "batch_size", "0"),
-    second("source: grade", "grader", "missing"),
     second("source: grade, grader: {}", "grader.endpoint.model", "missing"),
     second(f"source: grade, grader: {{endpoint: {{{URL}, model: m}}, highest: 1}}", "grader.highest", "lowest"),
     second("source: grade, grader: {max_invalid: 0.1}", "grader.max_invalid", "unknown key"),
@@ -177,8 +161,6 @@ SCORERS: list[Row] = [
     second("source: ensemble, ensemble: {members: [{source: reward}, {source: length, target: 9}], std_weight: 2}",
            "ensemble.std_weight", "combine"),
     ensemble("{source: reward}, {source: ensemble}", "members[1].source", "only for scorers"),
-    ensemble("{source: reward}, {source: regex}", "members[1].pattern", "'regex'"),
-    ensemble("{source: reward}, {source: lenght}", "members[1].source", "'lenght'"),
     ensemble("{source: reward}, {source: 'stage:rewrad'}", "members[1].source", "'reward'"),
     ("ppo.guard={every: 1, scorer: {source: ensemble, ensemble: {members: [{source: length, target: 3}, "
      "{source: length, target: 4, normalize: true}]}}}", "ppo.guard.scorer.ensemble.members[1].normalize", "running"),
@@ -194,10 +176,8 @@ def metric(text: str, field: str, word: str) -> Row:
 
 METRICS: list[Row] = [
     metric("source: length, target: 9", "name", "write a name"),
-    metric("name: a b, source: length, target: 9", "name", "'a b'"),
     metric("name: primary, source: length, target: 9", "name", "reserved"),
     metric("name: s, source: length", "target", "'length'"),
-    metric("name: s, source: house_style", "source", "FILE.py:FUNCTION"),
     metric("name: r, source: 'stage:sft'", "source", "'stage:sft' is a policy"),
     metric(f"name: a, source: server, server: {{{URL}}}", "server.model", "missing"),
     metric("name: a, source: ensemble", "source", "cannot be a metric"),
@@ -211,7 +191,6 @@ METRICS: list[Row] = [
     (f"{PASS}median}}]", f"{FIRST}.aggregate", "pass@4"),
     metric("name: m, source: exact_answer, aggregate: majority", "aggregate", "per_prompt"),
     ("evaluate.system_prompt=null", "evaluate.system_prompt", "'base+prompt'"),
-    ("evaluate.few_shot.count=0", "evaluate.few_shot.count", "0"),
 ]
 JUDGE = "evaluate.judge"
 LABELLED = f"{JUDGE}.labelled.data.source='bundled:quickstart/preferences'"
@@ -234,16 +213,13 @@ JUDGES: list[Row] = [
     ((f"{JUDGE}.kind=reward", "evaluate.reward=null"), f"{JUDGE}.kind", "'reward'"),
     ((f"{JUDGE}.kind=metric", "evaluate.arms=[base]"), f"{JUDGE}.pairs", "no trained arm"),
     judge("kind: metric, pairs: [{arm: stage:dop, against: base}]", "pairs[0].arm", "'stage:dpo'"),
-    judge("kind: metric, pairs: [{arm: base, against: base}]", "pairs[0]", "itself"),
     judge("kind: metric, labelled: {max_prompts: 9}", "labelled.data.source", "missing"),
     judge("votes: v.jsonl", "votes", "'people'"),
-    (LABELLED, f"{JUDGE}.labelled", "'none'"),
     ((f"{JUDGE}.kind=metric", LABELLED, "evaluate.metrics=[{name: mmlu, source: choice}]", "evaluate.primary=mmlu"),
      f"{JUDGE}.labelled", "'choice'"),
     endpoint("endpoint.base_url=localhost:8000", "not shown"),
     endpoint("endpoint.base_url='https://me:s3cret@host/v1'", "without a key or a password"),
     endpoint("endpoint.api_key_env=sk-canary", "environment variable"),
-    endpoint("endpoint.timeout=300", "3 attempts"),
 ]  # fmt: skip
 GRADER = "evaluate.grader"
 GRADED = ("evaluate.metrics=[{name: helpful, source: grade}]", "evaluate.primary=helpful",
@@ -280,19 +256,15 @@ MEASURING: list[Row] = [
     card("card.reward=stage:card", "card.reward", "reward card"),
     card("card.learned.limit=3", "card.learned.source", "missing"),
     card("card.rule={source: regex}", "card.rule.pattern", "'regex'"),
-    card("report.evaluation=stage:card", "report.evaluation", "reward card"),
     (LOST, "forgetting.arms", "[stage:sft]"),
     forgetting("arms=[base]", "arms[0]", "'base' was not trained"),
     forgetting("arms=['stage:sft',base+prompt]", "arms[1]", "'base+prompt'"),
-    forgetting("arms=['stage:reward']", "arms[0]", "reward model"),
     forgetting("arms=['stage:sft','stage:sft']", "arms[1]", "twice"),
-    forgetting("max_perplexity_rise=-0.1", "max_perplexity_rise", "-0.1"),
 ]
 CONFIG = [*ADAPTERS, *JOBS, *TRAINING, *REFERENCES, *SOURCES, *SCORERS, *METRICS, *JUDGES, *GRADERS, *MEASURING]
 DATA: list[Row] = [
     ("sft.data.source=path:/nowhere", "sft.data.source", "no file"),
     ("sft.data.source=hub:name", "sft.data.source", "'hub:name'"),
-    ("sft.data.source=bundled:quickstart/conversation", "sft.data.source", "'quickstart/conversations'"),
     ("evaluate.judge={kind: people, votes: none.jsonl}", "evaluate.judge.votes", "no file"),
     card("card.learned.source=path:nowhere.jsonl", "card.learned.source", "no file"),
     card("card.rule={source: exact_answer}", "{tmp}/preferences.jsonl:1", "'answer' is missing"),
@@ -330,7 +302,6 @@ def test_what_cannot_be_right_is_refused_before_anything_starts(
         ("ppo.kl={control: adaptive, target: 3, horizon: 50}", "dpo.too_long={do: cut, side: right}"),
         ("ppo.kl={control: adaptive, horizon: 5}", "ppo.optim.batch_size=24"),
         ("ppo.max_approxkl=0.1", "ppo.ppo_epochs=1", "ppo.num_minibatches=3"),
-        ("ppo.critic_warmup=3", "ppo.updates=4"),
         (*WITHOUT, "ppo.drop_ties=true", "ppo.clip_high=0.3", "ppo.entropy_coefficient=0.01", "ppo.kl.apply_to=loss"),
         ("ppo.critic=separate", STYLE),
         ("ppo.guard.scorer.source='nowhere.py:f'",),
@@ -355,12 +326,7 @@ def test_what_fits_is_planned(plan: MakePlan, tmp_path: Path, settings: Sequence
 )
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [
-        ("model.source", "'{}'"),
-        ("stages.evaluate.reward", "'{}'"),
-        ("stages.sft.data.source", "'{}'"),
-        ("stages.ppo.scorers", "[{{source: '{}'}}]"),
-    ],
+    [("model.source", "'{}'"), ("stages.sft.data.source", "'{}'"), ("stages.ppo.scorers", "[{{source: '{}'}}]")],
 )
 def test_a_source_without_its_scheme_is_answered_with_the_right_one(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -372,15 +338,11 @@ def test_a_source_without_its_scheme_is_answered_with_the_right_one(
         plan(f"{setting}={value.format(source)}")
 
 
-# ---- trackers -------------------------------------------------------------------------------------------------------
-
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 SERVER = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 
@@ -407,7 +369,6 @@ TOKEN = {"MLFLOW_TRACKING_TOKEN": "s3cret", "MLFLOW_TRACKING_USERNAME": "me"}
     [
         ({"mlflow": True}, {}, "tracking.mlflow_url", "MLFLOW_TRACKING_URI"),
         ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db"}, "tracking.mlflow", "address of a server"),
-        ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "http://me:s3cret@x"}, "tracking.mlflow", "TRACKING_PASSWORD"),
         ({"mlflow": True}, SERVER | TOKEN, "tracking.mlflow", "unset one of them"),
         ({"trackio": True}, {"TRACKIO_SERVER_URL": "s3cret"}, "tracking.trackio", "TRACKIO_SERVER_URL is set"),
         ({"trackio": True}, {"TRACKIO_STORAGE_MODE": "JSONL"}, "tracking.trackio", "cannot be read back"),

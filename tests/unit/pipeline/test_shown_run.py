@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
@@ -21,9 +20,6 @@ from alignment.records.worker import Progress
 from tests.running import Clock, RunFolder, Terminal
 
 STARTED = "2026-11-28T13:20:00+00:00"
-
-
-# ---- what is read from its files ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -47,7 +43,6 @@ def stage_of(reader: RunReader, name: str) -> StageView:
 
 
 def rows(*steps: int) -> list[dict[str, float]]:
-    """Lines of steps of 4 seconds and 1000 tokens each."""
     return [{"step": n, "seconds": n * 4.0, "num_tokens": n * 1000, "rewards/accuracies": n / 10} for n in steps]
 
 
@@ -64,21 +59,25 @@ def test_every_stage_that_waits_says_for_what(run: RunFolder, reader: RunReader)
     assert waits()[2:] == ["not started", "needs reward, which failed"]
 
 
-def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
-    run: RunFolder, reader: RunReader, clock: Clock
-) -> None:
+def test_a_running_stage_has_its_curve_tokens_and_times(run: RunFolder, reader: RunReader, clock: Clock) -> None:
     run.stage("dpo", "running", started=STARTED, attempts=2, earlier_seconds=100.0)
     assert stage_of(reader, "dpo").progress is None
-    run.progress("dpo", "training", 2, 20, loss=0.69)
     run.steps("dpo", *rows(1, 2))
+    run.progress("dpo", "loading", loss=2.78)
+    view = stage_of(reader, "dpo")
+    assert view.progress is not None
+    assert (view.progress.figures, view.curve, view.tokens_per_second) == ({}, None, None), "those of a failed attempt"
+    run.progress("dpo", "training", 2, 20, loss=0.69)
     reader.look()
     clock.now += 12.0
     run.progress("dpo", "training", 5, 20, loss=0.5)
     run.steps("dpo", *rows(3, 4, 5))
     clock.now += 1.0
     view = stage_of(reader, "dpo")
+    assert view.progress is not None
+    assert (view.progress.figures, view.attempts) == ({"loss": 0.5}, 2)
     assert view.curve == ShownCurve(title="accuracy", values=[0.1, 0.2, 0.3, 0.4, 0.5])
-    assert (view.tokens_per_second, view.seconds, view.attempts) == (250.0, 113.0, 2)
+    assert (view.tokens_per_second, view.seconds) == (250.0, 113.0)
     # From step 1, 4 seconds before the first look, to step 5, 13 seconds after it.
     assert view.steps_per_second == pytest.approx(4 / 17)
     assert view.seconds_left == pytest.approx(15 * 17 / 4)
@@ -86,25 +85,7 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader, "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
-def test_a_stage_that_starts_again_shows_no_figures_of_the_attempt_that_failed(
-    run: RunFolder, reader: RunReader
-) -> None:
-    run.stage("dpo", "running", started=STARTED)
-    run.steps("dpo", *rows(1, 2, 3))
-    for phase, counts, figures, is_shown in (
-        ("loading", (), {"loss": 2.78}, False),
-        ("training", (3, 20), {"loss": 0.6}, True),
-    ):
-        run.progress("dpo", phase, *counts, **figures)
-        view = stage_of(reader, "dpo")
-        assert view.progress is not None
-        assert view.progress.figures == (figures if is_shown else {})
-        assert (view.curve is not None, view.tokens_per_second is not None) == (is_shown, is_shown)
-
-
-def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start(
-    run: RunFolder, reader: RunReader
-) -> None:
+def test_half_a_line_is_read_when_it_has_ended(run: RunFolder, reader: RunReader) -> None:
     run.stage("dpo", "running", started=STARTED)
     run.progress("dpo", "training", 1, 20)
     metrics = run.work("dpo") / "content/metrics.jsonl"
@@ -129,8 +110,6 @@ def test_a_record_that_is_away_for_a_moment_does_not_end_the_view(run: RunFolder
     with pytest.raises(ArtifactError, match="unreadable"):
         RunReader(run.folder).look()
 
-
-# ---- the table ------------------------------------------------------------------------------------------------------
 
 DPO = StageView(
     name="dpo",
@@ -179,45 +158,14 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_leaves_out_what_matte
     assert drawn(36)[3:5] == ["▶ dpo       training  60/150", "            accuracy 0.795"]
 
 
-def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
-    stages = [replace(DONE, name=f"done{number}") for number in range(9)]
-    stages += [DPO, *(replace(LAST, name=f"waits{number}") for number in range(9))]
-    assert [" ".join(line.split()[:3]) for line in drawn(60, stages, rows=9)] == [
-        "mine running, 9",
-        "… 7 stages",
-        "✓ done7 done",
-        "✓ done8 done",
-        "▶ dpo training",
-        "accuracy 0.795 ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██",
-        "· waits0 waits",
-        "· waits1 waits",
-        "… 7 stages",
-    ]
-
-
 @pytest.mark.parametrize(
     ("values", "width", "line"),
-    [
-        ([], 8, ""),
-        ([2.0, 2.0, 2.0], 8, "▄▄▄"),
-        ([0.0, float("nan"), 1.0], 8, "▁ █"),
-        ([float("nan")], 8, " "),
-        (list(range(16)), 8, "▁▂▃▄▅▆▇█"),
-        ([1.0, 2.0], 0, ""),
-    ],
+    [([], 8, ""), ([2.0, 2.0], 8, "▄▄"), ([0.0, float("nan"), 1.0], 8, "▁ █"), (list(range(16)), 8, "▁▂▃▄▅▆▇█")],
 )
 def test_a_curve_as_text(values: list[float], width: int, line: str) -> None:
     assert sparkline(values, width) == line
+    assert [duration(seconds) for seconds in (None, 41.4, 59.7, 3600)] == ["", "41 s", "1 min 00 s", "1 h 00 min"]
 
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(None, ""), (41.4, "41 s"), (200, "3 min 20 s"), (3600, "1 h 00 min"), (59.7, "1 min 00 s")]
-)
-def test_durations_read_as_people_say_them(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
-
-
-# ---- the lines of a log ---------------------------------------------------------------------------------------------
 
 RUNNING = StageView(name="dpo", state="running", reason="beta 0.1 → 0.3", artifact="dpo-5f0e9b1c")
 
@@ -233,7 +181,6 @@ class Log:
         self.printer.show(RunView(name="mine", state="running", stages=list(stages)))
 
     def steps(self, phase: str, *steps: int, total: int | None = 100) -> list[str]:
-        """The new lines when dpo comes to these steps, each seen at two looks."""
         before = len(self.lines)
         for step in steps:
             for _ in range(2):
@@ -276,9 +223,6 @@ def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_aga
     assert turns.lines[1:] == ["dpo: rollouts 0/100", "dpo: training 0/100", *further]
 
 
-# ---- on a terminal --------------------------------------------------------------------------------------------------
-
-
 class Viewed:
     """A console on a terminal."""
 
@@ -290,14 +234,12 @@ class Viewed:
 
     @property
     def terminal(self) -> Terminal:
-        """The terminal with all that was written so far."""
         written = self._file.getvalue()
         self._terminal.feed(written[self._read :].encode())
         self._read = len(written)
         return self._terminal
 
     def narrow(self, columns: int) -> None:
-        """The user drags its edge."""
         self.terminal.resize(columns)
         self.console.width = columns
 
@@ -305,9 +247,7 @@ class Viewed:
 WAITING = ["· reward    waits for sft", "· dpo       waits for sft", "· ppo       waits for reward"]
 
 
-def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_stays_above_a_view_that_narrows(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     viewed = Viewed(110)
     announcer(viewed.console)("note: before the run")
     run.stage("sft", "running")
@@ -320,6 +260,7 @@ def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
         display.poll()
         viewed.narrow(40)
         display.poll()
+    assert viewed.terminal.shows_cursor
     assert viewed.terminal.lines == [
         "  note: before the run",
         "  warning 0",
@@ -364,17 +305,12 @@ def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, r
     assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
 
 
-def test_an_error_leaves_the_terminal_as_it_was(run: RunFolder) -> None:
-    viewed = Viewed(80)
-    with suppress(ZeroDivisionError), showing(viewed.console, RunReader(run.folder)) as display:
-        display.poll()
-        raise ZeroDivisionError
-    assert (viewed.terminal.shows_cursor, viewed.terminal.cursor) == (True, (0, 5))
-
-
-def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
+def test_no_line_is_wider_than_the_terminal_nor_padded_to_it_and_a_low_one_has_stages_around_the_running_one() -> None:
     for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
         for width in range(20, 140, 7):
             lines = drawn(width, stages)
             assert (len(lines), max(map(len, lines)) <= width) == (7, True)
             assert [line for line in lines if line != line.rstrip()] == []
+    done, waits = ([replace(stage, name=f"{stage.state}{n}") for n in range(9)] for stage in (DONE, LAST))
+    words = [line.split()[1] for line in drawn(60, [*done, DPO, *waits], rows=9)]
+    assert words[1:] == ["7", "done7", "done8", "dpo", "0.795", "waiting0", "waiting1", "7"]

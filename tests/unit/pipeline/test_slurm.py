@@ -12,22 +12,29 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from rich.console import Console
 
 from alignment import cli
-from alignment.commands.status import show_status
 from alignment.core.errors import AlignmentError, Busy, ConfigError, DiskError, NonFiniteError, Preempted, StageError
-from alignment.pipeline.backends import command, feasibility, slurm, slurm_jobs
+from alignment.pipeline.backends import command, slurm, slurm_jobs
 from alignment.pipeline.backends.slurm_jobs import render
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
-from tests.unit.pipeline.conftest import MakePlan, changed, faulty_keys, leave_all, leave_artifact, stage_of, write
+from tests.unit.pipeline.conftest import (
+    MakePlan,
+    changed,
+    faulty_keys,
+    leave_all,
+    leave_artifact,
+    printed_by_run,
+    stage_of,
+    status_of,
+    write,
+)
 
 ON_SLURM = "launch/backend=slurm"
 ASKED = (
@@ -44,21 +51,17 @@ ASKED = (
 )
 SEVERAL = (ON_SLURM, "launch.backend.num_machines=2", "launch.num_processes=2")
 
-# ---- the file of a job ----------------------------------------------------------------------------------------------
-
 
 def rendered(plan: Plan, name: str = "dpo", folder: Path = Path("/home/of user"), *, wait: bool = False) -> str:
     return render(plan, stage_of(plan, name), folder=folder, wait=wait)
 
 
 def directives(text: str) -> dict[str, str]:
-    """What the file asks of Slurm."""
     asked = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH ")]
     return {name: value for name, _, value in (line.partition("=") for line in asked)}
 
 
 def plan_inside(plan: MakePlan, text: str, stage: str = "dpo") -> Plan:
-    """What the driver plans that a job calls for its stage."""
     (line,) = (line for line in text.splitlines() if line.startswith("srun "))
     words = shlex.split(line.partition(" || ")[0])
     return plan(*words[words.index(stage) + 1 :])
@@ -77,20 +80,15 @@ def test_a_job_file_says_all_that_was_asked_for_and_leaves_the_rest_to_the_clust
     driver = f"{shlex.quote(sys.executable)} -u -m alignment.cli run quickstart --stage dpo "
     step = f"srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=16 {driver}{shlex.join(made.overrides)} "
     assert f"\n{step}launch.backend.submit=false || code=$?\n" in text
+    gpus = [directives(rendered(made, stage)).get("gpus-per-node") for stage in ("sft", "evaluate", "report")]
+    assert gpus == ["2", "2", None], "a stage asks for those that it uses"
     assert list(directives(rendered(plan(ON_SLURM)))) == common
     assert changed(plan(), made) == []
     assert f"{driver}--wait " in rendered(made, wait=True), "as for a sweep, which waits for what another makes"
 
 
-@pytest.mark.parametrize(("stage", "gpus"), [("sft", "2"), ("evaluate", "2"), ("report", None)])
-def test_a_stage_asks_for_the_gpus_that_it_uses(plan: MakePlan, stage: str, gpus: str | None) -> None:
-    assert directives(rendered(plan(*ASKED), stage)).get("gpus-per-node") == gpus
-
-
 @pytest.mark.parametrize("more", [(), ("profile=smoke",)])
-def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_uses_them(
-    plan: MakePlan, more: tuple[str, ...]
-) -> None:
+def test_a_job_asks_for_machines_only_where_a_stage_uses_them(plan: MakePlan, more: tuple[str, ...]) -> None:
     """The profile scales batches with the processes of all machines, also in the plan of a stage that needs one."""
     made = plan(*more, *SEVERAL)
     for name, machines in (("dpo", "2"), ("evaluate", "2"), ("report", "1")):
@@ -99,7 +97,7 @@ def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_uses_them(
     assert changed(made, plan_inside(plan, rendered(made, "report"), "report")) == []
 
 
-@pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0", "a;b", "$(id)", "a b", "a'b", 'a"b'])
+@pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0", "$(id)", "a b"])
 def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: MakePlan, name: str) -> None:
     made = plan(ON_SLURM)
     hostile = dataclasses.replace(made, config=dataclasses.replace(made.config, name=name))
@@ -108,7 +106,6 @@ def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: Mak
 
 
 def commands(folder: Path, **bodies: str) -> None:
-    """Programs that come first on PATH."""
     for name, body in bodies.items():
         Path(write(folder / name, f"#!/bin/sh\n{body}\n")).chmod(0o755)
 
@@ -121,11 +118,9 @@ def bash(text: str, folder: Path, **variables: str) -> int:
 
 @pytest.mark.parametrize(
     ("code", "ended", "requeued"),
-    [(0, "no", False), (75, "no", True), (143, "no", True), (6, "no", False), (75, "yes", False)],
+    [(0, "no", False), (75, "no", True), (6, "no", False), (75, "yes", False)],
 )
-def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
-    plan: MakePlan, tmp_path: Path, code: int, ended: str, requeued: bool
-) -> None:
+def test_a_job_that_saved_queues_itself(plan: MakePlan, tmp_path: Path, code: int, ended: str, requeued: bool) -> None:
     summary = 'summary="it\'s; $(touch here) `x` \\n"\n'
     notes = 'printf "%s\\0" "$@" > "$FAKES/srun"; if [ "$ENDED" = yes ]; then kill -TERM "$PPID"; fi; exit "$CODE"'
     commands(tmp_path / "bin", srun=notes, scontrol='echo "$@" > "$FAKES/scontrol"')
@@ -161,8 +156,6 @@ esac""",
     assert "--node_rank 1 --master_addr 10.0.0.7 --master_port 28012" in " ".join(command_line)
 
 
-# ---- the chain of jobs ----------------------------------------------------------------------------------------------
-
 SBATCH = """
 number=$(($(ls "$FAKES"/submitted.* 2>/dev/null | wc -l) + 11))
 echo "$@" > "$FAKES/submitted.$number"
@@ -188,7 +181,6 @@ class Fakes:
         commands(self.folder / "bin", **bodies)
 
     def answers(self, *answers: str | list[str]) -> None:
-        """What ``squeue`` says the next times, rows of id, state, exit code and reason; the last for good."""
         texts = ["".join(f"{row}\n" for row in ([rows] if isinstance(rows, str) else rows)) for rows in answers]
         for number, text in enumerate(texts, start=1):
             (self.folder / f"answer.{number}").write_text(text)
@@ -197,22 +189,18 @@ class Fakes:
             asked.unlink()
 
     def submitted(self) -> list[list[str]]:
-        """The arguments of every ``sbatch``, in order."""
         return [path.read_text().split() for path in sorted(self.folder.glob("submitted.*"))]
 
     def names(self) -> list[str]:
-        """The stages that were submitted."""
         return [Path(words[-1]).parent.name for words in self.submitted()]
 
     def cancelled(self) -> list[str]:
-        """The jobs that ``scancel`` was given last."""
         path = self.folder / "cancelled"
         return path.read_text().split() if path.exists() else []
 
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    """A cluster on which nothing happens by itself."""
     made = Fakes(tmp_path / "fakes")
     monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKES", str(made.folder))
@@ -226,13 +214,8 @@ Submit = Callable[..., str]
 
 @pytest.fixture
 def submit(fakes: Fakes, overrides: list[str]) -> Submit:
-    """``align run quickstart launch/backend=slurm`` that does not wait; returns what it prints."""
-
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
-        screen = StringIO()
-        arguments = [*overrides, ON_SLURM, "launch.backend.wait=false", *more]
-        assert run("quickstart", arguments, console=Console(file=screen, width=120), only=only) == code
-        return screen.getvalue()
+        return printed_by_run([*overrides, ON_SLURM, "launch.backend.wait=false", *more], only=only, code=code)
 
     return call
 
@@ -246,12 +229,6 @@ def record(run_folder: Path, **changes: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run_folder / "run.json").read_text()) | changes
     (run_folder / "run.json").write_text(json.dumps(content))
     return content
-
-
-def status(run_folder: Path) -> str:
-    screen = StringIO()
-    show_status(Console(file=screen, width=160), run_folder.parent.parent, "quickstart")
-    return screen.getvalue()
 
 
 def test_each_job_waits_for_the_one_before(
@@ -270,9 +247,9 @@ def test_each_job_waits_for_the_one_before(
         "waiting", {"waiting"})  # fmt: skip
     fakes.answers(["11 RUNNING 0:0 None", "12 PENDING 0:0 Dependency"])
     for line in (r"sft +waiting .*job 11 RUNNING", r"reward +waiting .*job 12 PENDING \(Dependency\)", "ppo .*job 14"):
-        assert re.search(rf"^{line} *$", status(run_folder), re.MULTILINE)
+        assert re.search(rf"^{line} *$", status_of(run_folder.parents[1]), re.MULTILINE)
     monkeypatch.setenv("PATH", str(tmp_path))  # status needs no Slurm
-    assert re.search(r"^sft +waiting .*job 11 *$", status(run_folder), re.MULTILINE)
+    assert re.search(r"^sft +waiting .*job 11 *$", status_of(run_folder.parents[1]), re.MULTILINE)
 
 
 def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
@@ -314,9 +291,7 @@ AWAY = "sbatch: error: Batch job submission failed: Unable to contact slurm cont
 
 
 @pytest.mark.parametrize("submitted", ["true", "false"])
-def test_a_run_whose_jobs_wait_is_not_started_twice(
-    submit: Submit, fakes: Fakes, run_folder: Path, submitted: str
-) -> None:
+def test_a_run_with_jobs_is_not_started_twice(submit: Submit, fakes: Fakes, run_folder: Path, submitted: str) -> None:
     submit()
     fakes.answers(["11 COMPLETED 0:0 None", "12 PENDING 0:0 Priority"])
     with pytest.raises(Busy, match=r"reward \(job 12\)") as caught:
@@ -337,31 +312,8 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(
     assert len(fakes.submitted()) == 12
 
 
-# ---- one job --------------------------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Notes what a user would see."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.polls = 0
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def wait(self, stage: str, reason: str) -> None:
-        line = f"{stage}: {reason or 'waits no longer'}"
-        if line not in self.lines[-1:]:
-            self.lines.append(line)
-
-    def poll(self) -> None:
-        self.polls += 1
-
-
 @pytest.fixture
 def sft(fakes: Fakes, overrides: list[str]) -> Plan:
-    """A plan of which SFT was submitted as job 11."""
     plan = make_plan("quickstart", [*overrides, ON_SLURM])
     plan.run_folder.mkdir(parents=True)
     RunRecorder(plan)
@@ -369,11 +321,16 @@ def sft(fakes: Fakes, overrides: list[str]) -> Plan:
 
 
 def follow(plan: Plan) -> list[str]:
-    """What is shown while job 11 is followed."""
-    screen = Screen()
+    lines: list[str] = []
+
+    def wait(stage: str, reason: str) -> None:
+        line = f"{stage}: {reason or 'waits no longer'}"
+        lines.extend([line] * (line not in lines[-1:]))
+
+    screen = mock.Mock(note=lines.append, wait=wait)
     slurm_jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
-    assert screen.polls > len(screen.lines)
-    return screen.lines
+    assert screen.poll.call_count > len(lines)
+    return lines
 
 
 def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft: Plan, fakes: Fakes) -> None:
@@ -396,12 +353,11 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
         ("FAILED 12:0 NonZeroExitCode", DiskError),
         ("CANCELLED 0:15 None", Preempted),
         ("FAILED 75:0 NonZeroExitCode", Preempted),
-        ("CANCELLED 1:0 None", StageError),
         ("TIMEOUT 0:0 TimeLimit", StageError),
         ("COMPLETED 0:0 None", ConfigError),
     ],
 )
-def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
+def test_a_job_ends_the_run_as_its_driver_ended(
     sft: Plan, fakes: Fakes, answer: str, error: type[AlignmentError]
 ) -> None:
     log = write(sft.run_folder / "sft/slurm-11.log", "stage sft: the loss is NaN at step 3\n")
@@ -414,21 +370,14 @@ def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
     assert "the loss is NaN" in str(caught.value) or error is ConfigError
 
 
-@pytest.mark.parametrize(
-    ("states", "ended"),
-    [
-        ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT", True),
-        ("PENDING CONFIGURING RUNNING SUSPENDED STOPPED REQUEUED RESIZING SIGNALING STAGE_OUT COMPLETING", False),
-    ],
-)
-def test_states_of_a_job_mean_what_slurm_documents(states: str, ended: bool) -> None:
+def test_states_of_a_job_mean_what_slurm_documents() -> None:
     """The states of https://slurm.schedmd.com/job_state_codes.html."""
-    assert {state: slurm.Job(state=state).ended for state in states.split()} == dict.fromkeys(states.split(), ended)
+    over = ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"]
+    goes_on = ["PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "SIGNALING", "STAGE_OUT", "COMPLETING"]
+    assert [state for state in (*over, *goes_on) if slurm.Job(state=state).ended] == over
 
 
-def test_a_job_that_the_queue_has_forgotten_is_looked_up_in_the_accounts(
-    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forgotten_job_is_looked_up_in_the_accounts(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes.command(
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         sacct='echo "11|CANCELLED by 1000|0:0"; echo "12|FAILED|9:0"',
@@ -481,18 +430,10 @@ def test_a_run_whose_lock_is_not_seen_here_is_as_its_jobs_are(
     record(run_folder, state="running")
     for answer, state in (("11 RUNNING 0:0 None", "running"), ("11 FAILED 1:0 NonZeroExitCode", "killed")):
         fakes.answers(answer)
-        assert status(run_folder).split()[:2] == ["quickstart", state]
+        assert status_of(run_folder.parents[1]).split()[:2] == ["quickstart", state]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert status(run_folder).split()[:2] == ["quickstart", "unknown"]
-    assert "Slurm does not answer" in status(run_folder)
-
-
-def test_several_machines_share_a_batch_and_get_their_ranks_from_slurm(plan: MakePlan) -> None:
-    assert plan(*SEVERAL).config.launch.world_size == 4
-    with pytest.raises(ConfigError, match="6 is not divisible by 4 processes"):
-        feasibility.refuse_sizes(plan(*SEVERAL, "stages.sft.optim.batch_size=6"))
-    with pytest.raises(ConfigError, match="Slurm assigns ranks to machines"):
-        plan(*SEVERAL, "launch.backend.machine_rank=1")
+    assert status_of(run_folder.parents[1]).split()[:2] == ["quickstart", "unknown"]
+    assert "Slurm does not answer" in status_of(run_folder.parents[1])
 
 
 def test_job_scripts_are_not_written_without_slurm_over_files_or_for_results_that_are_there(

@@ -27,7 +27,6 @@ INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
 
 
 def main(path: Path) -> int:
-    """Runs one stage."""
     spec = read_spec(path)
     print(f"working on {spec.stage}")
     stage, _, fault = os.environ.get("WORKER_FAULT", ":").partition(":")
@@ -55,7 +54,6 @@ def main(path: Path) -> int:
 
 
 def misbehave(spec: StageSpec, fault: str) -> None:
-    """Ends this process in one of the ways in which workers end."""
     if fault == "crash":
         Progress(phase="trying the longest batch").write(spec.work)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -87,7 +85,6 @@ def misbehave(spec: StageSpec, fault: str) -> None:
 
 
 def evaluation(spec: StageSpec) -> dict[str, Any]:
-    """Two comparisons, of which one is a real difference."""
     arms = [
         {
             "name": name,
@@ -112,7 +109,6 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
 
 
 def say(spec: StageSpec, state: str, code: int, error: str, *, notes: Sequence[str] = ()) -> int:
-    """Writes ``status.json``; returns the exit code."""
     status = {"state": state, "exit_code": code, "error": error, "where": f"stage {spec.stage}", "notes": notes}
     (spec.run_folder / "status.json").write_text(json.dumps(status))
     return code

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignment.config.launch import Engine, SamplingConfig
+from alignment.core.artifacts import write_json
 from alignment.core.errors import ConfigError, ModelError, StageError
-from alignment.core.files import write_json
 from alignment.engines.completions import Asked, Generation
 from alignment.evaluation.arms import sequence_logprobs
 from alignment.models.assembly.load import Lineage, lineage, load_policy

@@ -14,13 +14,11 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def url() -> str:
-    """The address of an empty store."""
     return f"memory://store-{next(_numbers)}/prefix"
 
 
 @pytest.fixture
 def store(url: str) -> ObjectStore:
-    """An empty store that refuses to replace an object where it is asked to."""
     made = ObjectStore(url)
     made.check_writable()
     assert made.refuses_existing
@@ -28,7 +26,6 @@ def store(url: str) -> ObjectStore:
 
 
 def sealed(work: Path, step: int, **files: str) -> Path:
-    """A sealed checkpoint in a work folder, and a log that goes one step further."""
     folder = work / "checkpoints" / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name, content in {"weights": f"weights {step}", **files}.items():

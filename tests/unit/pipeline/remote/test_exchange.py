@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import shutil
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from alignment.commands.status import show_status
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DiskError, StoreError
 from alignment.pipeline.execute import exchange
-from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.object_store import ObjectStore, connected, explained, refuse_secret_endpoint
 from tests.living import wait_until
-from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact
+from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact, printed_by_run, status_of
 from tests.unit.pipeline.remote.conftest import sealed
 from tests.unit.pipeline.test_run import STAGES, fake
 
@@ -39,14 +35,9 @@ class Machine:
         return {stage.name: stage.action.value for stage in self.plan().stages}
 
     def run(self, *, only: str | None = None) -> str:
-        screen = StringIO()
-        console = Console(file=screen, width=200)
-        overrides = [*self.overrides, f"artifacts={self.url}"]
-        assert run("quickstart", overrides, console=console, only=only, command_for=fake) == 0
-        return screen.getvalue()
+        return printed_by_run([*self.overrides, f"artifacts={self.url}"], only=only, command_for=fake)
 
     def leave_all(self) -> None:
-        """All results as workers leave them, but none in the store."""
         leave_all(self.plan(stored=False))
 
 
@@ -57,14 +48,12 @@ def machines(overrides: list[str], tmp_path: Path, url: str) -> tuple[Machine, M
 
 @pytest.fixture
 def without_report(machines: tuple[Machine, Machine]) -> tuple[Machine, Machine]:
-    """Machines whose results are files that no driver has to read."""
     for machine in machines:
         machine.overrides.append("~stages.report")
     return machines
 
 
 def beside_artifacts(url: str) -> list[str]:
-    """What a store holds but results."""
     return [key for key in connected(url).sizes("") if not key.startswith("artifacts/")]
 
 
@@ -77,9 +66,8 @@ def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine,
     assert all(stage.reason.endswith("from the store") for stage in second.plan().stages)
     assert not second.output.exists()
     assert "sft: downloading sft-" in second.run()
-    screen = StringIO()
-    show_status(Console(file=screen, width=200), second.output, "quickstart")
-    assert (screen.getvalue().count("reused"), f"store: {url}" in screen.getvalue()) == (len(STAGES), True)
+    status = status_of(second.output)
+    assert (status.count("reused"), f"store: {url}" in status) == (len(STAGES), True)
     manifests = [sorted(machine.output.glob("artifacts/*/manifest.json")) for machine in machines]
     for ours, copied in zip(*manifests, strict=True):
         assert ours.read_bytes() == copied.read_bytes()
@@ -87,9 +75,7 @@ def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine,
     assert changed(second.plan(), second.plan(stored=False)) == [], "the store is no part of what was asked for"
 
 
-def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
-    machines: tuple[Machine, Machine], url: str
-) -> None:
+def test_checkpoints_stay_if_the_store_has_lost_the_result(machines: tuple[Machine, Machine], url: str) -> None:
     """A run may wait for hours between its plan and its first stage."""
     first, second = machines
     first.run(only="sft")
@@ -104,9 +90,7 @@ def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
     assert (again.stages[0].action, again.stages[0].reason) == (Action.resume, "from checkpoint-20")
 
 
-def test_what_was_made_without_the_store_is_uploaded_later_and_leaves_no_checkpoints(
-    without_report: tuple[Machine, Machine], url: str
-) -> None:
+def test_what_was_made_without_the_store_is_uploaded_later(without_report: tuple[Machine, Machine], url: str) -> None:
     """Also of a call that was cut off: the store was away when its result was to be uploaded."""
     first, second = without_report
     first.leave_all()
@@ -143,9 +127,7 @@ def test_a_machine_that_has_lost_its_lease_leaves_what_the_other_machine_has(
     assert {key: store.read(key) for key in of_the_other} == of_the_other
 
 
-def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_download(
-    machines: tuple[Machine, Machine], url: str
-) -> None:
+def test_checkpoints_beside_another_machine_s_result_are_removed(machines: tuple[Machine, Machine], url: str) -> None:
     """That machine was cut off between the upload of its result and the end of its checkpoints."""
     first, second = machines
     plan = second.plan()
@@ -158,10 +140,17 @@ def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_dow
     assert beside_artifacts(url) == []
 
 
-def test_a_damaged_result_is_refused_and_never_counts(without_report: tuple[Machine, Machine], url: str) -> None:
+def test_a_damaged_result_is_refused_and_never_counts(
+    without_report: tuple[Machine, Machine], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = without_report
     first.leave_all()
     first.run()
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(first.output)._replace(free=10)
+        full.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(DiskError, match="must be downloaded, but only 10 bytes are free"):
+            second.run()
     store = connected(url)
     file = next(key for key in store.sizes("artifacts") if "sft-" in key and "metrics.jsonl" in key)
     content = store.read(file)
@@ -185,23 +174,6 @@ def test_a_damaged_result_is_refused_and_never_counts(without_report: tuple[Mach
     assert (second.actions()["dpo"], second.actions()["ppo"]) == ("run", "fetch"), "without a manifest it is none"
 
 
-def test_a_result_that_does_not_fit_on_the_disk_is_refused_before_the_download(
-    without_report: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = without_report
-    first.leave_all()
-    first.run()
-    usage = shutil.disk_usage(first.output)._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskError, match="must be downloaded, but only 10 bytes are free") as refused:
-        second.run()
-    assert refused.value.exit_code == 12
-    assert not list(second.output.glob("artifacts/*/manifest.json"))
-
-
-# ---- errors of a store are in words, and without credentials --------------------------------------------------------
-
-
 class EndpointConnectionError(ConnectionError):
     """As botocore names it."""
 
@@ -217,7 +189,6 @@ class NoCredentialsError(Exception):
         (NoCredentialsError("none"), "no credentials for this store: none"),
         (FileNotFoundError("x"), "there is no such bucket"),
         (EndpointConnectionError("http://a"), "cannot be reached: http://a"),
-        (OSError(errno.ECONNREFUSED, "refused"), "cannot be reached"),
         (OSError(errno.EBUSY, "slow down"), "it answered: [Errno 16] slow down"),
     ],
 )
@@ -240,12 +211,8 @@ def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_secret_endpoint()
 
 
-def test_an_unknown_kind_of_store_is_refused() -> None:
+def test_an_unknown_kind_of_store_is_refused_and_a_bug_stays_what_it_is() -> None:
     with pytest.raises(AlignmentError, match="stores of the kind ftpx:// are not supported"):
         ObjectStore("ftpx://bucket/prefix")
-
-
-def test_a_bug_and_an_error_for_the_user_stay_what_they_are() -> None:
-    for error in (KeyError("x"), ConfigError("y")):
-        with pytest.raises(type(error)), explained("s3://b/p"):
-            raise error
+    with pytest.raises(KeyError), explained("s3://b/p"):
+        raise KeyError("x")

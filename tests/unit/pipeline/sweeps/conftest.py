@@ -29,7 +29,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Ru
 
 @pytest.fixture
 def tiny_base(tmp_path: Path) -> Path:
-    """A folder that a plan takes for a model."""
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -110,7 +109,6 @@ class Runs:
 
 
 def given(runs: Runs) -> list[str]:
-    """Overrides of every sweep here: a folder and a model of its own, and few rows, which each plan reads."""
     limits = [f"stages.{stage}.data.limit=48" for stage in ("sft", "reward", "dpo", "ppo", "evaluate")]
     return [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *limits]
 
@@ -124,19 +122,16 @@ def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1, retry_f
 
 
 def record(runs: Runs, name: str = "dpo_beta") -> dict[str, Any]:
-    """The sweep's file."""
     content: dict[str, Any] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())
     return content
 
 
 def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
-    """What the sweep's file says of each, in its order."""
     rows: list[dict[str, Any]] = record(runs, name)["trials"]
     return rows
 
 
 def arm(name: str, mean: float) -> dict[str, Any]:
-    """An arm as ``evaluation.json`` has it."""
     return {"name": name, "metrics": {METRIC: {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}}}
 
 
