@@ -15,8 +15,8 @@ class CallsConfig:
     """Where a server is, and how it is called.
 
     ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
-    ``timeout`` seconds for the whole answer, of at most 4 MiB, and is retried ``retries`` times. Redirects are not
-    followed. ``concurrency`` calls run at once."""
+    ``timeout`` seconds for the answer, and is retried ``retries`` times. Redirects are not followed. ``concurrency``
+    calls run at once."""
 
     base_url: Annotated[str, URL] = ""
     api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})

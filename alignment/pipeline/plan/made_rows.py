@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
