@@ -115,7 +115,7 @@ def test_a_function_that_fails_to_show_a_result_is_named_with_its_line_and_the_r
     for printed in (reader.align("run", "./words.yaml"), reader.align("status", "words")):
         for name, error, text in (("lines", "KeyError: 'wrods'", "wrods"), ("tables", "AttributeError", "count.text")):
             (line,) = [number for number, words in enumerate(code, 1) if text in words]
-            assert re.search(rf"Outcome\.{name} fails with {error}.*\n  {file}, line {line}\n", printed)
+            assert re.search(rf"Display\.{name} fails with {error}.*\n  {file}, line {line}\n", printed)
         assert "Traceback" not in printed
         assert f"report: {reader.folder}/runs/words/report.html" in printed
     assert {stage["state"] for stage in reader.record().values()} == {"done"}
@@ -127,7 +127,7 @@ def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None
     launch = "    launch=LaunchShape(runs_on=RunsOn.one_process),\n"
     reader.change("kind.py", launch, "")
     assert "stages.count.kind: 'wordcount' cannot be used: " in reader.align("plan", "./words.yaml", code=2)
-    reader.change("kind.py", "    outcome=", f"{launch}    outcome=")
+    reader.change("kind.py", "    display=", f"{launch}    display=")
 
     writes = '(context.content / "words.json").write_text(json.dumps(words.most_common()), encoding="utf-8")'
     reader.change("run.py", writes, "words.most_common()")
