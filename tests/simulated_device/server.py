@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from alignment import worker
 from alignment.job import StageSpec
 from alignment.models.forward.decoding import DecodingRows
+from alignment.stages.registry import kinds
 from tests.simulated_device.client import Outcome, outcome_of
 from tests.simulated_device.events import Event, events
 from tests.simulated_device.stages import KINDS, Cell, run_spec, run_stage, spec_of
@@ -53,7 +54,7 @@ class Decoding:
 
 def _serve() -> None:
     for kind in KINDS:
-        importlib.import_module(f"alignment.stages.{kind}.run")
+        importlib.import_module(kinds()[kind].run.partition(":")[0])
     transformers.trainer.DEFAULT_CALLBACKS.append(Steps)
     Decoding.begin()
     worker._silence_libraries()

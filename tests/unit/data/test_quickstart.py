@@ -261,3 +261,26 @@ def test_nothing_in_a_general_file_stands_in_another_or_in_the_quickstart() -> N
         assert list(HeldOut(others).overlaps(texts)) == []
         assert list(HeldOut(texts).overlaps(others)) == []
         assert not any(list(HeldOut(texts[:index]).overlaps([text])) for index, text in enumerate(texts) if index)
+
+
+def test_mixed_style_has_the_same_prompts_other_styles_and_new_held_out_prompts() -> None:
+    demonstrations = read_records(locate("bundled:mixed_style/conversations"), Conversation, ALL)
+    pairs = read_records(locate("bundled:mixed_style/preferences"), PreferencePair, ALL)
+    held_out = read_records(locate("bundled:mixed_style/heldout"), HeldOutPrompt, ALL)
+    assert [row.messages[:-1] for row in demonstrations] == [row.messages[:-1] for row in CONVERSATIONS]
+    assert [(pair.messages, pair.chosen) for pair in pairs] == [(pair.messages, pair.chosen) for pair in PAIRS]
+    assert len(held_out) == len({row.id for row in held_out}) == 252
+    house = [row.messages == own.messages for row, own in zip(demonstrations, CONVERSATIONS, strict=True)]
+    assert house.count(True) == 120
+    others = [row for row, is_house in zip(demonstrations, house, strict=True) if not is_house]
+    wordy = [(row.messages[-1].content, row.messages[:-1]) for row in others]
+    wordy += [(pair.rejected, pair.messages) for pair in pairs if pair.flaw in ("verbose", "filler", "markup")]
+    assert max(_style(answer, turns) for answer, turns in wordy) <= 0.5
+    assert {fact_recall(row.reference, row.row["facts"]) for row in held_out} == {1.0}
+    assert {_style(row.reference, row.messages) for row in held_out} == {1.0}
+    assert min(len(row.row["facts"]) for row in held_out) >= 2
+    repeats = NearDuplicates()
+    for number, row in enumerate([*ROWS, *held_out]):
+        prompt = "\n".join(turn.content for turn in row.messages if turn.role == "user")
+        repeats.add(LocatedText(where=str(number), text=prompt))
+    assert repeats.pairs == []

@@ -22,7 +22,7 @@ from alignment.models.forward.generate import Sampling
 from alignment.stages.evaluate import caches
 from alignment.stages.evaluate.caches import CachedAnswers
 from alignment.stages.evaluate.kind import EvaluateConfig
-from alignment.stages.shared import policies, reference
+from alignment.stages.shared import policies
 from alignment.stages.shared import policy_logprobs as own_logprobs
 from alignment.stages.shared.policies import Policies, ServedPolicies, served_answer_and_score
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
@@ -184,9 +184,8 @@ ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=
     [
         lambda file: write_json(file, {"a": 1}),
         lambda file: caches.write_answers(file, ANSWERS),
-        lambda file: reference._write(file, {"chosen": torch.ones(2)}),
     ],
-    ids=["json", "answers", "reference"],
+    ids=["json", "answers"],
 )
 def test_processes_of_the_same_number_on_two_machines_may_write_a_file_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
