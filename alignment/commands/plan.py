@@ -15,12 +15,12 @@ from alignment.commands.shared.arguments import add_recipe, add_verify, recipe_o
 from alignment.core.errors import ConfigError
 from alignment.core.files import new_folder, write_text
 from alignment.core.terminal import print_whole
+from alignment.core.wording import duration
 from alignment.costs.devices import THIS
 from alignment.pipeline.backends import slurm, slurm_jobs
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.backends.slurm_jobs import TEMPLATE
 from alignment.pipeline.execute import estimates
-from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.cost import RunCost, StageCost

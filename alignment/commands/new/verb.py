@@ -18,7 +18,6 @@ from alignment.commands.new import base_model, data_files
 from alignment.commands.new.base_model import BaseModel, dtype_for
 from alignment.commands.new.data_files import DataFile, NewFiles, joined, look_at
 from alignment.config.faults import refuse, suggestion
-from alignment.config.model import AdapterKind
 from alignment.config.new_recipe import (
     FIRST,
     FROM_PAIRS,
@@ -333,34 +332,29 @@ def _lines(
     options: Options,
     summary: str,
 ) -> Iterator[str]:
-    """``conf/stage`` has a file for some kinds, which chooses their adapter too."""
-    shipped = {file.stem for file in (conf_folder() / "stage").glob(f"*{_SUFFIX}")}
     yield from comment_lines(
         f"Written by `align new` for {', '.join(files)}. Each number is a starting value, chosen by the rule in its "
         f"comment; none was tuned. Paths are relative to the folder from which you call align."
     )
-    yield "defaults:"
-    yield "  - base"
-    for name in stages:
-        if name in shipped:
-            yield f"  - stage@stages.{name}: {name}"
-    trained = [name for name in stages if kind_named(name).trains]
-    yield from comment_lines(f"{adapter.value}: {adapter.why}", pad="  ")
-    if adapter.value != AdapterKind.lora.value:
-        yield from (f"  - override /adapter@stages.{name}.adapter: {adapter.value}" for name in trained)
-    yield "  - _self_"
-    yield ""
     yield f"summary: {flow(summary)}"
     yield ""
     yield "model:"
     yield from group_lines(_model_settings(model, options), depth=1)
+    yield from comment_lines(adapter.why)
+    yield f"adapter: {adapter.value}"
     yield ""
     yield "stages:"
     for name, stage in stages.items():
         yield from comment_lines(stage.why, pad="  ")
-        settings = {**({} if name in shipped else {"kind": name}), **stage.settings}
-        yield f"  {name}:" if settings else f"  {name}: {{}}"
-        yield from group_lines(settings, depth=2)
+        yield f"  {name}:"
+        yield from group_lines({**_of_other_package(name, adapter), **stage.settings}, depth=2)
+
+
+def _of_other_package(name: str, adapter: Reasoned) -> dict[str, Any]:
+    """The kind and the adapter of a stage that has no file in ``conf/stage``."""
+    if (conf_folder() / "stage" / f"{name}{_SUFFIX}").is_file():
+        return {}
+    return {"kind": name, **({"adapter": adapter.value} if kind_named(name).trains else {})}
 
 
 def _model_settings(model: BaseModel, options: Options) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from rich.status import Status
 
 from alignment.config.data import SourceConfig
 from alignment.core.terminal import Terminal
+from alignment.core.wording import duration
 from alignment.data import records as record_types
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.reading import count_rows
 from alignment.data.records import HeldOutPrompt, Prompt, Record
 from alignment.data.source_files import locate
-from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.sources import data_sources
 from alignment.stages.registry import kinds
 

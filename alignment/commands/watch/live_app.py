@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.page_server import assets, guarded
 from alignment.core.errors import AlignmentError
-from alignment.pipeline.execute.durations import clock_face, time_taken
+from alignment.core.wording import clock_face, time_taken
 from alignment.pipeline.execute.run_state import explanation
 from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps
 from alignment.pipeline.execute.run_view import KILLED, StageView, work_folder

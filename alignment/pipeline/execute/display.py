@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from alignment.core.errors import PREEMPTED, ArtifactError, Preempted, StageError
-from alignment.pipeline.execute.durations import duration, time_taken
+from alignment.core.wording import duration, time_taken
 from alignment.pipeline.execute.run_table import RunTable, figure, progress_line, speed
 from alignment.pipeline.execute.run_view import KILLED, STOPPED, RunReader, RunView, StageView
 from alignment.pipeline.execute.signals import Terminated

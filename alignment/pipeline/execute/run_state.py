@@ -13,8 +13,8 @@ from pathlib import Path
 from alignment.core.artifacts import MANIFEST, Manifest, verify
 from alignment.core.errors import ArtifactError, Busy, Preempted
 from alignment.core.locks import is_held, last_host
+from alignment.core.wording import duration
 from alignment.pipeline.backends import slurm_jobs
-from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.remote.remote_checkpoints import local_work

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from alignment.pipeline.execute.durations import clock_face, time_taken
+from alignment.core.wording import clock_face, time_taken
 from alignment.pipeline.execute.run_view import RunView, StageView
 from alignment.records.worker import Progress
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.core.errors import ArtifactError
 from alignment.core.terminal import grid, print_whole
+from alignment.core.wording import time_taken
 from alignment.evaluation.conclusions import (
     coverage_conclusions,
     grade_conclusions,
@@ -21,7 +22,6 @@ from alignment.evaluation.conclusions import (
     votes_in_words,
 )
 from alignment.pipeline.execute import gates, notes
-from alignment.pipeline.execute.durations import time_taken
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from alignment.core.errors import ArtifactError
+from alignment.core.wording import duration
 from alignment.pipeline.execute.display import ChangeLines, announcer, showing
-from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_table import RunTable, sparkline
 from alignment.pipeline.execute.run_view import RunReader, RunView, ShownCurve, StageView
 from alignment.records.worker import Progress

@@ -281,10 +281,10 @@ def test_a_model_without_a_template_gets_one(new: New, here: Path) -> None:
 def test_adapters_follow_from_the_memory(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model, "_number_of_weights", lambda _: 7_000_000_000)
     file = write("talk.jsonl", talk(20))
-    assert new(file)["defaults"] == ["base", {"stage@stages.sft": "sft"}, {"stage@stages.report": "report"}, "_self_"]
+    assert new(file)["adapter"] == "lora"
     monkeypatch.setattr(base_model.hardware, "free_memory", lambda: 16e9)
     recipe = new(file, out="small.yaml")
-    assert {"override /adapter@stages.sft.adapter": "qlora"} in recipe["defaults"]
+    assert recipe["adapter"] == "qlora"
     assert "8.3 GB with qlora" in Path("small.yaml").read_text()
     new(file, out="gpu.yaml", device="h100")
     assert "of a h100" in Path("gpu.yaml").read_text()
