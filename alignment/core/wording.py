@@ -1,4 +1,4 @@
-"""Scripts without spaces between words, and numbers with their nouns."""
+"""Scripts without spaces between words, numbers with their nouns, and durations."""
 
 from __future__ import annotations
 
