@@ -51,8 +51,10 @@ def long_form(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
                 added.append({f"stage@stages.{name}": chosen})
             takes_adapter = file is not None and "/adapter@adapter" in str(yaml_file.read(file))
             adapter = _take(body, "adapter") or (for_all if takes_adapter else None)
-            if adapter is not None:
-                overrides.append({f"{'override ' if takes_adapter else ''}/adapter@stages.{name}.adapter": adapter})
+            if adapter is not None and takes_adapter:
+                overrides.append({f"override /adapter@stages.{name}.adapter": adapter})
+            elif adapter is not None:
+                added.append({f"/adapter@stages.{name}.adapter": adapter})
     return {"defaults": ["base", *added, *overrides, "_self_"], **settings}
 
 

@@ -70,13 +70,17 @@ def test_a_recipe_may_start_from_a_short_one_and_use_files_beside_it(tmp_path: P
         "stage/drill.yaml": "kind: sft\nmax_length: 77\n",
         "adapter/tiny.yaml": "rank: 1\n",
         "other.yaml": "defaults: [mine, _self_]\nseed: 3\n",
-        "own.yaml": "stages: {drill: {use: drill}, sft: {adapter: tiny}}\n",
+        "own.yaml": "stages: {sft: {adapter: tiny}, drill: {use: drill}, other: {kind: other, adapter: tiny}}\n",
     }.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text, encoding="utf-8")
     assert compose(str(tmp_path / "other.yaml"), []).tree["stages"]["dpo"]["adapter"]["kind"] == "qlora"
     stages = compose(str(tmp_path / "own.yaml"), []).tree["stages"]
-    assert stages == {"drill": {"kind": "sft", "max_length": 77}, "sft": {"kind": "sft", "adapter": {"rank": 1}}}
+    assert stages == {
+        "sft": {"kind": "sft", "adapter": {"rank": 1}},
+        "drill": {"kind": "sft", "max_length": 77},
+        "other": {"kind": "other", "adapter": {"rank": 1}},
+    }
 
 
 @pytest.mark.parametrize(

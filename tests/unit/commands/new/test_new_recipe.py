@@ -182,7 +182,8 @@ def test_a_kind_of_another_package_takes_part(new: New, monkeypatch: pytest.Monk
     monkeypatch.setattr(registry, "registered", lambda: known)
     recipe = new(write("texts.jsonl", [{"text": f"The shop is closed on day {n}."} for n in range(9)]))
     assert list(recipe["stages"]) == ["cpt", "report", "toy"]
-    assert recipe["stages"]["toy"] == {"kind": "toy", "data": {"source": "path:texts.jsonl"}, "max_length": 32}
+    own = {"kind": "toy", "adapter": "lora"}
+    assert recipe["stages"]["toy"] == {**own, "data": {"source": "path:texts.jsonl"}, "max_length": 32}
     assert "3 to run, 0 reused" in new.printed
 
 
