@@ -73,8 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (alignment/core/errors.py).
 
     A signal that would end this process at once raises an exception instead, so that every verb ends the processes that
-    it started and removes its temporary files.
-    """
+    it started and removes its temporary files."""
     arguments = parse(sys.argv[1:] if words is None else words)
     console = Terminal(soft_wrap=False)
     try:
@@ -95,8 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command, with ``verb`` and its ``handle``; help and faults end the process, as in argparse.
 
-    Options may come between a recipe and its overrides; argparse alone would reject the overrides after them.
-    """
+    Options may come between a recipe and its overrides; argparse alone would reject the overrides after them."""
     parser = _parser(words)
     arguments, rest = parser.parse_known_args(words)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):

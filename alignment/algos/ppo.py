@@ -15,8 +15,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coeff
     Args:
         scores: ``[rows]``, one per whole answer.
         kl: ``[rows, tokens]`` k1 estimates.
-        response_mask: True on answer tokens up to and including EOS; answers are left-aligned in a row.
-    """
+        response_mask: True on answer tokens up to and including EOS; answers are left-aligned in a row."""
     rewards = -kl_coefficient * kl * response_mask
     last = response_mask.sum(-1) - 1
     return rewards.scatter_add(-1, last[:, None], scores[:, None].to(rewards.dtype))

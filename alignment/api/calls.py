@@ -164,8 +164,7 @@ def raise_if_stopped(code: int, name: str) -> None:
 
     Raises:
         KeyboardInterrupt: it was interrupted.
-        Preempted: it was asked to stop otherwise.
-    """
+        Preempted: it was asked to stop otherwise."""
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code == PREEMPTED:
@@ -186,8 +185,7 @@ def words(overrides: Overrides) -> list[str]:
 
     Raises:
         TypeError: they are neither texts nor a mapping.
-        ConfigError: they are one text instead of several, or a value cannot be written in a configuration.
-    """
+        ConfigError: they are one text instead of several, or a value cannot be written in a configuration."""
     if isinstance(overrides, str):
         remedy = f"give a list [{overrides!r}], or a mapping"
         raise ConfigError(f"{overrides!r} is a single string", where="overrides", remedy=remedy)
@@ -260,8 +258,7 @@ def plan(
         ConfigError, DataError, ModelError: a fault in the recipe, the overrides, a data file or a model.
         ArtifactError: a manifest cannot be read, or an artifact of a folder that the recipe names is damaged.
         StageError: the cost cannot be estimated.
-        Preempted: a signal asked for a stop while the cost was estimated.
-    """
+        Preempted: a signal asked for a stop while the cost was estimated."""
     cost = estimates.is_wanted(cost=cost, device=device)
     with errors_explained():
         checked = estimates.checked_plan(
@@ -297,8 +294,7 @@ def run(
         AlignmentError: as for ``plan``; and StageError, DiskError, NonFiniteError, RewardError if a stage fails; Busy
             if another process works on the run; GateNotMet if the results do not meet a gate. Finished results stay.
         KeyboardInterrupt: Ctrl-C, or the interrupted kernel of a notebook; the stage has saved.
-        Preempted: another signal asked the run to stop; the stage has saved.
-    """
+        Preempted: another signal asked the run to stop; the stage has saved."""
     with errors_explained():
         planned = make_plan(name_of(recipe), words(overrides), verified=verify)
         code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
@@ -324,8 +320,7 @@ def sweep(
     Raises:
         AlignmentError: as for ``plan``; ConfigError if the sweep does not fit the recipe or the machine, or optuna is
             not installed; Busy if another process works on it; StageError if no trial has ever finished.
-        KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
-    """
+        KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials."""
     from alignment.pipeline.sweeps.run import run_sweep  # optuna, which a plan does without
     from alignment.pipeline.sweeps.sweep_file import read_sweep
 

@@ -137,8 +137,7 @@ class RunStage:
 
         Raises:
             ArtifactError: metrics.jsonl is damaged.
-            ConfigError: pandas is not installed.
-        """
+            ConfigError: pandas is not installed."""
         return data_frame(with_others(["step"], steps := self.steps()), steps)
 
     def __repr__(self) -> str:
@@ -182,8 +181,7 @@ class Run:
         ``evaluation`` names its stage; without it, the one of the report. Empty if it has no result.
 
         Raises:
-            ArtifactError: the file of the answers is damaged.
-        """
+            ArtifactError: the file of the answers is damaged."""
         name = evaluation or self._evaluation_name()
         stage = self.stages.get(name) if name is not None else None
         return [] if stage is None or stage.artifact is None else list(evaluations.read_samples(stage.artifact))
@@ -277,8 +275,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     A run that was moved can be read if ``runs`` and ``artifacts`` were moved together.
 
     Raises:
-        ArtifactError: no run is recorded there, or a file of it is damaged or was written by a newer version.
-    """
+        ArtifactError: no run is recorded there, or a file of it is damaged or was written by a newer version."""
     path = Path(folder).expanduser().absolute()
     record = RunRecord.read(path)
     known = as_it_is(path, record)
@@ -349,8 +346,7 @@ class Sweep:
         goal's label and the ends of its 95 % interval under ``LABEL low`` and ``LABEL high``.
 
         Raises:
-            ConfigError: pandas is not installed.
-        """
+            ConfigError: pandas is not installed."""
         keys = [parameter.key for parameter in self.record.parameters]
         labels = [goal.label for goal in self.record.goals]
         figures = [name for label in labels for name in (label, f"{label} low", f"{label} high")]

@@ -25,8 +25,7 @@ class AlignmentError(Exception):
     """Base of every error that is shown without a traceback.
 
     ``where`` names the key, file or stage; ``remedy`` says what to do next. ``rank`` is the rank of the process that
-    met the error, if the other processes raise it too.
-    """
+    met the error, if the other processes raise it too."""
 
     exit_code = 1
     rank: int | None = None

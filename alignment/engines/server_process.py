@@ -68,8 +68,7 @@ class Keeper:
     Example::
 
         with Keeper() as keeper:
-            server = ServerProcess(keeper, command, log=Path("server.log"), where="sampling", start_timeout=600)
-    """
+            server = ServerProcess(keeper, command, log=Path("server.log"), where="sampling", start_timeout=600)"""
 
     def __init__(self) -> None:
         _remove_leftovers(Path(tempfile.gettempdir()))

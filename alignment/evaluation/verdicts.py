@@ -52,8 +52,7 @@ def verdict_of(reply: str) -> Verdict:
     """The verdict in the last line of a judge's reply; ``invalid`` if the line is not exactly one of the three forms.
 
     White space around the line and after it is ignored. Example: ``"B is short.\\n[[A]]"`` gives ``first``;
-    ``"[[A]] wins"``, ``"[[a]]"`` and ``"[[A]]\\nor not"`` are invalid.
-    """
+    ``"[[A]] wins"``, ``"[[a]]"`` and ``"[[A]]\\nor not"`` are invalid."""
     last = reply.rstrip().rpartition("\n")[2].strip()
     return _LINES.get(last, Verdict.invalid)
 
@@ -165,8 +164,7 @@ class Rubric:
         """The grade in the last line of a reply; None unless the line is exactly ``[[NUMBER]]`` within the scale.
 
         White space around the line and after it is ignored. Example, from 1 to 10: ``"Short.\\n[[7]]"`` gives 7;
-        ``"[[11]]"``, ``"[[7.5]]"``, ``"[[07]]"`` and ``"Grade: [[7]]"`` give None.
-        """
+        ``"[[11]]"``, ``"[[7.5]]"``, ``"[[07]]"`` and ``"Grade: [[7]]"`` give None."""
         match = _GRADE.fullmatch(reply.rstrip().rpartition("\n")[2].strip())
         grade = None if match is None else int(match[1])
         return grade if grade is not None and self.lowest <= grade <= self.highest else None

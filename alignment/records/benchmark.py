@@ -21,8 +21,7 @@ class TaskMetric:
     """A metric of a task, after one of the task's filters: ``TaskMetric(name="acc", higher_is_better=True)``.
 
     ``filter`` is empty for answers that no filter changed. ``by_row``: the value is the mean of a score of each row, so
-    arms can be compared row by row.
-    """
+    arms can be compared row by row."""
 
     name: Name
     filter: Name = ""
@@ -41,8 +40,7 @@ class BenchmarkTask:
     that).
 
     ``version`` is the task's own. Arms are compared by the first of ``metrics``. A ``group`` has the combined values of
-    its tasks, so its rows are theirs.
-    """
+    its tasks, so its rows are theirs."""
 
     name: Name
     group: bool = False
@@ -84,8 +82,7 @@ class Benchmark(ResultFile):
     """All arms on all tasks.
 
     ``harness`` is the version of lm-evaluation-harness. ``comparisons`` are by the first metric of each task,
-    ``other_comparisons`` by the others; each is a family of its own, over all tasks. ``cut``: a limit left rows out.
-    """
+    ``other_comparisons`` by the others; each is a family of its own, over all tasks. ``cut``: a limit left rows out."""
 
     file: ClassVar[str] = FILE
     harness: Name = ""
@@ -117,8 +114,7 @@ class Benchmark(ResultFile):
 class RowAnswer:
     """What an arm did with a row: its ``scores`` by metric, and what they come from.
 
-    ``logprobs`` are those of the row's choices, or of its text, in nats; ``text`` is a generated answer.
-    """
+    ``logprobs`` are those of the row's choices, or of its text, in nats; ``text`` is a generated answer."""
 
     scores: dict[Name, float] = field(default_factory=dict)
     logprobs: list[float] = field(default_factory=list)

@@ -36,8 +36,7 @@ class StageCost:
     many rows there are, FLOP and seconds are those of the ``first_rows``. ``assumed_tokens`` is the size of micro-
     batches where the stage will choose one itself, else 0. ``remedy`` are the overrides with which it fits and needs
     ``remedy_peak`` bytes, if it does not fit by itself; in a trade, those that make this way of training. ``error``
-    says why there are no phases.
-    """
+    says why there are no phases."""
 
     stage: str
     kind: str
@@ -75,8 +74,7 @@ class StageCost:
 class RunCost:
     """The stages of a run on a device with ``memory`` bytes, and each in every way of training it (``trades``).
 
-    ``startup`` are the seconds in which a run imports the libraries, once for all stages on one process.
-    """
+    ``startup`` are the seconds in which a run imports the libraries, once for all stages on one process."""
 
     device: str
     memory: float = 0.0

@@ -45,8 +45,7 @@ def adjusted_p_in_words(adjusted_p: float | None) -> str:
 class Metric:
     """A metric that the recipe asked for: ``Metric(name="brevity", higher_is_better=True)``.
 
-    ``of_answers`` is False for a score that does not read the answers, but what the policy finds likeliest.
-    """
+    ``of_answers`` is False for a score that does not read the answers, but what the policy finds likeliest."""
 
     name: Name
     higher_is_better: bool = True
@@ -65,8 +64,7 @@ class ArmResult:
     ``kl`` estimates the KL divergence from the reference on sampled answers, in nats per sequence. ``refusals`` and
     ``ended`` are shares of the answers, ``distinct`` is the share of different ones among the first answers to each
     prompt, ``win_rate`` is a share of the points against the reference.
-    ``seconds`` is the time that answering took. ``by_turn`` has the metrics of each turn, if prompts have several.
-    """
+    ``seconds`` is the time that answering took. ``by_turn`` has the metrics of each turn, if prompts have several."""
 
     name: Name
     label: Label = ""
@@ -108,8 +106,7 @@ class Comparison:
     ``low`` and ``high`` bound the 95 % interval of this one difference. ``p`` is the p value of a randomisation test,
     and ``adjusted_p`` allows for the number of comparisons in the family (Holm 1979); older files have neither.
     ``detectable`` is the true difference that four of five such evaluations would find. Example:
-    ``Comparison(arm="stage:dpo", against="stage:sft", metric="brevity", difference=0.08, low=0.02, high=0.14)``.
-    """
+    ``Comparison(arm="stage:dpo", against="stage:sft", metric="brevity", difference=0.08, low=0.02, high=0.14)``."""
 
     arm: Name
     against: Name
@@ -150,8 +147,7 @@ class JudgedByPeople:
 
     ``same_answers`` counts prompts to which both arms gave the same answer, so nobody judges them. ``stale`` votes are
     for other answers of the same arms and do not count. ``alpha`` is Krippendorff's α; None if no prompt has two votes,
-    or all such votes are the same.
-    """
+    or all such votes are the same."""
 
     judged: int = 0
     same_answers: int = 0
@@ -170,8 +166,7 @@ class JudgedPair:
     randomisation test against one half, and ``adjusted_p`` allows for the number of judged pairs (Holm 1979); older
     files have neither. ``metric_agreement`` and
     ``metric_kappa`` compare the judge with the primary metric on the ``metric_prompts``: the prompts with different
-    answers that both judged. docs/evaluation.md explains the other figures.
-    """
+    answers that both judged. docs/evaluation.md explains the other figures."""
 
     arm: Name
     against: Name
@@ -237,8 +232,7 @@ class Judge:
     """The judge of pairs of arms, the number of prompts, and the results.
 
     ``labelled`` has the judge's results for pairs from which people chose an answer. The chosen answers count as the
-    arm, so its win rate is the share of pairs on which the judge agrees with people, ties counted as half.
-    """
+    arm, so its win rate is the share of pairs on which the judge agrees with people, ties counted as half."""
 
     kind: Name = ""
     name: Name = "a judge"
@@ -253,8 +247,7 @@ class Grading:
 
     ``num_prompts`` counts the prompts with a grade for every answer of every arm that has the metric; the others do not
     count. ``invalid`` is the share of an arm's replies without a grade. ``left_out`` names the arms that have too many
-    of these and so do not get the metric.
-    """
+    of these and so do not get the metric."""
 
     metric: Name
     model: Name = "a grader"
@@ -346,8 +339,7 @@ class TurnAnswer:
 class SampleAnswer:
     """An arm's first answer to one prompt, the ``further`` ones, and the prompt's score by each metric.
 
-    ``turns`` are all turns of a prompt that has several, the first one too; its scores are means over them.
-    """
+    ``turns`` are all turns of a prompt that has several, the first one too; its scores are means over them."""
 
     text: str = ""
     further: list[str] = field(default_factory=list)

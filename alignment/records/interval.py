@@ -10,8 +10,7 @@ from dataclasses import dataclass
 class Interval:
     """A mean with its 95 % interval: ``Interval(mean=0.71, low=0.66, high=0.75)``.
 
-    The bounds are None if only a mean was recorded; either both are known or neither.
-    """
+    The bounds are None if only a mean was recorded; either both are known or neither."""
 
     mean: float
     low: float | None = None

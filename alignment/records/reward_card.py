@@ -30,8 +30,7 @@ class ScoredPair:
     """A pair with its scores, chosen answer first: a line of ``pairs.jsonl``.
 
     ``margin`` is the score of the chosen answer minus that of the rejected one, and ``bag_of_words`` the margin by a
-    bag of words. ``tokens`` are the lengths of prompt and answer together, ``rule`` the rule's score of each answer.
-    """
+    bag of words. ``tokens`` are the lengths of prompt and answer together, ``rule`` the rule's score of each answer."""
 
     id: Name = ""
     where: Name = ""
@@ -125,8 +124,7 @@ class RuleAgreement:
 class Learned:
     """The pairs that the model learned from. ``judged_too`` of them are also to be judged, and may be ``left_out``.
 
-    ``words``, ``penalty`` and the words ``for_answer`` and ``against`` belong to the bag of words.
-    """
+    ``words``, ``penalty`` and the words ``for_answer`` and ``against`` belong to the bag of words."""
 
     num_pairs: int = 0
     judged_too: int = 0

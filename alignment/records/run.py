@@ -22,8 +22,7 @@ class StageEntry:
 
     ``artifact`` is a path, or the name of a folder. ``started`` is when the last attempt at the stage began, in UTC,
     ISO 8601. ``seconds`` is how long all its ``attempts`` took together, ``earlier_seconds`` those before the last one.
-    ``inputs`` are references by the field that has them, one or several.
-    """
+    ``inputs`` are references by the field that has them, one or several."""
 
     kind: Name = "unknown"
     state: Name = "waiting"
@@ -56,8 +55,7 @@ class RunRecord:
 
     ``config`` is the configuration as plain data, ``profile`` the name of the profile that was applied, if any.
     ``cautions`` are the plan's notes that speak against its evaluations.
-    ``started`` and ``finished`` are times in UTC, ISO 8601.
-    """
+    ``started`` and ``finished`` are times in UTC, ISO 8601."""
 
     name: Name = ""
     recipe: Annotated[str, Line(400)] = ""
@@ -102,8 +100,7 @@ class Attempts:
 
     ``number`` counts the attempts, including the current one. ``earlier_seconds`` is the time of those that have ended.
     ``started`` is when the current one began, in seconds since 1970; 0 while none is running. ``without_progress``
-    counts the last attempts that were stopped before they had stored anything.
-    """
+    counts the last attempts that were stopped before they had stored anything."""
 
     number: int = 0
     earlier_seconds: float = 0.0

@@ -27,8 +27,7 @@ class Sampling(ResultFile):
 
     ``prompts`` counts the prompts that were asked. Prompts that are too long, that are also evaluated, or that were
     asked already were left out before. ``rows`` were made of the answers, except answers that repeat another one, are
-    empty or have no end. A prompt is ``tied`` if it has several usable answers and all of them have the same score.
-    """
+    empty or have no end. A prompt is ``tied`` if it has several usable answers and all of them have the same score."""
 
     file: ClassVar[str] = SAMPLING_FILE
     select: Name
@@ -60,8 +59,7 @@ class StudentFigures:
     ``acceptance`` is the mean probability that speculative sampling accepts a drafted token. ``same_top`` is the share
     of tokens for which both find the same token most likely, which is the acceptance of greedy decoding. ``divergence``
     is the forward divergence in nats per token. ``tokens_per_step`` is the expected number of tokens from one pass of
-    the teacher, when sampling.
-    """
+    the teacher, when sampling."""
 
     acceptance: Interval
     same_top: Interval
@@ -75,8 +73,7 @@ class Assisted:
 
     ``expected`` is the speed-up that follows from the draft's ``same_top`` and the measured cost of a pass, and
     ``expected_sampling`` from its ``acceptance``. ``differing`` answers differ from those of the teacher alone; where
-    they first differ, the teacher's logits of the two tokens differ by at most ``widest_gap``.
-    """
+    they first differ, the teacher's logits of the two tokens differ by at most ``widest_gap``."""
 
     seconds: float
     expected: Interval
@@ -90,8 +87,7 @@ class Timing:
     """Greedy answers to a few held-out ``prompts``, one at a time, with ``tokens`` tokens in total.
 
     ``seconds`` is the time of the teacher without a draft. ``cost_ratio`` is the time that the draft takes for a token,
-    divided by the time that the teacher takes.
-    """
+    divided by the time that the teacher takes."""
 
     prompts: int
     tokens: int
@@ -109,8 +105,7 @@ class Distillation(ResultFile):
     """The record of a stage; ``gamma`` tokens are drafted per step, and ``temperature`` is the temperature of sampling.
 
     ``prompts`` counts the held-out prompts, and ``tokens`` the tokens of the teacher's answers to them. The student has
-    the first ``layers`` of its ``init``; None if it is not a part of another model.
-    """
+    the first ``layers`` of its ``init``; None if it is not a part of another model."""
 
     file: ClassVar[str] = DISTILLATION_FILE
     method: Name
@@ -133,8 +128,7 @@ class Limits:
     """The largest losses allowed: the rise of perplexity as a share of the base's, and the drop of right answers as a
     share of the questions.
 
-    None means no limit.
-    """
+    None means no limit."""
 
     perplexity_rise: float | None = None
     ability_drop: float | None = None
@@ -150,8 +144,7 @@ class ArmForgetting:
     by task.
 
     ``rise`` is the rise of the perplexity as a share of the base's, ``drop`` the drop of the share of right answers;
-    both are None for the base itself. ``reasons`` say in words which limits were exceeded.
-    """
+    both are None for the base itself. ``reasons`` say in words which limits were exceeded."""
 
     name: Name
     label: Label = ""
@@ -194,8 +187,7 @@ class Note:
 
     ``where`` is its file and line. ``kind`` is ``fault``, ``set aside`` (of no use for this stage), ``too long`` or
     ``cut``; what the template leaves out has a kind for each loss, ``lost: thoughts of earlier turns``. A prompt that
-    is not asked because others ask it has none.
-    """
+    is not asked because others ask it has none."""
 
     where: str
     kind: str = ""

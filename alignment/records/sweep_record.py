@@ -21,8 +21,7 @@ class Goal:
     """The objective of trials: ``Goal(label="brevity of stage:dpo", minimize=False)``.
 
     ``shared_arms`` has the same metric of the other arms that are the same in all trials, such as ``base``, by label.
-    ``chance`` is the value that the metric has by chance, if that is known.
-    """
+    ``chance`` is the value that the metric has by chance, if that is known."""
 
     label: str
     minimize: bool
@@ -46,8 +45,7 @@ class Trial:
     """A trial that ended: ``done`` with a value for each goal, ``failed`` or ``pruned`` with the reason in words.
 
     A trial that is done has an ``error`` if its results do not meet a gate. ``words`` are its settings as overrides;
-    ``report`` is the path from the sweep's page to the page of the trial's run, or empty.
-    """
+    ``report`` is the path from the sweep's page to the page of the trial's run, or empty."""
 
     number: int
     run: str
@@ -66,8 +64,7 @@ class SweepRecord:
     ``trials`` are in order: the ``best`` first (those that tie, or the Pareto set if there are several goals), failed
     and pruned ones last. ``verdict`` says in words which others may be as good; ``cautions`` are notes on the values,
     and ``no_gain`` names an arm that the sweep does not change and that no trial surpasses. ``importance`` has, for
-    each goal, the share of each parameter; it is empty if there are too few trials.
-    """
+    each goal, the share of each parameter; it is empty if there are too few trials."""
 
     name: str
     recipe: str

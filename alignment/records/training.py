@@ -140,8 +140,7 @@ class ChosenSize:
     """The number of ``tokens`` that was chosen on a ``machine``, and the sizes that were tried.
 
     ``launch`` is how many processes share the work, and how. Example: ``ChosenSize(tokens=2048, machine="CPU, 2 cores,
-    25 GB", launch="1 process")``.
-    """
+    25 GB", launch="1 process")``."""
 
     tokens: int
     machine: Name

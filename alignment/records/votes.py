@@ -35,8 +35,7 @@ class Vote:
     ``answers`` are by arm, ``preferred`` is one of these arms or ``TIE``, and ``shown_first`` is the arm whose answer
     stood first. ``pair`` is ``pair_key`` of the prompt and the answers. ``time`` is in UTC, ISO 8601. Example:
     ``Vote(pair="9f86…", annotator="ada", messages=[{"role": "user", "content": "2 + 2?"}], answers={"stage:dpo": "4.",
-    "stage:sft": "5."}, preferred="stage:dpo", shown_first="stage:sft")``.
-    """
+    "stage:sft": "5."}, preferred="stage:dpo", shown_first="stage:sft")``."""
 
     pair: str
     annotator: str

@@ -80,8 +80,7 @@ class Heartbeat:
     """A process was at ``location`` in ``phase``, and has done nothing since ``since``.
 
     ``time`` and ``since`` are seconds of the process's own monotonic clock, which cannot be compared with another
-    machine's. ``waits`` is True while it waits for other processes in a collective operation, or for a GPU.
-    """
+    machine's. ``waits`` is True while it waits for other processes in a collective operation, or for a GPU."""
 
     pid: int
     phase: str

@@ -285,8 +285,7 @@ class StageKind:
     profile's file sets others.
 
     Some settings mean the same in every kind: ``gate`` lists what a run requires of an evaluation, and ``leave_out``
-    data whose prompts are left out; the plan fills an empty list with the data of the run's evaluations.
-    """
+    data whose prompts are left out; the plan fills an empty list with the data of the run's evaluations."""
 
     name: str
     summary: str

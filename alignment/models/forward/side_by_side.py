@@ -153,8 +153,7 @@ def divided(rows: FlatRows) -> DividedRows | None:
     parts.
 
     Args:
-        rows: on the CPU, and not behind an earlier stream.
-    """
+        rows: on the CPU, and not behind an earlier stream."""
     limit = LARGEST * sum(_costs(rows))
     shared = [sum(end - start for start, end in segment.before) for segment in rows.segments]
     for longest_twice in (0, *sorted(set(shared) - {0})):

@@ -71,8 +71,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], sco
         query: ``[heads, tokens, width]``; every token is in one of ``rows``.
         key: ``[key heads, keys, width]``; each key head serves equally many query heads.
         value: ``[key heads, keys, value width]``.
-        scores: the window counts keys in the order of ``Row.keys``.
-    """
+        scores: the window counts keys in the order of ``Row.keys``."""
     by_span = scores.window is not None or scores.cap is not None
     plan = _plan(rows, key.shape[0], query.dtype, query.device, scores.window, by_span)
     attended: Tensor = _RowAttention.apply(query, key, value, plan, scores)
@@ -400,8 +399,7 @@ def capped_attention(
         mask: ``[rows or 1, 1, tokens, columns]``, False or −∞ where a token does not see a column, else True or 0;
             without one, each token sees the columns up to its own. The result for a token that sees none, such as
             padding, is finite.
-        scaling: 1/√width if None.
-    """
+        scaling: 1/√width if None."""
     rows, heads, columns, width = key.shape
     tokens = query.shape[2]
     queries = query.to(key.dtype).reshape(rows, heads, -1, tokens, width)

@@ -113,8 +113,7 @@ def exact_answer(completion: str, expected: Decimal) -> float:
     """1 if the last number of the completion is ``expected``, else 0 (Cobbe et al. 2021, GSM8K).
 
     Thousands separators, currency signs and trailing zeros are ignored: ``$1,080.00`` is 1080, and so is LaTeX's
-    ``\\$1{,}080``.
-    """
+    ``\\$1{,}080``."""
     numbers = list(_NUMBER.finditer(_without_latex(completion)))
     return float(bool(numbers) and _value(numbers[-1]) == expected)
 

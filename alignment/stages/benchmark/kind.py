@@ -49,8 +49,7 @@ class BenchmarkConfig:
     prompts lose their beginning. ``max_new_tokens`` limits the answers of tasks that set no limit themselves; its
     default is also the harness's. ``micro_batch_tokens`` tokens are scored at once, and ``batch_size`` answers are
     generated at once. ``bootstrap_samples`` is the number of resamples for the intervals of differences, and for
-    standard errors without a formula.
-    """
+    standard errors without a formula."""
 
     kind: str = "benchmark"
     arms: Annotated[list[str], FILLED] = field(
@@ -326,8 +325,7 @@ def content(config: BenchmarkConfig, where: str) -> Mapping[str, str]:
     included files, and the files of functions.
 
     Raises:
-        DataError: a data file is missing.
-    """
+        DataError: a data file is missing."""
     folders = [located(name) for name in config.task_folders]
     hashes = {f"task_folders[{n}]": _tree_sha256(folder) for n, folder in enumerate(folders) if folder.is_dir()}
     known = _known(config)

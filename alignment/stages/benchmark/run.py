@@ -64,8 +64,7 @@ def rehearse(config: BenchmarkConfig, context: StageContext) -> None:
     """Tries the tasks before a run trains anything, with the same answer to every request.
 
     Raises:
-        AlignmentError: the harness or a task cannot be loaded, or a function of a task fails.
-    """
+        AlignmentError: the harness or a task cannot be loaded, or a function of a task fails."""
     _import_harness(f"stages.{context.spec.stage}")
     from alignment.stages.benchmark.harness_run import try_tasks
 

@@ -28,8 +28,7 @@ from alignment.stages.shared.new_settings import adapter_rate, batch_size, data_
 class CptConfig:
     """Continued pretraining on plain texts: every token is learned, and each text is split into rows of ``max_length``.
 
-    ``packing`` joins short rows, which do not attend to one another.
-    """
+    ``packing`` joins short rows, which do not attend to one another."""
 
     kind: str = "cpt"
     init: str = reference_to("base", "policy")

@@ -28,8 +28,7 @@ class Method(str, Enum):
     """What the student learns from the teacher's answers.
 
     ``tokens``: the teacher's whole distribution at each token, with the forward divergence (Hinton et al. 2015, section
-    2). ``sequence``: the answers themselves (sequence-level distillation, Kim and Rush 2016, section 3.2).
-    """
+    2). ``sequence``: the answers themselves (sequence-level distillation, Kim and Rush 2016, section 3.2)."""
 
     tokens = "tokens"
     sequence = "sequence"
@@ -56,8 +55,7 @@ class DistilConfig:
     ``eval_fraction`` of the prompts is held out. On the teacher's answers to these, the student is compared with the
     teacher before and after training: how often would speculative decoding with ``gamma`` drafted tokens per step
     accept a token (Leviathan et al. 2023)? Greedy answers to ``timed_prompts`` of them are generated with and without
-    the draft.
-    """
+    the draft."""
 
     kind: str = "distil"
     init: str = reference_to("base", "policy")

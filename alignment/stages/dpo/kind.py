@@ -36,8 +36,7 @@ class DpoLoss(str, Enum):
 
     Two take no reference. ``simpo``: −log σ(β (m_c − m_r) − ``target_margin``), with the means m of log p over an
     answer's tokens (Meng et al. 2024, eq. 6). ``orpo``: −m_c − ``odds_weight`` log σ(log odds of chosen over rejected),
-    where an answer's probability is exp(m) (Hong et al. 2024, eq. 6); it does not need a policy that SFT trained.
-    """
+    where an answer's probability is exp(m) (Hong et al. 2024, eq. 6); it does not need a policy that SFT trained."""
 
     sigmoid = "sigmoid"
     sigmoid_norm = "sigmoid_norm"

@@ -54,8 +54,7 @@ class EvaluateConfig:
     before the prompt), ``stage:NAME``, and external models (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have
     their own tokenizer and chat template. Without a reward model (``reward: null``) that column stays empty. Arms are
     compared by the metric that ``primary`` names, by default the first; without metrics, no arm is called better than
-    another. ``sampling`` says what generates the answers.
-    """
+    another. ``sampling`` says what generates the answers."""
 
     kind: str = "evaluate"
     arms: Annotated[list[str], FILLED] = field(
@@ -147,8 +146,7 @@ def votes_files(config: EvaluateConfig, folder: Path) -> Mapping[str, Path]:
     """The file of votes, if people judge: the configured one, or that of ``align judge`` in ``folder`` if there is one.
 
     Raises:
-        DataError: the configured file does not exist, or the file is damaged.
-    """
+        DataError: the configured file does not exist, or the file is damaged."""
     if config.judge.kind is not JudgeKind.people:
         return {}
     path = folder / FILE if config.judge.votes is None else Path(config.judge.votes).expanduser().absolute()

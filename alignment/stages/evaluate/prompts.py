@@ -319,8 +319,7 @@ def refuse_base(config: EvaluateConfig, context: StageContext) -> None:
     Raises:
         ModelError: a prompt and its answer may be longer than the base model's positions, it cannot be sampled from, or
             its head does more than one matrix product.
-        DataError: a row cannot be read or rendered, or there are too few examples.
-    """
+        DataError: a row cannot be read or rendered, or there are too few examples."""
     _refuse_long_prompts(config, context)
     spec = context.spec
     arms = [name for name in config.arms if spec.arms[name].is_of_run]

@@ -24,8 +24,7 @@ class ForgettingConfig:
     The base model and then each of ``arms`` read the plain texts of ``data`` and choose answers to ``questions``. An
     arm passes if its perplexity rose by at most ``max_perplexity_rise`` of the base's (.2: from 20 to 24), and its
     share of right answers fell by at most ``max_ability_drop`` (.1: from .64 to .54). The default limits are a choice
-    and were not tuned. null turns a limit off; with both off, arms are measured but not judged.
-    """
+    and were not tuned. null turns a limit off; with both off, arms are measured but not judged."""
 
     kind: str = "forgetting"
     arms: list[str] = field(default_factory=list, metadata={"reference": ("policy",), "identity": False})

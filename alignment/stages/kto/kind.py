@@ -30,8 +30,7 @@ class KtoLoss(str, Enum):
     h is an answer's log-ratio to the reference, and w the weight of its label. ``kto``: w (1 − σ(β (h − z))) for a
     desirable answer and w (1 − σ(β (z − h))) for an undesirable one, where z ≥ 0 estimates the KL divergence from the
     reference (Ethayarajh et al. 2024, eq. 7). ``apo_zero_unpaired``: the same with z = 0, for answers that are better
-    than those of the policy (D'Oosterlinck et al. 2024).
-    """
+    than those of the policy (D'Oosterlinck et al. 2024)."""
 
     kto = "kto"
     apo_zero_unpaired = "apo_zero_unpaired"
@@ -50,8 +49,7 @@ class KtoConfig:
     desirable_weight × desirable rows to undesirable_weight × undesirable rows lies in [1, 4/3] (eq. 8); the weight of
     the label that has enough rows stays at 1. Rows are shuffled once, and every epoch goes through them in that order.
     With ``precompute_reference`` the reference's log-probabilities are computed once and cached next to the artifacts,
-    which pays off over several epochs.
-    """
+    which pays off over several epochs."""
 
     kind: str = "kto"
     init: str = reference_to("stage:sft", "policy")

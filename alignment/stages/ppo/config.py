@@ -35,8 +35,7 @@ class Advantage(str, Enum):
 
     ``gae`` compares with a value model (Schulman et al. 2016). The others compare whole answers to one prompt: with the
     mean of the other answers (``rloo``, Ahmadian et al. 2024), with the mean of all answers, in units of their standard
-    deviation (``grpo``, Shao et al. 2024), or with that mean, unscaled (``dr_grpo``, Liu et al. 2025).
-    """
+    deviation (``grpo``, Shao et al. 2024), or with that mean, unscaled (``dr_grpo``, Liu et al. 2025)."""
 
     gae = "gae"
     rloo = "rloo"
@@ -62,8 +61,7 @@ class PpoOptimConfig:
     ``batch_size`` is the number of episodes per update, over all processes. ``micro_batch_tokens`` limits the tokens of
     a micro-batch during training; for sampling, a process handles its whole share at once. With ``auto`` the stage
     chooses a number that fits into memory. ``activation_checkpointing`` stores only a layer's input during training,
-    and computes the layer again in the backward pass; it does not change what is learned.
-    """
+    and computes the layer again in the backward pass; it does not change what is learned."""
 
     lr: Annotated[float, POSITIVE] = 3e-5
     critic_lr: Annotated[float | None, POSITIVE] = None
@@ -80,8 +78,7 @@ class PpoOptimConfig:
 class OverlongConfig:
     """A penalty for answers that come close to ``max_new_tokens`` (DAPO, Yu et al. 2025, eq. 13).
 
-    It rises linearly from 0 to ``weight`` over the last ``buffer`` tokens; 0 turns it off.
-    """
+    It rises linearly from 0 to ``weight`` over the last ``buffer`` tokens; 0 turns it off."""
 
     buffer: Annotated[int, NOT_NEGATIVE] = 0
     weight: Annotated[float, PENALTY] = 1.0
@@ -113,8 +110,7 @@ class PpoConfig:
     ``completions_per_prompt`` is the size of a group. ``clip_high`` limits how far a ratio may rise above 1; null means
     the same as ``clip``. The mean entropy of all answer tokens, times ``entropy_coefficient``, is added to the
     objective. With ``drop_ties`` an update learns only from prompts whose answers do not all have the same score.
-    ``sampling`` says how answers are sampled.
-    """
+    ``sampling`` says how answers are sampled."""
 
     kind: str = "ppo"
     init: str = reference_to("stage:sft", "policy")

@@ -30,8 +30,7 @@ class RewardConfig:
     (Touvron et al. 2023, eq. 2); rows then need scores.
 
     ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
-    the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.
-    """
+    the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average."""
 
     kind: str = "reward"
     init: str = reference_to("stage:sft", "policy")

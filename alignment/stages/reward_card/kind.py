@@ -29,8 +29,7 @@ class RewardCardConfig:
     By default these are the pairs of the stage that made the model, without mixed-in rows. For a model from elsewhere
     they are unknown, and there is no bag of words. ``rule`` scores both answers, and the card shows how often it agrees
     with the model. ``invariance_pairs`` are scored again alone, padded, in another order and in float32; 0 turns this
-    off. The card lists the ``num_worst`` worst pairs.
-    """
+    off. The card lists the ``num_worst`` worst pairs."""
 
     kind: str = "reward_card"
     reward: str = reference_to("stage:reward", "reward", external=True)

@@ -29,8 +29,7 @@ class Select(str, Enum):
 
     ``best``: a conversation with the answer of the highest score (best of n, rejection sampling; RAFT, Dong et al.
     2023). ``best_worst``: a pair of the best and the worst answer. ``all_pairs``: every pair of answers. ``labels``:
-    each answer with a label, good or bad.
-    """
+    each answer with a label, good or bad."""
 
     best = "best"
     best_worst = "best_worst"
@@ -55,8 +54,7 @@ class SampleConfig:
     Answers that repeat another one to the same prompt or are empty are left out. With ``ended_only`` so are answers
     that reach ``max_new_tokens``, because a stage would learn to stop where they were cut. Each prompt is asked once,
     unless it overlaps with the prompts of ``leave_out``; an empty list stands for the data of the run's evaluations.
-    ``sampling`` says how answers are sampled.
-    """
+    ``sampling`` says how answers are sampled."""
 
     kind: str = "sample"
     policy: str = reference_to("stage:sft", "policy")

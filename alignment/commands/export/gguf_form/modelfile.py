@@ -30,8 +30,7 @@ class ChatParts:
     """``turns`` are the texts in front of a role's content and behind it.
 
     Example (SmolLM2): ``begin ""``, ``default_system "<|im_start|>system\\nYou are …<|im_end|>\\n"``, ``turns
-    {"user": ("<|im_start|>user\\n", "<|im_end|>\\n"), …}``, ``answer "<|im_start|>assistant\\n"``.
-    """
+    {"user": ("<|im_start|>user\\n", "<|im_end|>\\n"), …}``, ``answer "<|im_start|>assistant\\n"``."""
 
     begin: str
     default_system: str
