@@ -77,9 +77,8 @@ class PpoTrainer(ShardedTrainer):
         self._objective = objective
         self.kl_controller = kl_controller
         self.kl_budget = KlBudget(config.guard.max_kl)
-        self._engine_gap = EngineGap(
-            config.sampling, whole_answers=objective.whole_answers, where=f"stages.{context.spec.stage}.sampling"
-        )
+        where = f"stages.{context.spec.stage}.sampling"
+        self._engine_gap = EngineGap(config.sampling, whole_answers=objective.whole_answers, where=where)
         self.samples = samples
         self.guard: Guard | None = None
         self.over_budget = False
@@ -93,12 +92,8 @@ class PpoTrainer(ShardedTrainer):
         )
         self.accelerator.device_placement = False
         whole = functools.partial(gathered, self, roles.actor_critic)  # for sampling and scoring
-        self.collector = Collector(
-            Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=whole),
-            rewards,
-            config,
-            end_ids=episodes.end_ids,
-        )
+        rollouts = Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=whole)
+        self.collector = Collector(rollouts, rewards, config, end_ids=episodes.end_ids)
         self.learner = Learner(
             roles,
             config,
