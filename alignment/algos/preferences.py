@@ -1,4 +1,4 @@
-"""Losses on pairs of answers, and scores of an ensemble of reward models."""
+"""Losses on pairs of answers beside DPO's own, which is TRL's, and scores of an ensemble of reward models."""
 
 from __future__ import annotations
 

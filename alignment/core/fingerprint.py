@@ -2,7 +2,7 @@
 the content of its data, the fingerprints of its inputs, the seed and the stage's revision. It never covers paths,
 launch, tracking, versions of libraries (but for the harness of ``benchmark``), or fields marked ``identity: False``
 (docs/design/0020). Settings that came later count only if they are set. Values without a stable form (sets, non-finite
-floats, objects) are refused."""
+floats, objects) are refused. pipeline/plan/references.py says what a stage's is made of, actions.py what follows."""
 
 from __future__ import annotations
 

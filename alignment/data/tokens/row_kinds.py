@@ -129,7 +129,7 @@ Row = dict[str, list[int]]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
     """A sequence of a record, rendered: its ``texts``, and the ``messages`` and ``tools`` of its prompt. ``lost`` names
-    what the template leaves out (``template_losses.LOSSES``)."""
+    what the template leaves out (``thoughts.LOSSES``)."""
 
     texts: Texts
     messages: Sequence[Message] = ()
@@ -160,7 +160,7 @@ class Kind:
 class Tokenized:
     """A tokenised record: the ``parts`` of each sequence within the limits and their ``rows``, or the ``fault`` for
     which it has no rows. ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what
-    was cut. ``lost`` names what the chat template left out (``template_losses.LOSSES``)."""
+    was cut. ``lost`` names what the chat template left out (``thoughts.LOSSES``)."""
 
     record: Any
     rows: Sequence[Row] = ()

@@ -1,4 +1,4 @@
-"""The stage kind ``sft``, as the rest of the package sees it."""
+"""The stage kind ``sft``, as the rest of the package sees it; its trainer is in stages/shared/language_model.py."""
 
 from __future__ import annotations
 

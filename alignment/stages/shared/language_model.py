@@ -92,7 +92,7 @@ def uniform_loss(policy: PreTrainedModel | PeftModel) -> float:
 
 
 def learn_conversations(config: Any, context: StageContext) -> StageResult:
-    """The stage ``sft``: conversations in, policy out. alignment/data/tokens/rendering.py tokenises and masks them."""
+    """The stage ``sft``: conversations in, policy out. data/tokens/row_kinds.py renders, tokenises and masks them."""
     return _stage(config, context, CONVERSATIONS, limits_of_parts(config))
 
 
