@@ -13,6 +13,7 @@ from rich.console import Console
 
 from alignment.config import yaml_file
 from alignment.config.class_schemas import DRAFT, ClassSchemas, Schema, described
+from alignment.config.model import AdapterConfig
 from alignment.config.rules import NAME
 from alignment.config.run import GROUPS, SEVERAL, RunConfig, conf_folder, recipe_names, recipes_folder
 from alignment.config.stage import StageConfig
@@ -89,7 +90,7 @@ def recipe_schema(folders: Sequence[Path] = ()) -> Schema:
         "title": "a recipe of align",
         "type": "object",
         "description": described(RunConfig),
-        "properties": {"defaults": _defaults(folders), "adapter": {"enum": list(_files("adapter", folders))}, **fields},
+        "properties": {"defaults": _defaults(folders), "adapter": schemas.of(AdapterConfig), **fields},
         "additionalProperties": False,
         "allOf": [_stage_named(name, kinds, of_kinds) for name, kinds in known.items()],
         "definitions": schemas.definitions,

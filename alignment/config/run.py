@@ -54,7 +54,9 @@ class RunConfig:
 
     HINTS: ClassVar[dict[str, str]] = {
         "adapter.kind": "each stage has its own: set stages.NAME.adapter.kind for one stage; on the command line, "
-        "adapter={value} chooses it for all stages"
+        "adapter={value} chooses it for all stages",
+        "adapter": "each stage that trains has its own; `adapter: {value}` counts for all of them in a recipe that has "
+        "no list `defaults`",
     }
 
     name: Annotated[str, NAME]

@@ -129,11 +129,21 @@ class _Conversion:
             meant = [_join(where, path) for path in _ending_with(ours, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
             if leaf in FOREIGN:
-                own = ours.rpartition(".")[2]
-                ours = _join(where, own) if own in field_types(cls) else ours
-                hint = f"here it is {_either(meant or [ours])}{remark and f' ({remark})'}"
+                hint = self._hint_for_foreign(cls, where, ours, meant) + (remark and f" ({remark})")
+            elif "." in leaf and leaf == str(key):
+                hint = f"in a file, write it nested: {leaf.replace('.', ': {')}: …{'}' * leaf.count('.')}"
             hint = own_hints.get(leaf, hint).replace("{value}", _as_written(item))
             self._fault(_join(where, leaf), f"unknown key; {hint}")
+
+    def _hint_for_foreign(self, cls: type, where: str, ours: str, meant: Sequence[str]) -> str:
+        own = ours.rpartition(".")[2]
+        if meant or own in field_types(cls):
+            return f"here it is {_either(meant or [_join(where, own)])}"
+        if "=" in ours:
+            return f"here it is '{ours.replace('=', ': ')}', or {ours} on the command line"
+        if where and ours not in paths_below(RunConfig):
+            return f"elsewhere it is {ours!r}, which {where} does not have"
+        return f"here it is {ours!r}"
 
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
         if not isinstance(tree, Mapping):

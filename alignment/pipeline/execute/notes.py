@@ -82,9 +82,8 @@ def advice(plan: Plan) -> list[str]:
         return []
     report = next(kind for kind in registry.kinds().values() if kind.produces == REPORT)
     shown = [references.stage_of(slot) for slot in references.slots(report.config())]
-    also = "" if set(shown) & set(evaluations) else f", and set stages.{report.name}.evaluation=stage:{evaluations[-1]}"
-    line = f"stage@stages.{report.name}: {report.name}"
-    return [f"no stage writes a report; to get one, add `{line}` to defaults{also}"]
+    of = "" if set(shown) & set(evaluations) else f', evaluation: "stage:{evaluations[-1]}"'
+    return [f"no stage writes a report; to get one, add `{report.name}: {{kind: {report.name}{of}}}` to stages"]
 
 
 def on_a_plan(plan: Plan) -> list[str]:

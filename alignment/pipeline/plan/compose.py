@@ -32,7 +32,7 @@ from alignment.pipeline.plan.choices import chosen_files, copy_groups, passes_re
 from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
 from alignment.pipeline.plan.overrides import leaves, parse
 from alignment.pipeline.plan.profile import Profile
-from alignment.pipeline.plan.short_form import long_form, long_override
+from alignment.pipeline.plan.short_form import long_form, long_override, names_model, written_faults
 from alignment.stages import registry
 
 _CONFUSED = "Cannot merge DictConfig with ListConfig"
@@ -96,7 +96,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
         written=frozenset() if recipe in recipe_names() else keys - changed_keys,
         profile="" if profile is None else profile.name,
         dropped_gates=tuple(name for name in gated if name not in _gated(plain)),
-        names_model="model.source" in keys or not changed_keys.isdisjoint({"model", "model.source"}),
+        names_model=names_model(yaml_file.read(path)) or not changed_keys.isdisjoint({"model", "model.source"}),
         unread=files.unread,
     )
 
@@ -195,7 +195,7 @@ def _check_recipe_text(path: Path) -> None:
         raise ConfigError("a recipe is a group of settings", where=str(path), remedy="start it with: stages:")
     if "parameters" in content and not {"defaults", "stages"} & content.keys():
         raise _sweep(str(path), where=str(path))
-    faults = list(hostile(content, where=""))
+    faults = list(hostile(content, where="")) or list(written_faults(content, path.parent))
     if "hydra" in content:
         faults.append(Fault(where="hydra", message="Hydra's own settings are not allowed"))
     defaults = content.get("defaults", [])

@@ -8,54 +8,108 @@ kind is its name, or its ``kind``. ``adapter``, ``launch``, ``tracking``, ``mode
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
+from alignment.config.faults import Fault
 from alignment.config.run import conf_folder
+from alignment.stages import registry
 
 USE = "use"
-_NAME = re.compile(r"\w[\w.-]*")
+GROUPS = ("model", "launch", "tracking", "adapter")
+_NAME = re.compile(r"\w[\w-]*")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SCHEMES = ("hub:", "path:", "bundled:")
-_STAGE_ADAPTER = re.compile(r"(stages\.[\w-]+\.adapter)=(\w+)")
+_STAGE_ADAPTER = re.compile(r"(stages\.[\w-]+\.adapter)=(\w[\w-]*)")
+_ADAPTER = "/adapter@adapter"
+
+
+def written_faults(content: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
+    """What cannot be the list ``defaults``, or the short form of one."""
+    if "defaults" in content:
+        if not isinstance(content["defaults"], list):
+            yield Fault(where="defaults", message="it is a list, such as [quickstart, _self_]; or leave it out")
+        return
+    model = content.get("model")
+    if isinstance(model, str) and not model_source(model, folder) and _file("model", model, folder) is None:
+        files = ", ".join(sorted(path.stem for path in (conf_folder() / "model").glob("*.yaml")))
+        message = f"{model!r} is no file of conf/model ({files}); write ORG/NAME, ORG/NAME@REVISION or ./FOLDER"
+        yield Fault(where="model", message=message)
+    stages = content.get("stages")
+    named = stages if isinstance(stages, Mapping) else {}
+    groups = {group: content.get(group) for group in GROUPS} | {f"stages.{name}": named[name] for name in named}
+    groups |= {f"stages.{name}.adapter": _in(named[name], "adapter") for name in named}
+    for where, group in groups.items():
+        used = _in(group, USE)
+        if used is not None and not _is_name(used):
+            yield Fault(where=f"{where}.{USE}", message=f"{used!r} is not the name of a file of conf/")
+    for name, stage in named.items():
+        kind = _in(stage, "kind")
+        if "." in str(name):
+            yield Fault(where=f"stages.{name}", message=f"a name without a dot, such as {str(name).replace('.', '_')}")
+        if kind is not None and _in(stage, USE) is not None:
+            yield Fault(where=f"stages.{name}.kind", message=f"leave it out; the file that {USE!r} names has a kind")
+        elif kind not in registry.kinds() and _file("stage", kind, folder) is not None:
+            yield Fault(where=f"stages.{name}.kind", message=f"{kind!r} is a file of conf/stage; write {USE}: {kind}")
+
+
+def names_model(content: Mapping[str, Any]) -> bool:
+    """Whether a recipe names the base model, by a file or by its source."""
+    chosen = "override /model" in str(content.get("defaults"))
+    model = content.get("model")
+    return chosen or isinstance(model, str) or bool(_in(model, "source") or _in(model, USE))
 
 
 def long_form(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The content of a recipe of ``folder`` with the list ``defaults``; unchanged if it has one."""
+    """The content of a recipe of ``folder`` with the list ``defaults``; unchanged if it has one. An adapter beside the
+    stages counts for those that train, unless they or their files have their own."""
     if "defaults" in content:
         return content
-    settings = dict(content)
+    settings = {**content, "stages": content.get("stages", {})}
     model = settings.get("model")
     if isinstance(model, str) and (source := model_source(model, folder)):
         settings["model"] = {"source": source}
-    overrides = [
-        {f"override /{group}": chosen}
-        for group in ("model", "launch", "tracking")
-        if (chosen := _take(settings, group))
-    ]
+    chosen = {group: _take(settings, group) for group in ("model", "launch", "tracking")}
+    overrides = [{f"override /{group}": file} for group, file in chosen.items() if file]
     added: list[Any] = []
-    for_all = _take(settings, "adapter")
-    stages = settings.get("stages")
-    if isinstance(stages, Mapping):
-        settings["stages"] = rest = dict(stages)
-        for name, stage in stages.items():
+    common = {key: settings[key] for key in ("adapter",) if key in settings}
+    common_file = _take(common, "adapter")
+    if isinstance(settings["stages"], Mapping):
+        settings["stages"] = rest = dict(settings["stages"])
+        for name, stage in rest.items():
             if stage is not None and not isinstance(stage, Mapping):
                 continue
             rest[name] = body = dict(stage or {})
             is_named = USE in body
-            chosen = body.pop(USE, body.get("kind", name))
-            file = _file("stage", chosen, folder)
+            kind = body.pop(USE, body.get("kind", name))
+            file = _file("stage", kind, folder)
             if file is not None or is_named:
-                added.append({f"stage@stages.{name}": chosen})
-            takes_adapter = file is not None and "/adapter@adapter" in str(yaml_file.read(file))
-            adapter = _take(body, "adapter") or (for_all if takes_adapter else None)
-            if adapter is not None and takes_adapter:
-                overrides.append({f"override /adapter@stages.{name}.adapter": adapter})
-            elif adapter is not None:
-                added.append({f"/adapter@stages.{name}.adapter": adapter})
+                added.append({f"stage@stages.{name}": kind})
+            has_choice = file is not None and _chooses_adapter(file, folder)
+            adapter = _take(body, "adapter")
+            if adapter is None and (has_choice or (file is None and registry.trains(str(kind)))):
+                settings.pop("adapter", None)
+                adapter = common_file
+                if own := {**common.get("adapter", {}), **body.get("adapter", {})}:
+                    body["adapter"] = own
+            if adapter is not None:
+                entries, override = (overrides, "override ") if has_choice else (added, "")
+                entries.append({f"{override}/adapter@stages.{name}.adapter": adapter})
     return {"defaults": ["base", *added, *overrides, "_self_"], **settings}
+
+
+def _chooses_adapter(file: Path, folder: Path) -> bool:
+    """Whether a file of a stage chooses an adapter, itself or by a file of a stage that it includes."""
+    content = yaml_file.read(file)
+    entries = content.get("defaults") or [] if isinstance(content, Mapping) else []
+    included = [_file("stage", entry, folder) for entry in entries if isinstance(entry, str)]
+    return _ADAPTER in str(entries) or any(_chooses_adapter(of, folder) for of in included if of not in (None, file))
+
+
+def _in(group: Any, key: str) -> Any:
+    return group.get(key) if isinstance(group, Mapping) else None
 
 
 def _take(settings: dict[str, Any], group: str) -> Any:

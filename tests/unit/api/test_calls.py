@@ -228,7 +228,7 @@ def test_a_device_asks_for_the_cost_as_it_does_on_the_command_line(
 
 @pytest.mark.usefixtures("without_training")
 def test_a_plan_and_a_run_without_a_report_say_how_to_get_one(overrides: list[str], capsys: Captured) -> None:
-    advice = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
+    advice = "no stage writes a report; to get one, add `report: {kind: report}` to stages"
     without = [*overrides, "~stages.report"]
     assert [note for note in alignment.plan("quickstart", without).notes if "report" in note] == [advice]
     alignment.run("quickstart", without)

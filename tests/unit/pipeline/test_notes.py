@@ -243,7 +243,7 @@ def apart(tmp_path: Path, overrides: list[str]) -> None:
     write_rows(tmp_path / "conversations.jsonl", *[ROWS["conversations"]] * 8)
 
 
-WITHOUT_REPORT = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
+WITHOUT_REPORT = "no stage writes a report; to get one, add `report: {kind: report}` to stages"
 
 
 def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:

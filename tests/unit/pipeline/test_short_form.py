@@ -70,11 +70,21 @@ def test_a_recipe_may_start_from_a_short_one_and_use_files_beside_it(tmp_path: P
         "stage/drill.yaml": "kind: sft\nmax_length: 77\n",
         "adapter/tiny.yaml": "rank: 1\n",
         "other.yaml": "defaults: [mine, _self_]\nseed: 3\n",
+        "stage/long.yaml": "defaults: [sft, _self_]\nmax_length: 99\n",
+        "wide.yaml": "adapter: {use: dora, rank: 64}\n"
+        "stages: {long: {}, dpo: {adapter: {rank: 4}}, best: {kind: sft, adapter: qlora}, test: {kind: evaluate}}\n",
         "own.yaml": "stages: {sft: {adapter: tiny}, drill: {use: drill}, other: {kind: other, adapter: tiny}}\n",
     }.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text, encoding="utf-8")
     assert compose(str(tmp_path / "other.yaml"), []).tree["stages"]["dpo"]["adapter"]["kind"] == "qlora"
+    wide = compose(str(tmp_path / "wide.yaml"), []).tree["stages"]
+    assert {name: stage.get("adapter") for name, stage in wide.items()} == {
+        "long": {"kind": "dora", "rank": 64},
+        "dpo": {"kind": "dora", "rank": 4},
+        "best": {"kind": "qlora"},
+        "test": None,
+    }
     stages = compose(str(tmp_path / "own.yaml"), []).tree["stages"]
     assert stages == {
         "sft": {"kind": "sft", "adapter": {"rank": 1}},
@@ -96,6 +106,19 @@ def test_the_command_line_names_a_model_by_its_source(override: str, key: str, v
     assert compose("sft_dpo", [override]).tree["model"][key] == value
 
 
+@pytest.mark.parametrize("model", ["smollm2_135m", "Qwen/Qwen2.5-0.5B", "{use: smollm2_135m}", "{source: path:a}", ""])
+def test_a_recipe_names_the_model_by_its_file_or_its_source(tmp_path: Path, model: str) -> None:
+    text = f"model: {model}\n" if model else ""
+    assert compose(recipe(tmp_path, f"{text}stages: {{sft: {{}}}}"), []).names_model is bool(model)
+
+
+def test_a_recipe_without_stages_or_with_an_adapter_that_nothing_takes_is_refused(tmp_path: Path) -> None:
+    tree = compose(recipe(tmp_path, "model: Qwen/Qwen2.5-0.5B\nadapter: lora"), []).tree
+    assert {fault.where for fault in faults(tree)} == {"stages", "adapter"}
+    tree = compose(recipe(tmp_path, "adapter: nonsense\nstages: {evaluate: {}}"), []).tree
+    assert "adapter" in {fault.where for fault in faults(tree)}
+
+
 def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
     stages = compose("sft_dpo", ["stages.dpo.adapter=qlora"]).tree["stages"]
     assert [stages[name]["adapter"]["kind"] for name in ("sft", "dpo")] == ["lora", "qlora"]
@@ -110,6 +133,15 @@ def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
         ("model: other", "smollm2_135m"),
         ("stages: {sft: {adapter: {use: qlorra}}}", "qlora"),
         ("stages: {mine: {use: evaluate_house_stile}}", "evaluate_house_style"),
+        ("stages: {sft: {use: [sft]}}", "stages.sft.use"),
+        ("stages: {sft: {use: ./sft.yaml}}", "stages.sft.use"),
+        ("stages: {sft: {adapter: {use: 3}}}", "stages.sft.adapter.use"),
+        ("stages: {sft: {use: sft, kind: dpo}}", "stages.sft.kind"),
+        ("stages: {test: {kind: evaluate_house_style}}", "use: evaluate_house_style"),
+        ("stages: {sft.v2: {kind: sft}}", "sft_v2"),
+        ("model: gpt2\nstages: {sft: {}}", "ORG/NAME"),
+        ("defaults: quickstart\nstages: {}", "it is a list"),
+        ("defaults:\nstages: {}", "it is a list"),
     ],
 )
 def test_a_name_that_is_no_file_is_refused_with_the_nearest(tmp_path: Path, text: str, word: str) -> None:
@@ -127,12 +159,13 @@ def faults(tree: dict[str, object]) -> list[Fault]:
     ("tree", "where", "key"),
     [
         ({"learning_rate": 1}, "learning_rate", "stages.sft.optim.lr"),
-        ({"model_name_or_path": "m"}, "model_name_or_path", "model.source"),
+        ({"model_name_or_path": "m"}, "model_name_or_path", "model"),
         ({"stages": {"sft": {"kind": "sft", "lora_r": 8}}}, "stages.sft.lora_r", "stages.sft.adapter.rank"),
         ({"stages": {"sft": {"kind": "sft", "optim": {"learning_rate": 8}}}}, "stages.sft.optim.learning_rate",
          "stages.sft.optim.lr"),
         ({"stages": {"sft": {"kind": "sft", "cutoff_len": 8}}}, "stages.sft.cutoff_len", "stages.sft.max_length"),
-        ({"stages": {"sft": {"kind": "sft", "load_in_4bit": True}}}, "stages.sft.load_in_4bit", "adapter=qlora"),
+        ({"stages": {"sft": {"kind": "sft", "load_in_4bit": True}}}, "stages.sft.load_in_4bit", "adapter: qlora"),
+        ({"stages": {"sft": {"kind": "sft", "lam": 1}}}, "stages.sft.lam", "gae_lambda"),
     ],
 )  # fmt: skip
 def test_a_key_of_another_tool_is_answered_with_ours(tree: dict[str, object], where: str, key: str) -> None:
