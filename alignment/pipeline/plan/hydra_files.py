@@ -150,10 +150,11 @@ class _CheckedFiles(FileConfigSource):
             faults = hostile(content.get("defaults") if isinstance(content, dict) else None, where="defaults")
             refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
             _READ[key] = super().load_config(str(path))
-            if path.parent in (self.files.recipe.parent, recipes_folder()):
-                plain: Any = OmegaConf.to_container(_READ[key].config, resolve=False)
-                _READ[key].config = OmegaConf.create(dict(long_form(plain, path.parent)))
-        return copy.deepcopy(_READ[key])  # Hydra changes what it gets
+        read = copy.deepcopy(_READ[key])  # Hydra changes what it gets
+        if path.parent in (self.files.recipe.parent, recipes_folder()):
+            plain: Any = OmegaConf.to_container(read.config, resolve=False)
+            read.config = OmegaConf.create(dict(long_form(plain, path.parent)))  # also depends on files beside it
+        return read
 
 
 @contextmanager

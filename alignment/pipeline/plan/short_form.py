@@ -14,7 +14,7 @@ from typing import Any
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault
-from alignment.config.run import conf_folder
+from alignment.config.run import SEVERAL, conf_folder
 from alignment.stages import registry
 
 USE = "use"
@@ -32,11 +32,15 @@ def written_faults(content: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         if not isinstance(content["defaults"], list):
             yield Fault(where="defaults", message="it is a list, such as [quickstart, _self_]; or leave it out")
         return
-    model = content.get("model")
+    model, adapter = content.get("model"), content.get("adapter", {})
     if isinstance(model, str) and not model_source(model, folder) and _file("model", model, folder) is None:
-        files = ", ".join(sorted(path.stem for path in (conf_folder() / "model").glob("*.yaml")))
-        message = f"{model!r} is no file of conf/model ({files}); write ORG/NAME, ORG/NAME@REVISION or ./FOLDER"
+        message = (
+            f"{model!r} is no file of conf/model ({_files('model')}); write ORG/NAME, ORG/NAME@REVISION or ./FOLDER"
+        )
         yield Fault(where="model", message=message)
+    if not _is_name(adapter) and not isinstance(adapter, Mapping):
+        message = f"{adapter!r} is neither a file of conf/adapter ({_files('adapter')}) nor a group of settings"
+        yield Fault(where="adapter", message=message)
     stages = content.get("stages")
     named = stages if isinstance(stages, Mapping) else {}
     groups = {group: content.get(group) for group in GROUPS} | {f"stages.{name}": named[name] for name in named}
@@ -72,40 +76,50 @@ def long_form(content: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if isinstance(model, str) and (source := model_source(model, folder)):
         settings["model"] = {"source": source}
     chosen = {group: _take(settings, group) for group in ("model", "launch", "tracking")}
-    overrides = [{f"override /{group}": file} for group, file in chosen.items() if file]
     added: list[Any] = []
-    common = {key: settings[key] for key in ("adapter",) if key in settings}
-    common_file = _take(common, "adapter")
+    overrides: list[Any] = [{f"override /{group}": file} for group, file in chosen.items() if file]
     if isinstance(settings["stages"], Mapping):
-        settings["stages"] = rest = dict(settings["stages"])
-        for name, stage in rest.items():
-            if stage is not None and not isinstance(stage, Mapping):
+        common = settings.get("adapter", {})
+        stages = {name: {} if stage is None else stage for name, stage in settings["stages"].items()}
+        settings["stages"] = stages
+        for name, stage in stages.items():
+            if not isinstance(stage, Mapping):
                 continue
-            rest[name] = body = dict(stage or {})
-            is_named = USE in body
-            kind = body.pop(USE, body.get("kind", name))
-            file = _file("stage", kind, folder)
-            if file is not None or is_named:
-                added.append({f"stage@stages.{name}": kind})
-            has_choice = file is not None and _chooses_adapter(file, folder)
-            adapter = _take(body, "adapter")
-            if adapter is None and (has_choice or (file is None and registry.trains(str(kind)))):
-                settings.pop("adapter", None)
-                adapter = common_file
-                if own := {**common.get("adapter", {}), **body.get("adapter", {})}:
-                    body["adapter"] = own
-            if adapter is not None:
+            stages[name] = body = dict(stage)
+            file, has_choice = _take_file(name, body, folder, added)
+            if has_choice or (file is None and registry.trains(str(body.get("kind", name)))):
+                settings.pop("adapter", None)  # some stage takes it
+                _add_common(body, common)
+            if adapter := _take(body, "adapter"):
                 entries, override = (overrides, "override ") if has_choice else (added, "")
                 entries.append({f"{override}/adapter@stages.{name}.adapter": adapter})
     return {"defaults": ["base", *added, *overrides, "_self_"], **settings}
 
 
-def _chooses_adapter(file: Path, folder: Path) -> bool:
+def _take_file(name: Any, body: dict[str, Any], folder: Path, added: list[Any]) -> tuple[Path | None, bool]:
+    """Adds the choice of a stage's file, which leaves the settings of the stage; the file, and whether it chooses an
+    adapter. A stage of a kind from elsewhere has none."""
+    is_named = USE in body
+    choice = body.pop(USE, body.get("kind", name))
+    file = _file("stage", choice, folder)
+    if file is not None or is_named:
+        added.append({f"stage@stages.{name}": choice})
+    return file, file is not None and _chooses_adapter(file, folder, set())
+
+
+def _add_common(body: dict[str, Any], common: Any) -> None:
+    """Puts the adapter that all stages have below that of one, unless this one names a file of its own."""
+    own, shared = (group if isinstance(group, Mapping) else {USE: group} for group in (body.get("adapter", {}), common))
+    if USE not in own and (merged := {**shared, **own}):
+        body["adapter"] = merged
+
+
+def _chooses_adapter(file: Path, folder: Path, seen: set[Path]) -> bool:
     """Whether a file of a stage chooses an adapter, itself or by a file of a stage that it includes."""
     content = yaml_file.read(file)
     entries = content.get("defaults") or [] if isinstance(content, Mapping) else []
-    included = [_file("stage", entry, folder) for entry in entries if isinstance(entry, str)]
-    return _ADAPTER in str(entries) or any(_chooses_adapter(of, folder) for of in included if of not in (None, file))
+    included = {path for entry in entries if (path := _file("stage", entry, folder)) is not None} - seen
+    return _ADAPTER in str(entries) or any(_chooses_adapter(other, folder, seen | included) for other in included)
 
 
 def _in(group: Any, key: str) -> Any:
@@ -115,8 +129,7 @@ def _in(group: Any, key: str) -> Any:
 def _take(settings: dict[str, Any], group: str) -> Any:
     """The file, or files, that a group names, which leaves the settings; None if it names none."""
     value = settings.get(group)
-    is_list = isinstance(value, list) and value and all(map(_is_name, value))
-    if _is_name(value) or (is_list and group == "tracking"):
+    if _is_name(value) or (isinstance(value, list) and value and all(map(_is_name, value)) and group in SEVERAL):
         return settings.pop(group)
     if isinstance(value, Mapping) and _is_name(value.get(USE)):
         settings[group] = {key: item for key, item in value.items() if key != USE}
@@ -147,6 +160,10 @@ def _file(group: str, name: Any, folder: Path) -> Path | None:
     """The shipped choice of this name, or that of the recipe's folder."""
     paths = (of / group / f"{name}.yaml" for of in (conf_folder(), folder) if isinstance(name, str))
     return next((path for path in paths if path.is_file()), None)
+
+
+def _files(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
 
 
 def _is_name(value: Any) -> bool:

@@ -119,6 +119,30 @@ def test_a_recipe_without_stages_or_with_an_adapter_that_nothing_takes_is_refuse
     assert "adapter" in {fault.where for fault in faults(tree)}
 
 
+def test_a_stage_without_an_adapter_keeps_that_fault_beside_one_for_all(tmp_path: Path) -> None:
+    tree = compose(recipe(tmp_path, "adapter: {use: dora, rank: 4}\nstages: {sft: {adapter: 3}}"), []).tree
+    assert [fault.where for fault in faults(tree) if "adapter" in fault.where] == ["stages.sft.adapter"]
+
+
+def test_files_beside_a_recipe_are_read_as_they_are_now(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "adapter: dora\nstages: {drill: {kind: sft}}")
+    assert compose(path, []).tree["stages"]["drill"]["adapter"] == {"kind": "dora"}
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage/drill.yaml").write_text("kind: sft\nmax_length: 7\n", encoding="utf-8")
+    path = recipe(tmp_path, "adapter: dora\nstages: {drill: {use: drill}}")
+    assert compose(path, []).tree["stages"]["drill"] == {"kind": "sft", "max_length": 7}
+    (tmp_path / "stage/drill.yaml").write_text("defaults: [sft, _self_]\n", encoding="utf-8")
+    assert compose(path, []).tree["stages"]["drill"]["adapter"] == {"kind": "dora"}
+
+
+def test_files_of_stages_that_include_each_other_are_named(tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"stage/{name}.yaml").write_text(f"defaults: [{other}, _self_]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="include each other"):
+        compose(recipe(tmp_path, "stages: {mine: {use: one}}"), [])
+
+
 def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
     stages = compose("sft_dpo", ["stages.dpo.adapter=qlora"]).tree["stages"]
     assert [stages[name]["adapter"]["kind"] for name in ("sft", "dpo")] == ["lora", "qlora"]
@@ -139,6 +163,9 @@ def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
         ("stages: {sft: {use: sft, kind: dpo}}", "stages.sft.kind"),
         ("stages: {test: {kind: evaluate_house_style}}", "use: evaluate_house_style"),
         ("stages: {sft.v2: {kind: sft}}", "sft_v2"),
+        ("adapter: no\nstages: {sft: {}}", "qlora"),
+        ("adapter: [lora]\nstages: {sft: {}}", "qlora"),
+        ("adapter:\nstages: {sft: {}}", "qlora"),
         ("model: gpt2\nstages: {sft: {}}", "ORG/NAME"),
         ("defaults: quickstart\nstages: {}", "it is a list"),
         ("defaults:\nstages: {}", "it is a list"),
