@@ -14,9 +14,9 @@ from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCO
 class CallsConfig:
     """Where a server is, and how it is called.
 
-    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
-    ``timeout`` seconds for the answer, and is retried ``retries`` times. Redirects are not followed. ``concurrency``
-    calls run at once."""
+    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call
+    fails if nothing arrives for ``timeout`` seconds, and is retried ``retries`` times; the answer may be of any length.
+    Redirects are not followed. ``concurrency`` calls run at once."""
 
     base_url: Annotated[str, URL] = ""
     api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})

@@ -12,6 +12,7 @@ from alignment.config.run import GROUPS, RunConfig, conf_folder
 from alignment.config.typed import convert, paths_below
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan.compose import compose
+from alignment.stages import registry
 from alignment.stages.registry import config_classes
 
 SHORT = """
@@ -133,6 +134,18 @@ def test_files_beside_a_recipe_are_read_as_they_are_now(tmp_path: Path) -> None:
     assert compose(path, []).tree["stages"]["drill"] == {"kind": "sft", "max_length": 7}
     (tmp_path / "stage/drill.yaml").write_text("defaults: [sft, _self_]\n", encoding="utf-8")
     assert compose(path, []).tree["stages"]["drill"]["adapter"] == {"kind": "dora"}
+
+
+def test_an_adapter_for_all_counts_for_kinds_of_other_packages_that_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "trains", lambda kind: kind == "toy")
+    text = "adapter: {use: dora, rank: 4}\nstages: {mine: {kind: toy}, rest: {kind: other}, toy: {adapter: lora}}"
+    assert compose(recipe(tmp_path, text), []).tree["stages"] == {
+        "mine": {"kind": "toy", "adapter": {"kind": "dora", "rank": 4}},
+        "rest": {"kind": "other"},
+        "toy": {"adapter": {"kind": "lora"}},
+    }
 
 
 def test_files_of_stages_that_include_each_other_are_named(tmp_path: Path) -> None:
