@@ -148,6 +148,16 @@ def test_an_adapter_for_all_counts_for_kinds_of_other_packages_that_train(
     }
 
 
+def test_a_shipped_file_goes_before_one_of_its_name_and_only_tracking_takes_several(tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage/sft.yaml").write_text("kind: sft\n", encoding="utf-8")
+    path = recipe(tmp_path, "adapter: dora\nlaunch: [zero1, ddp]\nstages: {sft: {}}")
+    with pytest.raises(ConfigError, match="launch"):
+        compose(path, [])
+    path = recipe(tmp_path, "adapter: dora\nstages: {sft: {}}")
+    assert compose(path, []).tree["stages"]["sft"]["adapter"] == {"kind": "dora"}
+
+
 def test_files_of_stages_that_include_each_other_are_named(tmp_path: Path) -> None:
     (tmp_path / "stage").mkdir()
     for name, other in (("one", "two"), ("two", "one")):
