@@ -24,28 +24,54 @@ from alignment.core.files import current_folder, explained
 from alignment.core.terminal import Terminal, complain, make_unfailing
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, exit_with, termination_raises
 
-VERBS = {
-    "run": "plan a recipe and run the stages that are not done yet",
-    "plan": "show what would run, and why; start nothing",
-    "preview": "show the rows that each stage would train on; train nothing",
-    "sweep": "run a recipe with many combinations of settings",
-    "status": "show the state of runs, or follow one",
-    "watch": "serve the report of a run while it is running",
-    "track": "send a recorded run to a tracker",
-    "compare": "show what differs between runs",
-    "new": "look at data files and write a recipe for them",
-    "doctor": "show what a data file contains and what is wrong with it",
-    "export": "write a result to a folder that transformers or PEFT can load",
-    "push": "upload an exported folder to a Hugging Face hub",
-    "judge": "let people say which of two arms answers better",
-    "chat": "talk to a stage's policy, or to two side by side",
-    "serve": "serve policies behind an OpenAI-compatible endpoint",
-    "add-tokens": "write a copy of a model with more special tokens",
-    "schema": "print the JSON Schema of recipes or sweeps, for editors",
-    "recipes": "list the shipped recipes",
-    "stages": "list the kinds of stage",
+VERB_GROUPS = {
+    "train": {
+        "run": "plan a recipe and run the stages that are not done yet",
+        "plan": "show what would run, and why; start nothing",
+        "sweep": "run a recipe with many combinations of settings",
+        "recipes": "list the shipped recipes",
+        "stages": "list the kinds of stage",
+    },
+    "data": {
+        "new": "look at data files and write a recipe for them",
+        "doctor": "show what a data file contains and what is wrong with it",
+        "preview": "show the rows that each stage would train on; train nothing",
+    },
+    "results": {
+        "status": "show the state of runs, or follow one",
+        "watch": "serve the report of a run while it is running",
+        "compare": "show what differs between runs",
+        "judge": "let people say which of two arms answers better",
+        "track": "send a recorded run to a tracker",
+    },
+    "use a model": {
+        "chat": "talk to a stage's policy, or to two side by side",
+        "serve": "serve policies behind an OpenAI-compatible endpoint",
+        "export": "write a result to a folder that transformers or PEFT can load",
+        "push": "upload an exported folder to a Hugging Face hub",
+    },
+    "tools": {
+        "add-tokens": "write a copy of a model with more special tokens",
+        "schema": "print the JSON Schema of recipes or sweeps, for editors",
+    },
 }
-"""Each verb and what it does, in the order of ``align --help``."""
+"""The verbs by what people do, each with what it does, in the order of ``align --help``."""
+
+VERBS = {name: summary for verbs in VERB_GROUPS.values() for name, summary in verbs.items()}
+"""Each verb and what it does."""
+
+_ELSEWHERE = {
+    "run RECIPE": ("train", "finetune", "fine-tune", "fit", "resume", "launch"),
+    "run RECIPE, with a stage of kind evaluate": ("eval", "bench", "score"),
+    "export RUN/STAGE --to FOLDER": ("merge", "merge-lora", "merge_lora", "merge-sharded-fsdp-weights"),
+    "chat RUN": ("infer", "inference", "generate", "webchat", "vllm-infer"),
+    "serve RUN": ("api", "vllm-serve", "deploy"),
+    "new FILE": ("init", "config", "quickstart"),
+    "doctor FILE": ("validate", "inspect", "check", "lint"),
+    "preview RECIPE": ("preprocess", "tokenize"),
+    "recipes": ("list", "ls"),
+}
+"""What to type here, for verbs of TRL, axolotl, LLaMA-Factory, ms-swift, torchtune and accelerate."""
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -108,22 +134,43 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """A parser that has the summaries of all verbs, but only the arguments of the one that is called."""
     parser = _parser_class(words)(
         prog="align",
+        usage="align [-h] [-V] VERB ...",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
-        epilog=_EXAMPLES,
+        epilog=f"{_verb_list()}\n\n{_EXAMPLES}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=18),
     )
     parser.add_argument("-V", "--version", action="version", version=f"align {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", prog="align", help=argparse.SUPPRESS)
     asked = next((word for word in words if not word.startswith("-")), None)
     if asked is not None and asked not in VERBS:
-        parser.error(f"no verb '{asked}'; {suggestion(asked, VERBS)}")
+        parser.error(f"no verb '{asked}'; {_hint(asked)}")
     for name, summary in VERBS.items():
-        subparser = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        subparser = verbs.add_parser(name, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == asked:
             verb = load(name)
             verb.add_arguments(subparser)
             subparser.set_defaults(handle=verb.handle)
     return parser
+
+
+def _verb_list() -> str:
+    """The verbs by group, as ``align --help`` prints them. argparse itself cannot group subcommands."""
+    width = max(map(len, VERBS)) + 2
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:<{width}}{summary}" for name, summary in verbs.items())])
+        for title, verbs in VERB_GROUPS.items()
+    )
+    return "\n\n".join(groups)
+
+
+def _hint(asked: str) -> str:
+    """What to type instead of a verb that is not there."""
+    from alignment.stages.registry import kinds  # here, so that `align --help` stays instant
+
+    if asked in kinds():
+        return f"it is a kind of stage; use: align run RECIPE --stage {asked}"
+    here = next((command for command, names in _ELSEWHERE.items() if asked in names), None)
+    return f"use: align {here}" if here is not None else suggestion(asked, VERBS)
 
 
 def _parser_class(words: Sequence[str]) -> type[argparse.ArgumentParser]:

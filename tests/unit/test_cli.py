@@ -349,12 +349,29 @@ def test_every_verb_has_its_module_and_every_module_its_verb() -> None:
 
 @pytest.mark.parametrize(
     ("verb", "hint"),
-    [("rnu", "did you mean 'run'?"), ("add_tokens", "did you mean 'add-tokens'?"), ("qqq", "one of: run, plan, ")],
+    [
+        ("rnu", "did you mean 'run'?"),
+        ("add_tokens", "did you mean 'add-tokens'?"),
+        ("qqq", "one of: run, plan, "),
+        ("train", "use: align run RECIPE"),
+        ("eval", "use: align run RECIPE, with a stage of kind evaluate"),
+        ("merge", "use: align export "),
+        ("dpo", "it is a kind of stage; use: align run RECIPE --stage dpo"),
+    ],
 )
 def test_a_verb_that_is_not_there_is_named_with_the_nearest(capsys: Captured, verb: str, hint: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main([verb, "quickstart"])
     assert f"align: error: no verb '{verb}'; {hint}" in capsys.readouterr().err
+
+
+def test_help_lists_every_verb_once_under_what_it_is_for(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for title, verbs in cli.VERB_GROUPS.items():
+        first = lines.index(f"{title}:") + 1
+        assert [line.split()[0] for line in lines[first : first + len(verbs)]] == list(verbs)
 
 
 def test_help_lists_every_exit_code(capsys: Captured) -> None:
