@@ -71,7 +71,7 @@ _ELSEWHERE = {
     "preview RECIPE": ("preprocess", "tokenize"),
     "recipes": ("list", "ls"),
 }
-"""What to type here, for verbs of TRL, axolotl, LLaMA-Factory, ms-swift, torchtune and accelerate."""
+"""What to type here, for verbs that other tools have or that people guess."""
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -137,7 +137,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         usage="align [-h] [-V] VERB ...",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
         epilog=f"{_verb_list()}\n\n{_EXAMPLES}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=18),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-V", "--version", action="version", version=f"align {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", prog="align", help=argparse.SUPPRESS)
