@@ -26,6 +26,7 @@ from alignment.pipeline.execute.run import run_with_advice
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.row_counts import expected_steps
 from alignment.records.cost import RunCost
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 class StagePlan:
     """What happens to a stage: ``action`` is ``run``, ``resume``, ``reuse`` or ``fetch`` (the store has the result),
     and ``reason`` says why in words. ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its
-    folder. ``inputs`` are references by the field that holds them. ``remarks`` say what the stage would read, run and
-    choose, and what its gates require; each is the end of a sentence that begins with its name. ``settings`` are plain
-    data."""
+    folder. ``inputs`` are references by the field that holds them. ``rows`` is the number of rows in the stage's own
+    data, and ``steps`` that of optimiser steps, or of PPO's updates; None if only the stage will know. ``remarks`` say
+    what the stage would read, run and choose, and what its gates require; each is the end of a sentence that begins
+    with its name. ``settings`` are plain data."""
 
     name: str
     kind: str
@@ -47,6 +49,8 @@ class StagePlan:
     fingerprint: str
     artifact: Path
     inputs: dict[str, str]
+    rows: int | None
+    steps: int | None
     remarks: tuple[str, ...]
     settings: dict[str, Any]
 
@@ -106,6 +110,7 @@ def described(plan: Plan, cost: RunCost | None) -> RunPlan:
 
 def _described(plan: Plan, stage: PlannedStage) -> StagePlan:
     references = {field: given.ref for field, given in stage.inputs.items()}
+    own = stage.seen.get("data")
     return StagePlan(
         name=stage.name,
         kind=stage.config.kind,
@@ -114,6 +119,8 @@ def _described(plan: Plan, stage: PlannedStage) -> StagePlan:
         fingerprint=stage.fingerprint,
         artifact=stage.artifact,
         inputs=references | {f"arms[{number}]": arm.ref for number, arm in enumerate(stage.arms.values())},
+        rows=own.rows if own is not None and own.whole else None,
+        steps=expected_steps(stage.config, stage.seen),
         remarks=tuple(notes.of_stage(plan, stage)),
         settings=to_plain(stage.config),
     )

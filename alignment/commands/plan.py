@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.commands.shared.arguments import add_recipe, add_verify, recipe_of
+from alignment.config.typed import to_plain
 from alignment.core.errors import ConfigError
 from alignment.core.files import new_folder, write_text
 from alignment.core.terminal import print_whole
@@ -21,7 +23,7 @@ from alignment.pipeline.backends import slurm, slurm_jobs
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.backends.slurm_jobs import TEMPLATE
 from alignment.pipeline.execute import estimates
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.shown_plan import show_plan
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.cost import RunCost, StageCost
 
@@ -38,14 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
     add("--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)")
+    add("--json", action="store_true", help="print the plan and all settings as JSON")
     add("--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows the plan; returns the exit code."""
+    if arguments.json:
+        print_json(arguments)
+        return 0
     options = {name: getattr(arguments, name) for name in ("cost", "device", "trade", "scripts")}
     show(console, recipe_of(arguments), arguments.overrides, verified=arguments.verify, **options)
     return 0
+
+
+def print_json(arguments: argparse.Namespace) -> None:
+    """Prints what ``alignment.plan`` returns. Raises what it raises, and ConfigError: with ``--scripts``."""
+    from alignment.api.calls import plan  # only here, because it imports all that a run needs
+
+    if arguments.scripts is not None:
+        raise ConfigError("not with --scripts, which writes files; call align plan twice", where="--json")
+    options = {name: getattr(arguments, name) for name in ("cost", "device", "trade", "verify")}
+    planned = plan(recipe_of(arguments), arguments.overrides, quiet=True, **options)
+    print(json.dumps(to_plain(planned), default=str, indent=2, ensure_ascii=False))
 
 
 def show(

@@ -35,7 +35,7 @@ from alignment.config.typed import source_from_plain
 from alignment.core.errors import ConfigError, DataError
 from alignment.core.terminal import visible
 from alignment.data.records import Conversation, LabelledAnswer, PlainText, PreferencePair, Prompt, Record
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.shown_plan import show_plan
 from alignment.pipeline.plan.compose import tree_of
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.plan.settings import column_faults

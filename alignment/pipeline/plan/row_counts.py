@@ -126,8 +126,7 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
     if not isinstance(trained.optim, OptimConfig):
         return
     looks = validation_checks.of_stage(config)
-    most = most_rows_of(trained.data, seen_by_field.get("data"))
-    known = most if rows_are_counted(config) and not getattr(config, "packing", False) else None
+    known = _batched_rows(config, seen_by_field)
     if looks is not None and known is not None:
         prompts = min(known, len(seen_by_field["data"].openings))
         yield from validation_checks.row_faults(
@@ -142,6 +141,32 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
         if learned is not None and held_out is not None:
             both = (learned.openings, held_out.openings)
             yield from validation_checks.overlap_faults(trained.data, looks, both, f"{where}.validation")
+
+
+def _batched_rows(config: StageConfig, seen_by_field: Mapping[str, Seen]) -> int | None:
+    """The most rows of tokens that the stage has for its batches and for validation; None if only it will know."""
+    trained = as_trained(config)
+    if trained is None or not rows_are_counted(config) or getattr(config, "packing", False):
+        return None
+    return most_rows_of(trained.data, seen_by_field.get("data"))
+
+
+def expected_steps(config: StageConfig, seen_by_field: Mapping[str, Seen]) -> int | None:
+    """The optimiser steps of a stage that learns from rows, or the updates of one that learns from its own answers.
+    There are fewer if the stage leaves out rows, and more if the chat template makes a row of each answer. None if the
+    stage does not train, or if only it will know."""
+    trained = as_trained(config)
+    if trained is None:
+        return None
+    if not isinstance(trained.optim, OptimConfig):
+        return getattr(config, "updates", None)
+    own = seen_by_field.get("data")
+    rows = None if _batched_rows(config, seen_by_field) is None else rows_of(trained.data, own)
+    if rows is not None and own is not None:
+        prompts = min(rows, len(own.openings))
+        rows -= validation_checks.num_held_out(validation_checks.of_stage(config), prompts)
+        rows -= round(getattr(config, "eval_fraction", 0.0) * prompts)
+    return _steps(trained.optim, rows)
 
 
 def _steps(optim: OptimConfig, rows: int | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -40,11 +41,19 @@ def test_a_plan_says_what_the_command_prints(overrides: list[str], capsys: Captu
     assert cli.main(["plan", "quickstart", *overrides, "stages.dpo.beta=0.3"]) == 0
     printed = capsys.readouterr().out
     for stage in planned.stages.values():
-        assert f"{stage.name:<10}  run  {stage.reason}" in printed
+        steps = "" if stage.steps is None else rf"\s{stage.steps}"
+        assert re.search(rf"\b{stage.name} .*{steps}\s+run\s+{stage.reason}", printed)
     for note in planned.notes:
         assert f"note: {note}" in printed
     assert "6 to run, 0 reused" in printed
     assert repr(planned).splitlines()[0] == "RunPlan quickstart: 6 to run, 0 reused"
+    assert cli.main(["plan", "quickstart", "--json", *overrides, "stages.dpo.beta=0.3"]) == 0
+    as_json = json.loads(capsys.readouterr().out)
+    assert [
+        (stage["name"], stage["rows"], stage["steps"], stage["inputs"]) for stage in as_json["stages"].values()
+    ] == [(stage.name, stage.rows, stage.steps, stage.inputs) for stage in planned.stages.values()]
+    assert as_json["settings"]["stages"]["dpo"]["beta"] == 0.3
+    assert cli.main(["plan", "quickstart", "--json", "--scripts", "jobs", *overrides]) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.run import run
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.shown_plan import show_plan
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan

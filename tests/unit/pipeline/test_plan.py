@@ -16,6 +16,7 @@ from alignment.job import memory_key
 from alignment.pipeline.execute.notes import frozen_rows
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.plan.row_counts import expected_steps
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.training import ChosenSize, cache_file, remember
 from alignment.stages.registry import read_spec
@@ -290,3 +291,46 @@ def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp
     remedy = str(caught.value).split("Set ")[1].split()[0]
     assert (caught.value.where, remedy) == ("stages.dpo.init", "stages.dpo.init=base")
     assert [stage.name for stage in make_plan(recipe, [*of_dpo, remedy]).stages] == ["dpo"]
+
+
+def test_a_plan_draws_which_stage_starts_from_which(plan: MakePlan) -> None:
+    leave_artifact(stage_of(plan(), "sft"))
+    chosen = ("launch.num_processes=2", "launch=zero2", "adapter@stages.dpo.adapter=full", "tracking=wandb")
+    planned = plan(*chosen, "stages.dpo.optim.max_steps=7", "stages.reward.optim.max_steps=5")
+    lines = screened(planned)
+    assert lines[1].startswith("model: path:")
+    assert lines[2] == "launch: 2 processes with zero2 on this machine; tracking: Weights & Biases"
+    drawn = [line.split() for line in lines if re.search("─►|◄|^base", line)]
+    rows = {stage.name: str(stage.seen["data"].rows) for stage in planned.stages if stage.seen}
+    untrained = ["base,", "base+prompt,"]
+    assert [[word for word in line if word not in ("lora", "rank", "16", "no", "result", "yet")] for line in drawn] == [
+        ["base"],
+        ["└─►", "sft", rows["sft"], "2", "reuse", stage_of(planned, "sft").artifact.name],
+        ["├─►", "reward", rows["reward"], "5", "run"],
+        ["├─►", "dpo", "full", rows["dpo"], "7", "run"],
+        ["└─►", "ppo", "◄", "reward", rows["ppo"], "20", "run"],
+        ["evaluate", "◄", "sft,", "reward,", *untrained, "dpo,", "ppo", rows["evaluate"], "run"],
+        ["report", "◄", "all", "stages", "run"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "steps"),
+    [
+        (["optim.max_steps=7"], "dpo", 7),
+        (["optim.epochs=2"], "dpo", 6),
+        (["data.fraction=0.5", "optim.batch_size=2"], "dpo", 6),
+        (["validation={every: 1, share: 0.5}", "optim.batch_size=2"], "dpo", 6),
+        (["eval_fraction=0.5", "optim.batch_size=2"], "reward", 6),
+        (["packing=true"], "sft", None),
+        (["updates=9"], "ppo", 9),
+        ([], "evaluate", None),
+    ],
+)
+def test_steps_follow_from_rows_and_settings(
+    settings: list[str], stage: str, steps: int | None, plan: MakePlan, tmp_path: Path
+) -> None:
+    pairs = f"stages.{stage}.data.source=path:{tmp_path / 'preferences.jsonl'}"
+    own = [pairs] if stage in ("dpo", "reward") else []
+    planned = stage_of(plan(*own, *(f"stages.{stage}.{setting}" for setting in settings)), stage)
+    assert expected_steps(planned.config, planned.seen) == steps
