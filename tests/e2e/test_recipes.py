@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,20 @@ from tests.e2e.conftest import Align
 from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model
 
-SMOKED = ("llama_8b_rlhf_qlora", "tldr_1b_ppo", "tulu3_8b_sft_dpo", "reward_card", "iterative_dpo", "kto", "draft")
-"""What differs in kind: four bits, GPT-NeoX, full training, rows of public data sets, and stages that others lack."""
+SMOKED = (
+    "llama_8b_rlhf_qlora",
+    "rlhf_8b_8gpu",
+    "tldr_1b_ppo",
+    "tulu3_8b_sft_dpo",
+    "grpo_math",
+    "dpo_7b_qlora_24gb",
+    "reward_card",
+    "iterative_dpo",
+    "kto",
+    "draft",
+)
+"""What differs in kind: four bits, GPT-NeoX, full training, an engine, a verifier, rows of public data sets and of the
+user's, and stages that others lack."""
 
 
 def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -40,16 +53,31 @@ def _tldr_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"prompt": post, "completion": good}, {"prompt": post, "chosen": good, "rejected": bad}
 
 
-PUBLIC = {
+def _gsm8k_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As in openai/gsm8k: a problem to learn from, and one of the evaluation."""
+    learned, held_out = (f"Ada has {number} {things} and buys 2 more. How many?" for things in ("apples", "books"))
+    solution = f"{number} + 2 = <<{number}+2={number + 2}>>{number + 2}.\n#### {number + 2}"
+    return {"question": learned, "answer": solution}, {"question": held_out, "answer": solution}
+
+
+def _own_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    answers = {"chosen": f"It opens at {number}.", "rejected": "No idea."}
+    return {"prompt": f"When does shop {number} open?", **answers}, {"prompt": f"Is bar {number} open?", **answers}
+
+
+ROWS = {
     "tulu3_8b_sft_dpo": ("llama", _tulu_row, {"sft": 0, "dpo": 1}),
     "tldr_1b_ppo": ("gpt_neox", _tldr_row, {"sft": 0, "reward": 1, "ppo": 0}),
+    "grpo_math": ("qwen2", _gsm8k_row, {"ppo": 0, "evaluate": 1}),
+    "dpo_7b_qlora_24gb": ("qwen2", _own_row, {"dpo": 0, "evaluate": 1}),
 }
 """The recipe's architecture, its two data sets row by row, and which of them each stage reads."""
+OF_ALL_WEIGHTS = ("tulu3_8b_sft_dpo", "tldr_1b_ppo")
 
 
 def _overrides(recipe: str, folder: Path) -> list[str]:
     """What a smoke run of a recipe is told: a model as tiny as can be, and rows like those that it was made for."""
-    architecture, row, reads = PUBLIC.get(recipe, ("llama", None, {}))
+    architecture, row, reads = ROWS.get(recipe, ("llama", None, {}))
     model = folder / architecture
     if not model.exists():
         tokenizer = pythia_tokenizer() if architecture == "gpt_neox" else None
@@ -84,14 +112,25 @@ def test_a_recipe_runs_as_smoke_and_says_so(smoke: Path, recipe: str) -> None:
         assert f"<title>{recipe}-smoke" in (smoke / recipe / f"runs/{recipe}-smoke/report.html").read_text()
 
 
-@pytest.mark.parametrize("recipe", PUBLIC)
+@pytest.mark.parametrize("recipe", OF_ALL_WEIGHTS)
 def test_all_weights_learn_from_rows_like_the_public_ones(smoke: Path, recipe: str) -> None:
-    architecture, _, reads = PUBLIC[recipe]
+    architecture, _, reads = ROWS[recipe]
     base = load_file(smoke / architecture / "model.safetensors")
     for stage in reads:
         (artifact,) = (smoke / recipe / "artifacts").glob(f"{stage}-*")
         trained = load_file(artifact / "model/model.safetensors")
         assert any(not torch.equal(base[name], trained[name]) for name in base.keys() & trained.keys()), stage
+
+
+def test_answers_are_checked_by_the_number_and_by_the_box_around_it(smoke: Path) -> None:
+    recipe = "grpo_math"
+    (evaluation,) = (smoke / recipe / "artifacts").glob("evaluate-*/evaluation.json")
+    metrics = {"correct", "one_of_four", "voted", "format"}
+    assert all(arm["metrics"].keys() == metrics for arm in json.loads(evaluation.read_text())["arms"])
+    stage = compose(recipe, []).tree["stages"]["ppo"]
+    (pattern,) = (scorer["pattern"] for scorer in stage["scorers"] if "pattern" in scorer)
+    assert re.search(pattern, r"So she paid \(\boxed{1,080.50}\) dollars.")
+    assert not re.search(pattern, r"boxed{18}, \boxed{}, \boxed{x}, #### 18")
 
 
 def test_adapters_on_four_bits_are_stacked(smoke: Path) -> None:

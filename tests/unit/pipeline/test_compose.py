@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from alignment.config.faults import Fault
-from alignment.config.launch import LocalBackend, Offload, SlurmBackend
+from alignment.config.launch import Engine, LocalBackend, Offload, RolloutSamplingConfig, SlurmBackend
 from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.config.optim import Moments
 from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder
@@ -382,6 +382,20 @@ stages:
     assert not list(settings.faults(config))
     assert config.launch.offload is Offload.none
     assert {config.stages[name].optim.moments for name in ("dpo", "ppo")} == {Moments.full}  # type: ignore[union-attr]
+
+
+def test_a_smoke_run_samples_itself_where_a_recipe_names_an_engine(tmp_path: Path) -> None:
+    text = """\
+stages:
+  ppo: {sampling: {engine: vllm, importance_cap: 2.0, max_staleness: 1}}
+  sample: {sampling: {engine: vllm}}
+  evaluate: {sampling: {engine: vllm}}
+"""
+    recipe = own(tmp_path, text, base="quickstart, stage@stages.sample: sample")
+    config: Any = composed(recipe, "profile=smoke", "stages.evaluate.sampling.engine=vllm")
+    assert config.stages["ppo"].sampling == RolloutSamplingConfig()
+    assert config.stages["sample"].sampling.engine is Engine.own
+    assert config.stages["evaluate"].sampling.engine is Engine.vllm, "the command line has the last word"
 
 
 def test_a_smoke_run_asks_no_hub_for_further_data(tmp_path: Path) -> None:
