@@ -176,15 +176,15 @@ def find_recipe(recipe: str) -> Path:
         path = Path(recipe).expanduser().absolute()
         if not path.is_file():
             shipped = f"shipped recipes: {', '.join(recipe_names())}"
-            raise ConfigError(f"no file {path}", where="recipe", remedy=similar_name(path) or shipped)
+            raise ConfigError(f"no file {path}", where=recipe, remedy=similar_name(path) or shipped)
         if path.suffix != ".yaml":
-            raise ConfigError(f"{path.name} does not end in .yaml", where="recipe", remedy="rename it")
+            raise ConfigError("does not end in .yaml", where=recipe, remedy="rename it")
         return path
     if recipe not in recipe_names():
         if recipe in sweep_names():
-            raise _sweep(recipe, where="recipe")
+            raise _sweep(recipe, where=recipe)
         remedy = "`align recipes` lists them; give your own file by its path, such as ./mine.yaml"
-        raise ConfigError(f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}", where="recipe", remedy=remedy)
+        raise ConfigError(f"no recipe of this name; {suggestion(recipe, recipe_names())}", where=recipe, remedy=remedy)
     return recipes_folder() / f"{recipe}.yaml"
 
 
