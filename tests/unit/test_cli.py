@@ -427,6 +427,8 @@ def test_a_fault_has_its_exit_code(capsys: Captured, arguments: list[str], code:
         ("plan nope", "configuration: nope: ", "quickstart"),
         ("plan dpo_beta", "configuration: dpo_beta: ", "is a sweep"),
         ("plan ./nope.yaml", "configuration: ./nope.yaml: ", "no file HERE/nope.yaml"),
+        ("plan nope.csv.gz", "configuration: nope.csv.gz: ", "align new nope.csv.gz"),
+        ("preview ./nope.jsonl", "configuration: ./nope.jsonl: ", "align new ./nope.jsonl"),
         ("new nope.jsonl", "data: nope.jsonl: ", "no file HERE/nope.jsonl"),
         ("new a.jsonl a.jsonl", "configuration: a.jsonl: ", "is named twice"),
         ("new hub:x", "data: hub:x: ", "data set"),

@@ -8,6 +8,7 @@ misspelling is reported, not only the first. Nothing in a configuration can run 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from alignment.config.launch import MachinesBackend, SlurmBackend
 from alignment.config.run import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
+from alignment.data.row_files import is_named_as_data
 from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.choices import chosen_files, copy_groups, passes_reference
@@ -172,6 +174,9 @@ def _keys_written(path: Path) -> frozenset[str]:
 def find_recipe(recipe: str) -> Path:
     """The file of a recipe. Raises ConfigError: there is no such name or file, or it is that of a sweep; the error
     lists the shipped recipes."""
+    if is_named_as_data(Path(recipe)):
+        remedy = f"align new {shlex.quote(recipe)} writes a recipe for it; align doctor shows what it contains"
+        raise ConfigError("has the name of a data file; a recipe is a .yaml file", where=recipe, remedy=remedy)
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
         if not path.is_file():
