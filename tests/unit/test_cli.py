@@ -474,7 +474,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture
 def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
-    assert "unrecognized arguments" in capsys.readouterr().err
+    assert f"align {words[0]}: error: unrecognized arguments" in capsys.readouterr().err
 
 
 OF_A_VERB = """
