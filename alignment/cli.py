@@ -118,13 +118,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with ``verb`` and its ``handle``; help and faults end the process, as in argparse.
+    """The arguments of a command, with ``verb``, its ``handle``, and its ``refuse``, which ends the process with a
+    message; help and faults end it, too, as in argparse.
 
     Options may come between a recipe and its overrides; argparse alone would reject the overrides after them."""
     parser = _parser(words)
     arguments, rest = parser.parse_known_args(words)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.refuse(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
@@ -149,7 +150,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if name == asked:
             verb = load(name)
             verb.add_arguments(subparser)
-            subparser.set_defaults(handle=verb.handle)
+            subparser.set_defaults(handle=verb.handle, refuse=subparser.error)
     return parser
 
 

@@ -54,12 +54,13 @@ def pages() -> dict[str, str]:
 
 
 def _coming_from() -> str:
-    rows = ((f"`{name}`", f"`{ours}`", remark) for name, (ours, remark) in sorted(FOREIGN.items()))
+    rows = ((f"`{name}`", f"`{ours}`" if ours else "–", remark) for name, (ours, remark) in sorted(FOREIGN.items()))
     return f"""\
 # Settings of TRL, axolotl and LLaMA-Factory
 
 The setting that does the same here. `optim.lr` is a setting of a stage, `stages.sft.optim.lr`; `adapter=qlora` is a
-choice, `adapter: qlora` in a recipe. If a recipe or a command has one of these names, the error gives the key.
+choice, `adapter: qlora` in a recipe. If a recipe or a command has one of these names, the error gives the key. A
+name with – has no setting here; leave it out.
 
 {table(["there", "here", "what differs"], rows)}"""
 

@@ -147,15 +147,13 @@ def name_of(file: Recipe, argument: str = "recipe") -> str:
 @contextmanager
 def errors_explained() -> Iterator[None]:
     """Turns errors of the file system into public errors, as the command does, and names arguments as Python does:
-    ``at_once`` and not ``--at-once``, ``sweep`` and not ``SWEEP``."""
+    ``at_once`` and not ``--at-once``."""
     try:
         with explained(current_folder()):
             yield
     except AlignmentError as error:
         if error.where.startswith("--"):
             error.where = error.where.removeprefix("--").replace("-", "_")
-        elif error.where == "SWEEP":
-            error.where = "sweep"
         raise
 
 

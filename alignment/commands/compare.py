@@ -98,10 +98,10 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
 
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
     if twice := next((run for run in runs if runs.count(run) > 1), None):
-        raise ConfigError(f"the run {twice!r} is named twice", where="RUN", remedy="name each once")
+        raise ConfigError("is named twice", where=twice, remedy="name each once")
     if len(runs) < 2:
         remedy = f"there are: {', '.join(run_names(output)) or 'none'}"
-        raise ConfigError("name two runs or more", where="RUN", remedy=remedy)
+        raise ConfigError("name two runs or more", where=", ".join(runs), remedy=remedy)
     return [run_folder(output, run) for run in runs]
 
 

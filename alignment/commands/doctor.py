@@ -79,7 +79,7 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
     ConfigError: lists every fault."""
     given, faults = tree_of(overrides, example=EXAMPLE)
     faults += _unusable(given, options)
-    data, wrong = source_from_plain({**given, **options}, where="DATA")
+    data, wrong = source_from_plain({**given, **options}, where="")
     refuse([*faults, *wrong])
     return replace(data, source=source)
 
@@ -96,11 +96,11 @@ def against_of(source: str | None, *, split: str | None, subset: str | None) -> 
 def _unusable(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[Fault]:
     for name in given:
         if name == "source":
-            yield Fault(where="DATA.source", message="DATA is the source already; leave this out")
+            yield Fault(where=name, message="the data is named already; leave this out")
         if name in UNREAD:
-            yield Fault(where=f"DATA.{name}", message="has no effect; doctor examines every row; leave it out")
+            yield Fault(where=name, message="has no effect; doctor examines every row; leave it out")
         if name in options:
-            yield Fault(where=f"DATA.{name}", message=f"is also given as --{name}; give one")
+            yield Fault(where=name, message=f"is also given as --{name}; give one")
 
 
 _PAIRS = 5
@@ -114,12 +114,12 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: SourceConfi
     in a format that it is not meant for. A hub's data set that is not on this machine is downloaded. After Ctrl-C it
     prints what it knows of the rows so far, and returns 130. Raises ConfigError, DataError."""
     of_other = [] if against is None else list(settings.source_faults(against, AGAINST))
-    refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA"), *of_other])
+    refuse([*settings.source_faults(data, ""), *settings.column_faults(data, ""), *of_other])
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    path = path_of(data.source, where="DATA", announce=print_line)
+    path = path_of(data.source, where=data.source, announce=print_line)
     other = None if against is None else path_of(against.source, where=AGAINST, announce=print_line)
     try:
         diagnosis, is_whole = examined(console, path, data)

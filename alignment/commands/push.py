@@ -67,8 +67,8 @@ def _exported(folder: str) -> Path:
     path = Path(folder).expanduser().absolute()
     missing = [name for name in EXPORTED_FILES if not (path / name).is_file()]
     if missing:
-        message = f"{folder!r} was not written by align export, because {missing[0]} is missing"
-        raise ConfigError(message, where="FOLDER", remedy="first: align export RUN/STAGE --to FOLDER")
+        message = f"was not written by align export, because {missing[0]} is missing"
+        raise ConfigError(message, where=folder, remedy="first: align export RUN/STAGE --to FOLDER")
     return path
 
 

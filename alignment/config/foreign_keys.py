@@ -1,7 +1,8 @@
 """Names of settings in TRL, axolotl and LLaMA-Factory, and the settings here that do the same.
 
-``FOREIGN`` maps a name to a setting of a stage, of the run, or a choice (``adapter=qlora``), and to what differs.
-``docs/reference/coming_from.md`` is generated from it.
+``FOREIGN`` maps a name to a setting of a stage, of the run, or a choice (``adapter=qlora``), and to what differs. A
+name without a setting here is to be left out; the text says why. ``docs/reference/coming_from.md`` is generated from
+it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "bf16": ("model.dtype", "bfloat16 is the default"),
     "fp16": ("model.dtype", "bfloat16 or float32"),
     "template": ("model.chat_template", "the model's own is the default"),
+    # methods
+    "rl": ("stages", "each method is one, such as stages: {dpo: {}}"),
+    "stage": ("stages", "each method is one, such as stages: {dpo: {}}; rm is reward, pt is cpt"),
+    "do_train": ("", "every stage of the recipe runs"),
     # adapters
     "use_peft": ("adapter=lora", "the default; full trains all weights"),
     "finetuning_type": ("adapter=lora", "or full, qlora, dora, prefix"),
     "load_in_4bit": ("adapter=qlora", "if it is true"),
     "quantization_bit": ("adapter=qlora", "four bits"),
+    "r": ("adapter.rank", ""),
     "lora_r": ("adapter.rank", ""),
     "lora_rank": ("adapter.rank", ""),
     "lora_alpha": ("adapter.alpha", ""),
@@ -44,6 +50,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "lr_scheduler_type": ("optim.schedule", ""),
     "lr_scheduler": ("optim.schedule", ""),
     "warmup_steps": ("optim.warmup_ratio", "a share of all steps"),
+    "adam_beta1": ("", "it is always 0.9"),
+    "adam_beta2": ("", "it is always 0.999"),
     "adam_epsilon": ("optim.adam_eps", ""),
     "optimizer": ("optim.moments", "AdamW; 8-bit and paged moments"),
     "gradient_checkpointing": ("optim.activation_checkpointing", ""),
@@ -58,12 +66,12 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "max_samples": ("data.limit", ""),
     "sample_packing": ("packing", ""),
     "max_completion_length": ("max_new_tokens", "of sampled answers; of rows it is max_answer_length"),
-    "num_generations": ("completions_per_prompt", ""),
+    "num_generations": ("completions_per_prompt", "of PPO, RLOO and GRPO"),
     "response_length": ("max_new_tokens", ""),
     # losses
     "pref_beta": ("beta", ""),
     "rl_beta": ("beta", ""),
-    "pref_loss": ("loss", ""),
+    "pref_loss": ("loss", "of DPO"),
     "loss_type": ("loss", "of DPO; advantage is that of PPO, RLOO and GRPO"),
     "kl_coef": ("kl.coefficient", ""),
     "init_kl_coef": ("kl.coefficient", ""),

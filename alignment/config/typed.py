@@ -125,10 +125,11 @@ class _Conversion:
         if not any(_ending_with(leaf, deeper) or leaf in own_hints for leaf in leaves):
             leaves = {str(key): value}
         for leaf, item in leaves.items():
-            ours, remark = FOREIGN.get(leaf, (leaf, ""))
+            foreign = {} if _ending_with(leaf, deeper) else FOREIGN  # a sweep has a setting ``stage``
+            ours, remark = foreign.get(leaf, (leaf, ""))
             meant = [_join(where, path) for path in _ending_with(ours, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
-            if leaf in FOREIGN:
+            if leaf in foreign:
                 hint = self._hint_for_foreign(cls, where, ours, meant) + (remark and f" ({remark})")
             elif "." in leaf and leaf == str(key):
                 hint = f"in a file, write it nested: {leaf.replace('.', ': {')}: …{'}' * leaf.count('.')}"
@@ -136,6 +137,8 @@ class _Conversion:
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
     def _hint_for_foreign(self, cls: type, where: str, ours: str, meant: Sequence[str]) -> str:
+        if not ours:
+            return "leave it out"
         own = ours.rpartition(".")[2]
         if meant or own in field_types(cls):
             return f"here it is {_either(meant or [_join(where, own)])}"

@@ -24,8 +24,8 @@ from __future__ import annotations
 class AlignmentError(Exception):
     """Base of every error that is shown without a traceback.
 
-    ``where`` names the key, file or stage; ``remedy`` says what to do next. ``rank`` is the rank of the process that
-    met the error, if the other processes raise it too."""
+    ``where`` is the key, file, stage, option or value that is wrong; ``remedy`` says what to do next. ``rank`` is the
+    rank of the process that met the error, if the other processes raise it too."""
 
     exit_code = 1
     rank: int | None = None
@@ -37,7 +37,8 @@ class AlignmentError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.message}" if self.where else self.message
+        message = self.message.removeprefix(f"{self.where!r} ")  # the place may be the value that is wrong
+        head = f"{self.where}: {message}" if self.where else self.message
         return f"{head}\n  → {self.remedy}" if self.remedy else head
 
     @property

@@ -86,6 +86,11 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
+def is_named_as_data(path: Path) -> bool:
+    """Whether the suffix of the name is that of a data file."""
+    return _suffix(path) in _READERS
+
+
 def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 

@@ -312,10 +312,10 @@ def test_recipes_that_put_their_runs_in_different_folders_are_refused(
 ) -> None:
     recipes_with_outputs(monkeypatch, tmp_path)
     assert cli.main(["compare", "mine.yaml", "third.yaml"]) == 2
-    message = f"RUN: the recipes have different output folders: {tmp_path / 'elsewhere'}, {tmp_path / 'third'}"
+    message = f"mine.yaml, third.yaml: the recipes have different output folders: {tmp_path / 'elsewhere'}, "
     assert message in capsys.readouterr().err
     assert cli.main(["compare", "mine.yaml", "here.yaml"]) == 2
-    assert f"RUN: the recipes have different output folders: {tmp_path}, " in capsys.readouterr().err
+    assert f"the recipes have different output folders: {tmp_path}, " in capsys.readouterr().err
 
 
 def recipes_with_outputs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -334,8 +334,10 @@ def test_a_recipe_that_was_not_run_is_refused_with_the_runs_that_exist(
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     assert cli.main(["status", "./mine.yaml"]) == 2
-    message = f"configuration: RUN: no run 'mine' under {tmp_path / 'runs'}; one of: mine-smoke, other"
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("configuration: mine: ")
+    assert str(tmp_path / "runs") in error
+    assert "one of: mine-smoke, other" in error
 
 
 def test_every_verb_has_its_module_and_every_module_its_verb() -> None:
@@ -392,20 +394,60 @@ def test_misspellings_are_listed_together_and_nothing_is_started(capsys: Capture
     ("arguments", "code", "message"),
     [
         (["run"], 2, f"configuration: which recipe? shipped: {', '.join(recipe_names())}"),
-        (["run", "quikstart"], 2, "configuration: recipe: no recipe 'quikstart'; did you mean 'quickstart'?"),
-        (["sweep", "quickstart", "./nope.yaml"], 2, "configuration: SWEEP: no file ./nope.yaml"),
+        (["run", "quikstart"], 2, "configuration: quikstart: no recipe of this name; did you mean 'quickstart'?"),
         (["plan", "quickstart", "stages.sft.data.source=path:/x"], 3, "data: stages.sft.data.source: no file /x"),
         (["plan", "quickstart", "model.source=path:/x"], 4, "model: model.source: no folder /x"),
-        (
-            ["status", "x", "--output", "/nowhere"],
-            2,
-            "configuration: RUN: no run 'x' under /nowhere/runs; there are none",
-        ),
     ],
 )
 def test_a_fault_has_its_exit_code(capsys: Captured, arguments: list[str], code: int, message: str) -> None:
     assert cli.main(arguments) == code
     assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("line", "beginning", "fact"),
+    [
+        ("status nope", "configuration: nope: ", "HERE/runs; there are none"),
+        ("status --follow", "configuration: HERE/runs: ", "no readable run"),
+        ("watch nope", "configuration: nope: ", "no run"),
+        ("track nope --to wandb", "configuration: nope: ", "no run"),
+        ("judge nope", "configuration: nope: ", "no run"),
+        ("compare a", "configuration: a: ", "two runs"),
+        ("compare a a", "configuration: a: ", "is named twice"),
+        ("compare a b", "configuration: a: ", "no run"),
+        ("chat nope", "configuration: nope: ", "no such run"),
+        ("chat quickstart --arm nope/dpo", "configuration: nope/dpo: ", "no such run"),
+        ("chat hub:nope", "model: hub:nope: ", "model source"),
+        ("serve nope", "configuration: nope: ", "no such run"),
+        ("export nope --to out", "configuration: nope: ", "no such run"),
+        ("push nope --to a/b", "configuration: nope: ", "README.md is missing"),
+        ("add-tokens nope <a> --to out", "model: nope: ", "model source"),
+        ("sweep quickstart nope", "configuration: nope: ", "dpo_beta"),
+        ("sweep quickstart ./nope.yaml", "configuration: ./nope.yaml: ", "no such file"),
+        ("plan nope", "configuration: nope: ", "quickstart"),
+        ("plan dpo_beta", "configuration: dpo_beta: ", "is a sweep"),
+        ("plan ./nope.yaml", "configuration: ./nope.yaml: ", "no file HERE/nope.yaml"),
+        ("plan nope.csv.gz", "configuration: nope.csv.gz: ", "align new nope.csv.gz"),
+        ("preview ./nope.jsonl", "configuration: ./nope.jsonl: ", "align new ./nope.jsonl"),
+        ("new nope.jsonl", "data: nope.jsonl: ", "no file HERE/nope.jsonl"),
+        ("new a.jsonl a.jsonl", "configuration: a.jsonl: ", "is named twice"),
+        ("new hub:x", "data: hub:x: ", "data set"),
+        ("new a.jsonl --columns {promt:a}", "configuration: --columns", ""),
+        ("doctor nope.jsonl", "data: nope.jsonl: ", "no file HERE/nope.jsonl"),
+        ("doctor a.jsonl limit=3", "configuration: limit: ", "no effect"),
+        ("doctor a.jsonl --split x", "configuration: split: ", "no effect"),
+        ("doctor a.jsonl --against hub:x", "data: --against: ", "'hub:x'"),
+    ],
+)
+def test_an_error_begins_with_what_the_user_wrote(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, beginning: str, fact: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"prompt": "a"}\n')
+    assert cli.main(line.split()) != 0
+    error = capsys.readouterr().err.replace(str(tmp_path), "HERE")
+    assert error.startswith(beginning)
+    assert fact in error.removeprefix(beginning)
 
 
 def test_another_distribution_of_the_same_package_is_refused(
@@ -432,7 +474,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture
 def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
-    assert "unrecognized arguments" in capsys.readouterr().err
+    assert f"align {words[0]}: error: unrecognized arguments" in capsys.readouterr().err
 
 
 OF_A_VERB = """

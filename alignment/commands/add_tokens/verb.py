@@ -44,7 +44,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str,
     control tokens, or with ``in_text`` tokens that the text of rows may contain. Raises ConfigError, ModelError,
     StageError."""
     target = new_folder(to)
-    model = model_sources.resolve(source, where="MODEL")
+    model = model_sources.resolve(source, where=source)
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
     argv = [sys.executable, "-m", "alignment.commands.add_tokens.worker", str(model.folder), "--to", str(target)]

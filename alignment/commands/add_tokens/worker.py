@@ -96,7 +96,7 @@ def _refuse_known(tokenizer: Any, tokens: Sequence[str]) -> None:
     for index, token in enumerate(tokens):
         if token in known or token in tokens[:index] or not token.strip():
             why = "is already a token" if token in known else "is given twice" if token.strip() else "is empty"
-            raise ConfigError(f"{token!r} {why}", where="TOKEN", remedy="name others")
+            raise ConfigError(f"{token!r} {why}", where=token.strip(), remedy="name others")
 
 
 @torch.no_grad()

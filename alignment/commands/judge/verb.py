@@ -220,8 +220,8 @@ def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
     """The evaluation of a run: its stage and its artifact, whose content is what was made."""
     artifacts = evaluations(run_folder(output, run))
     if not artifacts:
-        message = f"the run {run!r} has no finished evaluation, so there are no answers to judge"
-        raise ConfigError(message, where="RUN", remedy="add a stage of kind evaluate to its recipe, and run it")
+        message = "has no finished evaluation, so there are no answers to judge"
+        raise ConfigError(message, where=run, remedy="add a stage of kind evaluate to its recipe, and run it")
     if stage is None and len(artifacts) > 1:
         raise ConfigError(f"the run has several evaluations: {', '.join(artifacts)}", where="--stage")
     name = next(iter(artifacts)) if stage is None else stage.removeprefix("stage:")

@@ -135,5 +135,5 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
     for rows in circumstances.rows.values():
         if id(rows) not in read:
             remedy = "leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout"
-            raise ConfigError(f"no stage uses {', '.join(rows.files)}", where="FILE", remedy=remedy)
+            raise ConfigError("no stage uses it", where=", ".join(rows.files), remedy=remedy)
     return stages

@@ -213,10 +213,10 @@ def new_recipe(console: Console, files: Sequence[str], *, out: str, options: Opt
     path = _new_file(out)
     named = [*files, *([options.heldout] if options.heldout else [])]
     if repeated := next((file for file in named if named.count(file) > 1), None):
-        raise ConfigError(f"{repeated} is named twice", where="FILE", remedy="name each file once")
+        raise ConfigError("is named twice", where=repeated, remedy="name each file once")
     memory = base_model.free_bytes(options.device)
     columns = _columns(options.columns)
-    looked = [look_at(console, file, where="FILE", columns=columns).counted() for file in files]
+    looked = [look_at(console, file, where=file, columns=columns).counted() for file in files]
     given = None if options.heldout is None else look_at(console, options.heldout, where="--heldout").counted()
     if given is not None and not given.prompts:
         remedy = "name a file with prompts, or leave the option out"
@@ -248,8 +248,9 @@ def _columns(written: str | None) -> dict[str, str]:
     if written is None:
         return {}
     plain, faults = tree_of([f"columns={written}"], example="--columns '{prompt: my_question}'")
-    data, wrong = source_from_plain(plain, where="FILE")
-    refuse([*faults, *wrong, *column_faults(data, "FILE")])
+    data, wrong = source_from_plain(plain, where="")
+    wrong += column_faults(data, "")
+    refuse([*faults, *(replace(fault, where=f"--{fault.where}") for fault in wrong)])
     return data.columns
 
 

@@ -71,7 +71,7 @@ def runs_of(arguments: argparse.Namespace, *named: str) -> tuple[Path, list[str]
     if len(folders) > 1:
         message = f"the recipes have different output folders: {', '.join(map(str, folders))}"
         remedy = "name the folder that contains all of the runs with --output"
-        raise ConfigError(message, where="RUN", remedy=remedy)
+        raise ConfigError(message, where=", ".join(named), remedy=remedy)
     return (folders[0] if folders else Path.cwd()), runs
 
 

@@ -24,11 +24,11 @@ def run_names(output: Path) -> list[str]:
     return sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
 
 
-def run_folder(output: Path, run: str, *, where: str = "RUN") -> Path:
+def run_folder(output: Path, run: str) -> Path:
     """The folder of a run. Raises ConfigError: there is no such run; the error suggests one."""
     names = run_names(output)
     if run not in names:
-        raise ConfigError(f"no run {run!r} under {output / 'runs'}; {suggestion(run, names)}", where=where)
+        raise ConfigError(f"no run of this name under {output / 'runs'}; {suggestion(run, names)}", where=run)
     return output / "runs" / run
 
 
@@ -42,7 +42,7 @@ def current_run(output: Path) -> Path:
             candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, folder))
     if not candidates:
         remedy = "start one: align run RECIPE; or name the folder that contains runs/ with --output"
-        raise ConfigError(f"no readable run under {output / 'runs'}", where="RUN", remedy=remedy)
+        raise ConfigError("no readable run here", where=str(output / "runs"), remedy=remedy)
     return max(candidates)[2]
 
 

@@ -34,7 +34,7 @@ def artifact_of_adapter(source: str, console: Console) -> Path:
     """The folder of an artifact in the cache with the adapter of a source, and the tokenizer that belongs to it. It is
     made at the first call; the adapter and its base model are downloaded if they are a hub's. Raises ModelError: the
     adapter is not supported, names no base model that is here or on a hub, or does not fit it."""
-    folder = _here(source, where="RESULT", console=console).folder
+    folder = _here(source, where=source, console=console).folder
     assert folder is not None, "it is on this machine"
     adapter = read_adapter(folder, where=source)
     if not adapter.base:
@@ -93,14 +93,14 @@ def artifact_of(result: str, output: Path, console: Console) -> Path:
     runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
     if run not in runs:
         raise ConfigError(
-            f"{result!r} is not a folder, and there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}",
-            where="RESULT",
+            f"is not a folder, and there is no such run under {output / 'runs'}; {suggestion(run, runs)}",
+            where=result,
             remedy="name an artifact's folder, or RUN/STAGE",
         )
     run_folder = output / "runs" / run
     stages = RunRecord.read(run_folder).stages
     if stage not in stages:
-        raise ConfigError(f"run {run!r} has no stage {stage!r}; {suggestion(stage, stages)}", where="RESULT")
+        raise ConfigError(f"the run has no stage {stage!r}; {suggestion(stage, stages)}", where=result)
     return result_of(run_folder, stage, stages[stage])
 
 

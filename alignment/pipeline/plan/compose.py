@@ -8,6 +8,7 @@ misspelling is reported, not only the first. Nothing in a configuration can run 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from alignment.config.launch import MachinesBackend, SlurmBackend
 from alignment.config.run import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
+from alignment.data.row_files import is_named_as_data
 from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.choices import chosen_files, copy_groups, passes_reference
@@ -172,19 +174,22 @@ def _keys_written(path: Path) -> frozenset[str]:
 def find_recipe(recipe: str) -> Path:
     """The file of a recipe. Raises ConfigError: there is no such name or file, or it is that of a sweep; the error
     lists the shipped recipes."""
+    if is_named_as_data(Path(recipe)):
+        remedy = f"align new {shlex.quote(recipe)} writes a recipe for it; align doctor shows what it contains"
+        raise ConfigError("has the name of a data file; a recipe is a .yaml file", where=recipe, remedy=remedy)
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
         if not path.is_file():
             shipped = f"shipped recipes: {', '.join(recipe_names())}"
-            raise ConfigError(f"no file {path}", where="recipe", remedy=similar_name(path) or shipped)
+            raise ConfigError(f"no file {path}", where=recipe, remedy=similar_name(path) or shipped)
         if path.suffix != ".yaml":
-            raise ConfigError(f"{path.name} does not end in .yaml", where="recipe", remedy="rename it")
+            raise ConfigError("does not end in .yaml", where=recipe, remedy="rename it")
         return path
     if recipe not in recipe_names():
         if recipe in sweep_names():
-            raise _sweep(recipe, where="recipe")
+            raise _sweep(recipe, where=recipe)
         remedy = "`align recipes` lists them; give your own file by its path, such as ./mine.yaml"
-        raise ConfigError(f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}", where="recipe", remedy=remedy)
+        raise ConfigError(f"no recipe of this name; {suggestion(recipe, recipe_names())}", where=recipe, remedy=remedy)
     return recipes_folder() / f"{recipe}.yaml"
 
 

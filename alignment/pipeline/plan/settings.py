@@ -127,11 +127,11 @@ def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
     """Faults in the settings of a single source."""
     if data.format is not None and data.format not in FORMATS:
         message = f"{data.format!r} is not a format; {suggestion(data.format, FORMATS)}"
-        yield Fault(where=f"{where}.format", message=message)
+        yield Fault(where=f"{where}.format".lstrip("."), message=message)
     for name in ("split", "subset") if not data.source.startswith("hub:") else ():
         if (value := getattr(data, name)) != getattr(SourceConfig(), name):
             message = f"{value!r} has no effect; only a hub's data set has a {name}"
-            yield Fault(where=f"{where}.{name}", message=message)
+            yield Fault(where=f"{where}.{name}".lstrip("."), message=message)
 
 
 def column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
@@ -139,7 +139,7 @@ def column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
     for column in data.columns:
         if column not in COLUMNS:
             message = f"no format has a column of this name; {suggestion(column, COLUMNS)}"
-            yield Fault(where=f"{where}.columns.{column}", message=message)
+            yield Fault(where=f"{where}.columns.{column}".lstrip("."), message=message)
 
 
 def _data_faults(data: DataConfig, where: str, *, any_column: bool) -> Iterator[Fault]:

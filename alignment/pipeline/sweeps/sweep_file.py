@@ -113,8 +113,8 @@ def _file_of(name: str) -> Path:
     if not path.is_file():
         similar = similar_name(path) if is_path else ""
         remedy = similar or "give the path of a .yaml file, or the name of a shipped sweep"
-        message = f"no file {name}" if is_path else f"no sweep {name!r}; {suggestion(name, sweep_names())}"
-        raise ConfigError(message, where="SWEEP", remedy=remedy)
+        message = "no such file" if is_path else f"no sweep of this name; {suggestion(name, sweep_names())}"
+        raise ConfigError(message, where=name, remedy=remedy)
     if not is_name(path.stem):
         raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
     return path

@@ -104,9 +104,9 @@ def test_one_stage_runs_alone(overrides: list[str]) -> None:
     with pytest.raises(alignment.ConfigError, match="no stage 'dop'") as caught:
         alignment.run("quickstart", overrides, stage="dop", quiet=True)
     assert caught.value.where == "stage", "the argument, and not the command's option"
-    with pytest.raises(alignment.ConfigError, match="no sweep 'nope'") as caught:
+    with pytest.raises(alignment.ConfigError, match="no sweep of this name") as caught:
         alignment.sweep("quickstart", "nope", overrides)
-    assert caught.value.where == "sweep"
+    assert caught.value.where == "nope"
 
 
 @pytest.mark.usefixtures("without_training")

@@ -207,7 +207,7 @@ def test_a_recipe_or_sweep_that_is_not_there_is_named_with_the_nearest(tmp_path:
     ):
         with pytest.raises(ConfigError) as caught:
             compose(recipe, [])
-        assert (caught.value.where, word in str(caught.value)) == ("recipe", True)
+        assert (caught.value.where, word in str(caught.value)) == (recipe, True)
     with pytest.raises(ConfigError, match=r"did you mean .*/measures\.yaml"):
         read_sweep("quickstart", f"{tmp_path}/mesures.yaml", [])
 
@@ -452,7 +452,7 @@ def test_a_profile_of_another_form_says_so(tmp_path: Path, text: str, words: str
 
 def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path) -> None:
     copy = write(tmp_path / "mine.yaml", (conf_folder() / "sweep/dpo_beta.yaml").read_text())
-    for recipe, where in (("dpo_beta", "recipe"), (copy, copy)):
+    for recipe in ("dpo_beta", copy):
         with pytest.raises(ConfigError) as caught:
             compose(recipe, [])
-        assert (caught.value.where, f"`align sweep RECIPE {recipe}`" in caught.value.remedy) == (where, True)
+        assert (caught.value.where, f"`align sweep RECIPE {recipe}`" in caught.value.remedy) == (recipe, True)

@@ -9,11 +9,12 @@ import pytest
 from alignment.config.faults import Fault
 from alignment.config.foreign_keys import FOREIGN
 from alignment.config.run import GROUPS, RunConfig, conf_folder
-from alignment.config.typed import convert, paths_below
+from alignment.config.typed import convert, paths_below, sweep_from_plain
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan.compose import compose
 from alignment.stages import registry
 from alignment.stages.registry import config_classes
+from alignment.training.optimizer import BETAS
 
 SHORT = """
 model: Qwen/Qwen2.5-0.5B-Instruct
@@ -216,6 +217,9 @@ def faults(tree: dict[str, object]) -> list[Fault]:
         ({"stages": {"sft": {"kind": "sft", "cutoff_len": 8}}}, "stages.sft.cutoff_len", "stages.sft.max_length"),
         ({"stages": {"sft": {"kind": "sft", "load_in_4bit": True}}}, "stages.sft.load_in_4bit", "adapter: qlora"),
         ({"stages": {"sft": {"kind": "sft", "lam": 1}}}, "stages.sft.lam", "gae_lambda"),
+        ({"stages": {"sft": {"kind": "sft", "adapter": {"r": 8}}}}, "stages.sft.adapter.r", "stages.sft.adapter.rank"),
+        ({"rl": "dpo"}, "rl", "stages"),
+        ({"stages": {"sft": {"kind": "sft", "stage": "rm"}}}, "stages.sft.stage", "stages"),
     ],
 )  # fmt: skip
 def test_a_key_of_another_tool_is_answered_with_ours(tree: dict[str, object], where: str, key: str) -> None:
@@ -224,9 +228,21 @@ def test_a_key_of_another_tool_is_answered_with_ours(tree: dict[str, object], wh
     assert f"'{key}'" in fault.message
 
 
+def test_a_key_that_no_setting_stands_for_is_to_be_left_out() -> None:
+    for key, why in (("adam_beta1", str(BETAS[0])), ("adam_beta2", str(BETAS[1])), ("do_train", "every stage")):
+        (fault,) = faults({"stages": {"sft": {"kind": "sft", "optim": {key: 0}}}})
+        assert fault.message.startswith("unknown key; leave it out (")
+        assert why in fault.message
+
+
+def test_a_key_of_a_sweep_is_not_taken_for_another_tools() -> None:
+    with pytest.raises(ConfigError, match=r"stage: unknown key; did you mean 'pruning\.stage'"):
+        sweep_from_plain({"stage": "sft"}, where="sweep.yaml")
+
+
 def test_every_key_of_another_tool_leads_to_a_setting_or_a_choice() -> None:
     ours = {path for cls in (RunConfig, *config_classes().values()) for path in paths_below(cls)}
     choices = {f"{group}={path.stem}" for group in GROUPS for path in (conf_folder() / group).glob("*.yaml")}
-    assert {setting for setting, _ in FOREIGN.values()} <= ours | choices
+    assert {setting for setting, _ in FOREIGN.values()} <= ours | choices | {""}
     assert FOREIGN.keys().isdisjoint(path.rpartition(".")[2] for path in ours)
     assert len(FOREIGN) >= 30

@@ -355,7 +355,7 @@ def test_the_doctor_explains_a_split_of_a_data_set(hub_data_of_cache: Path, caps
         (("hub:org/name", "--split", "test"), 0, f"{NAME}: 1 row\n"),
         (("hub:org/name", "--split", "test"), 0, f"stages.sft.data.source={NAME} stages.sft.data.split=test\n"),
         (("hub:org/name", "--subset", "x"), 3, "has no subset 'x'; it has default"),
-        (("bundled:quickstart/heldout", "--split", "test"), 2, "DATA.split: 'test' has no effect"),
+        (("bundled:quickstart/heldout", "--split", "test"), 2, "configuration: split: 'test' has no effect"),
     ):
         assert cli.main(["doctor", *words]) == code
         output = capsys.readouterr()

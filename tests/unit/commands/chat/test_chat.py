@@ -170,7 +170,7 @@ def test_results_and_bases_are_found_where_they_are_now(runs: Runs, tmp_path: Pa
         (("a", "dpp"), {}, "did you mean 'dpo'?"),
         (("a", "reward"), {}, "of kind reward; only a policy can answer prompts"),
         (("a", "ppo"), {}, "no complete artifact here"),
-        (("c",), {}, "there is no run 'c'"),
+        (("c",), {}, "c: is not a folder, and there is no such run"),
         (("a", "sft", "dpo", "base"), {}, "3 arms; at most two"),
         (("BASE",), {}, "is a folder with a model, not the result of a stage"),
         (("young",), {}, "no stage of this run has produced a policy yet"),

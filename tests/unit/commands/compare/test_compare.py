@@ -279,7 +279,7 @@ def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> N
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(("a",), "name two runs or more"), (("a", "a"), "'a' is named twice"), (("a", "bq"), "did you mean 'b'")],
+    [(("a",), "name two runs or more"), (("a", "a"), "a: is named twice"), (("a", "bq"), "did you mean 'b'")],
 )
 def test_runs_that_are_not_there_are_refused(runs: Runs, names: tuple[str, ...], words: str) -> None:
     runs.add("a")

@@ -48,15 +48,15 @@ def test_every_setting_of_a_source_is_read_or_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("colums={prompt: q}", "DATA.colums: unknown key; did you mean 'columns'?"),
-        ("data.columns={prompt: q}", "DATA.data: unknown key; one of: source, split, subset, format, columns, "),
-        ("columns=q", "DATA.columns: 'q' is not allowed; it takes names and texts"),
-        ("columns={promt: a}", "DATA.columns.promt: no format has a column of this name; did you mean 'prompt'?"),
-        ("split=3", "DATA.split: 3 is not allowed; it takes text"),
+        ("colums={prompt: q}", "configuration: colums: unknown key; did you mean 'columns'?"),
+        ("data.columns={prompt: q}", "configuration: data: unknown key; one of: source, split, "),
+        ("columns=q", "configuration: columns: 'q' is not allowed; it takes names and texts"),
+        ("columns={promt: a}", "columns.promt: no format has a column of this name; did you mean 'prompt'?"),
+        ("split=3", "configuration: split: 3 is not allowed; it takes text"),
         ("split='${oc.env:HOME}'", "is not allowed: a configuration can only refer to itself"),
-        ("source=b.jsonl", "DATA.source: DATA is the source already"),
-        ("limit=3", "DATA.limit: has no effect"),
-        ("format=prompt", "DATA.format: is also given as --format"),
+        ("source=b.jsonl", "configuration: source: the data is named already"),
+        ("limit=3", "configuration: limit: has no effect"),
+        ("format=prompt", "configuration: format: is also given as --format"),
         ("colums={a: b}; limit=3", "2 faults in the configuration"),
     ],
 )

@@ -420,7 +420,7 @@ def test_votes_arms_and_evaluations_are_those_that_are_named(printed: Any, outpu
     ("run", "arms", "options", "where", "word", "code"),
     [
         ("mien", BOTH, {}, "", "'mine'", 2),
-        ("bare", BOTH, {}, "RUN", "no finished evaluation", 2),
+        ("bare", BOTH, {}, "bare", "no finished evaluation", 2),
         ("turns", BOTH, {}, SAMPLES, "several turns", 3),
         ("mine", BOTH, {"stage": "evalaute"}, "--stage", "'evaluate'", 2),
         ("mine", ["sft", "dop"], {}, "--arm", "'dpo'", 2),

@@ -406,7 +406,7 @@ FILES = {
     ("files", "options", "error", "message"),
     [
         (["talk"], {"answers": {"first": "skip"}}, ConfigError, "--first: 'skip' has no effect"),
-        (["talk", "pairs", "prompts"], {"answers": DIRECTLY}, ConfigError, r"uses recipe-prompts-train\.jsonl"),
+        (["talk", "pairs", "prompts"], {"answers": DIRECTLY}, ConfigError, "jsonl: no stage uses it"),
         (["texts"], {"answers": {"scorer": "s.py:f"}}, ConfigError, r"--scorer: 's\.py:f' has no effect"),
         (["talk", "talk"], {}, ConfigError, "is named twice"),
         (["labelled"], {"columns": "{lable: good}"}, ConfigError, "did you mean 'label'"),

@@ -75,7 +75,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "options", "code", "where", "message"),
     [
         (("mine", "dpp"), {}, 2, "", "did you mean 'dpo'?"),
-        (("other",), {}, 2, "", "there is no run 'other'"),
+        (("other",), {}, 2, "other", "there is no such run"),
         (("mine", "sft", "sft"), {}, 2, "--arm", "2 arms are called sft"),
         (("young",), {}, 7, "", "no stage of this run has produced a policy yet"),
         (("young", "sft"), {}, 7, "", "no complete artifact here"),

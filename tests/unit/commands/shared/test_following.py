@@ -123,7 +123,7 @@ def test_a_run_is_found_by_name_or_as_the_newest(tmp_path: Path, capsys: pytest.
         assert cli.main(["status", "--follow", *words, "--output", str(tmp_path)]) == code
         return "".join(capsys.readouterr())
 
-    assert "configuration: RUN: no readable run under" in status(code=2)
+    assert "no readable run" in status(code=2)
     RunFolder(tmp_path, "first", state="done", started="2026-11-28T10:00:00+00:00")
     RunFolder(tmp_path, "second", state="done", started="2026-11-28T12:00:00+00:00")
     (tmp_path / "runs/torn").mkdir()
@@ -294,7 +294,7 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(AlignmentError, match=words):
             watch(Console(), run, output=tmp_path, **options)
 
-    refused(None, "no readable run under")
+    refused(None, "no readable run")
     run = RunFolder(tmp_path)
     refused("mien", "did you mean 'mine'")
     refused("mine", "70000 is not a port", port=70000)
