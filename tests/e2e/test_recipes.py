@@ -55,7 +55,7 @@ def _tldr_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _gsm8k_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """As in openai/gsm8k: a problem to learn from, and one of the evaluation."""
-    learned, held_out = (f"Ada has {number} {things} and buys 2 more. How many?" for things in ("apples", "books"))
+    learned, held_out = (f"Ada has {number} {noun} and buys 2 more. How many?" for noun in ("apples", "books"))
     solution = f"{number} + 2 = <<{number}+2={number + 2}>>{number + 2}.\n#### {number + 2}"
     return {"question": learned, "answer": solution}, {"question": held_out, "answer": solution}
 
