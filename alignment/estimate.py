@@ -324,6 +324,8 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
         changes["optim"] = replace(optim, batch_size=min(optim.batch_size, STEP_ROWS))
     if hasattr(config, "ppo_epochs"):
         changes["ppo_epochs"] = 1
+    if hasattr(config, "drop_ties"):  # answers without numbers all score alike, so nothing would be learned
+        changes["drop_ties"] = False
     return replace(spec, config=replace(config, **changes), sharding=Sharding.none, offload=Offload.none)
 
 

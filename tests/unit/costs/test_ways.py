@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
-from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.costs.devices import DEVICES
@@ -24,6 +24,7 @@ from alignment.records.cost import StageCost
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.kind import EvaluateConfig
 from alignment.stages.kto.kind import KtoConfig
+from alignment.stages.ppo.config import Advantage
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
 from tests.chained import FULL, Chained, config_of
@@ -96,6 +97,22 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     assert thrice.steps == 3 * once.steps
     assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
+def test_prompts_whose_answers_score_alike_still_cost_learning(tmp_path: Path, timer: Timer) -> None:
+    chained, scorers = Chained(tmp_path), [ScorerConfig(source="regex", pattern="no answer matches this")]
+    groups = {"advantage": Advantage.grpo, "critic": Critic.none, "completions_per_prompt": 2}
+    settings = {"reward": None, "scorers": scorers, **groups}
+    dropped, kept = (
+        cost_of(
+            chained.spec("ppo", FULL, config=config_of("ppo", FULL, drop_ties=drop, **settings)), timer, publishes=False
+        )
+        for drop in (True, False)
+    )
+    assert dropped.error == kept.error == ""
+    assert dropped.flop == kept.flop > 0
+    assert dropped.peak == kept.peak
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
