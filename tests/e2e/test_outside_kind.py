@@ -66,9 +66,9 @@ def test_it_is_planned_killed_resumed_reported_shown_and_swept(
     outside: Outside, tiny_model_folder: Path, forked: Forked, tmp_path: Path
 ) -> None:
     assert "toy          plain texts backwards (toy-stage)" in outside("stages")
-    assert re.search(r"backwards +run ", outside("plan", "./mine.yaml"))
+    assert re.search(r"\bbackwards .*run ", outside("plan", "./mine.yaml"))
     outside("run", "./mine.yaml", code=5, **{KILLED: "backwards:2"})
-    assert re.search(r"backwards +resume ", outside("plan", "./mine.yaml"))
+    assert re.search(r"\bbackwards .*resume ", outside("plan", "./mine.yaml"))
     assert "toy loss" in outside("run", "./mine.yaml")
     artifact = outside.artifact()
     rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_it_is_planned_killed_resumed_reported_shown_and_swept(
     assert (identity["kind"], identity["revision"]) == ("toy", 7)
     assert "Backward loss" in (outside.folder / "runs/mine/report.html").read_text()
     assert "toy loss" in outside("status", "mine")
-    assert re.search(r"backwards +reuse ", outside("plan", "./mine.yaml"))
+    assert re.search(r"\bbackwards .*reuse ", outside("plan", "./mine.yaml"))
 
     undisturbed = Outside(tmp_path, tiny_model_folder, forked)
     undisturbed("run", "./mine.yaml")
@@ -98,7 +98,7 @@ def test_the_readme_shows_these_files_and_a_recipe_that_can_be_planned(outside: 
     )
     (outside.folder / "readme.yaml").write_text(recipe.text, encoding="utf-8")
     (outside.folder / "texts.jsonl").write_text('{"text": "The shop is closed on Monday."}\n', encoding="utf-8")
-    assert re.search(r"backwards +run ", outside("plan", "./readme.yaml", "profile=smoke"))
+    assert re.search(r"\bbackwards .*run ", outside("plan", "./readme.yaml", "profile=smoke"))
 
 
 def test_without_the_package_the_kind_is_unknown(outside: Outside) -> None:

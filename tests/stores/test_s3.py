@@ -60,7 +60,7 @@ def test_another_machine_reuses_what_the_first_has_made(
     for name in manifests:
         assert f"{name} from the store" in planned
     assert f"store: s3://{BUCKET}/{second.prefix}" in planned
-    assert re.search(r"^sft +fetch ", planned, re.MULTILINE)
+    assert re.search(r"\bsft .* fetch ", planned, re.MULTILINE)
     assert "0 to run, 2 reused, 2 of them from the store" in planned
     assert not list(second.output.iterdir()), "a plan writes nothing"
 
@@ -84,7 +84,7 @@ def test_a_lost_machine_s_stage_is_continued_by_another(
     kill_all(process)
     shutil.rmtree(first.output)
 
-    resumed = re.search(r"^sft +resume +from checkpoint-(\d+) in the store", second("plan", *LONG), re.MULTILINE)
+    resumed = re.search(r"\bsft .* resume +from checkpoint-(\d+) in the store", second("plan", *LONG), re.MULTILINE)
     assert resumed is not None
     assert int(resumed[1]) > 0
     busy = second("run", *LONG, code=8)
@@ -108,7 +108,7 @@ def test_a_kill_during_an_upload_leaves_nothing_that_counts(
     assert not [key for key in server.keys(first.prefix) if key.endswith("manifest.json")]
 
     planned = first("plan", *SHORT)
-    assert re.search(r"^sft +reuse .*here; a run will upload it", planned, re.MULTILINE), planned
+    assert re.search(r"\bsft .* reuse .*here; a run will upload it", planned, re.MULTILINE), planned
     first("run", *SHORT)
     assert states(first) == {"sft": "reused", "dpo": "done"}
     shutil.rmtree(first.output)
@@ -145,7 +145,7 @@ def test_a_kill_during_the_upload_of_a_checkpoint_leaves_nothing_that_counts(
         until(proxy.held.is_set, process)
         kill_all(process)
     assert not [key for key in server.keys(first.prefix) if key.endswith("-000000.json")]
-    assert re.search(r"^sft +run ", second("plan", *LONG), re.MULTILINE)
+    assert re.search(r"\bsft .* run ", second("plan", *LONG), re.MULTILINE)
 
 
 def test_two_machines_at_once_make_a_stage_once(machines: MakeMachine, undisturbed: Align) -> None:

@@ -50,7 +50,9 @@ def _model(plan: Plan) -> str:
     base, dtype = plan.base, plan.config.model.dtype.value
     if base.folder is None or not base.ready:
         return f"{base.source} in {dtype}, which a run will download"
-    return f"{base.source} in {dtype}, {weights_size(base.folder) / 1e9:.2f} GB on disk"
+    size = weights_size(base.folder)
+    on_disk = f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{base.source} in {dtype}, {on_disk} on disk"
 
 
 def _launch(plan: Plan) -> str:

@@ -104,15 +104,15 @@ def test_prompts_whose_answers_score_alike_still_cost_learning(tmp_path: Path, t
     chained, scorers = Chained(tmp_path), [ScorerConfig(source="regex", pattern="no answer matches this")]
     groups = {"advantage": Advantage.grpo, "critic": Critic.none, "completions_per_prompt": 2}
     settings = {"reward": None, "scorers": scorers, **groups}
-    dropped, kept = (
+    dropped, whole = (
         cost_of(
             chained.spec("ppo", FULL, config=config_of("ppo", FULL, drop_ties=drop, **settings)), timer, publishes=False
         )
         for drop in (True, False)
     )
-    assert dropped.error == kept.error == ""
-    assert dropped.flop == kept.flop > 0
-    assert dropped.peak == kept.peak
+    assert dropped.error == whole.error == ""
+    assert dropped.flop == whole.flop > 0
+    assert dropped.peak == whole.peak
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
