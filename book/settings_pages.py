@@ -133,9 +133,9 @@ def _top(layout: _Layout) -> str:
 def _kind(kind: StageKind, layout: _Layout) -> str:
     name, page = kind.name, kind_page(kind.name)
     intro = (
-        f"# {name}\n\n{kind.summary[0].upper()}{kind.summary[1:]}. In a recipe: `stage@stages.NAME: {name}` among the "
-        f"`defaults`, and these settings under `stages.NAME`. [Stages](../../stages.md) explains what it "
-        "does, and [Configuration](../configuration.md) how to read the tables."
+        f"# {name}\n\n{kind.summary[0].upper()}{kind.summary[1:]}. Its settings are under `stages.{name}` in a recipe, "
+        f"or under `stages.NAME` beside `kind: {name}`. [Stages](../../stages.md) explains what it does, and "
+        "[Configuration](../configuration.md) how to read the tables."
     )
     own = section(kind.config, heading="## Settings", link=lambda cls: layout.link(cls, page))
     return "\n\n".join([intro, own, *_sections(page, layout, without=(kind.config,))])
