@@ -49,10 +49,11 @@ os.execv(sys.argv[3], sys.argv[3:])
 CUT = """
 [...document.querySelectorAll("body *")].filter((element) => {
   const box = element.getBoundingClientRect();
-  return box.width > 0 && (box.left < -1 || box.right > innerWidth + 1);
+  const scrolls = element.closest(".scroll svg");
+  return box.width > 0 && !scrolls && (box.left < -1 || box.right > innerWidth + 1);
 }).map((element) => element.outerHTML.slice(0, 80))
 """
-"""The elements that are cut off at the left or right edge of the window."""
+"""The elements that are cut off at the left or right edge of the window. A drawing may be scrolled."""
 
 
 class Page:
@@ -220,12 +221,14 @@ function cutTexts(page) {
   const walker = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode;
-    if (!node.data.trim() || node.parentElement.tagName === "title" || !node.parentElement.checkVisibility()) continue;
+    const parent = node.parentElement;
+    if (!node.data.trim() || parent.tagName === "title" || !parent.checkVisibility()) continue;
+    if (parent.closest(".scroll svg")) continue;
     const range = page.createRange();
     range.selectNodeContents(node);
     const box = range.getBoundingClientRect();
     let left = 0, right = page.documentElement.clientWidth;
-    for (let one = node.parentElement; one; one = one.parentElement) {
+    for (let one = parent; one; one = one.parentElement) {
       if (one.namespaceURI.endsWith("svg") || getComputedStyle(one).overflowX === "visible") continue;
       const clip = one.getBoundingClientRect();
       left = Math.max(left, clip.left);
@@ -249,7 +252,7 @@ addEventListener("load", () => {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """How a page lies in a window, everything that can be unfolded being so. ``page`` is the width that it takes,
-    ``cut`` the texts of which a part is out of sight to the left or right."""
+    ``cut`` the texts of which a part is out of sight to the left or right, but for drawings that scroll."""
 
     page: int
     cut: list[str]
