@@ -35,7 +35,7 @@ from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.stored_results import not_reused, with_inputs, with_models
-from alignment.pipeline.execute.summary import REPORT, show_doubts, show_results
+from alignment.pipeline.execute.summary import REPORT, show_doubts, show_results, verdicts
 from alignment.pipeline.execute.workers import Watch, Workers, refuse_stuck, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
@@ -281,6 +281,9 @@ def _one_stage(
     else:
         recorder.stage(stage.name, "reused", seconds=recorded_seconds(stage))
     display.poll()
+    if any(not kind_of(later.config).in_driver for later in plan.stages[plan.stages.index(stage) + 1 :]):
+        for line in verdicts(stage.config.kind, stage.artifact):  # those of the last stage follow at the run's end
+            display.note(f"{stage.name}: {line}")
     _doubt(plan, stage, display.note)
 
 

@@ -195,6 +195,14 @@ def _signed(change: Interval | None, form: str, *, sign: int = 1) -> str:
     return "–" if change is None else f"{sign * change.mean:{form}}"
 
 
+def verdicts(kind: str, artifact: Path) -> list[str]:
+    """A line for each comparison of an evaluation's arms; nothing for other kinds of result."""
+    if produced_by(kind) != EVALUATION:
+        return []
+    evaluation = Evaluation.read(artifact)
+    return [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
+
+
 def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
     arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"

@@ -46,7 +46,7 @@ from tests.unit.pipeline.conftest import faulty_keys, status_of
 
 ROOT = Path(__file__).parents[3]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
-STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+STAGES = ["sft", "evaluate_sft", "reward", "dpo", "ppo", "evaluate", "report"]
 
 
 def fake(launch: LaunchConfig, stage_file: Path) -> Command:
@@ -99,7 +99,10 @@ def test_a_run_makes_every_stage_and_a_second_one_reuses_them(align: Align, monk
     assert not list((align.output / "artifacts").glob("*.work"))
     assert (align.run_folder / "report.html").stat().st_size > 1000
     assert "dpo against sft: +0.080 (+0.020 to +0.140), better" in printed
-    assert "base against sft: -0.010 (-0.050 to +0.030), no real difference" in printed
+    base_against_sft = "base against sft: -0.010 (-0.050 to +0.030), no real difference"
+    assert base_against_sft in printed.partition("reward: starts")[2]
+    assert f"evaluate_sft: {base_against_sft}" in printed.partition("reward: starts")[0], "a verdict while others train"
+    assert "evaluate: dpo" not in printed, "the last one is said once, at the end"
     assert f"report: {align.run_folder / 'report.html'}" in printed
     spec = yaml.safe_load((align.run_folder / "evaluate/stage.yaml").read_text())
     assert (spec["config"]["kind"], spec["inputs"]["reward"]["ref"]) == ("evaluate", "stage:reward")

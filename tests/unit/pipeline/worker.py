@@ -103,6 +103,7 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
         {"arm": "stage:dpo", "against": "stage:sft", "difference": 0.08, "low": 0.02, "high": 0.14, "real": True},
         {"arm": "base", "against": "stage:sft", "difference": -0.01, "low": -0.05, "high": 0.03, "real": False},
     ]
+    comparisons = [row for row in comparisons if row["arm"] in spec.arms]
     metrics = [{"name": "style_and_facts"}, {"name": "style"}]
     measurements = {"metrics": metrics, "primary": "style_and_facts", "arms": arms, "comparisons": comparisons}
     return {"num_prompts": 30, **measurements, "tasks": {}, "version": 2}
