@@ -28,7 +28,7 @@ from benchmarks.measurement import SCRATCH, Circumstances, Failed, Measurement, 
 from benchmarks.search import Trial
 from benchmarks.searched import code_of, fixed_of, grid_of, search_file, write_search
 from benchmarks.setting import SAME_LOSS
-from benchmarks.work import Work
+from benchmarks.work import Rival, Work
 from benchmarks.works import WORKS
 
 TOLERANCE = {"reward": 0.04, "dpo": 0.08}
@@ -79,11 +79,7 @@ def search_work(name: str, options: Options) -> Path:
             circumstances=options.circumstances,
             conditions=conditions,
         )
-        try:
-            rounds = ROUNDS.get(work.kind, _OTHER_ROUNDS)
-            choices = search.search(rival.axes, trying.trial, tolerance=tolerance, rounds=rounds)
-        except search.CannotStart as reason:
-            raise Failed(f"the first setting of {library} failed: {reason}") from reason
+        choices = _chosen(rival, trying, tolerance)
         trials += trying.entries
         for failure in never_ran(rival.axes, trying.entries):
             print(f"  {library}: {failure}", flush=True)
@@ -109,6 +105,15 @@ def search_work(name: str, options: Options) -> Path:
     write_search(path, content)
     print("\n".join([str(path.name), *(f"  {contestant}: {dict(setting)}" for contestant, setting in chosen.items())]))
     return path
+
+
+def _chosen(rival: Rival, trying: Trying, tolerance: float) -> dict[str, Setting]:
+    """The best setting for each goal."""
+    try:
+        rounds = ROUNDS.get(trying.work.kind, _OTHER_ROUNDS)
+        return search.search(rival.axes, trying.trial, tolerance=tolerance, rounds=rounds)
+    except search.CannotStart as reason:
+        raise Failed(f"the first setting of {trying.library} failed: {reason}") from reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
