@@ -1,7 +1,8 @@
 """Records commands of a terminal as an animated SVG: ``python -m book.recording docs/session.svg 'align plan …' …``.
 
 Each command runs in a pseudo-terminal. Its lines appear in the order in which they were printed; waiting is shortened.
-What a progress line showed before its last state is left out. Readers who prefer no motion see all lines at once.
+What a progress line showed before its last state is left out. The picture scrolls like a terminal of ``ROWS`` lines.
+Readers who prefer no motion see its end.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import sys
 from html import escape
 from pathlib import Path
 
-COLUMNS = 112
+COLUMNS, ROWS = 112, 34
 LINE_HEIGHT, CHARACTER = 18, 7.8
 SECONDS_A_LINE, SECONDS_A_COMMAND = 0.15, 1.5
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_CONTROL = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z]|[\r\n])")
 
 
 def output_of(command: str) -> list[str]:
@@ -36,8 +37,26 @@ def output_of(command: str) -> list[str]:
     os.close(controller)
     if process.returncode != 0:
         raise RuntimeError(f"{command}: exit status {process.returncode}\n{printed.decode(errors='replace')}")
-    lines = _CONTROL.sub("", printed.decode()).replace("\r\n", "\n").split("\n")
-    return [line.split("\r")[-1].rstrip() for line in lines if line.split("\r")[-1].strip()]
+    return [line.rstrip() for line in shown(printed.decode()) if line.strip()]
+
+
+def shown(printed: str) -> list[str]:
+    """The lines that a terminal shows after all of this; those that were drawn over are not among them."""
+    lines, row, from_start = [""], 0, False
+    for part in _CONTROL.split(printed):
+        if part == "\n":
+            row, from_start = row + 1, False
+            lines += [""] * (row == len(lines))
+        elif part == "\r":
+            from_start = True
+        elif up := re.fullmatch(r"\x1b\[(\d*)A", part):
+            row = max(0, row - int(up[1] or 1))
+        elif part.endswith("K") and part.startswith("\x1b"):
+            lines[row] = ""
+        elif part and not part.startswith("\x1b"):
+            lines[row] = part if from_start else lines[row] + part
+            from_start = False
+    return lines
 
 
 def _read(controller: int) -> bytes:
@@ -57,13 +76,22 @@ def drawing(session: list[tuple[str, list[str]]]) -> str:
         for line in lines:
             seconds += SECONDS_A_LINE
             rows += [(seconds, "line", part) for part in _wrapped(line)]
-    width, height = 2 * 16 + COLUMNS * CHARACTER, 2 * 16 + len(rows) * LINE_HEIGHT
+    width, height = 2 * 16 + COLUMNS * CHARACTER, 2 * 16 + min(ROWS, len(rows)) * LINE_HEIGHT
+    scrolled = "".join(
+        f"{100 * appears / (seconds + 1):.2f}%{{transform:translateY({-LINE_HEIGHT * (index + 1 - ROWS)}px)}}"
+        for index, (appears, _, _) in enumerate(rows)
+        if index >= ROWS
+    )
+    last = -LINE_HEIGHT * max(0, len(rows) - ROWS)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" font-size="13" '
         'font-family="ui-monospace,SFMono-Regular,Menlo,Consolas,monospace">',
         "<style>text{fill:#d0d7de;white-space:pre;animation:appear .01s both}.command{fill:#7ee787}"
-        "@keyframes appear{from{opacity:0}}@media(prefers-reduced-motion){text{animation:none}}</style>",
+        f"g{{animation:scroll {seconds + 1:.2f}s step-end both}}@keyframes appear{{from{{opacity:0}}}}"
+        f"@keyframes scroll{{0%{{transform:none}}{scrolled}100%{{transform:translateY({last}px)}}}}"
+        "@media(prefers-reduced-motion){text,g{animation-delay:0s!important;animation-duration:.01s}}</style>",
         f'<rect width="{width:.0f}" height="{height}" rx="8" fill="#0d1117"/>',
+        "<g>",
     ]
     for index, (appears, kind, text) in enumerate(rows):
         y = 16 + (index + 0.75) * LINE_HEIGHT
@@ -71,7 +99,8 @@ def drawing(session: list[tuple[str, list[str]]]) -> str:
             f'<text class="{kind}" x="16" y="{y:.0f}" xml:space="preserve" style="animation-delay:{appears:.2f}s">'
             f"{escape(text)}</text>"
         )
-    return "\n".join([*parts, "</svg>", ""])
+    parts += ["</g>", f'<rect width="{width:.0f}" height="16" rx="8" fill="#0d1117"/>', "</svg>", ""]
+    return "\n".join(parts)
 
 
 def _wrapped(line: str) -> list[str]:
