@@ -29,7 +29,7 @@ from tests.e2e.forked import KILLED
 from tests.tiny import save_tiny_model
 from tests.unit.training.read_back import curves_of
 
-STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+STAGES = ["sft", "evaluate_sft", "reward", "dpo", "ppo", "evaluate", "report"]
 TASKS = Path(__file__).parents[1] / "data" / "tasks"
 
 

@@ -25,7 +25,7 @@ from alignment.pipeline.plan.plan import make_plan
 from tests.unit.pipeline.sweeps.conftest import BETAS, METRIC, Runs
 
 ROOT = Path(__file__).parents[3]
-STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+STAGES = ["sft", "evaluate_sft", "reward", "dpo", "ppo", "evaluate", "report"]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -45,8 +45,8 @@ def test_a_plan_says_what_the_command_prints(overrides: list[str], capsys: Captu
         assert re.search(rf"\b{stage.name} .*{steps}\s+run\s+{stage.reason}", printed)
     for note in planned.notes:
         assert f"note: {note}" in printed
-    assert "6 to run, 0 reused" in printed
-    assert repr(planned).splitlines()[0] == "RunPlan quickstart: 6 to run, 0 reused"
+    assert "7 to run, 0 reused" in printed
+    assert repr(planned).splitlines()[0] == "RunPlan quickstart: 7 to run, 0 reused"
     assert cli.main(["plan", "quickstart", "--json", *overrides, "stages.dpo.beta=0.3"]) == 0
     as_json = json.loads(capsys.readouterr().out)
     assert [
@@ -258,7 +258,7 @@ def test_the_examples_in_the_docs_run(
     page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
     printed = capsys.readouterr().out
-    assert printed.startswith("RunPlan quickstart: 6 to run, 0 reused\n  sft: run (")
+    assert printed.startswith("RunPlan quickstart: 7 to run, 0 reused\n  sft: run (")
     assert "done 1.0\n" in printed
     assert "sft Interval(mean=0.5, low=0.4, high=0.6)\n" in printed
     assert "stage:dpo stage:sft Interval(mean=0.08, low=0.02, high=0.14) better\n" in printed

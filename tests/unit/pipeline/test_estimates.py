@@ -80,7 +80,7 @@ def remembered(planned: Plan, costs: Mapping[str, StageCost], *, memory: float) 
 
 def test_a_stage_that_was_not_estimated_is_not_left_out(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "free_memory", lambda: 8e9)
-    names = ("sft", "reward", "dpo", "ppo", "evaluate")
+    names = ("sft", "evaluate_sft", "reward", "dpo", "ppo", "evaluate")
     phases = {"training": PhaseCost(peak=10**9, seconds=5.0)}
     costs = {name: StageCost(stage=name, kind=name, phases=phases) for name in names}
     costs["sft"] = replace(costs["sft"], remedy=["stages.sft.optim.micro_batch_tokens=512"], remedy_peak=3 * 10**9)

@@ -249,7 +249,7 @@ WITHOUT_REPORT = "no stage writes a report; to get one, add `report: {kind: repo
 def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:
     assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
     assert not any("no stage writes" in line for line in screened(plan()))
-    assert advice(plan("~stages.report", "~stages.evaluate")) == []
+    assert advice(plan("~stages.report", "~stages.evaluate", "~stages.evaluate_sft")) == []
     assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 

@@ -35,7 +35,7 @@ from tests.unit.pipeline.conftest import (
     write_rows,
 )
 
-ALL = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+ALL = ["sft", "evaluate_sft", "reward", "dpo", "ppo", "evaluate", "report"]
 OF_DPO = ["dpo", "evaluate", "report"]
 OF_PAIRS = ["reward", "dpo", "ppo", "evaluate", "report"]
 
@@ -308,7 +308,8 @@ def test_a_plan_draws_which_stage_starts_from_which(plan: MakePlan) -> None:
         ["└─►", "sft", rows["sft"], "2", "reuse", stage_of(planned, "sft").artifact.name],
         ["├─►", "reward", rows["reward"], "5", "run"],
         ["├─►", "dpo", "full", rows["dpo"], "7", "run"],
-        ["└─►", "ppo", "◄", "reward", rows["ppo"], "20", "run"],
+        ["└─►", "ppo", "◄", "reward", rows["ppo"], "12", "run"],
+        ["evaluate_sft", "◄", "sft,", "base", rows["evaluate_sft"], "run"],
         ["evaluate", "◄", "sft,", "reward,", *untrained, "dpo,", "ppo", rows["evaluate"], "run"],
         ["report", "◄", "all", "stages", "run"],
     ]

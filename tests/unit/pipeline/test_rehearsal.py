@@ -67,7 +67,7 @@ def tried(plan: MakePlan, tmp_path: Path, started: Commands) -> Tried:
 
     def run(*overrides: str, function: str = "fine", announced: list[str] | None = None) -> Plan:
         scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:{function}'}}]"
-        planned = plan(scorers, *overrides)
+        planned = plan("~stages.evaluate_sft", scorers, *overrides)
         rehearse(planned, planned.stages, announce=[].append if announced is None else announced.append)
         return planned
 
@@ -384,7 +384,7 @@ def test_a_base_that_a_later_stage_cannot_use_is_refused(
     words: str,
 ) -> None:
     write_config(tmp_path, **config)
-    for stage in plan().stages[:num_results]:
+    for stage in plan("~stages.evaluate_sft").stages[:num_results]:
         leave_artifact(stage)
     with pytest.raises(ModelError, match=f"^stage {words}") if words else nullcontext() as caught:
         tried(*settings)

@@ -167,6 +167,7 @@ number=$(($(ls "$FAKES"/asked.* 2>/dev/null | wc -l) + 1))
 echo "$@" > "$FAKES/asked.$number"
 cat "$FAKES/answer.$number" 2>/dev/null || cat "$FAKES/answer" 2>/dev/null
 """
+SIX_STAGES = "~stages.evaluate_sft"
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 
 
@@ -215,7 +216,7 @@ Submit = Callable[..., str]
 @pytest.fixture
 def submit(fakes: Fakes, overrides: list[str]) -> Submit:
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
-        return printed_by_run([*overrides, ON_SLURM, "launch.backend.wait=false", *more], only=only, code=code)
+        return printed_by_run([*overrides, SIX_STAGES, ON_SLURM, "launch.backend.wait=false", *more], only=only, code=code)
 
     return call
 
@@ -258,7 +259,7 @@ def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
 ) -> None:  # fmt: skip
     """The plan has no Slurm, and its files are compared with those that the run gives to ``sbatch``."""
     leave_artifact(make_plan("quickstart", overrides).stages[0])
-    settings = [ON_SLURM, "launch.backend.wait=false", "launch.backend.partition=gpu"]
+    settings = [SIX_STAGES, ON_SLURM, "launch.backend.wait=false", "launch.backend.partition=gpu"]
     with monkeypatch.context() as without_slurm:
         without_slurm.setenv("PATH", str(tmp_path))
         assert cli.main(["plan", "quickstart", *overrides, *settings, "--scripts", str(tmp_path / "jobs")]) == 0

@@ -49,7 +49,7 @@ def machines(overrides: list[str], tmp_path: Path, url: str) -> tuple[Machine, M
 @pytest.fixture
 def without_report(machines: tuple[Machine, Machine]) -> tuple[Machine, Machine]:
     for machine in machines:
-        machine.overrides.append("~stages.report")
+        machine.overrides += ["~stages.report", "~stages.evaluate_sft"]
     return machines
 
 

@@ -362,7 +362,7 @@ FAR = "stages.evaluate.metrics=[{name: far, source: length, target: 9, higher_is
 def test_settings_decide_what_is_reported(
     runs: Runs, tmp_path: Path, changes: dict[str, Any], override: str, word: str
 ) -> None:
-    overrides = [*given(runs), ARMS, override]
+    overrides = [*given(runs), "~stages.evaluate_sft", ARMS, override]
     file = own(runs, tmp_path, **changes)
     if word:
         with pytest.raises(ConfigError) as caught:
