@@ -191,7 +191,7 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
 
 VOTED = ("base+few-shot", "base")
 EVALUATION = (
-    *(f"~stages.{stage}" for stage in ("sft", "dpo", "ppo")),
+    *(f"~stages.{stage}" for stage in ("sft", "evaluate_sft", "dpo", "ppo")),
     "stages.evaluate.arms=[base,base+few-shot]",
     "stages.evaluate.data.limit=12",
     "stages.evaluate.max_new_tokens=8",

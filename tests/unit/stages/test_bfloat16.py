@@ -62,7 +62,7 @@ def test_policy_and_reference_are_equal_at_the_start(
     config = config_of(kind, adapter, precompute_reference=precompute, **settings(rows=17))
     first = chained.run(kind, adapter, init=init, config=config)[0]
     for name in ("rewards/chosen", "rewards/rejected"):
-        assert first[name] == pytest.approx(0.0, abs=0.1 if precompute else 1e-9)
+        assert first[name] == pytest.approx(0.0, abs=0.2 if precompute else 1e-9)
     if kind == "kto":
         assert first["kl"] == pytest.approx(0.0, abs=1.0 if precompute else 1e-6)
 
