@@ -22,8 +22,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def enter(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
-    """Changes to a folder with the files of a page; returns it. The worker of a preview runs in this process. Pages show
-    what a processor with bfloat16 prints."""
+    """Changes to a folder with the files of a page; returns it. The worker of a preview runs in this process. Pages
+    show what a processor with bfloat16 prints."""
     monkeypatch.setattr(processes, "call", _here)
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")

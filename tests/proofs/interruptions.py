@@ -28,7 +28,7 @@ from tests.tiny import save_tiny_model
 
 MOMENTS = 6
 EPOCHS, STEPS = 20, 60
-ONLY_SFT = ("~stages.evaluate_sft", "~stages.reward", "~stages.dpo", "~stages.ppo", "~stages.evaluate", "~stages.report")
+ONLY_SFT = tuple(f"~stages.{stage}" for stage in ("evaluate_sft", "reward", "dpo", "ppo", "evaluate", "report"))
 SETTINGS = (
     "model.dtype=float32",
     "launch.threads=1",

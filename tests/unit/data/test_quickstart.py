@@ -154,9 +154,8 @@ PAIRS = read_records(locate("bundled:quickstart/preferences"), PreferencePair, A
 HELD_OUT, VALIDATION = (
     read_records(locate(f"bundled:quickstart/{name}"), HeldOutPrompt, ALL) for name in ("heldout", "validation")
 )
-STYLES = {
-    row["id"]: row["style"] for row in map(json.loads, locate("bundled:quickstart/conversations").read_text().splitlines())
-}
+_DEMONSTRATIONS = locate("bundled:quickstart/conversations").read_text().splitlines()
+STYLES = {row["id"]: row["style"] for row in map(json.loads, _DEMONSTRATIONS)}
 FILES: dict[str, list[Any]] = {
     "conversations": CONVERSATIONS,
     "preferences": PAIRS,

@@ -216,7 +216,8 @@ Submit = Callable[..., str]
 @pytest.fixture
 def submit(fakes: Fakes, overrides: list[str]) -> Submit:
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
-        return printed_by_run([*overrides, SIX_STAGES, ON_SLURM, "launch.backend.wait=false", *more], only=only, code=code)
+        settings = [*overrides, SIX_STAGES, ON_SLURM, "launch.backend.wait=false", *more]
+        return printed_by_run(settings, only=only, code=code)
 
     return call
 
