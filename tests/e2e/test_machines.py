@@ -137,7 +137,7 @@ def test_only_what_a_setting_reaches_is_made_for_each_value(new_forked: Callable
     assert code == 0, printed
     assert re.search("^(best|tied): stages.dpo.beta=", printed, re.MULTILINE)
     made = Counter(json.loads(path.read_text())["stage"] for path in align.output.glob("artifacts/*/manifest.json"))
-    assert made == {"sft": 1, "reward": 1, "ppo": 1, "dpo": 2, "evaluate": 2, "report": 2}
+    assert made == {"sft": 1, "evaluate_sft": 1, "reward": 1, "ppo": 1, "dpo": 2, "evaluate": 2, "report": 2}
     folder = align.output / "sweeps/quickstart.betas"
     record = json.loads((folder / "sweep.json").read_text())
     rows = record["trials"]

@@ -31,7 +31,7 @@ SECRETS = {
     "TRACKIO_WRITE_TOKEN": CANARY,
 }
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "alignment"}
-OTHERS = ("sft", "reward", "ppo", "report")
+OTHERS = ("sft", "evaluate_sft", "reward", "ppo", "report")
 OF_THE_OTHERS = tuple(f"stages.{stage}." for stage in OTHERS)
 FEW = (
     *(f"~stages.{stage}" for stage in OTHERS),
