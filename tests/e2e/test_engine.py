@@ -161,7 +161,13 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     """The plan checks the environment, and the result says the gap."""
     align = new_forked()
     programs = tmp_path / "programs"
-    settings = ("~stages.dpo", "~stages.evaluate", "~stages.report", "stages.ppo.sampling.engine=vllm")
+    settings = (
+        "~stages.dpo",
+        "~stages.evaluate_sft",
+        "~stages.evaluate",
+        "~stages.report",
+        "stages.ppo.sampling.engine=vllm",
+    )
     nowhere = "stages.ppo.sampling.python=/nowhere/python"
     for printed in (align("plan", *settings, nowhere), align("run", *settings, nowhere, code=2)):
         assert "stages.ppo.sampling.python: /nowhere/python" in printed
