@@ -306,17 +306,19 @@ def test_the_reference_is_computed_once_by_all_processes(tmp_path: Path, shardin
 def test_in_low_precision_policy_and_reference_still_agree_and_learn_the_same(
     tmp_path: Path, kind: str, adapter: AdapterConfig
 ) -> None:
-    """A beta of 1 sums up what two roundings would differ by; the stage stops if the first loss is not ln 2."""
+    """A beta of 1 sums up what two roundings would differ by; the stage stops if the first loss is not ln 2.
+
+    Two processes are compared with two: one process has other micro-batches, which bfloat16 rounds differently."""
     model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
     config: Any = steadied(kind, adapter)
     config = replace(config, beta=1.0) if kind == "dpo" else config
     losses = []
-    for world_size, sharding in ((1, NONE), (2, ZERO3)):
-        chained = Chained(tmp_path / str(world_size))
-        spec = run_on(shared_out(chained, kind, adapter, sharding, config=config, model=model), world_size)
+    for sharding in (NONE, ZERO3):
+        chained = Chained(tmp_path / sharding.value)
+        spec = run_on(shared_out(chained, kind, adapter, sharding, config=config, model=model), 2)
         assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
         losses.append(figures(spec.artifact, kind)[:, 0].tolist())
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     if kind == "dpo":
         assert losses[1][0] == pytest.approx(math.log(2), abs=1e-3)
 
