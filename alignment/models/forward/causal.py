@@ -42,9 +42,7 @@ def install_causal(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return otherwise(*args, **kwargs)
-        return _causal_output(
-            self, rows=_rows_of(kwargs), labels=kwargs["labels"], count=kwargs.get("num_items_in_batch")
-        )
+        return _causal_output(self, _rows_of(kwargs), kwargs["labels"])
 
     model.forward = types.MethodType(forward, model)
 
@@ -85,9 +83,8 @@ class _Learned:
     mask: Tensor
 
 
-def _causal_output(
-    model: PreTrainedModel, *, rows: FlatRows, labels: Tensor, count: Tensor | int | None
-) -> FusedCausalLMOutput:
+def _causal_output(model: PreTrainedModel, rows: FlatRows, labels: Tensor) -> FusedCausalLMOutput:
+    """TRL's trainers make their losses of the log-probabilities; ``loss`` is the mean over the batch's labels."""
     learned = _learned_of(labels, rows)
     states = trunk_states(model.base_model, rows)
     statistics = label_statistics(model, states[learned.before], learned.labels)
@@ -96,9 +93,8 @@ def _causal_output(
         # By indices, because the gradient by a mask would wait for the device.
         return values.new_zeros(learned.mask.numel()).index_put((learned.at,), values).view(learned.mask.shape)
 
-    total = learned.mask.sum().clamp(min=1) if count is None else count
     return FusedCausalLMOutput(
-        loss=-statistics.logprobs.sum() / total,
+        loss=-statistics.logprobs.sum() / learned.mask.sum().clamp(min=1),
         log_probs=spread(statistics.logprobs),
         entropy=spread(statistics.entropy),
         mean_logits=spread(statistics.mean_logits),

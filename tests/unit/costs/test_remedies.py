@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,10 @@ from alignment.config.optim import OptimConfig
 from alignment.costs.remedies import Choice, Levels, Way, cheapest, with_remedy, with_settings
 from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
-from alignment.job import StageSpec
 from alignment.records.cost import PhaseCost, StageCost
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.shared import reference
-from tests.in_memory import without_collections
 from tests.unit.costs.test_ways import as_adapter, spec_of
 
 DEPTHS = (2, 1, 1)
@@ -153,38 +151,6 @@ REFERENCE = "reference log-probabilities"
 class Untimed(Timer):
     def _measured(self, operations: Sequence[tuple[Operation, float]]) -> list[float]:
         raise AssertionError("an operation was timed")
-
-
-def combinations(way: Way) -> list[tuple[int, ...]]:
-    levels: list[tuple[int, ...]] = [()]
-    for choice in way.choices:
-        levels = [(*before, level) for before in levels for level in range(len(choice.values) + 1)]
-    return levels
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> StageSpec:
-    return as_adapter(spec_of(tmp_path, DpoConfig, tokens=512), FULL)
-
-
-Estimate = Callable[[Way, Mapping[str, Any]], StageCost]
-
-
-@pytest.fixture
-def estimate(stage: StageSpec) -> Estimate:
-    costs: dict[Any, StageCost] = {}
-
-    def cost(way: Way, settings: Mapping[str, Any]) -> StageCost:
-        key = (way.file, *sorted(settings.items()))
-        if key not in costs:
-            spec = as_adapter(stage, FULL if way.file == FULL.kind.value else PROPOSALS_LORA)
-            changed = replace(spec, config=with_settings(spec.config, settings))
-            with without_collections():
-                costs[key] = cost_of(changed, Timer("l4").without_times(), publishes=False)
-            assert costs[key].error == ""
-        return costs[key]
-
-    return cost
 
 
 @pytest.mark.parametrize("kind", [DpoConfig, KtoConfig])

@@ -82,18 +82,17 @@ def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
     return replace(spec, config=replace(spec.config, adapter=adapter))
 
 
+def cost_of_ppo(chained: Chained, timer: Timer, scorer: ScorerConfig, **settings: Any) -> StageCost:
+    config = config_of("ppo", FULL, reward=None, scorers=[scorer], **settings)
+    cost = cost_of(chained.spec("ppo", FULL, config=config), timer, publishes=False)
+    assert cost.error == ""
+    return cost
+
+
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
 def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, timer: Timer) -> None:
-    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
-    once, thrice = (
-        cost_of(
-            chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers, ppo_epochs=epochs)),
-            timer,
-            publishes=False,
-        )
-        for epochs in (1, 3)
-    )
-    assert once.error == thrice.error == ""
+    chained, scorer = Chained(tmp_path), ScorerConfig(source="length", target=3)
+    once, thrice = (cost_of_ppo(chained, timer, scorer, ppo_epochs=epochs) for epochs in (1, 3))
     assert thrice.steps == 3 * once.steps
     assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
@@ -101,16 +100,9 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
 def test_prompts_whose_answers_score_alike_still_cost_learning(tmp_path: Path, timer: Timer) -> None:
-    chained, scorers = Chained(tmp_path), [ScorerConfig(source="regex", pattern="no answer matches this")]
+    chained, scorer = Chained(tmp_path), ScorerConfig(source="regex", pattern="no answer matches this")
     groups = {"advantage": Advantage.grpo, "critic": Critic.none, "completions_per_prompt": 2}
-    settings = {"reward": None, "scorers": scorers, **groups}
-    dropped, whole = (
-        cost_of(
-            chained.spec("ppo", FULL, config=config_of("ppo", FULL, drop_ties=drop, **settings)), timer, publishes=False
-        )
-        for drop in (True, False)
-    )
-    assert dropped.error == whole.error == ""
+    dropped, whole = (cost_of_ppo(chained, timer, scorer, drop_ties=drop, **groups) for drop in (True, False))
     assert dropped.flop == whole.flop > 0
     assert dropped.peak == whole.peak
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,15 +56,10 @@ def options(base: Path, **changes: Any) -> VllmOptions:
 
 
 @contextmanager
-def session_with(
-    folder: Path,
-    *,
-    waiting: Callable[[], None] = lambda: None,
-    on_peak: Callable[[float], None] = lambda _: None,
-    **settings: Any,
-) -> Iterator[EngineSession]:
+def session_with(folder: Path, **settings: Any) -> Iterator[EngineSession]:
     config = SamplingConfig(engine=Engine.vllm, **{"timeout": 20.0, "retries": 0, **settings})
-    with EngineSession(config, where=WHERE, log=folder / "engine.log", waiting=waiting, on_peak=on_peak) as session:
+    log = folder / "engine.log"
+    with EngineSession(config, where=WHERE, log=log, waiting=lambda: None, on_peak=lambda _: None) as session:
         yield session
 
 
@@ -95,12 +90,6 @@ def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAn
     with at_url(base, folder) as (_, session):
         session.use(weights)
         return session.answers(weights, ASKED, GENERATION)
-
-
-# ---- its memory -----------------------------------------------------------------------------------------------------
-
-
-# ---- weights follow -------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_forgotten(

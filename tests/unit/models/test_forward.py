@@ -11,12 +11,10 @@ from peft import TaskType
 
 from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
-from alignment.models.forward.answers import answer_statistics, answer_stream, answer_values, scalar_scores, unwrapped
+from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal, install_scalar
 from alignment.models.forward.flat import use_flat_attention
-from alignment.models.forward.rows import stream
-from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_scorer
 from tests.unit.models.conftest import (
     CPU,
@@ -28,28 +26,34 @@ from tests.unit.models.conftest import (
     assert_learns_alike,
     assert_same_gradients,
     gradients,
+    packed,
     padded,
     plain,
     relative,
     twin,
 )
-from tests.unit.models.test_architectures import CONFIGS, model_of
+from tests.unit.models.test_architectures import CONFIGS, SCALED, model_of
+
+SHARING = ("ragged", "pairs of one prompt", "turns of one conversation")
 
 
 @pytest.mark.parametrize(
-    ("architecture", "side", "rows"),
+    ("name", "rows"),
     [
-        *(("gpt2", "left", rows) for rows in ROWS),
-        *((name, "right", rows) for name in ARCHITECTURES for rows in ("ragged", "pairs of one prompt")),
+        *(("gpt2", rows) for rows in ROWS),
+        *((name, rows) for name in ARCHITECTURES for rows in ("ragged", "pairs of one prompt")),
+        *((name, rows) for name in sorted(CONFIGS.keys() - SCALED) for rows in (*SHARING, "packed")),
     ],
 )
-def test_the_flat_path_equals_the_padded_forward(architecture: str, side: str, rows: str) -> None:
+def test_the_flat_path_equals_the_padded_forward(name: str, rows: str) -> None:
     """GPT-2 learns its positions: rotary ones would not show that they restart with every row."""
-    model = tiny_model(architecture)
+    model = model_of(name)
     reference = twin(model)
     install_causal(model)
     assert model.config._attn_implementation == ATTENTION
-    assert_learns_alike(model, reference, padded(ROWS[rows], side=side, extra=2))
+    several = [*ROWS["ragged"], *ROWS["pairs of one prompt"]] if rows == "packed" else ROWS[rows]
+    batch = padded(several, side="right" if name in ARCHITECTURES else "left", extra=2)
+    assert_learns_alike(model, reference, batch, packed(several) if rows == "packed" else None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -105,16 +109,6 @@ def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptur
         install_causal(model)
     assert model.config._attn_implementation != ATTENTION
     assert len(caplog.records) == 1
-
-
-def test_the_loss_divides_by_the_tokens_of_the_whole_optimiser_batch() -> None:
-    model = tiny_model()
-    install_causal(model)
-    rows = ROWS["ragged"]
-    whole = model(**padded(rows).arguments(), fused_lm_head=True).loss
-    count = torch.tensor(sum(len(answer) for _, answer in rows))
-    parts = [model(**padded([row]).arguments(), fused_lm_head=True, num_items_in_batch=count).loss for row in rows]
-    assert relative(sum(parts), whole) < 1e-6
 
 
 def test_a_batch_without_labelled_tokens_has_loss_zero_and_no_gradient() -> None:
@@ -175,19 +169,6 @@ def test_a_score_stands_at_the_last_real_token(
     assert_same_gradients(model, reference)
 
 
-def test_streams_get_the_scores_of_padded_batches_less_the_offset() -> None:
-    model = tiny_scorer()
-    install_scalar(model)
-    batch = padded(ROWS["ragged"])
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    before = model(**inputs).logits
-    model.score_offset.fill_(0.75)
-    after = model(**inputs).logits
-    close(after, before - 0.75, atol=1e-6)
-    rows = stream([[*prompt, *answer] for prompt, answer in ROWS["ragged"]], CPU)
-    assert torch.equal(scalar_scores(model, rows), after[:, 0])
-
-
 @pytest.mark.parametrize(("architecture", "adapter"), [*((name, LORA) for name in ARCHITECTURES), ("llama", FULL)])
 def test_under_autocast_gradients_stay_close_to_those_of_the_plain_forward(
     architecture: str, adapter: AdapterConfig
@@ -218,7 +199,7 @@ ANSWERS = [answer for name in ROWS for _, answer in ROWS[name]]
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma2", "cohere2", "granite"])
 def test_statistics_of_answers_equal_the_plain_forward(architecture: str, temperature: float) -> None:
     """Gemma 2 caps its logits, Cohere multiplies and Granite divides them."""
-    model = model_of(architecture) if architecture in CONFIGS else tiny_model(architecture)
+    model = model_of(architecture)
     reference = twin(model)
     use_flat_attention(model)
     statistics = answer_statistics(model, answer_stream(PROMPTS, ANSWERS, CPU), temperature=temperature)
@@ -226,20 +207,6 @@ def test_statistics_of_answers_equal_the_plain_forward(architecture: str, temper
     for name in ("logprobs", "entropy", "mean_logits"):
         assert relative(getattr(statistics, name), getattr(expected, name)) < 1e-5
     assert torch.equal(statistics.is_top1, expected.is_top1)
-
-
-def test_a_value_is_read_before_its_token_is_emitted() -> None:
-    """It depends on everything before the token and on nothing from the token on."""
-    model = tiny_scorer()
-    use_flat_attention(model)
-    values = answer_values(model, answer_stream([[5, 6]], [[7, 8, 2]], CPU))
-    reference = twin(tiny_scorer())
-    for step, before in enumerate(([5, 6], [5, 6, 7], [5, 6, 7, 8])):
-        states = reference.base_model(input_ids=torch.tensor([before])).last_hidden_state
-        assert relative(values[step], reference.score(states[0, -1])[0]) < 1e-5
-    changed = answer_values(model, answer_stream([[5, 6]], [[7, 9, 2]], CPU))
-    assert torch.equal(changed[:2], values[:2])
-    assert changed[2] != values[2]
 
 
 def test_a_head_with_a_bias_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.engine_weights import write_adapter, write_base, write_model
-from alignment.models.assembly.heads import load_reward_model
+from alignment.models.assembly.heads import ActorCritic, load_reward_model
 from alignment.models.assembly.load import (
     Lineage,
     frozen_copy,
@@ -31,8 +32,9 @@ from alignment.models.assembly.load import (
     refuse_other_tokenizer,
 )
 from alignment.models.assembly.modules import keep_first_layers
+from alignment.models.assembly.roles import build_roles, share_frozen
 from alignment.models.assembly.weight_file import copied_in_calls, copy_weights, is_mapped
-from alignment.models.forward.answers import scalar_scores, unwrapped
+from alignment.models.forward.answers import answer_stream, scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import Advantage, PpoConfig
@@ -43,7 +45,7 @@ from tests.chained import QLORA, Chained, config_of
 from tests.device import need_bitsandbytes
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, publish_tiny, save_tiny_model, tiny_model, tiny_reward, tiny_spec
-from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, adapted, relative
+from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, adapted, assert_same_gradients, gradients, relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 PAIRS = [[5, 6, 7, 2], [5, 6, 9, 9, 2], [8, 2], [8, 7, 2], [3, 3, 2], [3, 2], [11, 12, 13, 2], [11, 12, 2]]
@@ -387,3 +389,55 @@ def test_a_frozen_copy_stays_in_the_file_and_becomes_what_it_is_otherwise(tmp_pa
     for (name, copied), expected in zip(reference.named_parameters(), whole.parameters(), strict=True):
         assert copied.dtype is expected.dtype, name
         assert torch.equal(copied, expected), name
+
+
+PART = answer_stream([[5, 6, 2], [9]], [[7, 8, 2], [2]], CPU)
+
+
+def test_sharing_takes_equal_frozen_weights_only() -> None:
+    owner = tiny_model("qwen2").requires_grad_(False)
+    model = copy.deepcopy(owner)
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
+    parameters[names[1]].data.add_(1.0)
+    parameters[names[2]].requires_grad_(True)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    assert share_frozen(model, owner) == len(names) - 2
+    now, owned = dict(model.named_parameters()), dict(owner.named_parameters())
+    assert [name for name, parameter in now.items() if parameter is not owned[name]] == [names[1], names[2]]
+    for name, parameter in now.items():
+        assert torch.equal(parameter, before[name])
+    assert share_frozen(tiny_model("qwen2").requires_grad_(False), tiny_model("qwen2")) == 0, "the owner trains all"
+
+
+def _actor_critic(folder: Path, base: Lineage, adapter: AdapterConfig, critic: Critic) -> ActorCritic:
+    reward = tiny_reward(folder, adapter, start=base)
+    roles = build_roles(tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU, critic=critic)
+    liven(roles.actor_critic)
+    return roles.actor_critic
+
+
+def _squares(values: Tensor) -> Tensor:
+    return 0.3 * values.square().sum()
+
+
+@KINDS
+@pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
+def test_gradients_are_those_of_the_sum_of_both_losses(
+    tmp_path: Path, base: Lineage, adapter: AdapterConfig, critic: Critic
+) -> None:
+    model = _actor_critic(tmp_path, base, adapter, critic)
+    twin = copy.deepcopy(model)
+    statistics, loss = model(PART, 1.0, _squares)
+    (2.0 * (statistics.logprobs.sum() + loss)).backward()
+    statistics, values = twin.look(PART, 1.0)
+    assert statistics.logprobs.shape == values.shape == (4,)
+    (2.0 * (statistics.logprobs.sum() + _squares(values))).backward()
+    assert any("value." in name for name in gradients(model))
+    assert_same_gradients(model, twin, tolerance=1e-6)
+
+
+def test_a_critic_on_the_trunk_teaches_it_only_with_the_policy(tmp_path: Path, base: Lineage) -> None:
+    model = _actor_critic(tmp_path, base, LORA, Critic.shared)
+    model(PART, 1.0, _squares, policy_learns=False)[1].backward()
+    assert list(gradients(model)) == ["value.weight"]

@@ -89,18 +89,6 @@ def test_ppo_starts_at_no_kl_with_one_base(chained: Chained, sft: AdapterConfig,
     assert moved(chained, "ppo", "sft") > 1e-4
 
 
-def test_three_stages_continue_and_stack(chained: Chained) -> None:
-    chained.run("cpt", LORA)
-    chained.run("sft", lora(CONTINUE), init="cpt")
-    lines = chained.run("dpo", lora(Chain.stack), init="sft")
-    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
-    adapters = sorted((chained.inputs["dpo"].path / "adapters").iterdir())
-    assert [folder.name for folder in adapters] == ["0-sft", "1-dpo"], "cpt's adapter became sft's"
-    plain = plain_policy(chained.base, adapters, [])
-    with torch.no_grad():
-        close(plain(input_ids=IDS).logits, chained.policy("dpo")(IDS).logits, rtol=1e-4, atol=1e-4)
-
-
 LN2 = math.log(2)
 QWEN = {"architecture": "qwen2"}  # whose queries, keys and values have biases
 
@@ -134,6 +122,8 @@ def test_a_stage_starts_from_an_adapter_that_peft_saved(
     assert manifest.adapters == [*below, f"adapters/{len(below)}-dpo"]
     for adapter in manifest.adapters:
         assert sorted(file.name for file in (artifact / adapter).iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    modules = json.loads((artifact / adapter / ADAPTER_CONFIG).read_text())["target_modules"]
+    assert modules == sorted(modules), "equal runs leave equal bytes"
     merged = [artifact / name for name in below if own.chain is Chain.merge]
     beside = [artifact / name for name in manifest.adapters if artifact / name not in merged]
     answers = [
@@ -188,23 +178,7 @@ def test_an_adapter_that_was_trained_on_other_tokens_is_refused(
         chained.run("kto", LORA, init="outside")
 
 
-def test_a_policy_of_another_base_or_tokenizer_is_refused_by_name(chained: Chained) -> None:
-    chained.run("sft", LORA, identity={"base": {"content": "one"}})
-    other_base = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "another"}})
-    with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
-        worker._run(other_base, StageContext(spec=other_base, rank=0, world_size=1))
-    sft = chained.inputs["sft"].path
-    assert sft is not None
-    modules = json.loads((sft / "adapters/0-sft/adapter_config.json").read_text())["target_modules"]
-    assert modules == sorted(modules), "equal runs leave equal bytes"
-    file = chained.base / "chat_template.jinja"
-    file.write_text(file.read_text() + " ")
-    spec = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "one"}})
-    with pytest.raises(ModelError, match="stage:sft has a different tokenizer or chat template than path:tiny"):
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-
-
-@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo"])
 def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, kind: str) -> None:
     chained.run(kind, LORA)
     manifest = read_manifest(chained.inputs[kind].path)
@@ -232,7 +206,7 @@ BASE = StageInput(ref="base", path=None)
 
 
 @pytest.mark.parametrize(
-    "slot", ["ppo-reward", "reference", "evaluate-reward", "evaluate-arm", "forgetting-arm", "card"]
+    "slot", ["init", "ppo-reward", "reference", "evaluate-reward", "evaluate-arm", "forgetting-arm", "card"]
 )
 def test_a_model_of_another_chat_template_is_refused_in_every_slot_before_anything_is_computed(
     measuring: Measuring, slot: str
@@ -240,6 +214,8 @@ def test_a_model_of_another_chat_template_is_refused_in_every_slot_before_anythi
     """Scorers: tests/unit/rewards/test_build.py."""
     policy = StageInput(ref="stage:sft", path=measuring.policies["stage:sft"])
     match slot:
+        case "init":
+            spec = measuring.spec(slot, config_of("dpo", LORA), DATA / "preferences.jsonl", inputs={"init": policy})
         case "ppo-reward":
             inputs = {"init": BASE, "reward": measuring.reward}
             spec = measuring.spec(slot, config_of("ppo", LORA), DATA / "preferences.jsonl", inputs=inputs)

@@ -24,7 +24,7 @@ from alignment.stages.shared.result import save_model
 from alignment.training.callbacks import Checkpoints, StepLog
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
-from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results, refuse_weights
+from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_weights
 from tests.chained import FULL, LORA, Chained
 from tests.generating import distil_spec
 from tests.tiny import tiny_model
@@ -77,12 +77,6 @@ def test_of_deepspeed_the_norm_of_the_gradients_tells(
     engine = SimpleNamespace(get_global_grad_norm=lambda: norm)
     with pytest.raises(NonFiniteError, match="step 8") if stops else contextlib.nullcontext():
         before_step_8(arguments, trainer(deepspeed=engine))
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments) -> None:
-    """Beside gradients that are: what overflowed may have a finite slope."""
-    with pytest.raises(NonFiniteError, match="loss is inf at optimiser step 8"):
-        before_step_8(arguments, trainer(1.0, step_loss=torch.tensor(math.inf)))
 
 
 def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn(arguments: TrainingArguments) -> None:
@@ -169,12 +163,6 @@ def test_what_fills_up_the_last_share_of_a_sharded_weight_is_not_looked_at(
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         with contextlib.nullcontext() if passes else pytest.raises(NonFiniteError):
             refuse_weights([("weight", weight)])
-
-
-def test_a_figure_of_a_result_that_is_not_finite_is_no_result() -> None:
-    refuse_results({"score_offset": 0.5})
-    with pytest.raises(NonFiniteError, match="score_offset is nan after the last step"):
-        refuse_results({"score_offset": math.nan})
 
 
 def test_an_infinite_loss_of_finite_slope_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,18 +408,6 @@ def test_policy_and_critic_change_and_nothing_else_does(bench: Callable[..., Ben
     assert {name.split(".")[0] for name in changed} == {"policy", "value"}
 
 
-@KINDS
-def test_the_size_of_a_micro_batch_never_changes_the_weights(
-    bench: Callable[..., Bench], adapter: AdapterConfig
-) -> None:
-    weights = []
-    for size in (40, 1000):
-        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=optim(micro_batch_tokens=size))
-        run.train()
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in trained(run.roles)]).double())
-    assert float((weights[0] - weights[1]).norm() / weights[1].norm()) < 1e-5
-
-
 @pytest.mark.parametrize(("adapter", "critic"), [(LORA, Critic.separate), (FULL, Critic.shared)], ids=["lora", "full"])
 def test_computing_activations_again_changes_no_weight(
     bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic
