@@ -90,6 +90,13 @@ class RunRecord:
                 "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
             ) from None
 
+    @staticmethod
+    def read_if_any(run_folder: Path) -> RunRecord:
+        """The record, or an empty one if there is none that can be read."""
+        with suppress(ArtifactError):
+            return RunRecord.read(run_folder)
+        return RunRecord()
+
 
 ATTEMPTS = "attempts.json"
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
-from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
+from alignment.core.errors import PREEMPTED, ConfigError, StageError
 from alignment.core.terminal import begin_attempt
 from alignment.pipeline.backends import feasibility, processes, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
@@ -198,7 +198,4 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _state(run_folder: Path) -> str:
-    try:
-        return RunRecord.read(run_folder).state
-    except ArtifactError:
-        return ""
+    return RunRecord.read_if_any(run_folder).state

@@ -19,10 +19,10 @@ from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.job import memory_key
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.execute.stored_results import not_reused
-from alignment.pipeline.plan import gate_checks, references, settings, validation_checks
+from alignment.pipeline.plan import references, row_counts, settings
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.references import BASE
-from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
+from alignment.pipeline.plan.row_counts import VALIDATION_DATA, labels_of, most_rows_of, validation_of
 from alignment.pipeline.sources.peft_adapters import doubt, read_adapter
 from alignment.records import training
 from alignment.records.evaluation import Evaluation
@@ -109,7 +109,7 @@ def _jobs_without_requests(plan: Plan) -> Iterator[str]:
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     """What a stage that has to run will read, run and choose, and what the run requires of its result; each is the end
     of a sentence that begins with its name."""
-    required = gate_checks.in_words(stage.config)
+    required = row_counts.gates_in_words(stage.config)
     if not stage.has_to_run:
         return required
     missing = ", which the run will download"
@@ -209,7 +209,7 @@ def _left_out(plan: Plan) -> Iterator[str]:
 
 
 def _near_held_out(stage: PlannedStage) -> Iterator[str]:
-    learned, held_out = stage.seen.get("data"), stage.seen.get(validation_checks.DATA)
+    learned, held_out = stage.seen.get("data"), stage.seen.get(VALIDATION_DATA)
     if learned is None or held_out is None:
         return
     both = list(HeldOut(held_out.texts).overlaps(learned.texts))
@@ -229,8 +229,8 @@ def _shared_prompts(plan: Plan) -> Iterator[str]:
         for both, stages in _overlaps(plan, held_out).items():
             yield _resemble(f"that {text.listing(stages)} may learn from", both, evaluation)
         for stage in plan.stages:
-            looks, own = validation_checks.of_stage(stage.config), stage.seen.get(validation_checks.DATA)
-            if looks is None or own is None or not (looks.keep_best or looks.patience):
+            validation, own = validation_of(stage.config), stage.seen.get(VALIDATION_DATA)
+            if validation is None or own is None or not (validation.keep_best or validation.patience):
                 continue
             if both := tuple(held_out.overlaps(own.texts)):
                 yield _resemble(f"by which {stage.name} chooses its step", both, evaluation)
@@ -251,7 +251,7 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
     overlaps: dict[tuple[LocatedText, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
-        learned = [seen for field, seen in stage.seen.items() if not field.startswith(validation_checks.DATA)]
+        learned = [seen for field, seen in stage.seen.items() if not field.startswith(VALIDATION_DATA)]
         for seen in learned if kind_of(stage.config).trains else ():
             if seen.texts not in overlaps:
                 overlaps[seen.texts] = tuple(held_out.overlaps(seen.texts))

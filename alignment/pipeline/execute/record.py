@@ -10,7 +10,6 @@ from typing import Any
 
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import read_manifest
-from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends.slurm_jobs import HERE
 from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
@@ -28,7 +27,7 @@ class RunRecorder:
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._folder = plan.run_folder
-        before = _recorded(plan)
+        before = RunRecord.read_if_any(plan.run_folder)
         earlier = before if only is not None else RunRecord()
         stages = {stage.name: _earlier_or_new(stage, earlier.stages.get(stage.name), only) for stage in plan.stages}
         self._attempts_began: dict[str, float] = {}
@@ -46,15 +45,12 @@ class RunRecorder:
             stages=stages,
             cautions=cautions(plan),
         )
-        self._remove_outdated(before)
-        self._save()
-
-    def _remove_outdated(self, before: RunRecord) -> None:
-        for name, entry in self.record.stages.items():
+        for name, entry in stages.items():
             former = before.stages.get(name)
             if former is None or Path(former.artifact).name != Path(entry.artifact).name:
-                for file in (STATUS, COST):
+                for file in (STATUS, COST):  # of other settings
                     (self._folder / name / file).unlink(missing_ok=True)
+        self._save()
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
         """Records a stage's new state and how long its last attempt took, to which the earlier ones are added."""
@@ -93,13 +89,6 @@ class RunRecorder:
     def _save(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
         self.record.write(self._folder)
-
-
-def _recorded(plan: Plan) -> RunRecord:
-    try:
-        return RunRecord.read(plan.run_folder)
-    except ArtifactError:
-        return RunRecord()
 
 
 def _earlier_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str | None) -> StageEntry:

@@ -30,12 +30,12 @@ def made(artifacts: Path) -> list[tuple[Path, Manifest]]:
     return complete
 
 
-def reason_to_run(
+def _reason_to_run(
     stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[tuple[Path, Manifest]], *, own: Set[str]
 ) -> str:
     """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet. ``refs`` maps each slot to its
-    reference, so that a changed input is named by its stage. ``own`` names the results of this run, which are
-    preferred; a result of another run is named only if it differs in few settings."""
+    reference. ``own`` names the results of this run, which are preferred; one of another run has to differ in few
+    settings."""
     candidates = [
         (folder, manifest)
         for folder, manifest in store
@@ -125,7 +125,7 @@ class Actions:
         """``verified`` results are read and compared with their hashes; of others, only sizes are compared."""
         self.verified = verified
         self._made = made(artifacts)
-        self._own = _results_of(run_folder)
+        self._own = {Path(stage.artifact).name for stage in RunRecord.read_if_any(run_folder).stages.values()}
         self._store = store
 
     def decide(
@@ -139,7 +139,7 @@ class Actions:
         refs: dict[str, str],
     ) -> tuple[Action, str]:
         """The action, and its reason in words. Raises ArtifactError: the manifest of a result cannot be read, or is
-        that of another one whose fingerprint starts the same; StoreError: the store cannot be reached or refuses."""
+        that of another one whose fingerprint starts the same; StoreError: from the store."""
         stored = self._store is not None and manifest_in(self._store, artifact.name, fingerprint=fingerprint)
         manifest, damage = read_manifest(artifact), ""
         if manifest is not None:
@@ -148,30 +148,19 @@ class Actions:
                 raise ArtifactError(message, where=str(artifact), remedy=f"move {artifact} away")
             damage = damage_of(artifact, content=self.verified)
             if not damage:
-                return Action.reuse, artifact.name + self._where(stored=bool(stored))
+                beside = ", here and in the store" if stored else ", here; a run will upload it"
+                return Action.reuse, artifact.name + (beside if self._store is not None else "")
         if stored:
             return Action.fetch, damage or f"{artifact.name} from the store"
         if damage:
             return Action.run, damage
-        return self._continued(fingerprint, work) or (
-            Action.run,
-            reason_to_run(name, described, refs, self._made, own=self._own),
-        )
-
-    def _where(self, *, stored: bool) -> str:
-        if self._store is None:
-            return ""
-        return ", here and in the store" if stored else ", here; a run will upload it"
-
-    def _continued(self, fingerprint: str, work: Path) -> tuple[Action, str] | None:
         local = local_work(work)
-        if self._store is not None:
-            remote = next(iter(RemoteCheckpoints(self._store, fingerprint).complete()), None)
-            if remote is not None and remote.progress > local.progress:
-                return Action.resume, f"from {remote.label} in the store"
-        if local.newest is not None:
-            return Action.resume, f"from {local.newest.name}"
-        return (Action.resume, f"from {local.parts} stored parts") if local.parts else None
+        remote = RemoteCheckpoints(self._store, fingerprint).complete() if self._store is not None else []
+        if remote and remote[0].progress > local.progress:
+            return Action.resume, f"from {remote[0].label} in the store"
+        if local.newest is not None or local.parts:
+            return Action.resume, f"from {local.newest.name if local.newest else f'{local.parts} stored parts'}"
+        return Action.run, _reason_to_run(name, described, refs, self._made, own=self._own)
 
 
 def damage_of(artifact: Path, *, content: bool) -> str:
@@ -188,11 +177,3 @@ def damage_of(artifact: Path, *, content: bool) -> str:
 def aside(artifact: Path) -> Path:
     """Where a run moves a damaged result."""
     return artifact.with_name(f"{artifact.name}.damaged")
-
-
-def _results_of(run_folder: Path) -> frozenset[str]:
-    try:
-        stages = RunRecord.read(run_folder).stages
-    except ArtifactError:
-        return frozenset()
-    return frozenset(Path(stage.artifact).name for stage in stages.values())

@@ -9,59 +9,35 @@ from pathlib import Path
 from alignment.config.faults import Fault
 from alignment.config.model import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import TrainedConfig
 from alignment.core.files import parse_json
-from alignment.core.model_files import is_adapter
-from alignment.pipeline.sources.model_sources import ModelSource
-from alignment.stages.registry import as_trained, kind_of
-
-_STAGE = "stage:"
+from alignment.stages.registry import as_trained
 
 
-class Depths:
-    """Numbers of layers of a run's policies, by stage; stages are added in the order of a plan."""
-
-    def __init__(self, base: ModelSource) -> None:
-        self._base = base
-        self._layers: dict[str, int] = {}
-
-    def add(self, name: str, config: StageConfig, ref: str, folder: Path | None) -> None:
-        """Adds a stage that trains; ``ref`` is its ``init``, which leads to ``folder``, or to the base if that is None.
-        Raises ConfigError: the stage needs another number of layers."""
-        layers = self._behind(ref, folder)
-        if layers is None:
-            return
-        self._layers[name] = kind_of(config).learning.layers(config, layers, f"stages.{name}")
-
-    def _behind(self, ref: str, folder: Path | None) -> int | None:
-        if ref.startswith(_STAGE):
-            return self._layers.get(ref.removeprefix(_STAGE))
-        folder = self._base.folder if folder is None or is_adapter(folder) else folder
-        if folder is None:
-            return None
-        own = folder / "model"  # of an artifact that holds a whole model
-        file = (own if own.is_dir() else folder) / "config.json"
-        try:
-            config = parse_json(file.read_text(encoding="utf-8"))
-            layers = config.get("text_config", config).get("num_hidden_layers")
-        except (OSError, ValueError, AttributeError):
-            return None
-        return layers if isinstance(layers, int) else None
+def num_layers(folder: Path) -> int | None:
+    """The number of layers of the policy in a folder, a model's own or an artifact's; None if no file has it."""
+    own = folder / "model"  # of an artifact that holds a whole model
+    try:
+        config = parse_json(((own if own.is_dir() else folder) / "config.json").read_text(encoding="utf-8"))
+        layers = config.get("text_config", config).get("num_hidden_layers")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return layers if isinstance(layers, int) else None
 
 
-def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
+def faults(stage: TrainedConfig, config: RunConfig, where: str) -> list[Fault]:
     """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
     before = _stage_before(stage, config)
     conflicts = _conflicts(stage, None if before is None else before.adapter, _dora_beside(stage, config))
-    return (Fault(where=f"{where}{field}", message=message) for field, message in conflicts)
+    return [Fault(where=f"{where}{field}", message=message) for field, message in conflicts]
 
 
-def outside_faults(stage: TrainedConfig, outside: AdapterConfig, where: str) -> Iterator[Fault]:
+def outside_faults(stage: TrainedConfig, outside: AdapterConfig, where: str) -> list[Fault]:
     """Conflicts with the adapter from outside that the stage starts from; its modules are compared when it starts."""
     is_beside = stage.adapter.chain is not Chain.merge and outside.kind is AdapterKind.dora
     outside = replace(outside, target_modules=stage.adapter.target_modules)
     conflicts = _conflicts(stage, outside, stage.init if is_beside else "")
-    return (Fault(where=f"{where}{field}", message=message) for field, message in conflicts)
+    return [Fault(where=f"{where}{field}", message=message) for field, message in conflicts]
 
 
 def _conflicts(stage: TrainedConfig, before: AdapterConfig | None, dora: str) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,6 @@ from alignment.data.records import Record
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     chain_checks,
-    gate_checks,
     made_rows,
     references,
     row_counts,
@@ -32,7 +31,6 @@ from alignment.pipeline.plan import (
     settings,
 )
 from alignment.pipeline.plan.actions import Action, Actions
-from alignment.pipeline.plan.chain_checks import Depths
 from alignment.pipeline.plan.compose import compose, find_recipe
 from alignment.pipeline.plan.made_rows import DATA
 from alignment.pipeline.plan.overrides import without
@@ -51,16 +49,15 @@ CHECKED_ROWS = 20_000
 
 
 Find = Callable[..., ModelSource]
-"""Looks a model up by its source, as ``resolve`` does."""
+"""Resolves the source of a model, as ``resolve`` does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStage:
     """A stage with its inputs resolved and its result named. ``inputs`` has an entry for each reference except arms.
-    ``data`` is the main data file, and ``extra_data`` holds the others and further files, by field; hub data sets that
-    are not on this machine are missing in both, but ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist
-    yet. ``code`` names the functions that the stage runs, the user's and those that ship with the project. ``artifact``
-    is the folder of the result, ``work`` the folder in which it is made."""
+    ``data`` is the main data file, ``extra_data`` has the others by field; hub data sets that are not here are missing
+    in both, but ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist yet. ``code`` names the functions
+    that it runs. ``artifact`` is the folder of the result, ``work`` the folder in which it is made."""
 
     name: str
     config: StageConfig
@@ -93,10 +90,9 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that ``run`` needs. ``sources`` are the models from outside the run, by the user's reference;
-    ``dropped_gates`` are the stages whose gates the ``profile`` removed. ``unread_files`` have the names of shipped
-    files. ``unread_settings`` have no effect, and are at their defaults in ``config``. ``store`` holds artifacts for
-    several machines. Results to reuse were compared with their hashes if ``verified``, otherwise with their sizes."""
+    """All that ``run`` needs. ``sources`` are the models from outside the run, by reference; ``dropped_gates`` are the
+    stages whose gates the ``profile`` removed. ``unread_files`` have the names of shipped files. ``unread_settings``
+    have no effect, and are at their defaults in ``config``. ``store`` holds artifacts for several machines."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -119,10 +115,9 @@ class Plan:
 
 
 def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
-    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results to reuse are
+    """Composes, checks and plans. ``find`` resolves the source of a model. If ``verified``, results to reuse are
     compared with their hashes. Raises ConfigError: lists all faults of recipe, overrides and references; DataError,
-    ModelError, ArtifactError: data, a model or an artifact is missing, damaged or does not fit; StoreError: the store
-    cannot be reached or refuses."""
+    ModelError, ArtifactError, StoreError: something is missing, damaged or does not fit."""
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
@@ -153,16 +148,10 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, ve
     output = Path(config.output).expanduser().absolute()
     store = None if config.artifacts is None else connected(config.artifacts)
     actions = Actions(output / "artifacts", output / "runs" / config.name, store, verified=verified)
-    builder = _Builder(
-        config=config, output=output, data=data, seen=seen, base=base, find=find, actions=actions, depths=Depths(base)
-    )
+    builder = _Builder(config=config, output=output, data=data, seen=seen, base=base, find=find, actions=actions)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
-    gate_faults = [
-        fault
-        for stage in stages
-        for fault in gate_checks.faults(stage.config, stage.seen, where=f"stages.{stage.name}")
-    ]
-    refuse([composition.placed(fault) for fault in gate_faults])
+    of_stages = [row_counts.gate_faults(stage.config, stage.seen, where=f"stages.{stage.name}") for stage in stages]
+    refuse([composition.placed(fault) for faults_of_stage in of_stages for fault in faults_of_stage])
     return Plan(
         recipe=recipe,
         overrides=tuple(overrides),
@@ -196,7 +185,7 @@ def _base_of_adapters(config: RunConfig, find: Find) -> str:
 
 
 def made_again(plan: Plan) -> Plan:
-    """The plan of the same run, after models, data or results came onto this machine."""
+    """The plan of the same run, after something came onto this machine."""
     return make_plan(plan.recipe, plan.overrides, verified=plan.verified)
 
 
@@ -284,9 +273,9 @@ class _Builder:
     base: ModelSource
     find: Find
     actions: Actions
-    depths: Depths
     sources: dict[str, ModelSource] = field(default_factory=dict)
     planned: dict[str, PlannedStage] = field(default_factory=dict)
+    num_layers: dict[str, int] = field(default_factory=dict)
 
     def stage(self, name: str) -> PlannedStage:
         """Plans one stage; the stages of its inputs must be planned already."""
@@ -297,10 +286,10 @@ class _Builder:
         contents = {key: fingerprint for key, (_, fingerprint) in {**inputs, **arms}.items()}
         if (trained := registry.as_trained(config)) is not None:
             init, _ = inputs["init"]
-            self.depths.add(name, config, init.ref, init.path)
+            self._count_layers(name, config, init)
             if init.path is not None and is_adapter(init.path):
                 outside = read_adapter(init.path, where=f"stages.{name}.init").shape
-                refuse(list(chain_checks.outside_faults(trained, outside, f"stages.{name}.adapter")))
+                refuse(chain_checks.outside_faults(trained, outside, f"stages.{name}.adapter"))
         files = kind_of(config).files.paths(config, self.output / "runs" / self.config.name / name)
         described = self._identity(
             name, config, {field: contents[field] for field in inputs}, {arm: contents[arm] for arm in arms}, files
@@ -336,6 +325,14 @@ class _Builder:
         )
         self.planned[name] = planned
         return planned
+
+    def _count_layers(self, name: str, config: StageConfig, init: StageInput) -> None:
+        """Raises ConfigError: the stage needs another number of layers than its ``init`` has."""
+        folder = self.base.folder if init.path is None or is_adapter(init.path) else init.path
+        stage = made_rows.stage_named(init.ref)
+        layers = self.num_layers.get(stage) if stage else None if folder is None else chain_checks.num_layers(folder)
+        if layers is not None:
+            self.num_layers[name] = kind_of(config).learning.layers(config, layers, f"stages.{name}")
 
     def _identity(
         self,

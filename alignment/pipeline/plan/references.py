@@ -38,7 +38,7 @@ _NOUNS = {
 
 def stage_of(slot: Slot) -> str | None:
     """The stage that a slot names, if it names one."""
-    return slot.ref.removeprefix(_STAGE) if slot.ref.startswith(_STAGE) else None
+    return made_rows.stage_named(slot.ref)
 
 
 def is_arm(slot: Slot) -> bool:
@@ -168,17 +168,14 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
         return f"no stage '{stage}' in this run; {nearby}{'' if nearby.endswith('?') else '.'}{otherwise}"
     produced = kind_of(stages[stage]).produces
     if produced not in slot.takes:
-        return f"{slot.ref!r} is {_noun(produced)}; {what_fits(slot, stages)}"
+        noun = _NOUNS.get(produced, f"an artifact of kind {produced!r}")
+        return f"{slot.ref!r} is {noun}; {what_fits(slot, stages)}"
     return None
-
-
-def _noun(artifact_kind: str) -> str:
-    return _NOUNS.get(artifact_kind, f"an artifact of kind {artifact_kind!r}")
 
 
 def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
     """``this slot takes a reward model. Use 'stage:reward'.``"""
-    wanted = " or ".join(_noun(kind) for kind in slot.takes)
+    wanted = " or ".join(_NOUNS.get(kind, f"an artifact of kind {kind!r}") for kind in slot.takes)
     fitting = [name for name, stage in stages.items() if kind_of(stage).produces in slot.takes]
     advice = "No stage of this run makes one."
     if fitting:
@@ -217,10 +214,9 @@ def of_stage(
     arms: dict[str, str],
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
-    """The identity of a stage. ``data`` maps each data field to the identity of its content; ``inputs`` and ``arms``
-    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field. The stage's
-    name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often a stage logs
-    or saves are not."""
+    """The identity of a stage. ``data`` maps each data field to the identity of its content, ``inputs`` and ``arms``
+    each slot to a fingerprint, ``files`` other fields to files. The stage's name is part of it because random numbers
+    are derived from it. Paths, launch, tracking, and how often a stage logs or saves are not."""
     stage = run.stages[name]
     kind = kind_of(stage)
     others = {field: content for field, content in data.items() if field != "data"}
@@ -232,6 +228,11 @@ def of_stage(
             **{field: file_sha256(path) for field, path in (files or {}).items()},
         },
     }  # left out if empty, as in results that are older than these keys
+    described_base: dict[str, Any] = {"content": base.identity, "dtype": run.model.dtype.value}
+    if run.model.chat_template is not None:
+        described_base["chat_template"] = digest(template_text(run.model.chat_template))
+    if run.model.template_options:
+        described_base["template_options"] = canonical(run.model.template_options)
     return {
         "stage": name,
         "kind": stage.kind,
@@ -241,17 +242,10 @@ def of_stage(
         "data": data.get("data"),
         "inputs": inputs,
         "arms": arms,
-        "base": {"content": base.identity, "dtype": run.model.dtype.value, **_template(run)},
+        "base": described_base,
         "seed": run.seed,
         **{key: value for key, value in optional.items() if value},
     }
-
-
-def _template(run: RunConfig) -> dict[str, Any]:
-    """Empty for the tokenizer's own template without options, as in results that are older than these settings."""
-    template, options = run.model.chat_template, run.model.template_options
-    named = {} if template is None else {"chat_template": digest(template_text(template))}
-    return named | ({"template_options": canonical(options)} if options else {})
 
 
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:

@@ -15,15 +15,19 @@ from fractions import Fraction
 from itertools import takewhile
 from typing import Any
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, ValidationConfig
+from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.optim import OptimConfig
+from alignment.config.scoring import MetricConfig
 from alignment.config.stage import StageConfig
 from alignment.data.overlap import LocatedText, asked
 from alignment.data.records import Conversation, Record
-from alignment.pipeline.plan import validation_checks
-from alignment.stages.registry import as_trained, kind_of, rows_are_counted
+from alignment.evaluation.paired_scores import above, compared, labels
+from alignment.records.evaluation import FEWEST_PROMPTS
+from alignment.stages.registry import as_trained, gates_of, kind_of, rows_are_counted
 
+VALIDATION_DATA = "validation.data"
 COMPARED_ROWS = 2_000
 COMPARED_CHARACTERS = 1_000_000
 """The part of a source that is compared with the evaluation's data, to keep planning fast: this many characters take
@@ -125,22 +129,64 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
         yield from kind.learning.faults(config, min(rows, own.prompts), dict(own.labels), where)
     if not isinstance(trained.optim, OptimConfig):
         return
-    looks = validation_checks.of_stage(config)
+    validation = validation_of(config)
     known = _batched_rows(config, seen_by_field)
-    if looks is not None and known is not None:
+    if validation is not None and known is not None:
         prompts = min(known, len(seen_by_field["data"].openings))
-        yield from validation_checks.row_faults(
-            looks, rows=known, prompts=prompts, batch_size=trained.optim.batch_size, where=f"{where}.validation"
-        )
-        known -= validation_checks.num_held_out(looks, prompts)
+        batch_size = trained.optim.batch_size
+        yield from _share_faults(validation, known, prompts, batch_size, where=f"{where}.validation")
+        known -= _num_held_out(validation, prompts)
     yield from _warm_up_faults(trained.optim, known, where=f"{where}.optim")
-    if looks is not None:
+    if validation is not None:
         if steps := _steps(trained.optim, known):
-            yield from validation_checks.step_faults(looks, steps, f"{where}.validation")
-        learned, held_out = (seen_by_field.get(name) for name in ("data", validation_checks.DATA))
-        if learned is not None and held_out is not None:
-            both = (learned.openings, held_out.openings)
-            yield from validation_checks.overlap_faults(trained.data, looks, both, f"{where}.validation")
+            yield from _step_faults(validation, steps, f"{where}.validation")
+        learned, held_out = (seen_by_field.get(name) for name in ("data", VALIDATION_DATA))
+        # If only a part of a source is used, only the stage knows which rows are in it.
+        all_used = trained.data.fraction == validation.data.fraction == 1.0
+        if learned and held_out and all_used and (shared := len(learned.openings & held_out.openings)):
+            both = f"{shared} of its {len(held_out.openings)} different prompts are also training prompts"
+            message = f"{both}, so their loss says little; remove them from one source, or use validation.share"
+            yield Fault(where=f"{where}.validation.data.source", message=message)
+
+
+def validation_of(config: StageConfig) -> ValidationConfig | None:
+    """The validation of a stage, if its kind has such settings and they are used."""
+    validation = getattr(config, "validation", None)
+    return validation if isinstance(validation, ValidationConfig) and validation.on else None
+
+
+def _step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterator[Fault]:
+    if validation.every > steps:
+        message = f"{validation.every} is more than the {steps} optimiser steps of the stage; choose at most {steps}"
+        yield Fault(where=f"{where}.every", message=message)
+        return
+    validations = math.ceil(steps / validation.every)
+    if validation.patience is not None and validation.patience >= validations:
+        plural = "" if validations == 1 else "s"
+        of_all = f"of {validations} validation{plural}, at most {validations - 1} can follow the best one"
+        message = f"{validation.patience} has no effect: {of_all}; choose less, or validate more often"
+        yield Fault(where=f"{where}.patience", message=message)
+
+
+def _num_held_out(validation: ValidationConfig | None, prompts: int) -> int:
+    """How many of so many prompts are held out; each has one row or more."""
+    return 0 if validation is None or validation.share is None else round(validation.share * prompts)
+
+
+def _share_faults(
+    validation: ValidationConfig, rows: int, prompts: int, batch_size: int, *, where: str
+) -> Iterator[Fault]:
+    held_out = _num_held_out(validation, prompts)
+    if validation.share is None:
+        return
+    if not 0 < held_out < prompts:
+        too_few = f"{prompts} prompts are too few to hold out a share of {validation.share:g}"
+        message = f"{too_few}; choose another share, add rows, or name separate rows in {where}.data"
+        yield Fault(where=f"{where}.share", message=message)
+    elif rows - held_out < batch_size:
+        leaves = f"{validation.share:g} leaves at most {rows - held_out} of {rows} rows to learn from"
+        message = f"{leaves}, less than a batch of {batch_size}; choose a smaller share or batch, or add rows"
+        yield Fault(where=f"{where}.share", message=message)
 
 
 def _batched_rows(config: StageConfig, seen_by_field: Mapping[str, Seen]) -> int | None:
@@ -164,7 +210,7 @@ def expected_steps(config: StageConfig, seen_by_field: Mapping[str, Seen]) -> in
     rows = None if _batched_rows(config, seen_by_field) is None else rows_of(trained.data, own)
     if rows is not None and own is not None:
         prompts = min(rows, len(own.openings))
-        rows -= validation_checks.num_held_out(validation_checks.of_stage(config), prompts)
+        rows -= _num_held_out(validation_of(config), prompts)
         rows -= round(getattr(config, "eval_fraction", 0.0) * prompts)
     return _steps(trained.optim, rows)
 
@@ -192,3 +238,30 @@ def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iter
 
 def _is_all_warm_up(steps: int, ratio: float) -> bool:
     return ratio > 0 and math.ceil(steps * ratio) >= steps
+
+
+def gates_in_words(config: StageConfig) -> list[str]:
+    """What each gate of a stage requires; each is the end of a sentence that begins with the stage's name."""
+    return [_gate_in_words(config, gate) for gate in gates_of(config)]
+
+
+def _gate_in_words(config: StageConfig, gate: GateConfig) -> str:
+    kind = kind_of(config)
+    scorers = [scorer for scorer in kind.scorers(config).values() if isinstance(scorer, MetricConfig)]
+    metric = next((scorer for scorer in scorers if scorer.name == gate.metric), kind.display.primary(config))
+    label = labels(getattr(config, "arms", (gate.arm, gate.against)))
+    name, higher_is_better = ("", True) if metric is None else (metric.name, metric.higher_is_better)
+    difference = compared(label[gate.arm], label[gate.against], name, higher_is_better=higher_is_better)
+    return f"requires {difference}: {above(gate.min_difference)}"
+
+
+def gate_faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
+    """A fault if the stage at ``where`` has gates and fewer held-out prompts than they need."""
+    data, seen = getattr(config, "data", None), seen_by_field.get("data")
+    if seen is None or not isinstance(data, DataConfig) or not gates_of(config):
+        return
+    rows = rows_of(data, seen)
+    if rows is not None and (prompts := min(rows, seen.prompts)) < FEWEST_PROMPTS:
+        needed = f"a gate needs at least {FEWEST_PROMPTS} different held-out prompts"
+        message = f"{needed}, and {where}.data has {prompts}; add prompts, or remove the gate"
+        yield Fault(where=f"{where}.gate", message=message)

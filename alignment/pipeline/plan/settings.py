@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from alignment.config.data import DataConfig, SourceConfig, TooLong, TooLongConfig, ValidationConfig
-from alignment.config.faults import Fault, suggestion, unread_notes
+from alignment.config.faults import Fault, suggestion, unread_faults, unread_notes
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.model import LOW_RANK, READ_BY, AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.optim import Moments
@@ -18,7 +18,7 @@ from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.data.templates import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
-from alignment.pipeline.plan import chain_checks, made_rows, scorer_checks, tracking_checks, validation_checks
+from alignment.pipeline.plan import chain_checks, made_rows, scorer_checks, tracking_checks
 from alignment.report.kit import text
 from alignment.stages.base import Refusal
 from alignment.stages.registry import as_trained, kind_of
@@ -46,9 +46,8 @@ def faults(config: RunConfig) -> list[Fault]:
             if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
                 any_column = read_by_code and slot.field == "data"  # which a function of the user's reads
                 every_fault += _data_faults(slot.data, f"{where}.{slot.field}", any_column=any_column)
-        looks = getattr(stage, "validation", None)
-        if isinstance(looks, ValidationConfig):
-            every_fault += validation_checks.settings_faults(looks, f"{where}.validation")
+        if isinstance(validation := getattr(stage, "validation", None), ValidationConfig):
+            every_fault += validation_faults(validation, f"{where}.validation")
         every_fault += kind.faults(stage, config, where)
     every_fault += [fault for name, stage in config.stages.items() for fault in _unread_faults(stage, f"stages.{name}")]
     return [*every_fault, *combination_faults(config)]
@@ -121,6 +120,26 @@ def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fa
         yield from unread_notes(adapter, AdapterConfig(), ("master_weights",), where, "only adapter.kind 'full'")
     elif dtype is Dtype.float32:
         yield from unread_notes(adapter, AdapterConfig(), ("master_weights",), where, "only model.dtype 'bfloat16'")
+
+
+def validation_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]:
+    """Settings of a validation, at the path ``where``, that contradict one another or have no effect."""
+    share, source = validation.share, validation.data.source
+    if share is not None and source:
+        message = f"{share:g} of the stage's own prompts, but {where}.data also names validation rows; remove one"
+        yield Fault(where=f"{where}.share", message=message)
+    if validation.on and share is None and not source:
+        message = f"{validation.every}, but there are no held-out rows; set {where}.share=0.05, or {where}.data.source"
+        yield Fault(where=f"{where}.every", message=message)
+    settings = [field.name for field in fields(DataConfig)]
+    if validation.on and share is not None and not source:
+        settings.remove("source")
+        yield from unread_notes(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
+    if not validation.on:
+        reader, usual = f"only validation ({where}.every above 0)", ValidationConfig()
+        yield from unread_notes(validation, usual, ("share",), where, reader)
+        yield from unread_notes(validation.data, usual.data, settings, f"{where}.data", reader)
+        yield from unread_faults(validation, usual, ("keep_best", "patience"), where, reader)
 
 
 def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:

@@ -17,7 +17,7 @@ from alignment.config.faults import suggestion
 from alignment.config.launch import LaunchConfig
 from alignment.config.sweep import Pruner
 from alignment.core import hardware
-from alignment.core.errors import ArtifactError, ConfigError, DiskError
+from alignment.core.errors import ConfigError, DiskError
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.execute.worker_protocol import tail
 from alignment.pipeline.sweeps.sweep_file import Sweep
@@ -94,10 +94,7 @@ class Running:
 
     def stage(self) -> str:
         """The running stage, or an empty text before the first."""
-        try:
-            stages = RunRecord.read(self._run_folder).stages
-        except ArtifactError:
-            return ""
+        stages = RunRecord.read_if_any(self._run_folder).stages
         return next((name for name, stage in stages.items() if stage.state == "running"), "")
 
     def ended(self) -> TrialOutcome | None:
@@ -203,7 +200,4 @@ class Curve:
         if self._former is not None and self._record_file() == self._former:
             return StageEntry()
         self._former = None
-        try:
-            return RunRecord.read(self._run_folder).stages.get(self._config.stage, StageEntry())
-        except ArtifactError:
-            return StageEntry()
+        return RunRecord.read_if_any(self._run_folder).stages.get(self._config.stage, StageEntry())

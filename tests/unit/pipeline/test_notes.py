@@ -23,7 +23,7 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
-from alignment.pipeline.plan.validation_checks import settings_faults
+from alignment.pipeline.plan.settings import validation_faults
 from alignment.report.run_page.run_files import read_run
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.dpo.kind import DpoConfig
@@ -131,7 +131,7 @@ def test_impossible_sizes_are_refused(plan: MakePlan, overrides: list[str], caps
     ],
 )
 def test_contradicting_settings_of_validation_are_refused(validation: ValidationConfig, field: str, word: str) -> None:
-    (fault,) = settings_faults(validation, VALIDATION)
+    (fault,) = validation_faults(validation, VALIDATION)
     assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
 
 
