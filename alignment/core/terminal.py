@@ -41,9 +41,15 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
+def say(console: Console, *lines: str) -> None:
+    """Prints lines as they are: nothing in them is markup, and none is wrapped."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 def complain(error: AlignmentError) -> None:
     """Prints an error to standard error, with its kind first."""
-    Terminal(stderr=True).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
+    say(Terminal(stderr=True), error.labelled)
 
 
 def _written(number: int) -> str:

@@ -100,16 +100,6 @@ def test_a_stage_that_fails_ends_the_chain_with_its_own_exit_code(
     cluster.wait_for(lambda: cluster_states(align, cluster) == ["FAILED", "CANCELLED"], "end of the chain")
 
 
-@pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0", "$(id)"])
-def test_a_name_that_slurm_or_a_shell_would_read_is_refused(
-    name: str, new_align: Callable[[], Align], cluster: Cluster
-) -> None:
-    align = new_align()
-    printed = align("run", *SLURM, f"name={json.dumps(name)}", code=2)
-    assert "A-Z a-z 0-9" in printed
-    assert not list(align.output.iterdir())
-
-
 def test_what_sbatch_says_when_it_refuses_is_shown(new_align: Callable[[], Align]) -> None:
     printed = new_align()("run", *SLURM, "launch.backend.partition=nowhere", code=2)
     assert "sbatch refused it: sbatch: error: " in printed

@@ -135,19 +135,6 @@ def test_a_kill_during_a_download_leaves_nothing_that_counts(
     assert second.align.weights() == undisturbed.weights()
 
 
-def test_a_kill_during_the_upload_of_a_checkpoint_leaves_nothing_that_counts(
-    machines: MakeMachine, server: S3Server
-) -> None:
-    first, second = machines(), machines()
-    weights = rb"PUT /\S+/checkpoint-\d+/\S+safetensors"
-    with held_at(server, pattern=weights, holds="request") as proxy:
-        process = first.through(environment_for(f"http://127.0.0.1:{proxy.port}")).start(*LONG)
-        until(proxy.held.is_set, process)
-        kill_all(process)
-    assert not [key for key in server.keys(first.prefix) if key.endswith("-000000.json")]
-    assert re.search(r"\bsft .* run ", second("plan", *LONG), re.MULTILINE)
-
-
 def test_two_machines_at_once_make_a_stage_once(machines: MakeMachine, undisturbed: Align) -> None:
     first, second = machines(), machines()
     of_first, of_second = first.start(*SHORT, "--wait"), second.start(*SHORT, "--wait")
@@ -236,17 +223,3 @@ def test_a_full_disk_while_downloading_is_said_and_nothing_counts(machines: Make
     assert not list(second.output.glob("artifacts/*/manifest.json"))
     second("run", *SHORT)
     assert states(second) == {"sft": "reused", "dpo": "reused"}
-
-
-def test_a_damaged_object_is_refused(machines: MakeMachine, server: S3Server) -> None:
-    first, second = machines(), machines()
-    first("run", *SHORT)
-    weights = next(key for key in server.keys(first.prefix) if "sft-" in key and ".safetensors/" in key)
-    path = f"{BUCKET}/{first.prefix}/{weights}"
-    content = bytearray(server.files().cat_file(path))
-    content[-1] ^= 1
-    server.files().pipe_file(path, bytes(content))
-    printed = second("run", *SHORT, code=7)
-    assert f"s3://{path}" in printed
-    assert "its content differs from its list" in printed
-    assert not list(second.output.glob("artifacts/*/manifest.json"))

@@ -19,8 +19,8 @@ import torch
 from alignment import worker
 from alignment.config.model import ModelConfig
 from alignment.config.scoring import GuardConfig
-from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
+from alignment.core.child_processes import SIGNALS
 from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
@@ -62,12 +62,7 @@ def test_a_full_disk_is_told_as_such_and_makes_room_to_say_so(tmp_path: Path, mo
         (spec.work / worker.RESERVE).write_bytes(b"0")
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
 
-    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
-    monkeypatch.setattr(worker, "_run", run)
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    assert worker.main(tmp_path / "stage.yaml") == 12
-    status = json.loads((spec.run_folder / "status.json").read_text())
-    assert status["exit_code"] == 12
+    status = ended(tmp_path, monkeypatch, run, code=12)
     assert "no space left on the device; " in status["error"]
     assert "free space and run again: nothing is lost" in status["error"]
     assert not list((spec.work / "checkpoints").iterdir()), "half a checkpoint only takes room"
@@ -88,11 +83,36 @@ def test_a_stage_runs_without_cudnns_attention(tmp_path: Path, monkeypatch: pyte
     assert enabled == [False]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def ended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., None], *, code: int, config: Any = None
+) -> dict[str, Any]:
+    """The status of a worker whose stage does only this; it ends with this code."""
+    spec = tiny_spec(folder, config or SftConfig())
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker, "_run", run)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert worker.main(folder / "stage.yaml") == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    status: dict[str, Any] = json.loads((spec.run_folder / "status.json").read_text())
+    assert status["exit_code"] == code
+    return status
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    status = _status_of(lambda: signal.raise_signal(number), tmp_path, monkeypatch, code=75)
+    status = ended(tmp_path, monkeypatch, lambda *_: signal.raise_signal(number), code=75)
     assert status["state"] == "preempted"
     assert "it was not training" in status["error"]
 
@@ -105,33 +125,12 @@ def test_a_signal_while_trackers_close_does_not_replace_the_error(
     monkeypatch.setattr(context.trackers, "start", lambda spec: None)
     monkeypatch.setattr(context.trackers, "close", lambda *, done: signal.raise_signal(signal.SIGTERM))
 
-    def fail() -> None:
+    def fail(*_: object) -> None:
         with worker._tracked(context):
             raise StageError("no row is left")
 
-    status = _status_of(fail, tmp_path, monkeypatch, code=StageError.exit_code)
-    assert status["state"] == "failed"
-    assert "no row is left" in status["error"]
-
-
-@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()])
-def test_an_end_that_nobody_asked_for_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def end() -> None:
-        raise error
-
-    assert type(error).__name__ in _status_of(end, tmp_path, monkeypatch, code=1)["error"]
-
-
-def _status_of(act: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch, *, code: int) -> dict[str, Any]:
-    """``status.json`` after a worker whose stage does only this."""
-    spec = tiny_spec(folder, SftConfig())
-    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
-    monkeypatch.setattr(worker, "_run", lambda *_: act())
-    assert worker.main(folder / "stage.yaml") == code
-    status: dict[str, Any] = json.loads((spec.run_folder / "status.json").read_text())
-    return status
+    status = ended(tmp_path, monkeypatch, fail, code=StageError.exit_code)
+    assert (status["state"], "no row is left" in status["error"]) == ("failed", True)
 
 
 def test_a_signal_while_torch_is_imported_stops_the_stage_before_it_began(tmp_path: Path) -> None:
@@ -146,112 +145,72 @@ def test_a_signal_while_torch_is_imported_stops_the_stage_before_it_began(tmp_pa
     assert (status["state"], status["where"]) == ("preempted", "stage sft")
 
 
-def ended(folder: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None) -> tuple[int, dict[str, object]]:
-    """Exit code and status of a worker whose stage ends so."""
-    spec = tiny_spec(folder, SftConfig())
-
-    def run(*_: object) -> None:
-        if end is not None:
-            raise end
-
-    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
-    monkeypatch.setattr(worker, "_run", run)
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    code = worker.main(folder / "stage.yaml")
-    return code, json.loads((spec.run_folder / "status.json").read_text())
-
-
 @pytest.mark.parametrize(
-    ("end", "state", "code"),
+    ("run", "state", "code", "words"),
     [
-        (None, "done", 0),
-        (Preempted(), "preempted", 75),
-        (DataError("no row"), "failed", 3),
-        (NonFiniteError("nan"), "failed", 6),
-        (KeyError("x"), "failed", 1),
+        (lambda *_: None, "done", 0, ""),
+        (raises(Preempted()), "preempted", 75, ""),
+        (raises(DataError("no row")), "failed", 3, "no row"),
+        (raises(NonFiniteError("nan")), "failed", 6, "nan"),
+        *((raises(error), "failed", 1, type(error).__name__) for error in (KeyError("x"), SystemExit(0))),
+        (raises(KeyboardInterrupt()), "failed", 1, "KeyboardInterrupt"),
     ],
-    ids=repr,
 )
 def test_how_a_stage_ended_stands_in_its_status(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None, state: str, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., None], state: str, code: int, words: str
 ) -> None:
-    returned, status = ended(tmp_path, monkeypatch, end)
-    assert (returned, status["state"], status["exit_code"]) == (code, state, code)
+    status = ended(tmp_path, monkeypatch, run, code=code)
+    assert (status["state"], words in status["error"]) == (state, True)
 
 
 def test_the_first_process_that_fails_has_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others say is that they lost their connection to it."""
-    ended(tmp_path, monkeypatch, NonFiniteError("nan"))
-    assert ended(tmp_path, monkeypatch, RuntimeError("connection closed by peer"))[1]["exit_code"] == 6
+    ended(tmp_path, monkeypatch, raises(NonFiniteError("nan")), code=6)
+    monkeypatch.setattr(worker, "_run", raises(RuntimeError("connection closed by peer")))
+    worker.main(tmp_path / "stage.yaml")
+    (file,) = tmp_path.rglob("status.json")
+    assert json.loads(file.read_text())["exit_code"] == 6
+
+
+LESS_TOKENS, ANSWERS = "lower optim.micro_batch_tokens", "lower batch_size or max_new_tokens"
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "remedy"),
+    ("config", "phase", "error", "remedy"),
     [
-        (
-            SftConfig(),
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            "optim.micro_batch_tokens",
-        ),
-        (SftConfig(), RuntimeError("can't allocate memory: 9 GB"), "optim.micro_batch_tokens"),
-        (SampleConfig(), MemoryError("9 GB"), "lower batch_size"),
-        (SampleConfig(), MemoryError(), "lower batch_size"),
-        (ReportConfig(), MemoryError("9 GB"), "a machine with more memory"),
-    ],
-)
-def test_running_out_of_memory_comes_with_advice_that_the_stage_can_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StageConfig, error: Exception, remedy: str
-) -> None:
-    spec = tiny_spec(tmp_path, config)
-
-    def run(_: object, context: StageContext) -> None:
-        context.progress("training")
-        raise error
-
-    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
-    monkeypatch.setattr(worker, "_run", run)
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    assert worker.main(tmp_path / "stage.yaml") == 5
-    status = json.loads((spec.run_folder / "status.json").read_text())
-    assert status["exit_code"] == 5
-    assert "out of memory while training" in status["error"]
-    assert remedy in status["error"]
-    assert ("micro_batch_tokens" in status["error"]) == isinstance(config, SftConfig)
-
-
-@pytest.mark.parametrize(
-    ("config", "phase", "remedy"),
-    [
-        (PpoConfig(), "sampling", "lower optim.batch_size or max_new_tokens"),
-        (PpoConfig(guard=GuardConfig(every=2)), "sampling", "lower optim.batch_size, guard.prompts or max_new_tokens"),
-        (PpoConfig(), "scoring", "lower optim.micro_batch_tokens"),
-        (DistilConfig(), "answering", "lower batch_size or max_new_tokens"),
-        (DistilConfig(), "training", "lower optim.micro_batch_tokens"),
-        (EvaluateConfig(), "answering", "lower batch_size or max_new_tokens"),
-        (RewardCardConfig(), "scoring", "lower micro_batch_tokens"),
+        (SftConfig(), "training", OUT_OF_MEMORY, LESS_TOKENS),
+        (SftConfig(), "training", RuntimeError("can't allocate memory: 9 GB"), LESS_TOKENS),
+        (SampleConfig(), "training", MemoryError(), "lower batch_size"),
+        (ReportConfig(), "training", MemoryError(), "a machine with more memory"),
+        (PpoConfig(), "sampling", MemoryError(), "lower optim.batch_size or max_new_tokens"),
+        (PpoConfig(guard=GuardConfig(every=2)), "sampling", MemoryError(), "guard.prompts or max_new_tokens"),
+        (PpoConfig(), "scoring", MemoryError(), LESS_TOKENS),
+        (DistilConfig(), "answering", MemoryError(), ANSWERS),
+        (DistilConfig(), "training", MemoryError(), LESS_TOKENS),
+        (EvaluateConfig(), "answering", MemoryError(), ANSWERS),
+        (RewardCardConfig(), "scoring", MemoryError("9 GB"), "lower micro_batch_tokens"),
     ],
 )
 @pytest.mark.parametrize("chosen", [False, True])
 def test_advice_on_memory_is_about_the_phase_that_ran_out_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StageConfig, phase: str, remedy: str, chosen: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, phase: str, error: Any, remedy: str, chosen: bool
 ) -> None:
+    """Where the stage has ``chosen`` the size of its micro-batches, it may choose again."""
     spec = tiny_spec(tmp_path, config)
     spec.work.mkdir(parents=True, exist_ok=True)
     if chosen:
         (spec.work / "micro_batch.json").write_text("{}")
 
     def run(_: object, context: StageContext) -> None:
-        context.phase(phase)
-        raise MemoryError("9 GB")
+        context.progress(phase)
+        raise error
 
-    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
-    monkeypatch.setattr(worker, "_run", run)
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    assert worker.main(tmp_path / "stage.yaml") == 5
-    error = json.loads((spec.run_folder / "status.json").read_text())["error"]
-    may_choose_again = chosen and phase not in ("sampling", "answering")
-    assert ("to choose it again" if may_choose_again else remedy) in error
-    assert ("micro_batch_tokens" in error) == ("micro_batch_tokens" in remedy and not may_choose_again)
+    words = ended(tmp_path, monkeypatch, run, code=5, config=config)["error"]
+    assert f"out of memory while {phase}" in words
+    chooses_again = chosen and phase not in ("sampling", "answering")
+    assert ("to choose it again" if chooses_again else remedy) in words
+    assert ("micro_batch_tokens" in words) == ("micro_batch_tokens" in remedy and not chooses_again)
 
 
 def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
@@ -292,6 +251,14 @@ def test_a_model_folder_that_changed_since_the_plan_is_refused(tmp_path: Path, c
 RESULT = StageResult(metrics={"words": 3})
 
 
+def returning(result: Any) -> Callable[..., Any]:
+    def run(_: object, context: StageContext) -> Any:
+        (context.content / "words.json").touch()
+        return result
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("result", "message", "remedy"),
     [
@@ -314,11 +281,7 @@ RESULT = StageResult(metrics={"words": 3})
 def test_what_a_stage_returns_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Any, message: str, remedy: str
 ) -> None:
-    def run(_: object, context: StageContext) -> Any:
-        (context.content / "words.json").touch()
-        return result
-
-    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    monkeypatch.setattr(worker, "function_of", lambda _: returning(result))
     spec = tiny_spec(tmp_path, SampleConfig())
     context = StageContext(spec=spec, rank=0, world_size=1)
     if message:
@@ -346,15 +309,11 @@ def test_what_a_stage_returns_is_checked(
 def test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: str, declared: tuple[str, ...], notes: list[str]
 ) -> None:
-    def run(_: object, context: StageContext) -> StageResult:
-        (context.content / "words.json").touch()
-        return RESULT
-
     monkeypatch.setattr(
         worker, "kind_of", lambda config: replace(kind_of(config), metrics=lambda _: Reported(counts=declared))
     )
     monkeypatch.setattr(worker, "origin_of", lambda _: origin)
-    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    monkeypatch.setattr(worker, "function_of", lambda _: returning(RESULT))
     spec = tiny_spec(tmp_path, SampleConfig())
     context = StageContext(spec=spec, rank=0, world_size=1)
     worker._run(spec, context)
@@ -362,11 +321,7 @@ def test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted(
 
 
 def test_a_result_took_the_time_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(_: object, context: StageContext) -> StageResult:
-        (context.content / "words.json").touch()
-        return RESULT
-
-    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    monkeypatch.setattr(worker, "function_of", lambda _: returning(RESULT))
     spec = tiny_spec(tmp_path, SampleConfig())
     Attempts(number=3, earlier_seconds=1000.0, started=1.0).write(spec.work)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))

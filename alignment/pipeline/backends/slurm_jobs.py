@@ -39,7 +39,14 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
     directive of Slurm, such as a folder with a space in its name."""
     slurm = plan.config.launch.backend
     assert isinstance(slurm, SlurmBackend), "no other backend submits jobs"
-    directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
+    directives = list(_directives(plan, stage, slurm))
+    for directive in directives:
+        if _DIRECTIVE.fullmatch(directive) is None:
+            message = f"{directive!r} is not allowed in a job file"
+            remedy = (
+                "its names and folders may contain A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER sets another folder"
+            )
+            raise ConfigError(message, where="launch.backend", remedy=remedy)
     machines = _num_machines(stage.config, slurm)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((shipped("launch") / TEMPLATE).read_text(encoding="utf-8"))
@@ -71,7 +78,7 @@ def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
 
 def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterator[str]:
     yield f"--job-name={plan.config.name}.{stage.name}"
-    yield f"--output={_literal(plan.run_folder / stage.name)}/slurm-%j.log"
+    yield f"--output={str(plan.run_folder / stage.name).replace('%', '%%')}/slurm-%j.log"
     yield "--open-mode=append"
     yield "--requeue"
     yield f"--signal=TERM@{slurm.signal_seconds}"
@@ -101,21 +108,6 @@ def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
     if runs_on is RunsOn.driver:
         return 0
     return min(slurm.gpus, 1) if runs_on is RunsOn.one_process else slurm.gpus
-
-
-def _literal(path: Path) -> str:
-    return str(path).replace("%", "%%")
-
-
-def _checked(directive: str) -> str:
-    if _DIRECTIVE.fullmatch(directive) is None:
-        raise ConfigError(
-            f"{directive!r} is not allowed in a job file",
-            where="launch.backend",
-            remedy="its names and folders may contain A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER sets another "
-            "folder",
-        )
-    return directive
 
 
 FILE = "jobs.json"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from alignment.core.errors import PREEMPTED, ArtifactError, Preempted, StageError
+from alignment.core.terminal import say
 from alignment.core.wording import duration, time_taken
 from alignment.pipeline.execute.run_table import RunTable, figure, progress_line, speed
 from alignment.pipeline.execute.run_view import KILLED, STOPPED, RunReader, RunView, StageView
@@ -119,7 +120,7 @@ class Display:
 def announcer(console: Console) -> Announce:
     """Prints messages about what happens beside a run, such as a download."""
     indent = "  " if _is_live(console) else ""
-    return lambda text: console.print(f"{indent}{text}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+    return lambda text: say(console, f"{indent}{text}")
 
 
 @contextmanager

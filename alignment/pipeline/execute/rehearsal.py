@@ -60,20 +60,8 @@ _CONTENT = {
 """The entries of an identity that cover the content that it reads."""
 
 
-def is_known(plan: Plan, stage: PlannedStage, *, part: str) -> bool:
-    """Whether this ``part`` of the stage, ``ROWS``, ``SCORERS`` or ``MODEL``, was rehearsed with success."""
-    return _file(plan, stage, part).is_file()
-
-
-def remember(plan: Plan, stage: PlannedStage, *, part: str) -> None:
-    """Records a success; if that cannot be written, the part is tried again next time."""
-    file = _file(plan, stage, part)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, "")
-
-
-def _file(plan: Plan, stage: PlannedStage, part: str) -> Path:
+def _success(plan: Plan, stage: PlannedStage, part: str) -> Path:
+    """The file that records that this part of the stage was rehearsed with success."""
     settings: dict[str, Any] = to_plain(stage.config)
     key = {
         "part": part,
@@ -110,7 +98,7 @@ def rehearse(
         MODEL: lambda config: _has_model_check(config, plan.config.stages),
     }
     parts = {
-        part: [stage for stage in waiting if has(stage.config) and not is_known(plan, stage, part=part)]
+        part: [stage for stage in waiting if has(stage.config) and not _success(plan, stage, part).is_file()]
         for part, has in has_part.items()
     }
     if not any(parts.values()):
@@ -121,13 +109,18 @@ def rehearse(
     announce(f"checking {named} before training (takes ten seconds or more, once for these settings and data)")
     for note in _try(plan, parts, server):
         announce(note)
-    for part, stages_of_part in parts.items():
-        for stage in stages_of_part:
-            remember(plan, stage, part=part)
+    with suppress(OSError):  # what cannot be recorded is tried again next time
+        for file in (_success(plan, stage, part) for part, tried in parts.items() for stage in tried):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, "")
 
 
 def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
-    folder = _new_folder(plan)
+    plan.run_folder.mkdir(parents=True, exist_ok=True)
+    for older in plan.run_folder.glob(f"{_FOLDERS}*"):
+        shutil.rmtree(older, ignore_errors=True)
+    # A folder of its own: the process of a killed driver may still write into the older one.
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=plan.run_folder))
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     for part, stages in parts.items():
         argv.append(f"--{part}")
@@ -147,14 +140,6 @@ def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkSe
     notes = worker_protocol.notes(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return notes
-
-
-def _new_folder(plan: Plan) -> Path:
-    """An empty folder of its own: the process of a killed driver may still write into the older one."""
-    plan.run_folder.mkdir(parents=True, exist_ok=True)
-    for older in plan.run_folder.glob(f"{_FOLDERS}*"):
-        shutil.rmtree(older, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=plan.run_folder))
 
 
 def _environment(plan: Plan) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Protocol, cast
 
@@ -17,7 +17,7 @@ from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
 from alignment.core.files import CODE_ROOT, disk_error, remove_leftovers, replacing
 from alignment.core.locks import held, is_held
-from alignment.core.terminal import begin_attempt
+from alignment.core.terminal import begin_attempt, say
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_jobs import HERE
@@ -56,8 +56,8 @@ def run(
     verified: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py). Results that
-    are reused are compared with their hashes if ``verified``, otherwise with their sizes."""
+    """Plans a recipe and runs the plan, after advice on the recipe; returns the exit code (alignment/core/errors.py).
+    Results that are reused are compared with their hashes if ``verified``, otherwise with their sizes."""
     plan = make_plan(recipe, overrides, verified=verified)
     return run_with_advice(plan, console=console, only=only, wait=wait, command_for=command_for)
 
@@ -70,8 +70,7 @@ def run_with_advice(
     wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """``run_plan``, after advice on the recipe; a stage that runs alone needs none. Raises AlignmentError: as for
-    ``run_plan``."""
+    """``run_plan``, after advice on the recipe; a stage that runs alone needs none."""
     for note in notes.advice(plan) if only is None else ():
         announcer(console)(f"note: {note}")
     return run_plan(plan, console=console, only=only, wait=wait, command_for=command_for)
@@ -216,8 +215,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
 
 def _judge(plan: Plan, only: str | None, console: Console) -> None:
     stages = _chosen(plan, only)
-    for sentence in gates.met(stages):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    say(console, *gates.met(stages))
     gates.refuse(stages, plan.config.stages)
 
 
@@ -288,7 +286,10 @@ def _one_stage(
 
 
 def _reuse(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
-    _clear(stage)
+    if stage.work.exists() and read_manifest(stage.artifact) is not None:
+        with suppress(Busy), held(stage.work / "lock", wait=False):
+            if not is_held(stage.work / "worker.lock"):  # its process was killed right after it was done
+                shutil.rmtree(stage.work, ignore_errors=True)
     exchange.upload(plan, stage, announce)
     _point_to_result(plan, stage)
 
@@ -310,36 +311,20 @@ def _make(
     with held(stage.work / "lock", wait=wait, remedy=exchange.WAIT) as lock:
         display.wait(stage.name, "")
         if read_manifest(stage.artifact) is not None:
-            _remove_work(stage)
+            shutil.rmtree(stage.work, ignore_errors=True)
             return False
+        # In a job of Slurm, which queues it again, attempts that store nothing come to an end.
+        bounded = refused_in_vain(stage.work, stage.name) if HERE in plan.overrides else nullcontext()
         with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
             if is_missing:
-                with _bounded(plan, stage), run_state.counted(stage.work) as attempt:
+                with bounded, run_state.counted(stage.work) as attempt:
                     recorder.attempt(stage.name, attempt)
                     if kind_of(stage.config).in_driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))
                     else:
                         _launch(plan, stage, display, workers, lock, attempt=attempt.number)
-    _remove_work(stage)
-    return is_missing
-
-
-def _bounded(plan: Plan, stage: PlannedStage) -> AbstractContextManager[None]:
-    """In a job of Slurm, which queues it again, attempts that store nothing come to an end."""
-    return refused_in_vain(stage.work, stage.name) if HERE in plan.overrides else nullcontext()
-
-
-def _clear(stage: PlannedStage) -> None:
-    """Removes the work folder of a complete result, left by a process that was killed right after it was done."""
-    if not stage.work.exists() or read_manifest(stage.artifact) is None:
-        return
-    with suppress(Busy), held(stage.work / "lock", wait=False):
-        if not is_held(stage.work / "worker.lock"):
-            _remove_work(stage)
-
-
-def _remove_work(stage: PlannedStage) -> None:
     shutil.rmtree(stage.work, ignore_errors=True)
+    return is_missing
 
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, lock: int, *, attempt: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from alignment.core.artifacts import MANIFEST, Manifest, verify
+from alignment.core.artifacts import MANIFEST, verify
 from alignment.core.errors import ArtifactError, Busy, Preempted
 from alignment.core.locks import is_held, last_host
 from alignment.core.wording import duration
@@ -51,21 +51,23 @@ def _seconds_of(attempts: Attempts, work: Path) -> float:
     """The time of all attempts so far. An attempt whose driver was killed counts until the last sign of life of its
     processes. If there is none, as on a machine that continues another one's stage, the time up to the last logged step
     counts."""
-    last = max(signs_of_life(work), default=0.0) if attempts.started else 0.0
+    last = _last_written(*_signs_of_life(work)) if attempts.started else 0.0
     seconds = attempts.earlier_seconds + max(0.0, last - attempts.started)
     rows, _ = readable_rows(work / "content" / METRICS)
     return max(seconds, (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0)
 
 
-def signs_of_life(work: Path) -> Iterator[float]:
-    """When the processes of the last attempt wrote their progress and their heartbeats, in seconds since 1970."""
-    return _written(work / PROGRESS, *(work / HEARTBEATS).glob("*.json"))
+def _signs_of_life(work: Path) -> list[Path]:
+    return [work / PROGRESS, *(work / HEARTBEATS).glob("*.json")]
 
 
-def _written(*files: Path) -> Iterator[float]:
+def _last_written(*files: Path) -> float:
+    """When the newest of these files was written, in seconds since 1970; 0 if there is none."""
+    times = [0.0]
     for file in files:
         with suppress(OSError):
-            yield file.stat().st_mtime
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
 _ASKED_TO_STOP = ("interrupted", "preempted")
@@ -118,7 +120,7 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
             if not entry.complete and _is_worked_on(work_folder(run_folder, stage, entry))
         ]
         return [f"another process is working on {', '.join(busy)}", after_others] if busy else []
-    ago = duration(max(0.0, now() - last_sign_of_life(run_folder, record)))
+    ago = duration(max(0.0, now() - _last_sign_of_life(run_folder, record)))
     seen = f"the last sign of life was {ago} ago"
     if record.state == UNKNOWN:
         host = elsewhere(run_folder)
@@ -136,31 +138,26 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
     return [f"{name} ended without recording how; {seen}", "run the same command to continue"]
 
 
-def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
-    """When the driver or a process of a stage last wrote a file, in seconds since 1970. The clock is that of the file
-    system, which may differ a little from this machine's."""
-    unfinished = {name: entry for name, entry in record.stages.items() if entry.state in (RUNNING, KILLED)}
-    works = [work_folder(run_folder, name, entry) for name, entry in unfinished.items()]
-    signs = [sign for work in works for sign in signs_of_life(work)]
-    results = [artifact_folder(run_folder, name, entry) for name, entry in record.stages.items() if entry.complete]
-    stored = [folder / MANIFEST for folder in results if folder is not None]
-    return max([*signs, *_written(run_folder / FILE, *stored)], default=0.0)
+def _last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
+    """By the clock of the file system, which may differ a little from this machine's."""
+    files = [run_folder / FILE]
+    for name, entry in record.stages.items():
+        if entry.state in (RUNNING, KILLED):
+            files += _signs_of_life(work_folder(run_folder, name, entry))
+        elif entry.complete and (folder := artifact_folder(run_folder, name, entry)) is not None:
+            files.append(folder / MANIFEST)
+    return _last_written(*files)
 
 
 def _as_left(run_folder: Path, name: str, entry: StageEntry) -> StageEntry:
     work = work_folder(run_folder, name, entry)
     if entry.state != RUNNING or _is_worked_on(work):
         return entry
-    if (result := _result(run_folder, name, entry)) is not None:
-        return replace(entry, state="done", seconds=result.usage.get("seconds"))
-    return replace(entry, state=KILLED, seconds=_seconds(entry, work))
-
-
-def _result(run_folder: Path, name: str, entry: StageEntry) -> Manifest | None:
     folder = artifact_folder(run_folder, name, entry)
     with suppress(ArtifactError):
-        return None if folder is None else verify(folder, content=False)
-    return None
+        if folder is not None:
+            return replace(entry, state="done", seconds=verify(folder, content=False).usage.get("seconds"))
+    return replace(entry, state=KILLED, seconds=_seconds(entry, work))
 
 
 def _is_worked_on(work: Path) -> bool:
@@ -173,5 +170,5 @@ def _seconds(entry: StageEntry, work: Path) -> float | None:
         started = datetime.fromisoformat(entry.started).timestamp()
     except ValueError:  # a record of an older version
         return None
-    last = max(signs_of_life(work), default=0.0)
+    last = _last_written(*_signs_of_life(work))
     return round(entry.earlier_seconds + last - started, 2) if last > started else None

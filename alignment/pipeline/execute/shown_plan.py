@@ -12,7 +12,7 @@ from alignment.config.launch import MachinesBackend, Sharding
 from alignment.config.model import SHAPE, AdapterKind
 from alignment.config.run import LABELS
 from alignment.core.model_files import weights_size
-from alignment.core.terminal import print_whole
+from alignment.core.terminal import print_whole, say
 from alignment.core.wording import counted
 from alignment.pipeline.backends import slurm
 from alignment.pipeline.execute import notes
@@ -30,16 +30,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     config = plan.config
     console.print(f"[bold]{escape(config.name)}[/]  {escape(config.summary)}", highlight=False)
     trackers = [label for name, label in LABELS.items() if getattr(config.tracking, name)]
-    for line in (f"model: {_model(plan)}", f"launch: {_launch(plan)}; tracking: {', '.join(trackers) or 'none'}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, f"model: {_model(plan)}", f"launch: {_launch(plan)}; tracking: {', '.join(trackers) or 'none'}")
     print_whole(console, _table(plan))
     if plan.store is not None:
-        console.print(f"store: {plan.store.url}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"store: {plan.store.url}")
     for stage in plan.stages:
-        for remark in notes.of_stage(plan, stage):
-            console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    for note in notes.on_a_plan(plan):
-        console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        say(console, *(f"{stage.name} {remark}" for remark in notes.of_stage(plan, stage)))
+    say(console, *(f"note: {note}" for note in notes.on_a_plan(plan)))
     to_run = sum(stage.has_to_run for stage in plan.stages)
     fetched = sum(stage.action is Action.fetch for stage in plan.stages)
     stored = f", {fetched} of them from the store" if fetched else ""

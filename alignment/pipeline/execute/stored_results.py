@@ -142,13 +142,16 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
 
 def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
     """The plan, if the stage named ``only`` has all its inputs. A result is named after the commits of hubs' models and
-    data. If a branch is not on this machine, it is downloaded before a result counts as missing, if there may be one.
-    Raises ConfigError: there is no such stage, or an input's stage has not been run; ModelError, DataError: something
-    cannot be downloaded."""
+    data, so a branch that is not here is downloaded before a result counts as missing. Raises ConfigError: there is no
+    such stage, or an input's stage has not been run; ModelError, DataError: something cannot be downloaded."""
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
-    if _may_be_here(plan, _missing(plan, only)):
-        names = _with_upstream(plan, only)
+    absent = _missing(plan, only)
+    unnamed = (stage.artifact.parent.glob(f"{stage.name}-*") for stage in plan.stages if stage.name in absent)
+    if absent and (plan.store is not None or any(map(any, unnamed))):  # results whose names the plan cannot know yet
+        names = [only]
+        for name in names:  # which grows meanwhile
+            names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
         plan = with_models(plan, announce, stages=[stage for stage in plan.stages if stage.name in names])
     if missing := _missing(plan, only):
         verify = ["--verify"] if plan.verified else []
@@ -164,19 +167,6 @@ def _missing(plan: Plan, only: str) -> list[str]:
     if only in reused:
         return []
     return [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
-
-
-def _may_be_here(plan: Plan, names: list[str]) -> bool:
-    """Whether there may be results of these stages under names that the plan does not know."""
-    folders = [stage.artifact.parent.glob(f"{stage.name}-*") for stage in plan.stages if stage.name in names]
-    return bool(names) and (plan.store is not None or any(map(any, folders)))
-
-
-def _with_upstream(plan: Plan, only: str) -> list[str]:
-    names = [only]
-    for name in names:  # which grows meanwhile
-        names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
-    return names
 
 
 def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:

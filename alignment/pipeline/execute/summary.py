@@ -12,7 +12,7 @@ from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.core.errors import ArtifactError
-from alignment.core.terminal import grid, print_whole
+from alignment.core.terminal import grid, print_whole, say
 from alignment.core.wording import time_taken
 from alignment.evaluation.conclusions import (
     coverage_conclusions,
@@ -64,14 +64,11 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
             show_forgetting(console, name, outcome)
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
         for name, stage in record.stages.items():
-            folder = artifact_folder(run_folder, name, stage)
-            console.print(f"{name}: {folder or ''}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{name}: {artifact_folder(run_folder, name, stage) or ''}")
     for name, artifact in made.items():
-        for line in _lines(record.stages[name].kind, artifact):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    report = run_folder / REPORT
-    if report.is_file():
-        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+        say(console, *_lines(record.stages[name].kind, artifact))
+    if (run_folder / REPORT).is_file():
+        say(console, f"report: {run_folder / REPORT}")
 
 
 def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
@@ -79,8 +76,7 @@ def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
     made = {} if doubts.is_smoke(record.profile) else _made(run_folder, record)
     lines = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(record.profile) else []
     lines += [f"{name}: {doubt}" for name in made for doubt in notes.of_result(record.stages[name].kind, made[name])]
-    for line in lines:
-        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+    say(console, *(f"note: {line}" for line in lines))
 
 
 def _made(run_folder: Path, record: RunRecord) -> dict[str, Path]:
@@ -98,10 +94,10 @@ def _lines(kind: str, artifact: Path) -> list[str]:
     if origin_of(kind) != OURS:
         try:
             tables_of(kind, artifact)
-        except KindError as error:
+        except (KindError, ArtifactError) as error:
             lines.append(error.labelled)
-        except (ArtifactError, FileNotFoundError):  # the report says so
-            pass
+        except FileNotFoundError as error:
+            lines.append(f"the tables of {kind} are missing: {error}")
     return lines
 
 
@@ -132,7 +128,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any 
         of_primary = evaluation.primary_of(arm)
         table.add_row(
             escape(arm.label),
-            *((_mean(of_primary, digits=3), _bounds(of_primary)) if primary else ()),
+            *((_mean(of_primary, digits=3), bounds_in_words(of_primary)) if primary else ()),
             *(_mean(arm.metrics.get(name)) for name in others),
             *(cell(arm) for cell in columns.values()),
         )
@@ -150,28 +146,20 @@ def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any 
     compared, metric = "no metric, so no arm is called better", evaluation.primary_metric
     if metric is not None:
         compared = f"{metric.name}: {'more' if metric.higher_is_better else 'less'} is better"
-    lines.append("; ".join([f"{evaluation.num_prompts} held-out prompts", compared, *units]))
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, *lines, "; ".join([f"{evaluation.num_prompts} held-out prompts", compared, *units]))
 
 
 def show_card(console: Console, name: str, card: RewardCard) -> None:
     """How often a reward model is right, compared with simpler judges, and the card's warnings."""
-    judges = [f"{judge.name} {_share(judge.accuracy)}{_difference(judge.difference)}" for judge in card.baselines]
-    lines = [f"{name}: right on {_share(card.accuracy)} of {card.num_pairs} pairs; {'; '.join(judges)}"]
-    for line in [*lines, *(f"  {sentence}" for sentence in card.warnings)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _share(share: Interval) -> str:
-    return f"{share.mean:.3f}" + (f" ({share.low:.3f}–{share.high:.3f})" if share.bounds else "")
-
-
-def _difference(difference: Interval | None) -> str:
-    if difference is None:
-        return ""
-    within = f" ({difference.low:+.3f} to {difference.high:+.3f})" if difference.bounds else ""
-    return f", difference {difference.mean:+.3f}{within}"
+    judges = []
+    for judge in card.baselines:
+        words, difference = f"{judge.name} {with_bounds(judge.accuracy)}", judge.difference
+        if difference is not None:
+            within = f" ({difference.low:+.3f} to {difference.high:+.3f})" if difference.bounds else ""
+            words += f", difference {difference.mean:+.3f}{within}"
+        judges.append(words)
+    say(console, f"{name}: right on {with_bounds(card.accuracy)} of {card.num_pairs} pairs; {'; '.join(judges)}")
+    say(console, *(f"  {sentence}" for sentence in card.warnings))
 
 
 def show_forgetting(console: Console, name: str, record: Forgetting) -> None:
@@ -180,11 +168,11 @@ def show_forgetting(console: Console, name: str, record: Forgetting) -> None:
         verdict = "passed" if arm.passed else "forgot too much"
         perplexity = _before_and_after(record.arms[0].perplexity, arm.perplexity, digits=2)
         ability = _before_and_after(record.arms[0].ability, arm.ability, digits=3)
-        line = (
+        say(
+            console,
             f"{name}: {arm.label} {verdict if record.judged else 'not judged'}: perplexity of general text "
-            f"{perplexity} ({_signed(arm.rise, '+.1%')}), questions {ability} ({_signed(arm.drop, '+.3f', sign=-1)})"
+            f"{perplexity} ({_signed(arm.rise, '+.1%')}), questions {ability} ({_signed(arm.drop, '+.3f', sign=-1)})",
         )
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _before_and_after(before: float | None, after: float | None, *, digits: int) -> str:
@@ -223,5 +211,11 @@ def _mean(figure: Interval | None, digits: int = 2) -> str:
     return _NONE if figure is None else f"{figure.mean:.{digits}f}"
 
 
-def _bounds(figure: Interval | None) -> str:
+def bounds_in_words(figure: Interval | None) -> str:
+    """``0.610–0.690``; empty without bounds."""
     return "" if figure is None or figure.bounds is None else f"{figure.bounds[0]:.3f}–{figure.bounds[1]:.3f}"
+
+
+def with_bounds(figure: Interval) -> str:
+    """``0.650 (0.610–0.690)``, or the mean alone."""
+    return f"{figure.mean:.3f}" + (f" ({bounds_in_words(figure)})" if figure.bounds else "")

@@ -56,32 +56,26 @@ _TOGETHER = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
-class ProcessFailure:
+class _ProcessFailure:
     """A process that failed; a negative exit code is a signal."""
 
+    time: datetime
     rank: int
     exit_code: int
 
-    @property
-    def is_killed(self) -> bool:
-        """Whether a signal ended it that no other process sends."""
-        return self.exit_code in _SIGNALS
 
-
-def first_failure(printed: str) -> ProcessFailure | None:
+def _first_failure(printed: str) -> _ProcessFailure | None:
     """The failure that caused the others; None if ``printed`` has no report. torchrun calls the first in time the root
     cause, by the second. A process that lost its connection to a killed one fails within the same second, so among
     those of the first seconds a killed process goes before the others."""
     failures = [
-        (datetime.strptime(match["time"], _TIME), ProcessFailure(int(match["rank"]), int(match["code"])))
+        _ProcessFailure(datetime.strptime(match["time"], _TIME), int(match["rank"]), int(match["code"]))
         for match in _FAILURE.finditer(printed)
     ]
-    if not failures:
-        return None
-    start = min(time for time, _ in failures)
+    start = min((failure.time for failure in failures), default=datetime.min)
     root_cause_first = [*failures[-1:], *failures[:-1]]
-    first = [(time, failure) for time, failure in root_cause_first if time - start <= _TOGETHER]
-    return min(first, key=lambda entry: (not entry[1].is_killed, entry[0]))[1]
+    first = [failure for failure in root_cause_first if failure.time - start <= _TOGETHER]
+    return min(first, key=lambda failure: (failure.exit_code not in _SIGNALS, failure.time), default=None)
 
 
 _OF_STAGES = (StageError, DiskError, NonFiniteError, RewardError)
@@ -144,14 +138,14 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     log = folder / "log.txt"
     status = Status.read(folder)
     printed = "\n".join(_last_lines(of_last_attempt(log), _REPORT_LINES)) if log.exists() else ""
-    first = first_failure(printed)
+    first = _first_failure(printed)
     if status is None and is_full(folder):
         full = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
         assert full is not None, "the exit code means a full disk"
         message = f"{full.message}; it could not record how it ended"
         raise DiskError(message, where=f"stage {stage}", remedy=full.remedy)
     # If a process was killed, the others only report that they lost their connection to it.
-    if status is None or (status.exit_code == _BUG and first is not None and first.is_killed):
+    if status is None or (status.exit_code == _BUG and first is not None and first.exit_code in _SIGNALS):
         who = "its process" if first is None else f"process {first.rank}"
         progress = None if work is None else Progress.read(work)
         phase = "" if progress is None else f" in the phase '{progress.phase}'"
@@ -199,7 +193,7 @@ def commit_of_checkout(root: Path) -> str:
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
 
 
-def _how(code: int, first: ProcessFailure | None, printed: str) -> str:
+def _how(code: int, first: _ProcessFailure | None, printed: str) -> str:
     """A launcher has its own exit code for a worker's signal, and names the signal in its output."""
     if first is not None:
         code, printed = first.exit_code, ""

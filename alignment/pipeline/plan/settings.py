@@ -47,7 +47,7 @@ def faults(config: RunConfig) -> list[Fault]:
                 any_column = read_by_code and slot.field == "data"  # which a function of the user's reads
                 every_fault += _data_faults(slot.data, f"{where}.{slot.field}", any_column=any_column)
         if isinstance(validation := getattr(stage, "validation", None), ValidationConfig):
-            every_fault += validation_faults(validation, f"{where}.validation")
+            every_fault += _validation_faults(validation, f"{where}.validation")
         every_fault += kind.faults(stage, config, where)
     every_fault += [fault for name, stage in config.stages.items() for fault in _unread_faults(stage, f"stages.{name}")]
     return [*every_fault, *combination_faults(config)]
@@ -122,8 +122,7 @@ def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fa
         yield from unread_notes(adapter, AdapterConfig(), ("master_weights",), where, "only model.dtype 'bfloat16'")
 
 
-def validation_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]:
-    """Settings of a validation, at the path ``where``, that contradict one another or have no effect."""
+def _validation_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]:
     share, source = validation.share, validation.data.source
     if share is not None and source:
         message = f"{share:g} of the stage's own prompts, but {where}.data also names validation rows; remove one"

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.core.terminal import say
 from alignment.evaluation import paired_scores
-from alignment.pipeline.execute.summary import REPORT
+from alignment.pipeline.execute.summary import REPORT, bounds_in_words, with_bounds
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
@@ -48,7 +49,7 @@ def show(console: Console, record: sweep_record.SweepRecord, wanted: Sweep) -> N
         table.add_column("95 %")
     table.add_column("settings")
     for trial in record.trials:
-        cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
+        cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", bounds_in_words(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
         why = _unmet(trial.error) if trial.state == "done" else next(iter(trial.error.splitlines()), "")
         reason = f": {why}" if why else ""
@@ -56,35 +57,19 @@ def show(console: Console, record: sweep_record.SweepRecord, wanted: Sweep) -> N
     console.print()
     console.print(table)
     for goal in record.goals:
-        if arms := [f"{label} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]:
-            _print(console, f"the same in all trials, to compare with {goal.label}: {', '.join(arms)}")
-    if record.no_gain:
-        _print(console, record.no_gain)
+        if arms := [f"{label} {with_bounds(value)}" for label, value in goal.shared_arms.items()]:
+            say(console, f"the same in all trials, to compare with {goal.label}: {', '.join(arms)}")
+    say(console, *filter(None, [record.no_gain]))
     for trial in record.trials:
         if trial.number in record.best:
-            _print(console, f"{'tied' if record.is_tied else 'best'}: {shlex.join(trial.words)}")
-    if record.verdict:
-        _print(console, record.verdict)
-    for caution in record.cautions:
-        _print(console, f"caution: {caution}")
-    _print(console, f"report: {wanted.folder / PAGE}")
+            say(console, f"{'tied' if record.is_tied else 'best'}: {shlex.join(trial.words)}")
+    say(console, *filter(None, [record.verdict]), *(f"caution: {caution}" for caution in record.cautions))
+    say(console, f"report: {wanted.folder / PAGE}")
 
 
 def _unmet(error: str) -> str:
     lines = [line.strip() for line in error.splitlines()]
     return "; ".join(line for line in lines if not line.startswith("→"))
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _bounds(value: Interval) -> str:
-    return "" if value.low is None or value.high is None else f"{value.low:.3f}–{value.high:.3f}"
-
-
-def _with_bounds(value: Interval) -> str:
-    return f"{value.mean:.3f}" + (f" ({bounds})" if (bounds := _bounds(value)) else "")
 
 
 def _record(study: Study, wanted: Sweep) -> sweep_record.SweepRecord:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from alignment.core.hardware import free_memory, has_amx, only_visible, visible_devices
+from alignment.core.hardware import free_memory, has_amx, has_bfloat16, only_visible, visible_devices
 
 
 def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
@@ -91,8 +91,17 @@ def test_free_memory_is_what_the_groups_of_a_process_leave(tmp_path: Path, own: 
 
 
 @pytest.mark.parametrize(
-    ("text", "amx"), [("flags\t: fpu amx_bf16 amx_tile\n", True), ("flags\t: fpu avx512_bf16\n", False), ("", False)]
+    ("text", "amx", "bfloat16"),
+    [
+        ("flags\t: fpu amx_bf16 amx_tile\n", True, True),
+        ("flags\t: fpu avx512_bf16\nflags\t: fpu avx512_bf16\n", False, True),
+        ("flags\t: fpu avx2 avx512f\n", False, False),
+        ("Features\t: fp asimd bf16\n", False, True),
+        ("nothing", False, True),
+    ],
 )
-def test_a_processor_has_amx_if_the_system_says_so(tmp_path: Path, text: str, *, amx: bool) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    assert has_amx(tmp_path / "cpuinfo") == amx
+def test_a_processor_has_what_the_system_says(tmp_path: Path, text: str, *, amx: bool, bfloat16: bool) -> None:
+    """Without bfloat16 a plan warns, so it must not be missed where the system says nothing."""
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert (has_amx(file), has_bfloat16(file)) == (amx, bfloat16)

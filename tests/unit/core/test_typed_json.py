@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from alignment.config.model import AdapterKind
-from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ArtifactError
 from alignment.core.fingerprint import IF_SET, canonical, digest
 from alignment.core.typed_json import (
@@ -28,9 +27,6 @@ from alignment.core.typed_json import (
     write,
 )
 from alignment.records.interval import Interval
-from alignment.stages.dpo.kind import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.sft.kind import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,35 +145,6 @@ class Colour(Enum):
 def test_what_has_no_stable_form_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="no stable form"):
         digest({"a": value})
-
-
-def test_fields_that_change_no_result_are_left_out() -> None:
-    config = SftConfig()
-    form = canonical(config)
-    for part, section, names in (
-        (config, form, ("init", "log_every", "save_every")),
-        (config.optim, form["optim"], ("micro_batch_tokens",)),
-        (config.data, form["data"], ("source",)),
-    ):
-        for name in names:
-            assert hasattr(part, name)
-            assert name not in section
-    assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))
-
-
-def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
-    by_reward, by_length = ScorerConfig(weight=2.0), ScorerConfig(source="length", target=20)
-    entries = canonical(PpoConfig(scorers=[by_reward, by_length]))["scorers"]
-    assert entries[0] == {
-        "source": "reward",
-        "weight": 2,
-        "normalize": False,
-        "clip": None,
-        "pattern": None,
-        "target": None,
-    }
-    assert canonical(PpoConfig(scorers=[by_length, by_reward]))["scorers"] == entries[::-1]
-    assert digest(PpoConfig(scorers=[by_reward])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))
 
 
 @dataclass(kw_only=True)

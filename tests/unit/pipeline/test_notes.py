@@ -23,7 +23,6 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
-from alignment.pipeline.plan.settings import validation_faults
 from alignment.report.run_page.run_files import read_run
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.dpo.kind import DpoConfig
@@ -32,6 +31,7 @@ from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, screened, stage_of, write, write_rows
 
+FOUR_STEPS = "stages.sft.optim.max_steps=4"
 VALIDATION = "stages.s.validation"
 WARM_UP = "stages.s.optim.warmup_ratio"
 Expected = tuple[str, str] | None
@@ -50,11 +50,11 @@ def guard(**changes: Any) -> PpoConfig:
     return PpoConfig(guard=GuardConfig(every=1, prompts=64), **changes)
 
 
-def looked_at(validation: ValidationConfig, **changes: Any) -> DpoConfig:
+def validated(validation: ValidationConfig, **changes: Any) -> DpoConfig:
     return DpoConfig(validation=validation, optim=OptimConfig(**{"lr": 1e-4, "batch_size": 8, **changes}))
 
 
-def look(share: float, every: int, **more: Any) -> ValidationConfig:
+def held_out(share: float, every: int, **more: Any) -> ValidationConfig:
     return ValidationConfig(share=share, every=every, **more)
 
 
@@ -74,12 +74,12 @@ FAULTS: list[tuple[StageConfig, dict[str, Any], Expected]] = [
     (DpoConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
     (DpoConfig(optim=SHORT), {"rows": 5000, "whole": False}, ALL_STEPS),
     (SftConfig(optim=SHORT, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 100}, ALL_STEPS),
-    (looked_at(look(0.01, 1)), {}, (f"{VALIDATION}.share", "40 prompts are too few to hold out a share of 0.01;")),
-    (looked_at(look(0.85, 1), warmup_ratio=0.0), {}, (f"{VALIDATION}.share", "at most 6 of 40 rows")),
-    (looked_at(look(0.2, 5)), {}, (f"{VALIDATION}.every", "the 4 optimiser steps of the stage; choose at most 4")),
-    (looked_at(look(0.2, 11), max_steps=10), {}, (f"{VALIDATION}.every", "choose at most 10")),
-    (looked_at(look(0.2, 4, patience=3), max_steps=10), {}, (f"{VALIDATION}.patience", "of 3 validations, at most 2 ")),
-    (looked_at(look(0.2, 4, patience=2), max_steps=10), {}, None),
+    (validated(held_out(0.01, 1)), {}, (f"{VALIDATION}.share", "40 prompts are too few to hold out a share of 0.01;")),
+    (validated(held_out(0.85, 1), warmup_ratio=0.0), {}, (f"{VALIDATION}.share", "at most 6 of 40 rows")),
+    (validated(held_out(0.2, 5)), {}, (f"{VALIDATION}.every", "the 4 optimiser steps of the stage; choose at most 4")),
+    (validated(held_out(0.2, 11), max_steps=10), {}, (f"{VALIDATION}.every", "choose at most 10")),
+    (validated(held_out(0.2, 4, patience=3), max_steps=10), {}, (f"{VALIDATION}.patience", "3 validations, at most 2")),
+    (validated(held_out(0.2, 4, patience=2), max_steps=10), {}, None),
 ]  # fmt: skip
 
 
@@ -122,26 +122,12 @@ def test_impossible_sizes_are_refused(plan: MakePlan, overrides: list[str], caps
         refuse_sizes(plan(*rloo, "stages.ppo.completions_per_prompt=1"))
 
 
-@pytest.mark.parametrize(
-    ("validation", "field", "word"),
-    [
-        (look(0.1, 5, data=DataConfig(source="path:own.jsonl")), "share", f"{VALIDATION}.data"),
-        (ValidationConfig(every=5), "every", f"{VALIDATION}.share=0.05"),
-        (ValidationConfig(patience=3), "patience", "leave it at None"),
-    ],
-)
-def test_contradicting_settings_of_validation_are_refused(validation: ValidationConfig, field: str, word: str) -> None:
-    (fault,) = validation_faults(validation, VALIDATION)
-    assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
-
-
 def test_held_out_prompts_that_are_learned_from_are_refused(plan: MakePlan, tmp_path: Path) -> None:
     def planned(*questions: str) -> Plan:
         answer = {"role": "assistant", "content": "On 21 March."}
         rows = [{"messages": [{**TURN, "content": question}, answer]} for question in questions]
         file = write_rows(tmp_path / "own.jsonl", *rows)
-        looks = f"stages.sft.validation={{every: 1, data: {{source: 'path:{file}'}}}}"
-        return plan(looks, "stages.sft.optim.max_steps=4")
+        return plan(f"stages.sft.validation={{every: 1, data: {{source: 'path:{file}'}}}}", FOUR_STEPS)
 
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(planned(TURN["content"], "Where is it?"))
@@ -152,7 +138,7 @@ def test_held_out_prompts_that_are_learned_from_are_refused(plan: MakePlan, tmp_
     noted = [[note for note in of_plan(each) if "its validation rows" in note] for each in (near, other)]
     assert [len(of_one) for of_one in noted] == [1, 0]
     assert noted[0][0].startswith("8 possible training rows of sft resemble")
-    without = plan("stages.sft.optim.max_steps=4")
+    without = plan(FOUR_STEPS)
     assert len({stage_of(each, "sft").fingerprint for each in (near, other, without)}) == 3
 
 
@@ -228,8 +214,6 @@ def test_a_batch_that_holds_no_other_answer_is_refused(kto: Callable[..., Plan],
     refuse_sizes(kto([True, False] * 10, *more, "stages.kto.loss=apo_zero_unpaired"))
 
 
-WITHOUT_PATCH = hardware.has_bfloat16
-"""As it is, before a fixture replaces it."""
 LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."
 
 
@@ -243,14 +227,9 @@ def apart(tmp_path: Path, overrides: list[str]) -> None:
     write_rows(tmp_path / "conversations.jsonl", *[ROWS["conversations"]] * 8)
 
 
-WITHOUT_REPORT = "no stage writes a report; to get one, add `report: {kind: report}` to stages"
-
-
-def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:
-    assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
-    assert not any("no stage writes" in line for line in screened(plan()))
+def test_a_run_without_evaluations_and_a_trial_need_no_report(plan: MakePlan) -> None:
     assert advice(plan("~stages.report", "~stages.evaluate", "~stages.evaluate_sft")) == []
-    assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
+    assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat the advice"
 
 
 @pytest.mark.parametrize(
@@ -275,16 +254,6 @@ def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pyte
     assert of_plan(plan("model.dtype=float32")) == []
     monkeypatch.setattr(hardware, "count_devices", lambda: 1)
     assert of_plan(plan()) == []
-
-
-def test_what_a_processor_says_of_bfloat16(tmp_path: Path) -> None:
-    for cpuinfo, expected in (
-        ("flags\t\t: fpu avx2 avx512f\n", False),
-        ("flags\t\t: fpu avx512_bf16\nflags\t\t: fpu avx512_bf16\n", True),
-        ("Features\t: fp asimd bf16\n", True),
-        ("nothing", True),
-    ):
-        assert WITHOUT_PATCH(Path(write(tmp_path / "cpuinfo", cpuinfo))) is expected
 
 
 def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan) -> None:
@@ -347,9 +316,9 @@ def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: M
     asks(tmp_path, LONG)
     turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
     own = write_rows(tmp_path / "own.jsonl", {**ROWS["conversations"], "messages": turns})
-    steps, looks = "stages.sft.optim.max_steps=4", f"every: 1, data: {{source: 'path:{own}'}}"
-    assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
-    (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
+    validation = f"every: 1, data: {{source: 'path:{own}'}}"
+    assert of_plan(plan(FOUR_STEPS, f"stages.sft.validation={{{validation}}}")) == []
+    (note,) = of_plan(plan(FOUR_STEPS, f"stages.sft.validation={{{validation}, keep_best: true}}"))
     assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
 
 

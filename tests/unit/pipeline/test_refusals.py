@@ -75,6 +75,13 @@ TRAINING: list[Row] = [
     ("dpo.loss=simp", "dpo.loss", "simpo"),
     (UNREAD, "dpo.validation.keep_best", "every"),
     (UNREAD, "dpo.validation.data.format", "'sharegpt'"),
+    (
+        "dpo.validation={share: 0.1, every: 1, data: {source: 'path:{tmp}/preferences.jsonl'}}",
+        "dpo.validation.share",
+        "dpo.validation.data also names",
+    ),
+    ("dpo.validation={every: 5}", "dpo.validation.every", "dpo.validation.share=0.05"),
+    ("dpo.validation={patience: 3}", "dpo.validation.patience", "leave it at None"),
 ]
 REFERENCES: list[Row] = [
     ("ppo.reward=stage:sft", "ppo.reward", "'stage:reward'"),

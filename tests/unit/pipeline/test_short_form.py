@@ -159,14 +159,6 @@ def test_a_shipped_file_goes_before_one_of_its_name_and_only_tracking_takes_seve
     assert compose(path, []).tree["stages"]["sft"]["adapter"] == {"kind": "dora"}
 
 
-def test_files_of_stages_that_include_each_other_are_named(tmp_path: Path) -> None:
-    (tmp_path / "stage").mkdir()
-    for name, other in (("one", "two"), ("two", "one")):
-        (tmp_path / f"stage/{name}.yaml").write_text(f"defaults: [{other}, _self_]\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="include each other"):
-        compose(recipe(tmp_path, "stages: {mine: {use: one}}"), [])
-
-
 def test_the_command_line_chooses_the_adapter_of_one_stage() -> None:
     stages = compose("sft_dpo", ["stages.dpo.adapter=qlora"]).tree["stages"]
     assert [stages[name]["adapter"]["kind"] for name in ("sft", "dpo")] == ["lora", "qlora"]
