@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,10 +49,34 @@ def build_rewards(
     key of a server is not set, or its client is not installed; DataError: a row lacks a field that a scorer needs, or a
     function's file changed since the run was planned; ModelError: a reward model cannot be loaded, or its tokenizer
     does not fit; RewardError: a function's file cannot be imported."""
-    builder = _Builder(
-        spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run, asking=asking
-    )
-    return RewardMix([builder.part(field, scorer) for field, scorer in scorers.items()], tokenizer, prompts)
+    shared = (spec, tokenizer, prompts, run, asking, reward_model)
+
+    def part(field: str, scorer: MemberConfig, *, weight: float = 1.0) -> Part:
+        return Part(
+            source=str(function_of(scorer.source) or scorer.source),
+            scorer=build_scorer(field, scorer, *shared),
+            weight=weight,
+            normalize=scorer.normalize,
+            clip=scorer.clip,
+        )
+
+    def ensemble(field: str, scorer: ScorerConfig) -> Ensemble:
+        assert scorer.ensemble is not None, "the plan refuses an ensemble without members"
+        members = enumerate(scorer.ensemble.members)
+        return Ensemble(
+            source=ENSEMBLE,
+            members=[part(member_field(field, number), member) for number, member in members],
+            combine=_COMBINING[scorer.ensemble.combine](scorer.ensemble),
+            weight=scorer.weight,
+            normalize=scorer.normalize,
+            clip=scorer.clip,
+        )
+
+    parts = [
+        ensemble(field, scorer) if scorer.source == ENSEMBLE else part(field, scorer, weight=scorer.weight)
+        for field, scorer in scorers.items()
+    ]
+    return RewardMix(parts, tokenizer, prompts)
 
 
 def build_scorer(
@@ -64,70 +87,30 @@ def build_scorer(
     prompts: Sequence[Prompt],
     run: Computation,
     asking: Asking | None = None,
+    reward_model: PreTrainedModel | PeftModel | None = None,
 ) -> Scorer:
     """The scorer at a ``field`` of the configuration; arguments and exceptions as in ``build_rewards``."""
-    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=None, run=run, asking=asking)
-    return builder.scorer(field, scorer)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Builder:
-    spec: StageSpec
-    tokenizer: Any
-    prompts: Sequence[Prompt]
-    reward_model: PreTrainedModel | PeftModel | None
-    run: Computation
-    asking: Asking | None
-
-    def part(self, field: str, scorer: ScorerConfig) -> Part | Ensemble:
-        if scorer.source != ENSEMBLE:
-            return self._column(field, scorer, weight=scorer.weight)
-        assert scorer.ensemble is not None, "the plan refuses an ensemble without members"
-        members = enumerate(scorer.ensemble.members)
-        return Ensemble(
-            source=ENSEMBLE,
-            members=[self._column(member_field(field, number), member) for number, member in members],
-            combine=_COMBINING[scorer.ensemble.combine](scorer.ensemble),
-            weight=scorer.weight,
-            normalize=scorer.normalize,
-            clip=scorer.clip,
-        )
-
-    def _column(self, field: str, scorer: MemberConfig, *, weight: float = 1.0) -> Part:
-        return Part(
-            source=str(function_of(scorer.source) or scorer.source),
-            scorer=self.scorer(field, scorer),
-            weight=weight,
-            normalize=scorer.normalize,
-            clip=scorer.clip,
-        )
-
-    def scorer(self, field: str, scorer: ScoreSourceConfig) -> Scorer:
-        function = function_of(scorer.source)
-        if function is not None:
-            planned = self.spec.identity.get("code", {}).get(source_field(field))
-            return FunctionScorer(function, load_function(function, planned=planned))
-        rule = rule_of(scorer)
-        if rule is not None:
-            return RuleScorer(rule, self.prompts)
-        if scorer.server is not None:
-            assert self.asking is not None
-            return ServerScorer(scorer.server, field, self.asking)
-        if isinstance(scorer, MemberConfig) and scorer.grader is not None:
-            assert self.asking is not None
-            return GradeScorer(scorer.grader, field, self.asking)
-        name = input_field(field, scorer.source)
-        assert name is not None, f"the plan refuses the source {scorer.source!r}"
-        return self._model(name, source=scorer.source)
-
-    def _model(self, name: str, *, source: str) -> Scorer:
-        if name == REWARD and self.reward_model is not None:
-            return TokenScorer(self.reward_model, self.run)
-        model_input = self.spec.inputs[name]
-        assert model_input.path is not None, "the plan refuses 'base' in a reward slot"
-        if read_manifest(model_input.path) is not None:
-            refuse_other_tokenizer(self.spec, model_input, self.tokenizer)
-            own_model = load_reward_model(self.spec, model_input, device=self.run.device)
-            return TokenScorer(own_model.to(self.run.device), self.run)
-        model, tokenizer = load_external(model_input.path, self.run.dtype, source=model_input.ref)
-        return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=model_input.ref)
+    function = function_of(scorer.source)
+    if function is not None:
+        planned = spec.identity.get("code", {}).get(source_field(field))
+        return FunctionScorer(function, load_function(function, planned=planned))
+    rule = rule_of(scorer)
+    if rule is not None:
+        return RuleScorer(rule, prompts)
+    if scorer.server is not None:
+        assert asking is not None
+        return ServerScorer(scorer.server, field, asking)
+    if isinstance(scorer, MemberConfig) and scorer.grader is not None:
+        assert asking is not None
+        return GradeScorer(scorer.grader, field, asking)
+    name = input_field(field, scorer.source)
+    assert name is not None, f"the plan refuses the source {scorer.source!r}"
+    if name == REWARD and reward_model is not None:
+        return TokenScorer(reward_model, run)
+    model_input = spec.inputs[name]
+    assert model_input.path is not None, "the plan refuses 'base' in a reward slot"
+    if read_manifest(model_input.path) is not None:
+        refuse_other_tokenizer(spec, model_input, tokenizer)
+        return TokenScorer(load_reward_model(spec, model_input, device=run.device).to(run.device), run)
+    model, own_tokenizer = load_external(model_input.path, run.dtype, source=model_input.ref)
+    return TextScorer(model.to(run.device), own_tokenizer, prompts, run, source=model_input.ref)

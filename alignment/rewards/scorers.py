@@ -39,7 +39,6 @@ class Answers:
             yield Answers(**{field.name: getattr(self, field.name)[some] for field in fields(self)})
 
     def locations(self) -> str:
-        """Files and lines of the prompts, as in ``locations_of``."""
         return locations_of(self.prompts)
 
 
@@ -128,7 +127,6 @@ class RuleScorer:
         self._expected = [rule.expected(prompt) for prompt in prompts]
 
     def scores(self, answers: Answers) -> Tensor:
-        """The rule's score of each answer."""
         pairs = zip(answers.texts, answers.rows, strict=True)
         return torch.tensor([self._rule.score(text, self._expected[row]) for text, row in pairs], dtype=torch.float64)
 
@@ -144,15 +142,12 @@ class Scores:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> Scores:
-        """From the ``[answers]`` scores of each scorer."""
         return cls(names=tuple(named), values=torch.stack(list(named.values())).float())
 
     def by_name(self) -> dict[str, Tensor]:
-        """``[answers]`` scores of each scorer."""
         return dict(zip(self.names, self.values, strict=True))
 
     def of_answer(self, index: int) -> dict[str, float]:
-        """The scores of one answer by scorer."""
         return dict(zip(self.names, self.values[:, index].tolist(), strict=True))
 
 
@@ -179,7 +174,8 @@ class Rewards(Protocol):
         """``[answers]`` float32: the weighted sum of normalised and clipped scores."""
 
     def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
-        """``[answers]`` of each ensemble, for metrics: its combined score, and how far its members are apart."""
+        """``[answers]`` of each ensemble, for metrics: its combined score, ``ensemble``, and how far its members are
+        apart, ``ensemble_std``."""
 
     def state(self) -> dict[str, Any]:
         """The state to save in a checkpoint, as plain JSON values."""

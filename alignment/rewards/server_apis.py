@@ -21,7 +21,6 @@ class Item:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The turns of the prompt."""
         return [turn.as_dict() for turn in self.prompt.messages]
 
     @property
@@ -42,6 +41,9 @@ class Item:
         return "\n\n".join(turn.content for turn in self.prompt.messages)
 
 
+_Read = Callable[[ServerConfig, Any, int], list[Any]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Api:
     """``body`` is posted to ``path``; ``read`` gives a score for each item of the answer, as the server wrote it.
@@ -50,7 +52,7 @@ class Api:
 
     path: str
     body: Callable[[ServerConfig, Sequence[Item]], dict[str, Any]]
-    read: Callable[[ServerConfig, Any, int], list[Any]]
+    read: _Read
     single: bool = False
     labels: bool = False
 
@@ -98,42 +100,37 @@ def _predict_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]
     return {"inputs": [[item.answer] for item in items], "raw_scores": config.label is None, "truncate": False}
 
 
-def _read_scores(_: ServerConfig, reply: Any, count: int) -> list[Any]:
-    return [_get(entry, "score") for entry in _in_order(_get(reply, "scores"), count, "id")]
+def _numbers_in(entries: str, order: str) -> _Read:
+    """Reads replies whose ``entries`` have one score each, and their number in ``order``."""
+    return lambda _, reply, count: [_get(entry, "score") for entry in _in_order(_get(reply, entries), count, order)]
 
 
-def _read_pooling(config: ServerConfig, reply: Any, count: int) -> list[Any]:
-    entries = _in_order(_get(reply, "data"), count, "index")
-    return [_one_of(config, _listed(_get(entry, "data"))) for entry in entries]
+def _outputs_in(outputs: str) -> _Read:
+    """Reads replies of vLLM whose entries have the ``outputs`` of all classes."""
 
+    def read(config: ServerConfig, reply: Any, count: int) -> list[Any]:
+        entries = _in_order(_get(reply, "data"), count, "index")
+        return [_one_of(config, _listed(_get(entry, outputs))) for entry in entries]
 
-def _read_classify(config: ServerConfig, reply: Any, count: int) -> list[Any]:
-    entries = _in_order(_get(reply, "data"), count, "index")
-    return [_one_of(config, _listed(_get(entry, "probs"))) for entry in entries]
-
-
-def _read_pairs(_: ServerConfig, reply: Any, count: int) -> list[Any]:
-    return [_get(entry, "score") for entry in _in_order(_get(reply, "data"), count, "index")]
+    return read
 
 
 def _read_predictions(config: ServerConfig, reply: Any, count: int) -> list[Any]:
-    entries = _counted(_listed(reply), count)
-    return [_of_label(config, _listed(entry)) for entry in entries]
+    return [_of_label(config, _listed(entry)) for entry in _counted(_listed(reply), count)]
 
 
 def _of_label(config: ServerConfig, classes: list[Any]) -> Any:
-    scores = {_text(_get(one_class, "label")): _get(one_class, "score") for one_class in classes}
+    scores: dict[str, Any] = {}
+    for one_class in classes:
+        label = _get(one_class, "label")
+        if not isinstance(label, str):
+            raise NoReply(f"its reply has the wrong form: the label {label!r:.80} is not text")
+        scores[label] = _get(one_class, "score")
     if config.label is None:
         return _only(list(scores.values()))
     if config.label not in scores:
         raise NoReply(f"it has no class {config.label!r}; it has {', '.join(map(repr, scores))}")
     return scores[config.label]
-
-
-def _text(label: Any) -> str:
-    if not isinstance(label, str):
-        raise NoReply(f"its reply has the wrong form: the label {_shown(label)} is not text")
-    return label
 
 
 def _one_of(config: ServerConfig, outputs: list[Any]) -> Any:
@@ -157,7 +154,7 @@ def _in_order(entries: Any, count: int, key: str) -> list[Any]:
     counted = _counted(_listed(entries), count)
     order = [_get(entry, key) for entry in counted]
     if order != list(range(count)) or any(isinstance(number, bool) for number in order):
-        raise NoReply(f"it returns the scores in a different order than the answers: '{key}' is {_shown(order)}")
+        raise NoReply(f"it returns the scores in a different order than the answers: '{key}' is {order!r:.80}")
     return counted
 
 
@@ -169,25 +166,23 @@ def _counted(entries: list[Any], count: int) -> list[Any]:
 
 def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise NoReply(f"its reply has the wrong form: {_shown(value)} is not a list")
+        raise NoReply(f"its reply has the wrong form: {value!r:.80} is not a list")
     return value
 
 
 def _get(entry: Any, key: str) -> Any:
     if not isinstance(entry, Mapping) or key not in entry:
-        raise NoReply(f"its reply has the wrong form: no '{key}' in {_shown(entry)}")
+        raise NoReply(f"its reply has the wrong form: no '{key}' in {entry!r:.80}")
     return entry[key]
 
 
-def _shown(value: Any) -> str:
-    return f"{value!r:.80}"
-
-
 APIS: Mapping[ServerApi, Api] = {
-    ServerApi.scores: Api(path="/scores", body=_scores_body, read=_read_scores),
-    ServerApi.vllm_pooling: Api(path="/pooling", body=_pooling_body, read=_read_pooling, single=True, labels=True),
-    ServerApi.vllm_classify: Api(path="/classify", body=_classify_body, read=_read_classify, labels=True),
-    ServerApi.vllm_score: Api(path="/score", body=_pairs_body, read=_read_pairs),
+    ServerApi.scores: Api(path="/scores", body=_scores_body, read=_numbers_in("scores", "id")),
+    ServerApi.vllm_pooling: Api(
+        path="/pooling", body=_pooling_body, read=_outputs_in("data"), single=True, labels=True
+    ),
+    ServerApi.vllm_classify: Api(path="/classify", body=_classify_body, read=_outputs_in("probs"), labels=True),
+    ServerApi.vllm_score: Api(path="/score", body=_pairs_body, read=_numbers_in("data", "index")),
     ServerApi.tei_predict: Api(path="/predict", body=_predict_body, read=_read_predictions, labels=True),
 }
 NUMBERED = (ServerApi.vllm_pooling, ServerApi.vllm_classify)

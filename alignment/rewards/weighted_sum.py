@@ -57,7 +57,6 @@ class RunningMoments:
     squares: float = 0.0
 
     def take_in(self, values: Tensor) -> None:
-        """Adds ``[values]`` in float64."""
         number = values.numel()
         if number == 0:
             return
@@ -113,7 +112,6 @@ class RewardMix:
         return Scores.of({name: of_part.float() for name, of_part in scores.items()})
 
     def observe(self, scores: Scores) -> None:
-        """Updates the running normalisation; every process gets the whole batch, so that all compute the same."""
         by_name = scores.by_name()
         for name in self._columns:
             self._take_in(name, by_name[name].double())
@@ -127,8 +125,6 @@ class RewardMix:
         return torch.stack(summands).sum(0).float()
 
     def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
-        """``[answers]`` of each ensemble: its combined score, ``ensemble``, and how far its members are apart,
-        ``ensemble_std``."""
         by_name, combined = scores.by_name(), {}
         for name in self._members:
             combined[name] = self._combined(name, by_name).float()
@@ -136,11 +132,9 @@ class RewardMix:
         return combined
 
     def state(self) -> dict[str, Any]:
-        """The running normalisation, as plain JSON values."""
         return {name: asdict(moments) for name, moments in self._moments.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state`` returned."""
         self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
 
     def _take_in(self, name: str, values: Tensor) -> None:

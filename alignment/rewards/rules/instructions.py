@@ -5,7 +5,7 @@ they are imported. So a row has to give every argument, the guesses are seeded, 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -15,7 +15,7 @@ from typing import Any
 from alignment.config.faults import suggestion
 from alignment.core.errors import DataError
 from alignment.data.records import HasRow
-from alignment.rewards.rules.rule_kind import Package, lacking
+from alignment.rewards.rules.rule_kind import Package, Rule, lacking
 
 PACKAGE = Package(
     modules=("lm_eval", "langdetect", "immutabledict", "nltk"),
@@ -27,33 +27,30 @@ _NEEDS_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_
 _SENTENCES = "tokenizers/punkt_tab"
 
 
-class Instructions:
+def instructions(*, loose: bool) -> Rule:
     """1 for an answer that follows all of its row's instructions, else 0: IFEval's accuracy by prompt. ``loose`` also
     accepts an answer that follows them without its first or last line, or without asterisks."""
+    checks = _checks()
+    follows = checks.test_instruction_following_loose if loose else checks.test_instruction_following_strict
+    return Rule(
+        expected=_instructions_of, score=lambda text, expected: float(follows(expected, text).follow_all_instructions)
+    )
 
-    def __init__(self, *, loose: bool) -> None:
-        checks = _checks()
-        self._follows: Callable[..., Any] = (
-            checks.test_instruction_following_loose if loose else checks.test_instruction_following_strict
-        )
-        self._example: Callable[..., Any] = checks.InputExample
 
-    def expected(self, record: HasRow) -> Any:
-        """The row's instructions, as the library takes them. Raises DataError: they are missing, unknown, lack an
-        argument, or need data that is not on this machine."""
-        ids, arguments = record.row.get(IDS), record.row.get(ARGUMENTS)
-        if not isinstance(ids, list) or not ids:
-            lacking(record, IDS, _EXAMPLE)
-        if not isinstance(arguments, list) or len(arguments) != len(ids):
-            lacking(record, ARGUMENTS, f"it needs one group for each of the {len(ids)} instructions; {_EXAMPLE}")
-        for name, given in zip(ids, arguments, strict=True):
-            if problem := _problem(name, given):
-                raise DataError(f"'{IDS}' {problem}", where=record.where, remedy=_EXAMPLE)
-        return self._example(key=0, instruction_id_list=ids, prompt=_question(record), kwargs=arguments)
-
-    def score(self, text: str, expected: Any) -> float:
-        """1 or 0."""
-        return float(self._follows(expected, text).follow_all_instructions)
+def _instructions_of(record: HasRow) -> Any:
+    """The row's instructions, as the library takes them. Raises DataError: they are missing, unknown, lack an argument,
+    or need data that is not on this machine."""
+    ids, arguments = record.row.get(IDS), record.row.get(ARGUMENTS)
+    if not isinstance(ids, list) or not ids:
+        lacking(record, IDS, _EXAMPLE)
+    if not isinstance(arguments, list) or len(arguments) != len(ids):
+        lacking(record, ARGUMENTS, f"it needs one group for each of the {len(ids)} instructions; {_EXAMPLE}")
+    for name, given in zip(ids, arguments, strict=True):
+        if problem := _problem(name, given):
+            raise DataError(f"'{IDS}' {problem}", where=record.where, remedy=_EXAMPLE)
+    messages = getattr(record, "messages", ())
+    question = str(messages[-1].content) if messages else ""
+    return _checks().InputExample(key=0, instruction_id_list=ids, prompt=question, kwargs=arguments)
 
 
 def _problem(name: Any, given: Any) -> str:
@@ -75,11 +72,6 @@ def _problem(name: Any, given: Any) -> str:
     if name in _NEEDS_SENTENCES and not _can_split():
         return f"has {name}, which needs NLTK's sentence data; fetch it once: python -m nltk.downloader punkt_tab"
     return ""
-
-
-def _question(record: HasRow) -> str:
-    messages = getattr(record, "messages", ())
-    return str(messages[-1].content) if messages else ""
 
 
 @contextmanager

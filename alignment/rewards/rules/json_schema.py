@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from alignment.core.errors import DataError
 from alignment.core.files import parse_json
 from alignment.data.records import HasRow
-from alignment.rewards.rules.rule_kind import Package, lacking
+from alignment.rewards.rules.rule_kind import Package, Rule, lacking
 
 PACKAGE = Package(modules=("jsonschema",), requirement="'jsonschema>=4.23,<5'")
 SCHEMA = "schema"
@@ -17,36 +18,36 @@ _REFER = ("$ref", "$dynamicRef")
 _REMEDY = f'give the metric a {SCHEMA}, or each row one: {{"{SCHEMA}": {{"type": "object", "required": ["name"]}}}}'
 
 
-class JsonSchema:
+def json_schema(default: Mapping[str, Any] | None) -> Rule:
     """1 for an answer that is one JSON value which the schema accepts, else 0. White space around the value is allowed;
     a code fence, words before it, NaN and Infinity are not, and neither is a number that is too large for the schema's
-    arithmetic. The schema is that of the row, or else the metric's; without ``$schema`` it is read as the newest draft.
-    ``format`` is not checked, and a ``$ref`` to another document is never fetched."""
+    arithmetic. The schema is that of the row, or else the metric's ``default``; without ``$schema`` it is read as the
+    newest draft. ``format`` is not checked, and a ``$ref`` to another document is never fetched."""
+    own = None if default is None else _validator(default)
+    return Rule(expected=partial(_validator_of, own), score=_accepts)
 
-    def __init__(self, schema: Mapping[str, Any] | None) -> None:
-        self._default = None if schema is None else _validator(schema)
 
-    def expected(self, record: HasRow) -> Any:
-        """The validator of the row's schema. Raises DataError: neither row nor metric has a schema, or the row's is not
-        valid."""
-        schema = record.row.get(SCHEMA)
-        if isinstance(schema, str):
-            schema = _parsed(schema, record)
-        if schema is None and self._default is not None:
-            return self._default
-        if not isinstance(schema, Mapping):
-            lacking(record, SCHEMA, _REMEDY)
-        if problem := schema_problem(schema):
-            raise DataError(f"'{SCHEMA}' {problem}", where=record.where, remedy=_REMEDY)
-        return _validator(schema)
-
-    def score(self, text: str, expected: Any) -> float:
-        """1 or 0."""
+def _validator_of(default: Any, record: HasRow) -> Any:
+    schema = record.row.get(SCHEMA)
+    if isinstance(schema, str):
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-            return float(expected.is_valid(value))
-        except (ValueError, OverflowError, RecursionError):
-            return 0.0
+            schema = parse_json(schema)
+        except ValueError:
+            lacking(record, SCHEMA, _REMEDY)
+    if schema is None and default is not None:
+        return default
+    if not isinstance(schema, Mapping):
+        lacking(record, SCHEMA, _REMEDY)
+    if problem := schema_problem(schema):
+        raise DataError(f"'{SCHEMA}' {problem}", where=record.where, remedy=_REMEDY)
+    return _validator(schema)
+
+
+def _accepts(text: str, validator: Any) -> float:
+    try:
+        return float(validator.is_valid(json.loads(text, parse_constant=_refuse_constant)))
+    except (ValueError, OverflowError, RecursionError):
+        return 0.0
 
 
 def schema_problem(schema: Mapping[str, Any]) -> str:
@@ -101,13 +102,6 @@ def _holds(document: Mapping[str, Any], reference: str) -> bool:
     except Unresolvable:
         return False
     return True
-
-
-def _parsed(schema: str, record: HasRow) -> Any:
-    try:
-        return parse_json(schema)
-    except ValueError:
-        lacking(record, SCHEMA, _REMEDY)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.errors import DataError
 from alignment.data.records import HasRow
 
 
-class Rule(Protocol):
-    """Scores texts. What it expects of an answer may differ from row to row."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """Scores texts. ``score`` takes an answer, and what the rule ``expected`` of it according to its row. ``expected``
+    raises DataError if the row lacks what the rule reads; the error names file and line."""
 
-    def expected(self, record: HasRow) -> Any:
-        """What the rule reads in a row. Raises DataError: the row lacks it; names file and line."""
-
-    def score(self, text: str, expected: Any) -> float:
-        """The score of an answer to the row that ``expected`` comes from."""
+    score: Callable[[str, Any], float]
+    expected: Callable[[HasRow], Any] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +49,6 @@ class RuleKind:
 
     @property
     def setting(self) -> str | None:
-        """The setting that it uses, if any."""
         return self.needs or self.takes
 
 

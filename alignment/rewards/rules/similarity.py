@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 from alignment.core.errors import DataError
 from alignment.core.wording import divided, unified
 from alignment.data.records import HasRow, Prompt
-from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
+from alignment.rewards.rules.rule_kind import Package, Rule, lacking, texts_in
 
 ROUGE = Package(modules=("rouge_score",), requirement="'rouge-score>=0.1.2,<0.2'")
 CHRF = Package(modules=("sacrebleu",), requirement="'sacrebleu>=2.5,<3'")
@@ -27,43 +26,33 @@ class _Words:
         return divided("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
 
 
-class RougeL:
-    """ROUGE-L's F1: the longest common subsequence of words, against the reference (Lin 2004). It is that of
-    ``rouge-score``, without a stemmer: lower case, letters and digits only. That library knows only the letters a to z,
-    so texts are cut into words here; for ASCII these are the library's. Of several references the best counts. A metric
-    is its mean over prompts."""
+def rouge_l() -> Rule:
+    """ROUGE-L's F1: the longest common subsequence of words, against the reference (Lin 2004), from 0 to 1. It is that
+    of ``rouge-score``, without a stemmer: lower case, letters and digits only. That library knows only the letters a to
+    z, so texts are cut into words here; for ASCII these are the library's. Of several references the best counts. A
+    metric is its mean over prompts."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    def __init__(self) -> None:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._scorer: Any = RougeScorer(["rougeL"], tokenizer=_Words())
-
-    def expected(self, record: HasRow) -> list[str]:
-        """The row's references; raises DataError if it has none."""
-        return references_of(record)
-
-    def score(self, text: str, expected: list[str]) -> float:
-        """From 0 to 1."""
-        return max(float(self._scorer.score(reference, text)["rougeL"].fmeasure) for reference in expected)
+    scorer: Any = RougeScorer(["rougeL"], tokenizer=_Words())
+    return Rule(
+        expected=references_of,
+        score=lambda text, expected: max(
+            float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in expected
+        ),
+    )
 
 
-class ChrF:
+def chrf() -> Rule:
     """chrF of each answer: an F2 of character n-grams up to six, against the reference (Popović 2015). It is the
     sentence score of ``sacrebleu``, divided by 100. A metric is its mean over prompts, which differs from the corpus
     score that papers report."""
+    from sacrebleu.metrics import CHRF as CharacterScore
 
-    def __init__(self) -> None:
-        from sacrebleu.metrics import CHRF as CharacterScore
-
-        self._scorer: Any = CharacterScore()
-
-    def expected(self, record: HasRow) -> list[str]:
-        """The row's references; raises DataError if it has none."""
-        return references_of(record)
-
-    def score(self, text: str, expected: list[str]) -> float:
-        """From 0 to 1."""
-        return float(self._scorer.sentence_score(text, expected).score) / 100.0
+    scorer: Any = CharacterScore()
+    return Rule(
+        expected=references_of,
+        score=lambda text, expected: float(scorer.sentence_score(text, expected).score) / 100.0,
+    )
 
 
 def first_reference(prompt: Prompt) -> str:
@@ -97,37 +86,29 @@ _LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)")
 """How LaTeX writes a thousands separator: ``1{,}080`` or ``1,\\!080``."""
 
 
-class ExactAnswer:
-    """1 for an answer whose last number is the one that its row's ``answer`` gives, else 0."""
-
-    def expected(self, record: HasRow) -> Decimal:
-        """The row's number; raises DataError if it has none."""
-        return expected_answer(record.row, where=record.where)
-
-    def score(self, text: str, expected: Decimal) -> float:
-        """1 or 0."""
-        return exact_answer(text, expected)
-
-
 def exact_answer(completion: str, expected: Decimal) -> float:
     """1 if the last number of the completion is ``expected``, else 0 (Cobbe et al. 2021, GSM8K).
 
     Thousands separators, currency signs and trailing zeros are ignored: ``$1,080.00`` is 1080, and so is LaTeX's
     ``\\$1{,}080``."""
-    numbers = list(_NUMBER.finditer(_without_latex(completion)))
-    return float(bool(numbers) and _value(numbers[-1]) == expected)
+    return float(_last_number(completion) == expected)
 
 
 def final_number(completion: str) -> str:
     """The last number of the completion in one spelling, such as ``1080``; empty if it has none."""
+    number = _last_number(completion)
+    return "" if number is None else f"{number.normalize():f}"
+
+
+def _last_number(completion: str) -> Decimal | None:
     numbers = list(_NUMBER.finditer(_without_latex(completion)))
-    return f"{_value(numbers[-1]).normalize():f}" if numbers else ""
+    return _value(numbers[-1]) if numbers else None
 
 
-def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
+def expected_answer(record: HasRow) -> Decimal:
     """The number after ``####`` in a row's ``answer``, or the field itself if it is a number. Raises DataError: there
     is no such number, or more than one."""
-    answer = row.get(ANSWER)
+    answer = record.row.get(ANSWER)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if isinstance(answer, str):
@@ -139,13 +120,12 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
         if number:
             raise DataError(
                 f"'{ANSWER}' has several numbers after {_MARK}, so it is not clear which one is meant: {after!r:.60}",
-                where=where,
+                where=record.where,
                 remedy=f"write one number after {_MARK}: {_NUMBER_EXAMPLE}",
             )
-    missing = "is missing" if ANSWER not in row else f"contains no number to check against; it is {answer!r:.60}"
-    raise DataError(
-        f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer uses the number after {_MARK}: {_NUMBER_EXAMPLE}"
-    )
+    missing = "is missing" if ANSWER not in record.row else f"contains no number to check against; it is {answer!r:.60}"
+    remedy = f"exact_answer uses the number after {_MARK}: {_NUMBER_EXAMPLE}"
+    raise DataError(f"'{ANSWER}' {missing}", where=record.where, remedy=remedy)
 
 
 def _without_latex(text: str) -> str:

@@ -22,7 +22,7 @@ from alignment.evaluation.exchanges import continued
 from alignment.rewards.rules import similarity
 from alignment.rewards.rules.all_rules import rule_of
 from alignment.rewards.rules.rule_kind import Rule
-from alignment.rewards.rules.similarity import ExactAnswer, first_reference
+from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorers import RuleScorer
 from tests.hub import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
@@ -57,7 +57,7 @@ def test_the_last_number_of_an_answer_is_read_as_a_reader_would(completion: str,
 
 def test_each_answer_is_held_against_its_own_row() -> None:
     prompts = [prompt(answer="#### 1"), prompt(answer="#### 2"), prompt(answer="#### 3")]
-    scorer = RuleScorer(ExactAnswer(), prompts)
+    scorer = RuleScorer(rule("exact_answer"), prompts)
     assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
 
 
@@ -97,11 +97,11 @@ def test_rows_agree_with_themselves_and_with_the_published_extraction(file: Path
     for row in rows:
         published = re.search(r"#### (\-?[0-9\.\,]+)", row["answer"])
         published_numbers.append(Decimal(published[1].replace(",", "")))
-        expected = similarity.expected_answer(row, where="test.jsonl")
+        expected = similarity.expected_answer(prompt(**row))
         assert expected == published_numbers[-1], row["answer"]
         assert similarity.exact_answer(row["answer"], expected) == 1.0, row["answer"]
     for row, other in zip(rows, [*published_numbers[1:], published_numbers[0]], strict=True):
-        same = similarity.expected_answer(row, where="test.jsonl") == other
+        same = similarity.expected_answer(prompt(**row)) == other
         assert similarity.exact_answer(row["answer"], other) == float(same)
 
 
