@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from alignment.data.records import PreferencePair
 from alignment.evaluation.bag_of_words import sigmoid
-from alignment.evaluation.statistics import grouped_interval
+from alignment.evaluation.statistics import Intervals, grouped_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import (
     Baseline,
@@ -55,7 +55,6 @@ class Judged:
 
     @property
     def margin(self) -> float:
-        """The score of the chosen answer minus that of the rejected one."""
         return self.scores[0] - self.scores[1]
 
     @property
@@ -93,20 +92,15 @@ class Judged:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Intervals:
-    """Settings of the bootstrap: all figures of the same pairs use the same resamples of prompts."""
-
-    samples: int
-    seed: int
-
-    def of(self, values: Sequence[float], pairs: Sequence[Judged], *, least: float = 0.0) -> Interval:
-        """The mean over pairs of values from ``least`` to 1 with its 95 % interval, without one for fewer than ``FEW``
-        prompts."""
-        prompts = [judged.prompt for judged in pairs]
-        if len(set(prompts)) < FEW:
-            return Interval(mean=float(np.mean(values)))
-        return grouped_interval(values, prompts, least=least, most=1.0, samples=self.samples, seed=self.seed)
+def interval_over(
+    values: Sequence[float], pairs: Sequence[Judged], intervals: Intervals, *, least: float = 0.0
+) -> Interval:
+    """The mean over pairs of values from ``least`` to 1 with its 95 % interval, without one for fewer than ``FEW``
+    prompts. Prompts are resampled, with all their pairs."""
+    prompts = [judged.prompt for judged in pairs]
+    if len(set(prompts)) < FEW:
+        return Interval(mean=float(np.mean(values)))
+    return grouped_interval(values, prompts, least=least, most=1.0, samples=intervals.samples, seed=intervals.seed)
 
 
 def right(margins: Sequence[float]) -> list[float]:
@@ -119,7 +113,7 @@ def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) ->
     return RewardCard(
         num_pairs=len(pairs),
         num_prompts=len({judged.prompt for judged in pairs}),
-        accuracy=intervals.of(_model(pairs), pairs),
+        accuracy=interval_over(_model(pairs), pairs, intervals),
         baselines=baselines(pairs, intervals),
         subsets=subsets(pairs, intervals),
         calibration=calibration([judged.margin for judged in pairs]),
@@ -136,7 +130,8 @@ def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
     judges = []
     for name, by_judge in _simpler(pairs).items():
         more = [model_right - judge_right for model_right, judge_right in zip(by_model, by_judge, strict=True)]
-        accuracy, difference = intervals.of(by_judge, pairs), intervals.of(more, pairs, least=-1.0)
+        accuracy = interval_over(by_judge, pairs, intervals)
+        difference = interval_over(more, pairs, intervals, least=-1.0)
         judges.append(Baseline(name=name, accuracy=accuracy, difference=difference))
     return judges
 
@@ -150,7 +145,7 @@ def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[Subset]:
         Subset(
             name=name or "none",
             num_pairs=len(members),
-            accuracy=intervals.of(_model(members), members),
+            accuracy=interval_over(_model(members), members, intervals),
             baselines={judge: float(np.mean(values)) for judge, values in _simpler(members).items()},
         )
         for name in names
@@ -251,8 +246,8 @@ def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreeme
     agree = right([judged.margin * margin for judged, margin in apart])
     return RuleAgreement(
         num_pairs=len(apart),
-        agreement=intervals.of(agree, decided),
-        accuracy=intervals.of(right([margin for _, margin in apart]), decided),
+        agreement=interval_over(agree, decided, intervals),
+        accuracy=interval_over(right([margin for _, margin in apart]), decided, intervals),
     )
 
 

@@ -224,18 +224,13 @@ def labelled_conclusions(judge: Judge | None) -> list[str]:
 def contradictions(evaluation: Evaluation) -> list[str]:
     """A sentence for each pair of arms that really differs in the primary metric, but the other way round by the
     judge's win rate or the reward model's scores, with a difference that is real as well."""
-    return [
-        f"By {evaluation.primary}, {evaluation.label(better)} is better than {evaluation.label(worse)}, but {others}."
-        for better, worse in _real_pairs(evaluation)
-        if (others := " and ".join([*_contradicting(evaluation, better, worse), *_rewarded(evaluation, better, worse)]))
-    ]
-
-
-def _real_pairs(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    for item in evaluation.comparisons:
-        if evaluation.is_real(item):
-            better = item if evaluation.verdict(item) == BETTER else item.turned()
-            yield better.arm, better.against
+    sentences = []
+    for item in filter(evaluation.is_real, evaluation.comparisons):
+        gain = item if evaluation.verdict(item) == BETTER else item.turned()
+        if others := " and ".join(_contradicting(evaluation, gain.arm, gain.against)):
+            better, worse = evaluation.label(gain.arm), evaluation.label(gain.against)
+            sentences.append(f"By {evaluation.primary}, {better} is better than {worse}, but {others}.")
+    return sentences
 
 
 def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
@@ -245,9 +240,6 @@ def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[
         if pair.win_rate is not None and preferred == worse and {pair.arm, pair.against} == {better, worse}:
             rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean
             yield f"{judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
-
-
-def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
     for item in evaluation.reward_comparisons:
         gain = item if item.arm == worse else item.turned()
         if (gain.arm, gain.against) == (worse, better) and evaluation.is_real(gain) and gain.difference > 0:

@@ -40,15 +40,17 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
-    """Texts and questions as tokens, the same for every policy."""
+    """Texts and questions, and their tokens, the same for every policy."""
 
+    texts: Sequence[PlainText]
+    questions: Sequence[Question]
     chunks: list[Chunk]
     choices: list[list[Choice]]
 
     @property
     def tokens(self) -> list[int]:
         """The number of scored tokens in each text."""
-        counts = [0] * (1 + max(chunk.row for chunk in self.chunks))
+        counts = [0] * len(self.texts)
         for chunk in self.chunks:
             counts[chunk.row] += len(chunk.scored)
         return counts
@@ -78,6 +80,8 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
     template refuses a question."""
     rows = tokenize_rows(texts, lambda text: _chunks(tokenizer, text))
     return Material(
+        texts=texts,
+        questions=questions,
         chunks=[Chunk(row=row, read=read, scored=scored) for row, spans in enumerate(rows) for read, scored in spans],
         choices=tokenize_rows(questions, lambda question: _choices(tokenizer, question)),
     )
@@ -123,26 +127,17 @@ _MOST = 700.0
 """Nats per token; exp of more overflows a float, which a ruined model reaches."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What every arm was measured on: the texts, the number of scored tokens in each, and the questions."""
-
-    texts: Sequence[PlainText]
-    tokens: list[int]
-    questions: Sequence[Question]
-
-
-def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> Forgetting:
+def table(arms: Mapping[str, Measured], material: Material, *, limits: Limits, intervals: Intervals) -> Forgetting:
     """All arms, the base model first, and whether all passed. Without limits all pass."""
     label_of = labels(list(arms))
     rows = []
     for name, arm in arms.items():
-        row = _before(name, label_of[name], arm, asked)
-        rows.append(row if name == BASE else _after(row, arm, arms[BASE], asked, limits, intervals))
+        row = _before(name, label_of[name], arm, material)
+        rows.append(row if name == BASE else _after(row, arm, arms[BASE], material, limits, intervals))
     return Forgetting(
-        num_texts=len(asked.texts),
-        num_tokens=sum(asked.tokens),
-        num_questions=len(asked.questions),
+        num_texts=len(material.texts),
+        num_tokens=sum(material.tokens),
+        num_questions=len(material.questions),
         limits=limits,
         judged=limits.judge,
         arms=rows,
@@ -159,15 +154,15 @@ def headlines(record: Forgetting) -> dict[str, float]:
     return metrics
 
 
-def text_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
+def text_rows(arms: Mapping[str, Measured], material: Material) -> list[dict[str, Any]]:
     """Each text with its number of tokens and its negative log-likelihood under each arm, in nats."""
     return [
         {"id": text.id, "tokens": tokens, "nats": {name: arm.nats[index] for name, arm in arms.items()}}
-        for index, (text, tokens) in enumerate(zip(asked.texts, asked.tokens, strict=True))
+        for index, (text, tokens) in enumerate(zip(material.texts, material.tokens, strict=True))
     ]
 
 
-def question_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
+def question_rows(arms: Mapping[str, Measured], material: Material) -> list[dict[str, Any]]:
     """Each question with every arm's scores of its choices, in nats per byte, and whether it chose the right one."""
     return [
         {
@@ -179,7 +174,7 @@ def question_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, 
             "scores": {name: arm.scores[index] for name, arm in arms.items()},
             "right": {name: is_right(question, arm.scores[index]) for name, arm in arms.items()},
         }
-        for index, question in enumerate(asked.questions)
+        for index, question in enumerate(material.questions)
     ]
 
 
@@ -188,26 +183,26 @@ def is_right(question: Question, scores: Sequence[float]) -> bool:
     return all(scores[question.right] > score for index, score in enumerate(scores) if index != question.right)
 
 
-def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
-    right = _right(arm, asked.questions)
-    nats = sum(arm.nats) / sum(asked.tokens)
+def _before(name: str, label: str, arm: Measured, material: Material) -> ArmForgetting:
+    right = _right(arm, material.questions)
+    nats = sum(arm.nats) / sum(material.tokens)
     return ArmForgetting(
         name=name,
         label=label,
         nats=nats,
         perplexity=math.exp(min(nats, _MOST)),
         ability=sum(right) / len(right),
-        tasks=_by_task(right, asked.questions),
+        tasks=_by_task(right, material.questions),
         passed=True,
     )
 
 
 def _after(
-    row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
+    row: ArmForgetting, arm: Measured, base: Measured, material: Material, limits: Limits, intervals: Intervals
 ) -> ArmForgetting:
-    right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
+    right, right_before = (_right(measured, material.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
-    rise = intervals.of_ratio(more, asked.tokens).through(lambda nats: math.expm1(min(nats, _MOST)))
+    rise = intervals.of_ratio(more, material.tokens).through(lambda nats: math.expm1(min(nats, _MOST)))
     drop = intervals.of_difference(right_before, right)
     reasons = _reasons(rise, drop, limits)
     return replace(row, rise=rise, drop=drop, passed=not reasons, reasons=reasons)
@@ -236,6 +231,5 @@ def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:
 def _by_task(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
     by_task: dict[str, list[float]] = {}
     for question, value in zip(questions, right, strict=True):
-        if question.task:
-            by_task.setdefault(question.task, []).append(value)
-    return {task: sum(values) / len(values) for task, values in sorted(by_task.items())}
+        by_task.setdefault(question.task, []).append(value)
+    return {task: sum(values) / len(values) for task, values in sorted(by_task.items()) if task}

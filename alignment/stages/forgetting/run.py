@@ -30,33 +30,32 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
         refuse_other_tokenizer(spec, arm, tokenizer)
     texts = rows_of(context, PlainText, config.data)
     questions = rows_of(context, Question, config.questions, field=QUESTIONS)
-    tokens = measures.material(tokenizer, texts, questions)
+    material = measures.material(tokenizer, texts, questions)
     arms = {measures.BASE: StageInput(ref=measures.BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
-    by_arm = _measured(context, arms, tokens)
-    asked = measures.Asked(texts=texts, tokens=tokens.tokens, questions=questions)
-    return on_main(context, lambda: _written(config, context, by_arm, asked)) or StageResult(metrics={})
+    by_arm = _measured(context, arms, material)
+    return on_main(context, lambda: _written(config, context, by_arm, material)) or StageResult(metrics={})
 
 
 def _measured(
-    context: StageContext, arms: dict[str, StageInput], tokens: measures.Material
+    context: StageContext, arms: dict[str, StageInput], material: measures.Material
 ) -> dict[str, measures.Measured]:
     asked = {}
     for name, arm in arms.items():
-        for kind, (prompts, answers) in ((TEXTS, tokens.chunk_rows), (QUESTIONS, tokens.choice_rows)):
+        for kind, (prompts, answers) in ((TEXTS, material.chunk_rows), (QUESTIONS, material.choice_rows)):
             asked[name, kind] = PolicyRows(policy=lineage(context.spec, arm), prompts=prompts, answers=answers)
     logprobs = policy_logprobs(context, "measuring", Policies(context), asked)
     return {
-        name: measures.measured(tokens, logprobs[name, TEXTS], logprobs[name, QUESTIONS], name=name) for name in arms
+        name: measures.measured(material, logprobs[name, TEXTS], logprobs[name, QUESTIONS], name=name) for name in arms
     }
 
 
 def _written(
-    config: ForgettingConfig, context: StageContext, by_arm: dict[str, measures.Measured], asked: measures.Asked
+    config: ForgettingConfig, context: StageContext, by_arm: dict[str, measures.Measured], material: measures.Material
 ) -> StageResult:
     limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    record = measures.table(by_arm, asked, limits=limits, intervals=intervals)
+    record = measures.table(by_arm, material, limits=limits, intervals=intervals)
     record.write(context.content)
-    write_lines(context.content / "texts.jsonl", measures.text_rows(by_arm, asked))
-    write_lines(context.content / "questions.jsonl", measures.question_rows(by_arm, asked))
+    write_lines(context.content / "texts.jsonl", measures.text_rows(by_arm, material))
+    write_lines(context.content / "questions.jsonl", measures.question_rows(by_arm, material))
     return StageResult(metrics=measures.headlines(record))

@@ -21,8 +21,9 @@ from alignment.data.tokens.row_kinds import PAIRS, PROMPT, Limits, refuse_losses
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import grouped
 from alignment.evaluation.bag_of_words import BagOfWords, fit
-from alignment.evaluation.card_measures import Intervals, Judged, card_of, warnings
+from alignment.evaluation.card_measures import Judged, card_of, warnings
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
+from alignment.evaluation.statistics import Intervals
 from alignment.models.assembly.heads import load_reward_model
 from alignment.models.assembly.load import products_in, refuse_other_tokenizer
 from alignment.models.assembly.prefix import prefix_of

@@ -14,7 +14,8 @@ from alignment.data.records import PlainText, Question
 from alignment.data.turns import Message
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.forgetting_measures import (
-    Asked,
+    Chunk,
+    Material,
     Measured,
     headlines,
     is_right,
@@ -204,9 +205,10 @@ def test_a_judge_has_a_sentence_that_says_where_nothing_can_be_concluded_and_wha
         assert sentence.endswith(end)
 
 
-ASKED = Asked(
+MATERIAL = Material(
     texts=[PlainText(text="A", id="t1"), PlainText(text="B", id="t2")],
-    tokens=[10, 30],
+    chunks=[Chunk(row=row, read=[1], scored=[2] * count) for row, count in ((0, 10), (1, 18), (1, 12))],
+    choices=[],
     questions=[
         Question(
             messages=(Message(role="user", content=f"Which, {number}?"),), choices=("x", "y"), right=0, id=str(number),
@@ -227,7 +229,7 @@ ARMS = {"base": measured([20.0, 60.0], 6), "stage:sft": measured([25.0, 61.0], 5
 
 def forgetting(nats: list[float], right: int, *, rise: float | None = 0.2, drop: float | None = 0.1) -> Forgetting:
     limits = Limits(perplexity_rise=rise, ability_drop=drop)
-    return table(ARMS | {"stage:sft": measured(nats, right)}, ASKED, limits=limits, intervals=INTERVALS)
+    return table(ARMS | {"stage:sft": measured(nats, right)}, MATERIAL, limits=limits, intervals=INTERVALS)
 
 
 def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questions() -> None:
@@ -280,13 +282,13 @@ def test_only_limits_that_are_set_are_judged_and_texts_and_questions_are_recorde
     ruined = forgetting([2e5, 6e5], 0)
     assert ruined.passed is False
     assert "Infinity" not in json.dumps(to_json(ruined))
-    assert [is_right(ASKED.questions[0], scores) for scores in ([0.0, -0.1], [0.0, 0.0], [-0.1, 0.0])] == [
+    assert [is_right(MATERIAL.questions[0], scores) for scores in ([0.0, -0.1], [0.0, 0.0], [-0.1, 0.0])] == [
         True,
         False,
         False,
     ], "who finds all choices alike knows nothing"
-    assert text_rows(ARMS, ASKED)[1] == {"id": "t2", "tokens": 30, "nats": {"base": 60.0, "stage:sft": 61.0}}
-    row = question_rows(ARMS, ASKED)[5]
+    assert text_rows(ARMS, MATERIAL)[1] == {"id": "t2", "tokens": 30, "nats": {"base": 60.0, "stage:sft": 61.0}}
+    row = question_rows(ARMS, MATERIAL)[5]
     assert (row["id"], row["task"], row["answer"]) == ("5", "odd", "x")
     assert row["right"] == {"base": True, "stage:sft": False}
     assert row["scores"]["stage:sft"] == [-1.0, 0.0]

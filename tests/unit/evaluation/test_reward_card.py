@@ -16,12 +16,12 @@ from alignment.data.turns import Message
 from alignment.evaluation.bag_of_words import PENALTIES, differences, fit, fitted, loss, slope, words_of
 from alignment.evaluation.card_measures import (
     BARS,
-    Intervals,
     Judged,
     baselines,
     calibration,
     card_of,
     histogram,
+    interval_over,
     length_bias,
     right,
     rule_agreement,
@@ -30,7 +30,7 @@ from alignment.evaluation.card_measures import (
     wilson,
     worst,
 )
-from alignment.evaluation.statistics import unvaried_interval
+from alignment.evaluation.statistics import Intervals, unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
 
@@ -103,12 +103,12 @@ def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     alone = many(*([1.0] * 30 + [-1.0] * 30))
     in_fives = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
-    independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_fives)
+    independent, grouped = (interval_over(values, pairs, INTERVALS) for pairs in (alone, in_fives))
     assert grouped.bounds is not None
     assert 0.35 < independent.bounds[0] < independent.mean == 0.5 < independent.bounds[1] < 0.65
     width, width_of_groups = (high - low for low, high in (independent.bounds, grouped.bounds))
     assert width_of_groups > 1.5 * width
-    assert INTERVALS.of(values, alone) == independent
+    assert interval_over(values, alone, INTERVALS) == independent
 
 
 def test_calibration_by_hand() -> None:
