@@ -24,7 +24,7 @@ from alignment.models.forward.generate import Sampling, reading_order
 from alignment.stages.evaluate import caches
 from alignment.stages.evaluate.caches import CachedAnswers
 from alignment.stages.evaluate.kind import EvaluateConfig
-from alignment.stages.evaluate.prompts import AnsweredTurn, ArmPrompts, TurnPrompts, conversations, later_turn, together
+from alignment.stages.evaluate.prompts import ArmPrompts, TurnPrompts, conversations, later_turn, together
 from alignment.stages.shared.answer_sampling import made_in_parts
 from alignment.stages.shared.policies import Policies, served_answer_and_score
 from alignment.stages.shared.policy_logprobs import PolicyRows, from_main, on_main, policy_logprobs
@@ -63,185 +63,201 @@ class _Request:
         return caches.answers_file(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
 
 
-def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
-    """How many arms answer at once: so many that the processes can divide their batches evenly. One process takes one
-    arm after the other. An engine has one policy at a time."""
-    if policies.served is not None:
-        return 1
-    batches = -(-num_rows * config.answers.per_prompt // config.batch_size)
-    return context.world_size // math.gcd(context.world_size, batches)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answerer:
+    """Has the policies of arms answer held-out prompts. Every process must call its methods."""
 
+    config: EvaluateConfig
+    context: StageContext
+    policies: Policies
 
-def answers_of_arms(
-    arm_prompts: Mapping[str, ArmPrompts],
-    config: EvaluateConfig,
-    context: StageContext,
-    policies: Policies,
-    rows: Sequence[HeldOutPrompt],
-    *,
-    with_logprobs: Collection[str],
-    progress: Callable[[int], None],
-) -> dict[str, Answered]:
-    """The arms' answers, on every process; every process must call this. ``with_logprobs`` are the arms whose answers
-    need log-probabilities. ``progress`` receives how many turns are done."""
-    per_prompt = config.answers.per_prompt
-    turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}
-    done = 0
-    for number in range(max(row.num_turns for row in rows)):
-        requests = [
-            _Request(
-                arm=arm,
-                held_out=rows,
-                turn=later_turn(arm, rows, conversations(rows, turns[name], per_prompt), number=number)
-                if number
-                else arm.first,
-                per_prompt=per_prompt,
-                with_logprobs=name in with_logprobs,
-            )
-            for name, arm in arm_prompts.items()
+    def arms_at_once(self, num_rows: int) -> int:
+        """How many arms answer at once: so many that the processes can divide their batches evenly. One process takes
+        one arm after the other. An engine has one policy at a time."""
+        if self.policies.served is not None:
+            return 1
+        batches = -(-num_rows * self.config.answers.per_prompt // self.config.batch_size)
+        return self.context.world_size // math.gcd(self.context.world_size, batches)
+
+    def answers_of_arms(
+        self,
+        arm_prompts: Mapping[str, ArmPrompts],
+        rows: Sequence[HeldOutPrompt],
+        *,
+        with_logprobs: Collection[str],
+        progress: Callable[[int], None],
+    ) -> dict[str, Answered]:
+        """The arms' answers, on every process. ``with_logprobs`` are the arms whose answers need log-probabilities.
+        ``progress`` receives how many turns are done."""
+        per_prompt = self.config.answers.per_prompt
+        turns: dict[str, list[Answered]] = {name: [] for name in arm_prompts}
+        done = 0
+        for number in range(max(row.num_turns for row in rows)):
+            requests = [
+                _Request(
+                    arm=arm,
+                    held_out=rows,
+                    turn=later_turn(arm, rows, conversations(rows, turns[name], per_prompt), number=number)
+                    if number
+                    else arm.first,
+                    per_prompt=per_prompt,
+                    with_logprobs=name in with_logprobs,
+                )
+                for name, arm in arm_prompts.items()
+            ]
+
+            def of_turn(answers: int, before: int = done) -> None:
+                progress(before + answers // per_prompt)
+
+            for of_arm, request, cached in zip(
+                turns.values(), requests, self._answered(requests, progress=of_turn), strict=True
+            ):
+                of_arm.append(
+                    Answered(
+                        answers=read_answers(request.arm.tokenizer, cached.ids),
+                        logprobs=cached.logprobs,
+                        references=cached.references,
+                        seconds=cached.seconds,
+                        per_prompt=per_prompt,
+                    )
+                )
+                done += len(request.turn.rows)
+        return {name: together(rows, of_arm) for name, of_arm in turns.items()}
+
+    def _answered(self, requests: Sequence[_Request], *, progress: Callable[[int], None]) -> list[CachedAnswers]:
+        """Cached answers, or those that the policies make; ``progress`` receives how many there are. The main process
+        reads and writes the cache."""
+
+        def cached() -> list[tuple[Path, CachedAnswers | None]]:
+            files = [request.file(self.config, self.context) for request in requests]
+            return [(file, caches.read_answers(file)) for file in files]
+
+        stored = from_main(self.context, cached)
+        missing = [
+            (request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None
         ]
+        before = sum(len(answers.ids) for _, answers in stored if answers is not None)
+        made = self._made(missing, progress=lambda done: progress(before + done))
+        if self.context.is_main:
+            for (_, file), answers in zip(missing, made, strict=True):
+                caches.write_answers(file, answers)
+        of_missing = iter(made)
+        return [next(of_missing) if answers is None else answers for _, answers in stored]
 
-        def of_turn(answers: int, before: int = done) -> None:
-            progress(before + answers // per_prompt)
-
-        answered = _answered(requests, config, context, policies, progress=of_turn)
-        for of_arm, request, answers in zip(turns.values(), requests, answered, strict=True):
-            turn = AnsweredTurn(
-                rows=request.turn.rows,
-                answers=read_answers(request.arm.tokenizer, answers.ids),
-                logprobs=answers.logprobs,
-                references=answers.references,
-                seconds=answers.seconds,
+    def _made(
+        self, missing: Sequence[tuple[_Request, Path]], *, progress: Callable[[int], None]
+    ) -> list[CachedAnswers]:
+        """Answers to requests, made in parts that the processes share; files name what the answers depend on. A part is
+        a batch, which is computed as a whole, so that its answers do not depend on the number of processes. An engine
+        batches by itself; the main process, which started it, asks it for all."""
+        samplings = [self._sampling(request.turn) for request, _ in missing]
+        served = self.policies.served
+        parts = [
+            (index, sorted(part))
+            for index, (request, _) in enumerate(missing)
+            for part in grouped(
+                reading_order(request.prompts), len(request.prompts) if served else self.config.batch_size
             )
-            of_arm.append(turn)
-            done += len(request.turn.rows)
-    return {name: together(rows, of_arm, per_prompt) for name, of_arm in turns.items()}
+        ]
+        ends = list(accumulate((len(part) for _, part in parts), initial=0))
 
+        def make(number: int) -> dict[str, Any]:
+            index, part = parts[number]
+            return self._answers_of_part(
+                missing[index][0],
+                part,
+                sampling=samplings[index],
+                progress=lambda answers: progress(ends[number] + answers),
+            )
 
-def _answered(
-    requests: Sequence[_Request],
-    config: EvaluateConfig,
-    context: StageContext,
-    policies: Policies,
-    *,
-    progress: Callable[[int], None],
-) -> list[CachedAnswers]:
-    """Cached answers, or those that the policies make; ``progress`` receives how many there are. The main process reads
-    and writes the cache."""
+        def prepare() -> None:
+            if served is not None:
+                (request,) = (request for request, _ in missing)
+                on_main(self.context, lambda: self._loaded(request))
+                served.prepare(request.arm.policy, max(map(len, request.turn.prompts)) + self.config.max_new_tokens)
 
-    def cached() -> list[tuple[Path, CachedAnswers | None]]:
-        files = [request.file(config, context) for request in requests]
-        return [(file, caches.read_answers(file)) for file in files]
+        values = made_in_parts(
+            self.context,
+            "answers",
+            [[missing[index][1].name, part] for index, part in parts],
+            make,
+            progress=lambda done: progress(ends[done]),
+            prepare=prepare,
+        )
+        apart = self._references_apart([request for request, _ in missing])
+        made = []
+        for index, (request, _) in enumerate(missing):
+            of_request = [(part, value) for (owner, part), value in zip(parts, values, strict=True) if owner == index]
+            made.append(_joined(request, of_request, apart.get(index, [])))
+        return made
 
-    stored = from_main(context, cached)
-    missing = [(request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None]
-    before = sum(len(answers.ids) for _, answers in stored if answers is not None)
-    made = _made(missing, config, context, policies, progress=lambda done: progress(before + done))
-    if context.is_main:
-        for (_, file), answers in zip(missing, made, strict=True):
-            caches.write_answers(file, answers)
-    of_missing = iter(made)
-    return [next(of_missing) if answers is None else answers for _, answers in stored]
-
-
-def _made(
-    missing: Sequence[tuple[_Request, Path]],
-    config: EvaluateConfig,
-    context: StageContext,
-    policies: Policies,
-    *,
-    progress: Callable[[int], None],
-) -> list[CachedAnswers]:
-    """Answers to requests, made in parts that the processes share; files name what the answers depend on. A part is a
-    batch, which is computed as a whole, so that its answers do not depend on the number of processes. An engine batches
-    by itself; the main process, which started it, asks it for all."""
-    samplings = [_sampling(config, context, request.turn) for request, _ in missing]
-    parts = [
-        (index, part)
-        for index, (request, _) in enumerate(missing)
-        for part in _parts_of(request.prompts, len(request.prompts) if policies.served else config.batch_size)
-    ]
-    ends = list(accumulate((len(part) for _, part in parts), initial=0))
-
-    def make(number: int) -> dict[str, Any]:
-        index, part = parts[number]
-        return _answers_of_part(
-            missing[index][0],
-            part,
-            config,
-            context,
-            policies,
-            sampling=samplings[index],
-            progress=lambda answers: progress(ends[number] + answers),
+    def _answers_of_part(
+        self,
+        request: _Request,
+        part: Sequence[int],
+        *,
+        sampling: Sampling | None,
+        progress: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """Token ids of some answers, log-probabilities of these and of references, and the seconds that they took."""
+        model = self._loaded(request)
+        started, prompts, texts = time.monotonic(), request.prompts, request.texts
+        answer = partial(answer_and_score, batch_size=self.config.batch_size)
+        if self.policies.served is not None:
+            answer = partial(served_answer_and_score, self.policies.served)
+        asked = [prompts[index] for index in part], [texts[index] for index in part]
+        forms = tuple(
+            (type(module), *(weights.shape for weights in module.parameters(recurse=False)))
+            for module in model.modules()
         )
 
-    def prepare() -> None:
-        if policies.served is not None:
-            (request,) = (request for request, _ in missing)
-            on_main(context, lambda: _loaded(request, config, context, policies))
-            policies.served.prepare(request.arm.policy, max(map(len, request.turn.prompts)) + config.max_new_tokens)
+        def answers() -> Any:
+            return answer(
+                model,
+                *asked,
+                max_new_tokens=self.config.max_new_tokens,
+                end_ids=sorted(end_ids(request.arm.tokenizer)),
+                with_own=request.with_logprobs,
+                progress=progress,
+                sampling=None if sampling is None else replace(sampling, uniforms=sampling.uniforms[list(part)]),
+            )
 
-    values = made_in_parts(
-        context,
-        "answers",
-        [[missing[index][1].name, part] for index, part in parts],
-        make,
-        progress=lambda done: progress(ends[done]),
-        prepare=prepare,
-    )
-    apart = _references_apart([request for request, _ in missing], context, policies)
-    made = []
-    for index, (request, _) in enumerate(missing):
-        of_request = [(part, value) for (owner, part), value in zip(parts, values, strict=True) if owner == index]
-        made.append(_joined(request, of_request, apart.get(index, [])))
-    return made
+        ids, sums = once_for_each((forms, str(asked), request.with_logprobs), answers)
+        return {"ids": ids, "sums": sums, "seconds": time.monotonic() - started}
 
+    def _loaded(self, request: _Request) -> PreTrainedModel:
+        model = self.policies.load(request.arm.policy)
+        where = f"stages.{self.context.spec.stage}"
+        _refuse_too_long(model, request, self.config.max_new_tokens, where=where)
+        return model
 
-def _parts_of(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of the prompts that are answered together, ``size`` of similar length."""
-    return [sorted(part) for part in grouped(reading_order(prompts), size)]
+    def _references_apart(self, requests: Sequence[_Request]) -> dict[int, list[float]]:
+        """Log-probabilities of references that follow their own prompts, by the index of the request."""
+        apart = {
+            index: [reference for reference in request.turn.references if reference and reference.prompt]
+            for index, request in enumerate(requests)
+        }
+        asked = {
+            index: PolicyRows(
+                policy=requests[index].arm.policy,
+                prompts=[reference.prompt or [] for reference in references],
+                answers=[reference.ids for reference in references],
+            )
+            for index, references in apart.items()
+            if references
+        }
+        return policy_logprobs(self.context, "reading references", self.policies, asked) if asked else {}
 
-
-def _answers_of_part(
-    request: _Request,
-    part: Sequence[int],
-    config: EvaluateConfig,
-    context: StageContext,
-    policies: Policies,
-    *,
-    sampling: Sampling | None,
-    progress: Callable[[int], None],
-) -> dict[str, Any]:
-    """Token ids of some answers, log-probabilities of these and of references, and the seconds that they took."""
-    model = _loaded(request, config, context, policies)
-    started, prompts, texts = time.monotonic(), request.prompts, request.texts
-    answer = partial(answer_and_score, batch_size=config.batch_size)
-    if policies.served is not None:
-        answer = partial(served_answer_and_score, policies.served)
-    asked = [prompts[index] for index in part], [texts[index] for index in part]
-    forms = tuple(
-        (type(module), *(weights.shape for weights in module.parameters(recurse=False))) for module in model.modules()
-    )
-
-    def answers() -> Any:
-        return answer(
-            model,
-            *asked,
-            max_new_tokens=config.max_new_tokens,
-            end_ids=sorted(end_ids(request.arm.tokenizer)),
-            with_own=request.with_logprobs,
-            progress=progress,
-            sampling=None if sampling is None else replace(sampling, uniforms=sampling.uniforms[list(part)]),
-        )
-
-    ids, sums = once_for_each((forms, str(asked), request.with_logprobs), answers)
-    return {"ids": ids, "sums": sums, "seconds": time.monotonic() - started}
-
-
-def _loaded(request: _Request, config: EvaluateConfig, context: StageContext, policies: Policies) -> PreTrainedModel:
-    model = policies.load(request.arm.policy)
-    _refuse_too_long(model, request, config.max_new_tokens, where=f"stages.{context.spec.stage}")
-    return model
+    def _sampling(self, asked: TurnPrompts) -> Sampling | None:
+        """The same random numbers for every arm, and others in each turn; None for greedy answers."""
+        answers = self.config.answers
+        if answers.temperature == 0.0:
+            return None
+        generator = self.context.generator(*caches.seed_of(asked))
+        num_rows = max(asked.rows) + 1  # rows without this turn have numbers too, which keeps the others' the same
+        shape = (num_rows, answers.per_prompt, self.config.max_new_tokens)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[asked.rows]
+        return Sampling(temperature=answers.temperature, uniforms=uniforms.flatten(0, 1))
 
 
 def _joined(
@@ -266,34 +282,6 @@ def _joined(
         references=references,
         seconds=sum(value["seconds"] for _, value in parts),
     )
-
-
-def _references_apart(
-    requests: Sequence[_Request], context: StageContext, policies: Policies
-) -> dict[int, list[float]]:
-    """Log-probabilities of references that follow their own prompts, by the index of the request."""
-    asked = {
-        index: PolicyRows(
-            policy=request.arm.policy,
-            prompts=[reference.prompt for reference in request.turn.references if reference and reference.prompt],
-            answers=[reference.ids for reference in request.turn.references if reference and reference.prompt],
-        )
-        for index, request in enumerate(requests)
-        if any(reference and reference.prompt for reference in request.turn.references)
-    }
-    return policy_logprobs(context, "reading references", policies, asked) if asked else {}
-
-
-def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts) -> Sampling | None:
-    """The same random numbers for every arm, and others in each turn; None for greedy answers."""
-    if config.answers.temperature == 0.0:
-        return None
-    per_prompt = config.answers.per_prompt
-    generator = context.generator(*caches.seed_of(asked))
-    num_rows = max(asked.rows) + 1  # rows without this turn have numbers too, which keeps the others' the same
-    uniforms = torch.rand(num_rows * per_prompt, config.max_new_tokens, generator=generator, dtype=torch.float64)
-    of_rows = uniforms.view(num_rows, per_prompt, -1)[asked.rows].flatten(0, 1)
-    return Sampling(temperature=config.answers.temperature, uniforms=of_rows)
 
 
 def _refuse_too_long(model: PreTrainedModel, request: _Request, max_new_tokens: int, *, where: str) -> None:

@@ -18,7 +18,7 @@ from alignment.data.tokens.thoughts import without_thought
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
-from alignment.evaluation.arms import Answer, Answered, TokenSum
+from alignment.evaluation.arms import Answer, Answered, TokenSum, grouped
 from alignment.evaluation.exchanges import (
     asked_turns,
     continued,
@@ -155,7 +155,7 @@ def later_turn(
     """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before. A
     reference answer follows the references of the turns before it, which makes it the same text for all arms."""
     tokenizer, shown = arm.tokenizer, arm.shown
-    asked = [index for index, row in enumerate(rows) if row.num_turns > number]
+    asked = rows_with(rows, number)
 
     def reference(row: HeldOutPrompt) -> Reference | None:
         *before, last = row.references[: number + 1]
@@ -175,31 +175,25 @@ def later_turn(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnsweredTurn:
-    """An arm's answers in one turn: ``per_prompt`` for each of ``rows``. The other fields are those of ``Answered``."""
-
-    rows: list[int]
-    answers: list[Answer]
-    logprobs: list[float] | None
-    references: list[TokenSum | None]
-    seconds: float
+def rows_with(rows: Sequence[HeldOutPrompt], number: int) -> list[int]:
+    """The indices of the rows that have turn ``number``."""
+    return [index for index, row in enumerate(rows) if row.num_turns > number]
 
 
-def conversations(
-    rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_prompt: int
-) -> list[list[list[str]]]:
-    """Each row's samples: the answers given in the turns so far."""
+def conversations(rows: Sequence[HeldOutPrompt], turns: Sequence[Answered], per_prompt: int) -> list[list[list[str]]]:
+    """Each row's samples: the answers given in the turns so far, of which each entry has the rows that have it."""
     samples: list[list[list[str]]] = [[[] for _ in range(per_prompt)] for _ in rows]
-    for turn in turns:
-        for number, answer in enumerate(turn.answers):
-            samples[turn.rows[number // per_prompt]][number % per_prompt].append(answer.text)
+    for number, turn in enumerate(turns):
+        for row, answers in zip(rows_with(rows, number), grouped(turn.answers, per_prompt), strict=True):
+            for sample, answer in zip(samples[row], answers, strict=True):
+                sample.append(answer.text)
     return samples
 
 
-def together(rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_prompt: int) -> Answered:
-    """The turns of an arm in the order of ``Answered``: by row, then turn, then answer."""
-    index_of = [{row: index for index, row in enumerate(turn.rows)} for turn in turns]
+def together(rows: Sequence[HeldOutPrompt], turns: Sequence[Answered]) -> Answered:
+    """The turns of an arm (``conversations``) in the order of ``Answered``: by row, then turn, then answer."""
+    per_prompt = turns[0].per_prompt
+    index_of = [{row: index for index, row in enumerate(rows_with(rows, number))} for number in range(len(turns))]
     answers: list[Answer] = []
     logprobs: list[float] = []
     references: list[TokenSum | None] = []

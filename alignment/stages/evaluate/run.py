@@ -36,7 +36,7 @@ from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate import metric_scores
-from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
+from alignment.stages.evaluate.answering import Answerer
 from alignment.stages.evaluate.caches import cached_scores
 from alignment.stages.evaluate.judging import Judged, ScoredAnswers, judge, open_endpoint
 from alignment.stages.evaluate.kind import EvaluateConfig
@@ -231,7 +231,8 @@ def _answers(
     choices: dict[str, list[float]] = {}
     with_choices = any(metric.source == CHOICE for metric in config.metrics)
     num_turns = sum(row.num_turns for row in rows)
-    for names in grouped(list(arm_prompts), arms_at_once(config, context, policies, len(rows))):
+    answerer = Answerer(config=config, context=context, policies=policies)
+    for names in grouped(list(arm_prompts), answerer.arms_at_once(len(rows))):
         some = {name: arm_prompts[name] for name in names}
 
         def progress(done: int, before: int = len(arms) * num_turns) -> None:
@@ -240,7 +241,7 @@ def _answers(
         compared = {
             name for name, arm in some.items() if _is_compared(arm, config) and not _is_reference(name, context)
         }
-        arms |= answers_of_arms(some, config, context, policies, rows, with_logprobs=compared, progress=progress)
+        arms |= answerer.answers_of_arms(some, rows, with_logprobs=compared, progress=progress)
         if with_choices:
             choices |= _choices(context, policies, some, rows)
         progress(len(names) * num_turns)

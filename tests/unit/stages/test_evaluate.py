@@ -401,7 +401,8 @@ def test_so_many_arms_answer_at_once_that_all_processes_have_as_much_to_do(
     """In parts of four answers, of which a prompt has one."""
     config = replace(SMALL, batch_size=4)
     context = StageContext(spec=evaluation_spec(chain, config, "waves"), rank=0, world_size=processes)
-    assert answering.arms_at_once(config, context, policies.Policies(context), rows) == expected
+    answerer = answering.Answerer(config=config, context=context, policies=policies.Policies(context))
+    assert answerer.arms_at_once(rows) == expected
 
 
 def test_a_repeated_prompt_counts_once(chain: Chained, evaluated: dict[str, Any], tmp_path: Path) -> None:
