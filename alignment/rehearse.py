@@ -183,8 +183,8 @@ def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_model(spec: StageSpec) -> list[str]:
-    """No notes, if the run's base model fits the stage: its adapter, and what its kind says (``StageKind.rehearse``).
-    Raises AlignmentError: it does not."""
+    """Whether the run's base model fits the stage: its adapter, and what its kind says (``StageKind.rehearse``), whose
+    notes are returned. Raises AlignmentError: it does not."""
     trained = as_trained(spec.config)
     if trained is not None:
         refuse_adapter_that_does_not_fit(spec, trained.adapter)
@@ -192,8 +192,9 @@ def check_model(spec: StageSpec) -> list[str]:
     if not module:
         return []
     # The second of two processes, because only the first one writes files.
-    getattr(importlib.import_module(module), name)(spec.config, StageContext(spec=spec, rank=1, world_size=2))
-    return []
+    context = StageContext(spec=spec, rank=1, world_size=2)
+    getattr(importlib.import_module(module), name)(spec.config, context)
+    return context.notes
 
 
 if __name__ == "__main__":

@@ -369,5 +369,6 @@ def try_tasks(config: BenchmarkConfig, context: StageContext) -> None:
         except NonFiniteError:
             pass  # of answers that no model gave
         except StageError as error:
-            if not isinstance(error.__cause__, ArithmeticError):  # a share of no rows, say
+            if not isinstance(error.__cause__, ArithmeticError):
                 raise
+            context.notes.append(f"with made-up answers {error.message}; with a model's answers it may not happen")

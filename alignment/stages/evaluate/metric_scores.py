@@ -34,15 +34,18 @@ Source = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """Scores that other parts of the stage computed, by arm. Per answer: those of the stage's reward model, of other
-    reward ``models`` by their source, and a grader's ``grades`` by metric. Per prompt: those of the source
-    ``choice``."""
+class Computed:
+    """What all processes compute together: every arm's answers, and what models say of them, by arm. ``answers`` are
+    the same as scorers see them. Per answer: log-ratios (nats per sequence), scores of the stage's reward model and of
+    other reward ``models``, by source; None for an arm without any. Per prompt: scores of the source ``choice``."""
 
+    rows: Sequence[HeldOutPrompt]
+    arms: Mapping[str, Answered]
+    answers: Mapping[str, Answers]
+    log_ratios: Mapping[str, list[float] | None]
     rewards: Mapping[str, list[float] | None]
     models: Mapping[Source, Mapping[str, list[float]]]
     choices: Mapping[str, list[float]]
-    grades: Mapping[str, Mapping[str, list[float | None]]]
 
 
 def answers_to_score(
@@ -96,7 +99,7 @@ def scores_by_models(
             scorer = _scorer(number, config, context, tokenizer, rows)
             scores: list[float] = []
             for done, part in enumerate(share):
-                context.progress("scoring", done, len(share))
+                context.progress(f"scoring by {config.metrics[number].name}", done, len(share))
                 scores += scores_of(scorer, part, source=config.metrics[number].source)
             return scores
 
@@ -109,30 +112,30 @@ def scores_by_arm(
     config: EvaluateConfig,
     context: StageContext,
     tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    answers: Mapping[str, Answers],
-    measured: Measured,
+    computed: Computed,
+    grades: Mapping[str, Mapping[str, list[float | None]]],
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Every arm's scores by each metric, one per turn of a prompt; ``measured`` are those that need no scorer. A graded
-    metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm has no
+    """Every arm's scores by each metric, one per turn of a prompt. ``grades`` are by metric and arm; a graded metric
+    may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm has no
     grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has the
     metric."""
+    answers = computed.answers
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
-        (REWARD, ""): measured.rewards,
+        (REWARD, ""): computed.rewards,
         (CHOICE, ""): {
             name: [score for score in of_arm for _ in range(config.answers.per_prompt)]
-            for name, of_arm in measured.choices.items()
+            for name, of_arm in computed.choices.items()
         },
-        **measured.models,
+        **computed.models,
     }
-    by_source |= {_source(metric): measured.grades[metric.name] for metric in config.metrics if metric.source == GRADE}
+    by_source |= {_source(metric): grades[metric.name] for metric in config.metrics if metric.source == GRADE}
     sources = {_source(metric) for metric in config.metrics} - set(by_source)
     total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
-    progress = counted_progress(context, "scoring", total)
+    progress = counted_progress(context, "scoring by metrics", total)
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
-            scorer = _scorer(number, config, context, tokenizer, rows)
+            scorer = _scorer(number, config, context, tokenizer, computed.rows)
             given = {
                 name: metric_scores_of(scorer, of_arm, source=metric.source, progress=progress)
                 for name, of_arm in answers.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from alignment.core.artifacts import write_lines
@@ -122,19 +122,6 @@ def _known(by_arm: Scores) -> dict[str, list[float]]:
     return {arm: known(values) for arm, values in by_arm.items()}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Computed:
-    """What all processes compute together: every arm's answers, and what models say of them, by arm."""
-
-    rows: Sequence[HeldOutPrompt]
-    arms: Mapping[str, Answered]
-    answers: Mapping[str, Answers]
-    log_ratios: Mapping[str, list[float] | None]
-    rewards: Mapping[str, list[float] | None]
-    models: Mapping[metric_scores.Source, Mapping[str, list[float]]]
-    choices: Mapping[str, list[float]]
-
-
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out. A judge also writes
     ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main one scores by rules
@@ -152,18 +139,18 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     return concluded or StageResult(metrics={})
 
 
-def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> _Computed:
+def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> metric_scores.Computed:
     rows = held_out_prompts(config, context)
     arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
     served = served_policies(config.sampling, context)
     policies = Policies(context, served)
     with served or nullcontext():
         arms, choices = _answers(config, context, policies, arm_prompts, rows)
-    context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
+    context.progress("scoring")
     answers = metric_scores.answers_to_score(tokenizer, rows, arm_prompts, arms)
     log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)
     policies.release()
-    return _Computed(
+    return metric_scores.Computed(
         rows=rows,
         arms=arms,
         answers=answers,
@@ -178,7 +165,7 @@ def _concluded(
     config: EvaluateConfig,
     context: StageContext,
     tokenizer: Any,
-    computed: _Computed,
+    computed: metric_scores.Computed,
     endpoint: Endpoint | None,
     grader: Endpoint | None,
 ) -> StageResult:
@@ -194,23 +181,23 @@ def _concluded(
 
 
 def _scored(
-    config: EvaluateConfig, context: StageContext, tokenizer: Any, computed: _Computed, grader: Endpoint | None
+    config: EvaluateConfig,
+    context: StageContext,
+    tokenizer: Any,
+    computed: metric_scores.Computed,
+    grader: Endpoint | None,
 ) -> tuple[ScoredAnswers, metric_scores.Grades]:
     """The scores of all answers, and how a grader came to those that it gave."""
-    rows, arms, rewards, log_ratios = computed.rows, computed.arms, computed.rewards, computed.log_ratios
-    for name, arm in arms.items():
+    for name, arm in computed.arms.items():
         if not on_shadows():
-            refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    grades = metric_scores.grade_answers(config, context, grader, computed.answers, asked_turns(rows))
-    measured = metric_scores.Measured(
-        rewards=rewards, models=computed.models, choices=computed.choices, grades=grades.by_metric
-    )
+            refuse_not_finite(name, arm, rewards=computed.rewards[name], log_ratios=computed.log_ratios[name])
+    grades = metric_scores.grade_answers(config, context, grader, computed.answers, asked_turns(computed.rows))
     scored = ScoredAnswers(
-        rows=rows,
-        arms=arms,
-        rewards=rewards,
-        log_ratios=log_ratios,
-        turn_scores=metric_scores.scores_by_arm(config, context, tokenizer, rows, computed.answers, measured),
+        rows=computed.rows,
+        arms=computed.arms,
+        rewards=computed.rewards,
+        log_ratios=computed.log_ratios,
+        turn_scores=metric_scores.scores_by_arm(config, context, tokenizer, computed, grades.by_metric),
         metrics=recorded(config.metrics),
         primary_name=primary_name(config.metrics, config.primary),
         reference=context.spec.inputs["reference"].ref,
@@ -316,7 +303,7 @@ def _log_ratios(
         reference,
         prompts,
         ids,
-        lambda: policy_logprobs(context, "scoring", policies, asked)["reference"],
+        lambda: policy_logprobs(context, "comparing with the reference", policies, asked)["reference"],
     )
     for index, (name, (_, own)) in enumerate(compared.items()):
         reference_logprobs = under[index :: len(compared)]
@@ -338,7 +325,7 @@ def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str,
         scores: list[float] = []
         with products_in(context.spec.model.dtype, context.device), prepacked(unwrapped(model).base_model, TOKENS):
             for done, span in enumerate(share):
-                context.progress("scoring", done, len(share))
+                context.progress("scoring by the reward model", done, len(share))
                 some = slice(span.start, span.stop)
                 scores += reward_scores(model, prompts[some], ids[some])
         return scores

@@ -4,6 +4,7 @@ is wrong."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -435,8 +436,11 @@ def test_a_function_that_raises_is_named_with_its_line(chain: Chained, own_tasks
     with pytest.raises(DataError, match=r"cannot load shout: KeyError at .*words\.py:10: 'missing'"):
         measure(chain, config, "raising")
     words.write_text(words.read_text().replace('doc["missing"]', 'doc["answer"] if doc["word"] != "text" else 1 / 0'))
-    with pytest.raises(StageError, match=r"the harness failed: ZeroDivisionError at .*words\.py:10: division by zero"):
+    failed = r"the harness failed: ZeroDivisionError at .*words\.py:10: division by zero"
+    with pytest.raises(StageError, match=failed):
         measure(chain, config, "raising-later")
+    (note,) = check_model(spec_of(chain, config, "tried"))
+    assert re.match(rf"with made-up answers {failed}; ", note), "a metric may divide by the number of right answers"
 
 
 @pytest.mark.parametrize(
