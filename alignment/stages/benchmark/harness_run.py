@@ -22,7 +22,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from alignment.core.errors import AlignmentError, DataError, NonFiniteError, StageError
-from alignment.records.benchmark import BenchmarkTask, Measurement, RowAnswer, TaskMetric
+from alignment.records.benchmark import BenchmarkRow, BenchmarkTask, Measurement, RowAnswer, TaskMetric
 from alignment.stages.benchmark.kind import BenchmarkConfig, selected
 from alignment.stages.benchmark.tasks import Chosen, TaskFile, hub_source
 from alignment.training.context import StageContext
@@ -130,22 +130,12 @@ def restore(state: tuple[Any, Any, torch.Tensor]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleRow:
-    """A row of a task as an arm answered it."""
-
-    id: str
-    prompt: str
-    target: str
-    answer: RowAnswer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ArmRun:
     """One arm: its tasks with their metrics, the values by ``TASK/METRIC``, and the rows of each task by number."""
 
     tasks: list[BenchmarkTask]
     values: dict[str, Measurement]
-    rows: dict[str, dict[int, SampleRow]]
+    rows: dict[str, dict[int, BenchmarkRow]]
 
 
 def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str) -> ArmRun:
@@ -179,9 +169,8 @@ def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, 
     values = {
         task.key(metric): _measurement(results, task.name, metric, name) for task in tasks for metric in task.metrics
     }
-    return ArmRun(
-        tasks=tasks, values=values, rows={task: dict(_rows(samples)) for task, samples in results["samples"].items()}
-    )
+    rows = {task: _rows(task, name, samples) for task, samples in results["samples"].items()}
+    return ArmRun(tasks=tasks, values=values, rows=rows)
 
 
 def _is_ours(error: Exception) -> bool:
@@ -268,10 +257,14 @@ def _metrics(results: Mapping[str, Any], name: str) -> Iterator[TaskMetric]:
             scores = _scores(results["samples"].get(name, []), metric, of_filter)
             yield TaskMetric(
                 name=metric,
-                filter="" if of_filter == UNFILTERED else of_filter,
+                filter=_filter(of_filter),
                 higher_is_better=directions.get(metric) is not False,
                 by_row=bool(scores) and math.isclose(sum(scores) / len(scores), value, rel_tol=_CLOSE, abs_tol=_CLOSE),
             )
+
+
+def _filter(name: str) -> str:
+    return "" if name == UNFILTERED else name
 
 
 def _is_number(value: Any) -> bool:
@@ -302,40 +295,37 @@ def _measurement(results: Mapping[str, Any], task: str, metric: TaskMetric, arm:
     return Measurement(value=value, stderr=float(stderr) if has_stderr else None)
 
 
-def _rows(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, SampleRow]]:
-    """The rows of a task; the harness lists a row once for each filter."""
+def _rows(task: str, arm: str, samples: Sequence[Mapping[str, Any]]) -> dict[int, BenchmarkRow]:
+    """The rows of a task by number, with the arm's answers; the harness lists a row once for each filter."""
     by_number: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_number.setdefault(int(sample["doc_id"]), []).append(sample)
-    for number, of_row in by_number.items():
-        first = of_row[0]
-        yield (
-            number,
-            SampleRow(
-                id=first["doc_hash"],
-                prompt=str(first["arguments"][0][0]),
-                target=str(first["target"]),
-                answer=RowAnswer(scores=_scores_of_row(of_row), **_answered([resps[0] for resps in first["resps"]])),
-            ),
-        )
-
-
-def _scores_of_row(of_row: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
-        TaskMetric(name=metric, filter="" if sample["filter"] == UNFILTERED else sample["filter"]).title: float(
-            sample[metric]
+        number: BenchmarkRow(
+            task=task,
+            number=number,
+            id=of_row[0]["doc_hash"],
+            prompt=str(of_row[0]["arguments"][0][0]),
+            target=str(of_row[0]["target"]),
+            answers={arm: _answer(of_row)},
         )
+        for number, of_row in by_number.items()
+    }
+
+
+def _answer(of_row: Sequence[Mapping[str, Any]]) -> RowAnswer:
+    """The scores of a row, with the log-probabilities, or the text, of the answers to its requests."""
+    scores = {
+        TaskMetric(name=metric, filter=_filter(sample["filter"])).title: float(sample[metric])
         for sample in of_row
         for metric in sample["metrics"]
         if _is_score(sample[metric])
     }
-
-
-def _answered(answers: Sequence[Any]) -> dict[str, Any]:
-    """The log-probabilities, or the text, of the answers to a row's requests."""
+    answers = [resps[0] for resps in of_row[0]["resps"]]
     if all(isinstance(answer, str) for answer in answers):
-        return {"text": answers[0]}
-    return {"logprobs": [float(answer[0] if isinstance(answer, (tuple, list)) else answer) for answer in answers]}
+        return RowAnswer(scores=scores, text=answers[0])
+    logprobs = [float(answer[0] if isinstance(answer, (tuple, list)) else answer) for answer in answers]
+    return RowAnswer(scores=scores, logprobs=logprobs)
 
 
 NUM_ROWS = 100

@@ -148,7 +148,7 @@ def _scores(
     """Each row's score by ``TASK/METRIC`` and arm, for metrics that have one."""
     return {
         task.key(metric): {
-            name: [row.answer.scores[metric.title] for _, row in sorted(run.rows[task.name].items())]
+            name: [row.answers[name].scores[metric.title] for _, row in sorted(run.rows[task.name].items())]
             for name, run in runs.items()
         }
         for task, metric in metrics
@@ -157,16 +157,10 @@ def _scores(
 
 
 def _rows(runs: Mapping[str, Any], tasks: list[BenchmarkTask]) -> list[BenchmarkRow]:
+    """The rows of all tasks, each with the answers of all arms."""
     first = next(iter(runs.values()))
     return [
-        BenchmarkRow(
-            task=task.name,
-            number=number,
-            id=row.id,
-            prompt=row.prompt,
-            target=row.target,
-            answers={name: run.rows[task.name][number].answer for name, run in runs.items()},
-        )
+        replace(row, answers={name: run.rows[task.name][number].answers[name] for name, run in runs.items()})
         for task in tasks
         for number, row in sorted(first.rows.get(task.name, {}).items())
     ]
