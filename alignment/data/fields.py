@@ -166,7 +166,6 @@ def finite(value: float) -> float | None:
 
 
 def not_finite(value: Any) -> bool:
-    """Whether ``value`` is NaN or infinite."""
     return isinstance(value, float) and not math.isfinite(value)
 
 

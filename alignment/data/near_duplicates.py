@@ -57,7 +57,6 @@ class NearDuplicates:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more texts are compared."""
         return self.looked_at >= TEXTS or self._comparisons >= COMPARISONS
 
     def add(self, located: LocatedText) -> None:

@@ -69,7 +69,6 @@ class Objections:
         ]
 
     def stages(self) -> set[str]:
-        """The stages that object to a row."""
         return {stage for objecting in self._rows for stage in objecting}
 
     def _of(self, stages: Collection[str]) -> list[_Rows]:

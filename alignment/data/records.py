@@ -100,9 +100,7 @@ class Conversation:
         if not messages or messages[-1].role != "assistant":
             last = repr(messages[-1].role) if messages else "missing"
             fields.fail(example.field, f"must end with an assistant turn; the last one's role is {last}")
-        yield cls(
-            messages=messages, tools=example.tools, id=fields.label("id"), task=fields.label("task"), where=fields.where
-        )
+        yield cls(messages=messages, **_common(example))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,7 +275,6 @@ class HeldOutPrompt(Prompt):
 
     @property
     def num_turns(self) -> int:
-        """How often an arm answers."""
         return 1 + len(self.later_turns)
 
     @property
@@ -402,9 +399,7 @@ class HasRow(Protocol):
     """A record that carries its whole row, for scorers that look at more than its own fields."""
 
     @property
-    def row(self) -> Mapping[str, Any]:
-        """The row, whatever its columns."""
+    def row(self) -> Mapping[str, Any]: ...
 
     @property
-    def where(self) -> str:
-        """Where it stands, ``FILE:LINE``."""
+    def where(self) -> str: ...

@@ -87,7 +87,6 @@ def files_of(path: Path) -> list[Path]:
 
 
 def is_named_as_data(path: Path) -> bool:
-    """Whether the suffix of the name is that of a data file."""
     return _suffix(path) in _READERS
 
 

@@ -54,7 +54,6 @@ def tree_of(template: str) -> nodes.Template:
 
 
 def each(templates: Templates) -> tuple[str, ...]:
-    """The texts of a tokenizer's templates."""
     return (templates,) if isinstance(templates, str) else tuple(templates.values())
 
 

@@ -90,7 +90,6 @@ class Answered:
 
 
 def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive groups of ``size`` values."""
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 

@@ -154,7 +154,6 @@ def choice_scores(
 
 
 def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Message]:
-    """The turns with the choices below the last one's text."""
     *before, question = messages
     listed = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     content = "\n".join([question.content, *listed, "Answer:"])

@@ -71,7 +71,6 @@ def is_reference(source: str) -> bool:
 
 
 def is_known(source: str) -> bool:
-    """Whether a source has one of the allowed forms."""
     named = source == REWARD or source in RULES or source in GROUPS
     return named or is_reference(source) or function_of(source) is not None
 
@@ -93,7 +92,6 @@ def with_members(scorers: Mapping[str, ScoreSourceConfig]) -> dict[str, ScoreSou
 
 
 def member_field(field: str, number: int) -> str:
-    """The field of a member of the ensemble at ``field``."""
     return f"{field}.ensemble.members[{number}]"
 
 

@@ -90,10 +90,13 @@ _PAIR = ("chosen", "rejected")
 _PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
 
 
-def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
+def _whole(
+    names: tuple[str, str], turns_in: Callable[[Fields, str], tuple[Message, ...]] = turns_of
+) -> Callable[[Fields], Example]:
+    """Reads two whole conversations in the columns ``names``."""
 
     def read(fields: Fields) -> Example:
-        chosen, rejected = (turns_of(fields, name) for name in names)
+        chosen, rejected = (turns_in(fields, name) for name in names)
         turns, answers = answers_of_whole(fields, chosen, rejected, names=names)
         turns = _with_prompt(fields, turns)
         return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=names[0])
@@ -115,13 +118,6 @@ def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, .
 
 def _has_whole(row: Mapping[str, Any], names: tuple[str, str]) -> bool:
     return all(starts_with_turn(row.get(name)) and len(row[name]) > 1 for name in names)
-
-
-def _transcripts(fields: Fields) -> Example:
-    chosen, rejected = (_turns_in(fields, name) for name in _PAIR)
-    turns, answers = answers_of_whole(fields, chosen, rejected, names=_PAIR)
-    turns = with_system(fields, turns)
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field="chosen")
 
 
 def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
@@ -175,7 +171,7 @@ TRANSCRIPTS = Format(
     summary="two transcripts of Human and Assistant (Anthropic HH)",
     row=(r'{"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5."}'),
     fits=lambda row: all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR),
-    read=_transcripts,
+    read=_whole(_PAIR, _turns_in),
 )
 PAIRED = Format(
     name="stack_exchange",

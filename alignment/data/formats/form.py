@@ -102,7 +102,6 @@ def answer_text(fields: Fields, field: str) -> str:
 
 
 def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
-    """Two answers, the first one better."""
     return (Answer(text=chosen, rank=1.0), Answer(text=rejected, rank=0.0))
 
 

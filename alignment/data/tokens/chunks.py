@@ -107,7 +107,6 @@ def notes_of(tokenized: Tokenized) -> list[Note]:
 
 
 def note_of_error(error: DataError) -> Note:
-    """The note on a row that was left out."""
     kind = {SetAside: SET_ASIDE, RowTooLong: TOO_LONG}.get(type(error), FAULT)
     return Note(where=error.where, kind=kind, reason=error.message, remedy=error.remedy)
 

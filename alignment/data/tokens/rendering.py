@@ -25,7 +25,6 @@ from alignment.data.turns import Message
 
 
 def in_common(first: Sequence[object], second: Sequence[object]) -> int:
-    """Length of the common beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
@@ -108,11 +107,9 @@ class ControlTokens:
         return [self.escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def is_escaped(self, text: str) -> bool:
-        """Whether the text contains a replaced control token."""
         return not text.isascii() and self._used.search(text) is not None
 
     def restored(self, text: str) -> str:
-        """The text with its control tokens restored."""
         return text.translate(self._tokens)
 
 
@@ -193,7 +190,8 @@ def conversation_texts(tokenizer: Any, messages: Sequence[Message], tools: Tools
     alternating segments, up to the end of its last assistant turn: text before a turn, and the turn itself. Every
     assistant turn is learned in one of them. Raises DataError: there is no assistant turn to learn from, or the
     rendered text cannot be cut at turns."""
-    texts = [_Text()]
+    texts: list[list[tuple[str, str, int]]] = [[]]  # the text before each answer, the answer, and its index
+    rendered = ""
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
@@ -206,10 +204,12 @@ def conversation_texts(tokenizer: Any, messages: Sequence[Message], tools: Tools
             if message.learned:
                 raise
             continue  # it is context, and later prompts contain it as the template renders it there
-        if not before.startswith(texts[-1].rendered):
-            texts.append(_Text())
-        texts[-1].add(before, answer, index, learned=message.learned)
-    learned = [text.complete(messages) for text in texts if text.learned]
+        if not before.startswith(rendered):
+            texts.append([])
+            rendered = ""
+        texts[-1].append((before[len(rendered) :], answer, index))
+        rendered = before + answer
+    learned = [_conversation_text(text, messages) for text in texts if any(messages[turn[-1]].learned for turn in text)]
     if not learned:
         raise DataError("no assistant turn to learn from")
     return learned
@@ -230,34 +230,22 @@ class ConversationText:
         return "".join(segment.text for segment in self.segments)
 
 
-class _Text:
-    def __init__(self) -> None:
-        self.rendered = ""
-        self.learned: list[int] = []
-        self._segments: list[Segment] = []
-        self._last = 0
-
-    def add(self, before: str, answer: str, index: int, *, learned: bool) -> None:
-        self._segments += [
-            Segment(text=before[len(self.rendered) :], learned=False),
-            Segment(text=answer, learned=learned),
-        ]
-        self.rendered = before + answer
-        self._last = index
-        self.learned += [index] if learned else []
-
-    def complete(self, messages: Sequence[Message]) -> ConversationText:
-        before = messages[: self._last]
-        return ConversationText(
-            segments=self._segments,
-            before=before,
-            answers=[messages[index] for index in self.learned],
-            context=[message for index, message in enumerate(before) if index not in self.learned],
-        )
+def _conversation_text(turns: Sequence[tuple[str, str, int]], messages: Sequence[Message]) -> ConversationText:
+    learned = [index for *_, index in turns if messages[index].learned]
+    last = turns[-1][-1]
+    return ConversationText(
+        segments=[
+            segment
+            for before, answer, index in turns
+            for segment in (Segment(text=before, learned=False), Segment(text=answer, learned=index in learned))
+        ],
+        before=messages[:last],
+        answers=[messages[index] for index in learned],
+        context=[message for index, message in enumerate(messages[:last]) if index not in learned],
+    )
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str:
-    """A rendered prompt, ready for an answer."""
     return render(tokenizer, messages, answering=True, tools=tools)
 
 

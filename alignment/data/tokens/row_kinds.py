@@ -39,7 +39,6 @@ class Limits:
 
     @property
     def cuts(self) -> bool:
-        """Whether long rows are cut instead of dropped."""
         return self.too_long.do is TooLong.cut
 
 
@@ -55,7 +54,6 @@ class Parts:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence in the row."""
         return len(self.prompt) + max(map(len, self.answers.values()), default=0)
 
 
@@ -152,7 +150,6 @@ class Kind:
 
     @property
     def all_columns(self) -> tuple[str, ...]:
-        """Columns of token ids, then those of numbers."""
         return (*self.columns, *self.numbers)
 
 
@@ -175,7 +172,7 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
     """Yields each record's rows in order. All records are encoded at once, so pass some hundreds, not a million."""
     with watched():
         rendered = [_rendered(tokenizer, kind, record) for record in records]
-    sequences = [sequence for of_record in rendered for sequence in _sequences(of_record)]
+    sequences = [sequence.texts for of_record in rendered if isinstance(of_record, list) for sequence in of_record]
     every = [segments for sequence in sequences for segments in sequence.values()]
     before = [_before(sequence, name) for sequence in sequences for name in sequence]
     encoded = iter(tokens_of(tokenizer, every, before))
@@ -200,10 +197,6 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
             cut=next((cut for _, cut in fitted if cut), ""),
             lost=frozenset().union(*(sequence.lost for sequence in of_record)),
         )
-
-
-def _sequences(rendered: list[Rendered] | DataError) -> list[Texts]:
-    return [] if isinstance(rendered, DataError) else [sequence.texts for sequence in rendered]
 
 
 def _before(sequence: Texts, name: str) -> str:
@@ -295,10 +288,6 @@ def _lost(tokenizer: Any, context: Sequence[Message], answers: Sequence[Message]
     return losses(context, answers, control_tokens(tokenizer).restored(text))
 
 
-def _prompt(tokenizer: Any, record: Prompt) -> list[Rendered]:
-    return _asked(tokenizer, record, {})
-
-
 def _pair(tokenizer: Any, record: PreferencePair) -> list[Rendered]:
     return _asked(tokenizer, record, {"chosen": record.chosen, "rejected": record.rejected})
 
@@ -308,7 +297,7 @@ def _scored_pair(tokenizer: Any, record: PreferencePair) -> list[Rendered]:
     return _pair(tokenizer, record)
 
 
-def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
+def _ids_by_name(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{PROMPT: parts.prompt.ids, **{name: tokens.ids for name, tokens in parts.answers.items()}}]
 
 
@@ -316,9 +305,9 @@ def _labelled(tokenizer: Any, record: LabelledAnswer) -> list[Rendered]:
     return _asked(tokenizer, record, {DESIRABLE if record.desirable else UNDESIRABLE: record.answer})
 
 
-def _labelled_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
-    row: Row = {PROMPT: parts.prompt.ids, DESIRABLE: [], UNDESIRABLE: []}
-    return [row | {label: tokens.ids for label, tokens in parts.answers.items()}]
+def _labelled_rows(tokenizer: Any, parts: Parts, limits: Limits) -> list[Row]:
+    empty: Row = {DESIRABLE: [], UNDESIRABLE: []}
+    return [empty | row for row in _ids_by_name(tokenizer, parts, limits)]
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -338,7 +327,7 @@ CONVERSATIONS = Kind(
     name="conversation", record=Conversation, columns=_LEARNED, sequences=_conversation, rows=_conversation_rows
 )
 PAIRS = Kind(
-    name="pair", record=PreferencePair, columns=(PROMPT, "chosen", "rejected"), sequences=_pair, rows=_pair_rows
+    name="pair", record=PreferencePair, columns=(PROMPT, "chosen", "rejected"), sequences=_pair, rows=_ids_by_name
 )
 LABELLED_ANSWERS = Kind(
     name="labelled answer",
@@ -348,6 +337,12 @@ LABELLED_ANSWERS = Kind(
     rows=_labelled_rows,
 )
 SCORED_PAIRS = replace(PAIRS, name="scored pair", sequences=_scored_pair, numbers={MARGIN: PreferencePair.margin})
-PROMPTS = Kind(name="prompt", record=Prompt, columns=(PROMPT,), sequences=_prompt, rows=_pair_rows)
+PROMPTS = Kind(
+    name="prompt",
+    record=Prompt,
+    columns=(PROMPT,),
+    sequences=lambda tokenizer, record: _asked(tokenizer, record, {}),
+    rows=_ids_by_name,
+)
 TEXTS = Kind(name="text", record=PlainText, columns=_LEARNED, sequences=_plain, rows=_plain_rows)
 """A text may have any length, because it is cut into rows."""

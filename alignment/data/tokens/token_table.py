@@ -41,7 +41,7 @@ EVERY_SECONDS = 30.0
 """Seconds of work that an interruption loses at most."""
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end of a stream of Arrow."""
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ def write(
         (folder / ROWS).write_bytes(schema.serialize())
         (folder / LEDGER).touch()
     else:
-        _log.info("%s continues after %d rows", folder, counts.read)
+        log.info("%s continues after %d rows", folder, counts.read)
         for name, size in zip((ROWS, LEDGER), sizes, strict=True):
             os.truncate(folder / name, size)
     saved = time.monotonic()
@@ -111,7 +111,6 @@ def _store(*files: IO[Any]) -> None:
 
 
 def file_sizes(folder: Path) -> list[int]:
-    """Bytes of the rows and of the ledger."""
     return [(folder / name).stat().st_size for name in (ROWS, LEDGER)]
 
 
@@ -128,27 +127,17 @@ def _unfinished(folder: Path) -> tuple[Counts, list[int] | None]:
 
 VERSION = 7
 """Raised when the rows change, so that older tables are not used."""
-log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenTable:
-    """Token rows with the kind's columns and ``where``. ``notes`` counts the entries of the file ``ledger`` by kind,
-    and ``first`` holds the first entries of each kind. ``read`` rows gave ``records`` records of at most ``longest``
-    tokens. ``affected`` rows were left out or cut."""
+@dataclass(kw_only=True)
+class TokenTable(Counts):
+    """Token rows with the kind's columns and ``where``; ``ledger`` is the file with the notes."""
 
     path: Path
     rows: Dataset
     ledger: Path
-    read: int
-    records: int
-    longest: int
-    affected: int
-    notes: dict[str, int]
-    first: dict[str, list[dict[str, str]]]
 
     def count(self, kind: str) -> int:
-        """Number of notes of a kind."""
         return self.notes.get(kind, 0)
 
     @property

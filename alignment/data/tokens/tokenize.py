@@ -171,24 +171,15 @@ def tokens_of(
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-    """Token ids of a prompt, ready for an answer."""
     return encode(tokenizer, prompt_text(tokenizer, messages, tools))
 
 
 def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: Tools = ()) -> list[int]:
     """Token ids of an assistant's answer to ``messages``, up to and including the end of the turn. Raises DataError: as
     ``prompt_and_answers``."""
-    return prompt_and_answer_ids(tokenizer, messages, [answer], tools)[1][0]
-
-
-def prompt_and_answer_ids(
-    tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt and of several answers to it, as in ``prompt_ids`` and ``answer_ids``. Raises DataError: as
-    ``answer_ids``."""
-    turns = [Message(role="assistant", content=answer) for answer in answers]
-    prompt, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
-    return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
+    turn = Message(role="assistant", content=answer)
+    prompt, text = prompt_and_answers(tokenizer, messages, [turn], tools)
+    return encode_after(tokenizer, [(prompt, text)])[0]
 
 
 def prompt_and_choice_ids(

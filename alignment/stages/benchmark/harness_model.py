@@ -119,7 +119,6 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """EOS."""
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -141,7 +140,6 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as text."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -205,7 +203,6 @@ class HarnessModel(TemplateLM):
         return ScoredText(read=tuple(ids[:-1]), labels=tuple(continuation))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The greedy answer to each request, up to its first stop text."""
         groups: dict[Answering, list[int]] = {}
         for index, request in enumerate(requests):
             how = answering(request.args[1], default_tokens=self._config.max_new_tokens, where=self._where)

@@ -111,7 +111,6 @@ _PACKAGE = Path(__file__).parents[2]
 
 
 def seed_generators() -> None:
-    """Starts all random generators as the harness's command does."""
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
     torch.manual_seed(_SEEDS[2])

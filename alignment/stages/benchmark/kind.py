@@ -154,7 +154,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def tables(artifact: Path) -> list[base.ResultTable]:
-    """The values of every arm, and the paired differences of arms."""
     record = Benchmark.read(artifact)
     return [_values(record), *([_differences(record)] if record.comparisons or record.other_comparisons else [])]
 
@@ -216,7 +215,6 @@ _RELEASE = "0.4.13"
 
 
 def _installed() -> str | None:
-    """The version of the harness."""
     try:
         return metadata.version(HARNESS)
     except metadata.PackageNotFoundError:
@@ -224,12 +222,10 @@ def _installed() -> str | None:
 
 
 def _folders(names: Sequence[str]) -> TaskFolders:
-    """The tasks in ``task_folders``."""
     return together([read_folder(located(name)) for name in names])
 
 
 def selected(config: BenchmarkConfig) -> Chosen:
-    """The tasks that the stage runs, and their groups."""
     folders = _folders(config.task_folders)
     parts = [chosen(name, folders) for name in config.tasks]
     return Chosen(

@@ -81,7 +81,6 @@ def _import_harness(where: str) -> None:
 
 
 def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, name: str, *, phase: str) -> Any:
-    """The arm behind the harness's interface."""
     from alignment.stages.benchmark.harness_model import HarnessModel
 
     spec = context.spec
@@ -175,7 +174,6 @@ def _written(context: StageContext, record: Benchmark, rows: list[BenchmarkRow])
 
 
 def _table(record: Benchmark) -> list[dict[str, Any]]:
-    """The rows of the table that trackers show."""
     return [
         {
             "task": task.name,

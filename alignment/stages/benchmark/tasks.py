@@ -57,18 +57,15 @@ class TaskFile:
 
     @property
     def is_group(self) -> bool:
-        """Whether it is a group of tasks."""
         return "group" in self.settings
 
     @property
     def tags(self) -> list[str]:
-        """The tags of a task."""
         tags = self.settings.get("tag") or []
         return [tags] if isinstance(tags, str) else list(tags)
 
     @cached_property
     def functions(self) -> list[Function]:
-        """The functions that its settings name, in their order."""
         return list(dict.fromkeys(_functions(self.settings)))
 
     @property
@@ -86,7 +83,6 @@ class TaskFolders:
 
     @cached_property
     def by_tag(self) -> dict[str, list[str]]:
-        """The names of the tasks with each tag."""
         tags: dict[str, list[str]] = {}
         for name in sorted(self.by_name):
             for file in self.by_name[name]:
@@ -110,7 +106,6 @@ def located(folder: str) -> Path:
 
 
 def read_folder(folder: Path) -> list[TaskFile]:
-    """The tasks and groups in a folder and the folders below it."""
     tasks = []
     for file in sorted(folder.glob("**/*.yaml")):
         if not set(SKIPPED) & set(file.parts):
@@ -122,7 +117,6 @@ def read_folder(folder: Path) -> list[TaskFile]:
 
 
 def together(folders: Sequence[Sequence[TaskFile]]) -> TaskFolders:
-    """The tasks of all folders."""
     by_name: dict[str, list[TaskFile]] = {}
     for task in (task for folder in folders for task in folder):
         by_name.setdefault(task.name, []).append(task)
@@ -222,7 +216,7 @@ class Chosen:
 
 
 def chosen(name: str, folders: TaskFolders) -> Chosen:
-    """The tasks behind a name: of a task, of a group, or a tag."""
+    """The tasks behind the name of a task or group, or a tag."""
     tasks: dict[str, TaskFile] = {}
     groups: dict[str, TaskFile] = {}
     for file in _files_of(name, folders, above=()):
@@ -308,7 +302,6 @@ def falling(task: TaskFile) -> list[str]:
 
 
 def problems(task: TaskFile, *, num_fewshot: int | None) -> Iterator[str]:
-    """What in a task cannot be done, a sentence each."""
     settings = task.settings
     if "class" in settings:
         yield "is written in Python (class), which is not supported; write it as YAML, with functions where needed"

@@ -58,7 +58,6 @@ class _Request:
         ]
 
     def file(self, config: EvaluateConfig, context: StageContext) -> Path:
-        """Where the answers are cached."""
         ends, scored = sorted(end_ids(self.arm.tokenizer)), self.with_logprobs
         return caches.answers_file(config, context, self.arm.policy, self.turn, ends=ends, with_logprobs=scored)
 

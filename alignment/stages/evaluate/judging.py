@@ -44,7 +44,6 @@ class ScoredArms:
     by_arm: Scores
 
     def score(self, arm: str, index: int) -> float | None:
-        """The arm's score on a prompt; None if it has none."""
         return self.by_arm[arm][index] if arm in self.by_arm else None
 
     def scored(self, indices: Sequence[int]) -> list[int]:
@@ -75,7 +74,6 @@ class ScoredAnswers:
 
     @property
     def primary(self) -> ScoredArms | None:
-        """The scores by the primary metric; None without metrics."""
         metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
         return None if metric is None else ScoredArms(metric=metric, by_arm=self.by_metric(metric.name))
 
@@ -304,7 +302,6 @@ def _by_endpoint(
     pairs: Sequence[tuple[str, str]],
     indices: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
-    """Asks about every pair on every prompt, in both orders."""
     rows, arms = scored.rows, scored.arms
     shown = [
         (arm, against, index, order)

@@ -85,17 +85,14 @@ _JUDGES = (JudgeKind.metric, JudgeKind.reward, JudgeKind.endpoint)
 
 
 def is_graded(config: EvaluateConfig) -> bool:
-    """Whether a metric asks the grader."""
     return any(metric.source == GRADE for metric in config.metrics)
 
 
 def labels_pairs(judge: JudgeConfig) -> bool:
-    """Whether the judge is held against people's labels."""
     return bool(judge.labelled.data.source) and judge.kind in _JUDGES
 
 
 def primary_metric(config: EvaluateConfig) -> MetricConfig | None:
-    """The settings of the metric that arms are compared by."""
     name = paired_scores.primary_name(config.metrics, config.primary)
     return next((metric for metric in config.metrics if metric.name == name), None)
 

@@ -70,7 +70,6 @@ def judge_labelled(
 def _by_endpoint(
     config: EvaluateConfig, context: StageContext, endpoint: Endpoint, pairs: Sequence[PreferencePair]
 ) -> tuple[list[BothOrders], list[dict[str, Any]]]:
-    """Asks about every pair in both orders."""
     criteria = config.judge.endpoint.criteria
     prompts = [
         judge_prompt(pair.messages, *answers, criteria=criteria, tools=pair.tools)

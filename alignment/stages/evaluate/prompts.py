@@ -67,7 +67,6 @@ Shown = Callable[[HeldOutPrompt], Sequence[Message]]
 
 
 def unchanged(row: HeldOutPrompt) -> Sequence[Message]:
-    """What most arms are asked with: the row's own messages."""
     return row.messages
 
 
@@ -230,7 +229,6 @@ class ArmPrompts:
 def prompts_of_arms(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
 ) -> dict[str, ArmPrompts]:
-    """The prompts of every arm; ``tokenizer`` is the run's."""
     otherwise, arms = shown_otherwise(config, context, rows), context.spec.arms
     return {name: _arm_prompts(context, arms[name], tokenizer, rows, otherwise.get(name)) for name in config.arms}
 

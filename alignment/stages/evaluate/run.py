@@ -55,7 +55,6 @@ def evaluation_of(
     labelled: JudgedPair | None,
     gradings: Sequence[Grading],
 ) -> Evaluation:
-    """The record with all figures, comparisons and conclusions."""
     primary = scored.primary
     by_primary = {} if primary is None else primary.by_arm
     metric = None if primary is None else primary.metric

@@ -25,7 +25,6 @@ from alignment.data.tokens.tokenize import (
     encode_all,
     encode_parts,
     end_ids,
-    prompt_and_answer_ids,
     prompt_ids,
     tokenize_conversation,
 )
@@ -330,8 +329,8 @@ def test_no_space_is_put_into_the_middle_of_a_row(style: str) -> None:
     answers = [turn.content + tokenizer.eos_token for turn in SPOKEN if turn.role == "assistant"]
     assert tokenizer.decode(learned).replace(" ", "") == "".join(answers).replace(" ", "")
     assert prompt_ids(tokenizer, asked) + answer_ids(tokenizer, asked, "Bye.") == row["input_ids"]
-    ids, (first, second) = prompt_and_answer_ids(tokenizer, asked, ["Bye.", "From nine."])
-    assert ids + first == row["input_ids"]
+    ids = prompt_ids(tokenizer, asked)
+    first, second = (answer_ids(tokenizer, asked, text) for text in ("Bye.", "From nine."))
     pair = PreferencePair(messages=tuple(asked), chosen="Bye.", rejected="From nine.")
     (tokenized_pair,) = tokenized(tokenizer, PAIRS, [pair], Limits(row=500))
     assert tokenized_pair.rows == [{"prompt": ids, "chosen": first, "rejected": second}]
